@@ -1,0 +1,1 @@
+"""The command lines: ``migrated`` (the daemon) and ``migratectl`` (its operators)."""

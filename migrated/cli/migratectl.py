@@ -1,0 +1,533 @@
+"""``migratectl``: guests, migrations and their records, through a daemon's control socket.
+
+Exit status: 0 done; 1 the operation failed; 2 wrong usage; 3 daemon not reachable; 4 in doubt; 130 interrupted.
+Heavy imports wait until a command needs them: this starts often, in scripts and for shell completion.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class
+
+from migrated.cli.options import (
+    RATE,
+    SIZE,
+    ParameterCommand,
+    key_values,
+    parse_settings,
+    qmp_parameters,
+)
+from migrated.cli.session import EXIT_FAILED, EXIT_IN_DOUBT, Session, default_socket
+from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
+
+OUTCOMES: Final = ("completed", "aborted", "cancelled", "failed", "refused", "in-doubt")
+WORKLOADS_HELP: Final = "What the guest's vCPUs do: idle, sequential, random, hot-cold, phased, fill and more."
+COMPLETION_TIMEOUT_S: Final = 1.0
+
+RISKS: Final = {
+    True: "If the guest runs on the other host, or can still be started there, two copies of it will run and write "
+    "to the same disks and network. Run it here only if you know that the other host's copy is gone for good.",
+    False: "If the other host does not have the guest, this destroys the last copy of it. Discard it here only if "
+    "you see it run on the other host.",
+}
+
+
+def _set_json(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(dict)["json"] = True
+
+
+def _set_socket(ctx: click.Context, _param: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        ctx.ensure_object(dict)["socket"] = value
+
+
+json_option = click.option(
+    "--json", is_flag=True, expose_value=False, callback=_set_json, help="One JSON document on standard output."
+)
+socket_option = click.option(
+    "--socket",
+    type=click.Path(path_type=Path),
+    expose_value=False,
+    callback=_set_socket,
+    metavar="PATH",
+    help="Control socket of the daemon [default: $MIGRATED_SOCKET, else /run/migrated/control.sock].",
+)
+
+
+def with_session(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command its session, and ``--json`` and ``--socket`` behind its name too."""
+
+    @click.pass_context
+    @functools.wraps(function)
+    def wrapped(ctx: click.Context, *args: Any, **kwargs: Any) -> None:
+        given = ctx.ensure_object(dict)
+        function(Session(given.get("socket") or default_socket(), bool(given.get("json"))), *args, **kwargs)
+
+    return json_option(socket_option(wrapped))
+
+
+def _ask_daemon(ctx: click.Context, command: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """For completion: a list from the daemon, empty when it cannot be asked in time."""
+    socket = ctx.ensure_object(dict).get("socket") or default_socket()
+
+    async def ask() -> list[dict[str, Any]]:
+        async with asyncio.timeout(COMPLETION_TIMEOUT_S), await ControlClient.connect(socket) as client:
+            found: list[dict[str, Any]] = await client.command(command, arguments)
+            return found
+
+    try:
+        return asyncio.run(ask())
+    except (DaemonUnreachableError, CommandError, TimeoutError):
+        return []
+
+
+def _complete_guest(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    guests = _ask_daemon(ctx, "x-migrated-guest-list", {})
+    return [CompletionItem(g["name"], help=g["state"]) for g in guests if g["name"].startswith(incomplete)]
+
+
+def _complete_migration(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    records = _ask_daemon(ctx, "x-migrated-history", {"last": 50})
+    return [
+        CompletionItem(r["migration_id"], help=f"{r['guest']} {r['outcome']}")
+        for r in records
+        if r["migration_id"].startswith(incomplete)
+    ]
+
+
+guest_argument = click.argument("name", shell_complete=_complete_guest)
+optional_guest = click.argument("name", required=False, shell_complete=_complete_guest)
+migration_argument = click.argument("migration_id", shell_complete=_complete_migration)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="migrated", prog_name="migratectl")
+@json_option
+@socket_option
+def main() -> None:
+    """Migrate running guests, watch it happen, and see afterwards where the downtime went.
+
+    Sizes take KiB, MiB and GiB, durations us, ms and s, rates a size with /s.
+    """
+
+
+# --- guests -----------------------------------------------------------------------------------------------------------
+
+
+@main.group()
+@json_option
+@socket_option
+def guest() -> None:
+    """Create, inspect and control guests."""
+
+
+@guest.command()
+@click.argument("name")
+@click.option("--memory", type=SIZE, required=True, help="Size of its memory.")
+@click.option("--workload", help=WORKLOADS_HELP)
+@click.option("--dirty-rate", type=RATE, help="How fast it writes memory.")
+@click.option("--profile", help="A guest profile: its name, or the path of its file.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of its memory content and of its costs.")
+@click.option("--paused", is_flag=True, help="Leave its vCPUs stopped.")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="A further option of the VMM.")
+@with_session
+def create(
+    session: Session,
+    name: str,
+    memory: int,
+    workload: str | None,
+    dirty_rate: int | None,
+    profile: str | None,
+    seed: int | None,
+    paused: bool,
+    options: tuple[str, ...],
+) -> None:
+    """Start a guest in a VMM process of its own."""
+    if profile and ("/" in profile or profile.endswith(".toml")):
+        profile = str(Path(profile).absolute())  # the daemon has a working directory of its own
+    given = {
+        "guest": name,
+        "memory-bytes": memory,
+        "workload": workload,
+        "dirty-rate-bytes-per-s": dirty_rate,
+        "profile": profile,
+        "seed": seed,
+        "paused": paused,
+        "options": key_values(options),
+    }
+    arguments = {key: value for key, value in given.items() if value is not None}
+    created = session.call("x-migrated-guest-create", arguments)
+    session.say(created, f"Guest {name} is {created['state']}.")
+
+
+@guest.command("list")
+@with_session
+def list_guests(session: Session) -> None:
+    """All guests of this host."""
+    found = session.call("x-migrated-guest-list")
+    session.show(found, lambda: _render().guests_table(found))
+
+
+@guest.command("show")
+@guest_argument
+@with_session
+def show_guest(session: Session, name: str) -> None:
+    """One guest: state, workload, clock, heartbeat."""
+    found = session.call("x-migrated-guest-show", {"guest": name})
+    session.show(found, lambda: _render().facts_view(found))
+
+
+@guest.command()
+@guest_argument
+@with_session
+def pause(session: Session, name: str) -> None:
+    """Stop its vCPUs."""
+    session.say(session.call("x-migrated-guest-pause", {"guest": name}), f"Guest {name} is paused.")
+
+
+@guest.command()
+@guest_argument
+@with_session
+def resume(session: Session, name: str) -> None:
+    """Let its vCPUs run."""
+    session.say(session.call("x-migrated-guest-resume", {"guest": name}), f"Guest {name} is running.")
+
+
+@guest.command()
+@guest_argument
+@with_session
+def destroy(session: Session, name: str) -> None:
+    """End its VMM; its memory is lost."""
+    session.say(session.call("x-migrated-guest-destroy", {"guest": name}), f"Guest {name} is gone.")
+
+
+@guest.command()
+@guest_argument
+@with_session
+def verify(session: Session, name: str) -> None:
+    """Check every byte of its memory, and its clock, against what its seed and step count say."""
+    found = session.call("x-migrated-guest-verify", {"guest": name})
+    if found["ok"]:
+        session.say(found, f"Guest {name} is intact: {found['message']}")
+        return
+    session.document(found)
+    click.echo(f"Guest {name} is damaged: {found['message']}", err=True)
+    sys.exit(EXIT_FAILED)
+
+
+# --- migrations -------------------------------------------------------------------------------------------------------
+
+
+@main.command(cls=ParameterCommand)
+@guest_argument
+@click.argument("uri", metavar="tcp:HOST:PORT")
+@click.option("--no-wait", is_flag=True, help="Return once it has begun.")
+@with_session
+def migrate(session: Session, name: str, uri: str, no_wait: bool, **parameters: Any) -> None:
+    """Migrate a running guest to the daemon at HOST:PORT, and wait for the outcome."""
+    arguments = {"guest": name, "uri": uri, **qmp_parameters(parameters)}
+
+    async def work(client: ControlClient) -> Any:
+        from migrated.cli.watch import attend, display
+
+        begun = await client.command("migrate", arguments)
+        if no_wait:
+            return begun
+        if session.json:
+            return await attend(client, name, begun["migration-id"], None)
+        with display(as_json=False, stderr=True, rounds=0) as update:
+            return await attend(client, name, begun["migration-id"], update)
+
+    result = session.run(work, f"The migration goes on; 'migratectl cancel {name}' cancels it.")
+    if no_wait:
+        session.say({"migration_id": result["migration-id"]}, result["migration-id"])
+        return
+    session.show(result, lambda: _render().record_view(result, details=False))
+    session.finish(result)
+
+
+@main.command(cls=ParameterCommand)
+@guest_argument
+@click.argument("uri", metavar="tcp:HOST:PORT")
+@with_session
+def estimate(session: Session, name: str, uri: str, **parameters: Any) -> None:
+    """Predict what a migration would cost, without migrating."""
+    found = session.call("x-migrated-estimate", {"guest": name, "uri": uri, **qmp_parameters(parameters)})
+    session.show(found, lambda: _render().estimate_view(found))
+
+
+@main.command()
+@optional_guest
+@with_session
+def status(session: Session, name: str | None) -> None:
+    """Guests, and migrations that run or have just ended."""
+
+    async def work(client: ControlClient) -> Any:
+        only = {"guest": name} if name else {}
+        return {
+            "guests": [await client.command("x-migrated-guest-show", only)]
+            if name
+            else await client.command("x-migrated-guest-list"),
+            "migrations": await client.command("x-migrated-status", only),
+        }
+
+    found = session.run(work)
+
+    def view() -> Any:
+        from rich.console import Group
+
+        render = _render()
+        migrations = [render.progress_view(progress) for progress in found["migrations"]]
+        return Group(render.guests_table(found["guests"]), *migrations)
+
+    session.show(found, view)
+
+
+@main.command()
+@optional_guest
+@click.option("--follow", is_flag=True, help="Go on when all migrations have ended.")
+@with_session
+def watch(session: Session, name: str | None, follow: bool) -> None:
+    """Watch migrations run: rounds, bandwidth, predicted downtime against its limit, why it has not switched yet."""
+    from migrated.cli.watch import display
+    from migrated.cli.watch import watch as watch_migrations
+
+    async def work(client: ControlClient) -> None:
+        with display(as_json=session.json, stderr=False, rounds=8) as update:
+            await watch_migrations(client, name, update, follow=follow)
+
+    session.run(work)
+
+
+@main.command()
+@guest_argument
+@with_session
+def cancel(session: Session, name: str) -> None:
+    """Cancel the guest's migration; the guest runs on here. Waits until it has ended."""
+
+    async def work(client: ControlClient) -> Any:
+        from migrated.cli.watch import FINISHED
+
+        found = await client.command("x-migrated-status", {"guest": name, "rounds": 0})
+        running = [progress for progress in found if progress["status"] not in FINISHED]
+        await client.command("migrate_cancel", {"guest": name}, oob=True)
+        if not running:
+            return None
+        return await client.command("x-migrated-wait", {"migration-id": running[-1]["migration_id"]}, oob=True)
+
+    record = session.run(work)
+    if record is None:
+        session.say({}, f"No migration of {name} is running.")
+    elif record["outcome"] == "cancelled":
+        session.say(record, f"The migration of {name} is cancelled: {record['reason']}")
+    else:
+        session.document(record)
+        click.echo(f"The migration of {name} was not cancelled: it is {record['outcome']} already.", err=True)
+        sys.exit(EXIT_IN_DOUBT if record["outcome"] == "in-doubt" else EXIT_FAILED)
+
+
+@main.command("set")
+@guest_argument
+@click.argument("settings", nargs=-1, required=True, metavar="KEY=VALUE...")
+@with_session
+def set_parameters(session: Session, name: str, settings: tuple[str, ...]) -> None:
+    """Change migration parameters of a guest, of its running migration too where that can change.
+
+    Keys are the options of 'migratectl migrate' without the dashes: downtime-limit=200ms max-bandwidth=100MiB/s.
+    """
+    arguments = {"guest": name, **parse_settings(settings)}
+
+    async def work(client: ControlClient) -> Any:
+        await client.command("migrate-set-parameters", arguments)
+        return await client.command("query-migrate-parameters", {"guest": name})
+
+    found = session.run(work)
+    session.show(found, lambda: _render().facts_view(found))
+
+
+@main.command("continue")
+@guest_argument
+@with_session
+def continue_(session: Session, name: str) -> None:
+    """Go on with a migration that waits before its switchover (pause-before-switchover)."""
+    result = session.call("migrate-continue", {"guest": name, "state": "pre-switchover"})
+    session.say(result, f"The migration of {name} goes on.")
+
+
+# --- what happened ----------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--last", type=click.IntRange(1, 1000), help="Only the newest so many [default: 20, with --stats all].")
+@click.option("--guest", "name", help="Only this guest.", shell_complete=_complete_guest)
+@click.option("--outcome", type=click.Choice(OUTCOMES), help="Only this outcome.")
+@click.option(
+    "--since",
+    type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d %H:%M:%S"]),
+    help="Only attempts that began at this time or later; local time unless an offset is given.",
+)
+@click.option("--stats", is_flag=True, help="Percentiles of downtime, total time and prediction error instead.")
+@click.option("--csv", "as_csv", is_flag=True, help="As comma-separated values.")
+@with_session
+def history(
+    session: Session, last: int | None, name: str | None, outcome: str | None, since: Any, stats: bool, as_csv: bool
+) -> None:
+    """Past attempts, newest first."""
+    if as_csv and (stats or session.json):
+        raise click.UsageError("--csv goes with neither --stats nor --json.")
+    given = {
+        "last": last,
+        "guest": name,
+        "outcome": outcome,
+        "since": since.astimezone().isoformat() if since else None,
+    }
+    arguments = {key: value for key, value in given.items() if value is not None}
+    found = session.call("x-migrated-history-stats" if stats else "x-migrated-history", arguments)
+    if as_csv:
+        _write_csv(found)
+    elif stats:
+        session.show(found, lambda: _render().stats_view(found))
+    else:
+        session.show(found, lambda: _render().history_table(found))
+
+
+def _write_csv(records: list[dict[str, Any]]) -> None:
+    attempt = ("migration_id", "guest", "role", "started_at", "outcome", "reason", "total_ns")
+    downtime = (
+        "measured_ns",
+        "lower_ns",
+        "upper_ns",
+        "limit_ns",
+        "limit_violated",
+        "predicted_ns",
+        "predicted_upper_ns",
+    )
+    writer = csv.writer(sys.stdout)
+    writer.writerow([*attempt, *(f"downtime_{name}" for name in downtime), "transferred_bytes", "rounds"])
+    for record in records:
+        measured = record["downtime"] or {}
+        row = [record[name] for name in attempt] + [measured.get(name) for name in downtime]
+        writer.writerow([*row, record["ram"]["transferred_bytes"], len(record["rounds"])])
+
+
+@main.command()
+@migration_argument
+@with_session
+def show(session: Session, migration_id: str) -> None:
+    """The record of one attempt: downtime breakdown, devices, rounds, checkpoints, guest time."""
+    record = session.call("x-migrated-show", {"migration-id": migration_id})
+    session.show(record, lambda: _render().record_view(record))
+
+
+@main.command()
+@migration_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE.html")
+@with_session
+def report(session: Session, migration_id: str, output: Path) -> None:
+    """Write the record of one attempt as a self-contained HTML file."""
+    from migrated.report import write_report
+
+    record = session.call("x-migrated-show", {"migration-id": migration_id})
+    try:
+        write_report(record, output)
+    except OSError as error:
+        session.fail(f"The report cannot be written to {output}: {error.strerror}.", EXIT_FAILED, "OSError")
+    session.say({"migration_id": record["migration_id"], "file": str(output)}, f"Report written to {output}.")
+
+
+@main.command()
+@migration_argument
+@click.option("--run-here", is_flag=True, help="Run the guest on this host.")
+@click.option("--discard", is_flag=True, help="Discard the guest on this host.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@with_session
+def resolve(session: Session, migration_id: str, run_here: bool, discard: bool, yes: bool) -> None:
+    """End an attempt in doubt by hand, when the other host will never answer."""
+    if run_here == discard:
+        raise click.UsageError("Give either --run-here or --discard.")
+    what = "run the guest on this host" if run_here else "discard the guest on this host"
+    if not yes:
+        click.echo(RISKS[run_here], err=True)
+        if not sys.stdin.isatty():
+            raise click.UsageError(f"To {what} without a terminal to ask on, give --yes.")
+        click.confirm(f"Really {what}?", abort=True, err=True)
+    action = "run-here" if run_here else "discard"
+    record = session.call("x-migrated-resolve", {"migration-id": migration_id, "action": action})
+    session.show(record, lambda: _render().record_view(record, details=False))
+
+
+@main.command()
+@click.option("--count", type=click.IntRange(min=1), help="End after so many events.")
+@with_session
+def events(session: Session, count: int | None) -> None:
+    """Every event as it happens, one per line, until interrupted."""
+
+    async def work(client: ControlClient) -> None:
+        seen = 0
+        async for event in client.events():
+            click.echo(json.dumps(event) if session.json else _render().event_line(event))
+            sys.stdout.flush()
+            seen += 1
+            if seen == count:
+                return
+
+    session.run(work)
+
+
+@main.command()
+@with_session
+def metrics(session: Session) -> None:
+    """All metrics of the daemon in Prometheus' text form."""
+    found = session.call("x-migrated-metrics")
+    if session.json:
+        session.document(found)
+    else:
+        click.echo(found["text"], nl=False)
+
+
+@main.command("adjust-time")
+@click.option(
+    "--input", "file", type=click.File(), required=True, metavar="FILE", help="JSON document; - for standard input."
+)
+@with_session
+def adjust_time(session: Session, file: Any) -> None:
+    """Compute a guest-time adjustment by hand; needs no daemon.
+
+    In: {"source": VmTimeData, "destination": {"hrtime", "hres_sec", "hres_ns"}, "elapsed_ns": N}.
+    """
+    from protocol.guest_time import adjust_time_document
+
+    try:
+        document = json.load(file)
+    except (ValueError, RecursionError) as error:
+        session.fail(f"The input is not JSON: {error}.", EXIT_FAILED, "InvalidTimeData")
+    result = adjust_time_document(document)
+    if "error" in result:
+        session.fail(result["message"], EXIT_FAILED, result["error"])
+    session.show(result, lambda: _render().facts_view(result))
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for a shell, for example: eval "$(migratectl completion bash)"."""
+    script = get_completion_class(shell)
+    if script is None:
+        raise click.UsageError(f"There is no completion for {shell}.")
+    click.echo(script(main, {}, "migratectl", "_MIGRATECTL_COMPLETE").source())
+
+
+def _render() -> Any:
+    from migrated.cli import render
+
+    return render

@@ -1,0 +1,299 @@
+"""The daemon's configuration: one TOML file, checked whole, every problem reported at once.
+
+    MIGRATED_SECTION__KEY in the environment  >  the file  >  the defaults here
+
+Relative paths count from the working directory; ``~`` is the home directory of the daemon's user.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from migrated.parameters import Bytes, MigrationParameters, Seconds
+
+ENV_PREFIX: Final = "MIGRATED_"
+MAX_SOCKET_PATH_BYTES: Final = 107
+"""A unix socket address holds no longer path (sun_path, with its final zero)."""
+
+
+class Address(NamedTuple):
+    """Where a TCP listener is: ``host`` without brackets, ``port`` 0 for any free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """The address in ``HOST:PORT`` or ``[IPV6]:PORT``.
+
+    Raises:
+        ValueError: with a phrase that says which part is wrong.
+    """
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{text!r} needs brackets around the IPv6 address: [HOST]:PORT")
+    if not colon or not host or any(c.isspace() for c in host):
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    if not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise ValueError(f"{text!r} needs a port from 0 to 65535 after the colon")
+    return Address(host, int(port))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a configuration. ``source`` is the file, or the environment variable."""
+
+    source: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.source, self.key, self.reason) if part)
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; the message has one line per problem."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+
+
+def _expand(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+def _fits_socket(path: Path) -> Path:
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise ValueError(f"{path} is longer than the {MAX_SOCKET_PATH_BYTES} bytes a socket path may have")
+    return path
+
+
+def _program(argv: tuple[str, ...]) -> tuple[str, ...]:
+    """Resolve the program beside the daemon's own interpreter, then on PATH."""
+    name = argv[0]
+    if "/" in name:
+        path = _expand(Path(name))
+    else:
+        beside = Path(sys.executable).parent / name
+        path = beside if beside.exists() else Path(shutil.which(name) or beside)
+    if not os.access(path, os.X_OK) or path.is_dir():
+        raise ValueError(
+            f"there is no program {name!r} beside {sys.executable} nor on PATH; install it or name its path"
+        )
+    return (str(path), *argv[1:])
+
+
+def _address(value: object) -> object:
+    return parse_address(value) if isinstance(value, str) else value
+
+
+DirectoryPath = Annotated[Path, AfterValidator(_expand)]
+SocketPath = Annotated[Path, AfterValidator(_expand), AfterValidator(_fits_socket)]
+AddressText = Annotated[Address, BeforeValidator(_address)]
+Command = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_program)]
+PositiveSeconds = Annotated[Seconds, Field(gt=0, le=1_000_000)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys are errors, defaults are checked and expanded like given values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class ControlConfig(Section):
+    """``[control]``: the socket that migratectl and QMP clients use."""
+
+    socket: SocketPath = Path("/run/migrated/control.sock")
+
+
+class StateConfig(Section):
+    """``[state]``: what must survive a restart: the journal and the history."""
+
+    directory: DirectoryPath = Path("/var/lib/migrated")
+
+
+class ListenConfig(Section):
+    """``[listen]``: where a destination takes migrations."""
+
+    address: AddressText = Address("127.0.0.1", 4460)
+
+
+class VmmConfig(Section):
+    """``[vmm]``: how guests are started and found again."""
+
+    directory: DirectoryPath = Path("/run/migrated/guests")
+    """API sockets of guests; a restarted daemon finds its guests by them."""
+    command: Command = ("vmm-sim",)
+    """The VMM and fixed arguments; a bare name is looked up beside the daemon's interpreter, then on PATH."""
+    start_timeout_s: PositiveSeconds = 10.0
+    profiles: DirectoryPath = Path("configs/guests")
+    """Guest profiles that ``guest create --profile NAME`` finds by name."""
+
+    @model_validator(mode="after")
+    def _room_for_names(self) -> VmmConfig:
+        _fits_socket(self.directory / ("g" * 32 + ".sock"))
+        return self
+
+
+class LimitsConfig(Section):
+    """``[limits]``: what a peer may ask of this host, and the bound of every wait."""
+
+    max_incoming: int = Field(default=4, ge=1, le=1024)
+    """Incoming migrations at once."""
+    max_memory_bytes: Bytes = Field(default=1 << 40, ge=1 << 20)
+    """Memory of one incoming guest."""
+    connect_timeout_s: PositiveSeconds = 5.0
+    handshake_timeout_s: PositiveSeconds = 15.0
+    round_timeout_s: PositiveSeconds = 60.0
+    """A round without any acknowledged progress for this long is lost."""
+    stop_timeout_s: PositiveSeconds = 5.0
+    """How long the VMM may take to stop or resume its vCPUs."""
+    heartbeat_interval_s: PositiveSeconds = 0.5
+    heartbeat_timeout_s: PositiveSeconds = 5.0
+    """A control channel silent for this long is lost."""
+    ready_timeout_s: PositiveSeconds = 10.0
+    """A destination that voted READY and hears no decision discards the guest after this."""
+    outcome_retry_s: PositiveSeconds = 1.0
+    """First pause between two questions for the outcome of an attempt in doubt; it backs off from here."""
+    tcp_user_timeout_s: PositiveSeconds = 10.0
+    """Unacknowledged data for this long breaks a connection (TCP_USER_TIMEOUT)."""
+
+    @model_validator(mode="after")
+    def _heartbeats_fit(self) -> LimitsConfig:
+        if self.heartbeat_timeout_s < 2 * self.heartbeat_interval_s:
+            raise ValueError("heartbeat_timeout_s must be at least twice heartbeat_interval_s")
+        return self
+
+
+class LogConfig(Section):
+    """``[log]``: to standard error, or to a file."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["console", "json"] = "console"
+    file: DirectoryPath | None = None
+
+
+class MetricsConfig(Section):
+    """``[metrics]``: where Prometheus scrapes; nowhere unless an address is given."""
+
+    address: AddressText | None = None
+
+
+class LockConfig(Section):
+    """``[lock]``: the ownership lock of a guest's identity; on a directory that both hosts share it fences for real."""
+
+    directory: DirectoryPath | None = None
+
+
+class ClockConfig(Section):
+    """``[clock]``: shifts this daemon's view of its host's clocks, so that tests can play two hosts on one."""
+
+    hrtime_offset_ns: int = 0
+    wall_offset_ns: int = 0
+    drift_ppm: int = Field(default=0, ge=-1000, le=1000)
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    control: ControlConfig = ControlConfig()
+    state: StateConfig = StateConfig()
+    listen: ListenConfig = ListenConfig()
+    vmm: VmmConfig = Field(default_factory=VmmConfig)
+    limits: LimitsConfig = LimitsConfig()
+    migration: MigrationParameters = MigrationParameters()
+    log: LogConfig = LogConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    lock: LockConfig = LockConfig()
+    clock: ClockConfig = ClockConfig()
+
+
+def load_config(path: Path, environment: Mapping[str, str] | None = None) -> Config:
+    """Read and check a configuration file, with overrides from the environment (default: the process's own).
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    environment = os.environ if environment is None else environment
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror}); name an existing file with --config"
+        raise ConfigError([Problem(str(path), "", reason)]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([Problem(str(path), "", f"is not valid TOML: {error}")]) from error
+    origins = _override(document, environment)
+    for section in Config.model_fields:
+        document.setdefault(section, {})
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        problems = [_problem(details, str(path), origins) for details in error.errors(include_url=False)]
+        raise ConfigError(problems) from None
+
+
+def _override(document: dict[str, Any], environment: Mapping[str, str]) -> dict[tuple[str, ...], str]:
+    """Put MIGRATED_SECTION__KEY into ``document``; returns which variable each overridden key came from."""
+    origins: dict[tuple[str, ...], str] = {}
+    for variable, text in sorted(environment.items()):
+        section, separator, key = variable.removeprefix(ENV_PREFIX).lower().partition("__")
+        if not variable.startswith(ENV_PREFIX) or not separator:
+            continue
+        table = document.setdefault(section, {})
+        if isinstance(table, dict):
+            table[key] = _env_value(text)
+            origins[section, key] = variable
+            origins.setdefault((section,), variable)
+    return origins
+
+
+def _env_value(text: str) -> object:
+    """A number, a truth value or a list as TOML writes it; everything else is the text itself."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, bool | int | float | list) else text
+
+
+def _problem(details: Any, path: str, origins: Mapping[tuple[str, ...], str]) -> Problem:
+    location = tuple(str(part) for part in details["loc"])
+    reason = str(details["msg"]).removeprefix("Value error, ")
+    if details["type"] == "extra_forbidden":
+        reason = _unknown(location)
+        source = origins.get(location[:2], path)
+    else:
+        source = origins.get(location[:2], path) if len(location) > 1 else path
+    return Problem(source, ".".join(location), reason)
+
+
+def _unknown(location: tuple[str, ...]) -> str:
+    """The reason for a key that does not exist, with the nearest one that does."""
+    what, known = "key", list(Config.model_fields)
+    if len(location) == 1:
+        what = "section"
+    else:
+        section = Config.model_fields[location[0]].annotation
+        candidates = [section, *get_args(section)]
+        known = [
+            name for c in candidates if isinstance(c, type) and issubclass(c, BaseModel) for name in c.model_fields
+        ]
+    near = difflib.get_close_matches(location[-1], known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "known here: " + ", ".join(known)
+    return f"is an unknown {what}; {hint}"

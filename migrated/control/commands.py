@@ -1,0 +1,489 @@
+"""The commands of the control socket as one table: QEMU's names and arguments, and what each asks of the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, get_args
+
+from pydantic import ValidationError
+
+from migrated.control import qemu
+from migrated.control.operations import EVENTS_LOST, GuestSpec, OperationError, Operations, parse_uri
+from migrated.control.schema import (
+    PARAMETER_ARGUMENTS,
+    PARAMETERS,
+    Argument,
+    parameter_document,
+    parameter_values,
+)
+from migrated.history import HistoryQuery
+from migrated.progress import Progress
+from migrated.record import Outcome
+
+Arguments = Mapping[str, Any]
+Handler = Callable[[Operations, Arguments], Awaitable[Any]]
+
+MAX_HISTORY: Final = 1000
+"""Records in one reply; more would keep the event loop busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command.
+
+    ``changes``: who called is logged. ``oob``: may be executed out of band. ``waits``: ends with its client, as nothing
+    hangs on it. ``large``: its result is encoded in a thread, as that may take longer than the event loop can spare.
+    """
+
+    name: str
+    doc: str
+    returns: str
+    arguments: tuple[Argument, ...]
+    run: Handler
+    changes: bool = False
+    oob: bool = False
+    waits: bool = False
+    large: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """For ``x-migrated-schema``."""
+        return {
+            "name": self.name,
+            "doc": self.doc,
+            "returns": self.returns,
+            "allow-oob": self.oob,
+            "arguments": [argument.document() for argument in self.arguments],
+        }
+
+
+GUEST: Final = Argument("guest", "string", "Name of the guest; may be left out where only one exists.")
+ONE_GUEST: Final = Argument("guest", "string", "Name of the guest.", required=True)
+DEFAULTS_GUEST: Final = Argument("guest", "string", "Name of the guest; left out: the daemon's defaults.")
+MIGRATION_ID: Final = Argument("migration-id", "string", "Migration id, or a unique beginning of it.", required=True)
+URI: Final = Argument("uri", "string", "The destination, as tcp:HOST:PORT.")
+
+
+async def _named(operations: Operations, arguments: Arguments) -> str:
+    """The guest that a command means: the one named, or the only one there is."""
+    if "guest" in arguments:
+        return str(arguments["guest"])
+    guests = await operations.guest_list()
+    here = [guest["name"] for guest in guests if guest["state"] != "retired"] or [guest["name"] for guest in guests]
+    if len(here) == 1:
+        return str(here[0])
+    if not here:
+        raise OperationError("There is no guest on this host; create one first.", "DeviceNotFound")
+    raise OperationError(f"Several guests are on this host ({', '.join(sorted(here))}); say which with 'guest'.")
+
+
+def _running(operations: Operations, arguments: Arguments) -> Progress | None:
+    """The migration that a command means: the guest's, or the only one that runs; None when nothing runs."""
+    found = [p for p in operations.progress(arguments.get("guest")) if p.status not in qemu.FINISHED]
+    if len(found) > 1:
+        names = ", ".join(sorted(p.guest for p in found))
+        raise OperationError(f"Several migrations are running (of {names}); say which with 'guest'.")
+    return found[0] if found else None
+
+
+async def _migrate(operations: Operations, arguments: Arguments) -> Any:
+    uri = qemu.uri_of(arguments)
+    parse_uri(uri)
+    guest = await _named(operations, arguments)
+    overrides = parameter_values(arguments, operations.parameters(guest))
+    return {"migration-id": await operations.migrate(guest, uri, overrides)}
+
+
+async def _migrate_cancel(operations: Operations, arguments: Arguments) -> Any:
+    running = _running(operations, arguments)
+    if running is not None:
+        await operations.cancel(running.guest)
+    return {}
+
+
+async def _migrate_continue(operations: Operations, arguments: Arguments) -> Any:
+    running = _running(operations, arguments)
+    if running is None or running.status != arguments["state"]:
+        status = running.status if running else "none"
+        raise OperationError(f"Migration not in expected state: {status}")
+    await operations.continue_switchover(running.guest)
+    return {}
+
+
+async def _set_parameters(operations: Operations, arguments: Arguments) -> Any:
+    guest = arguments.get("guest")
+    values = parameter_values(arguments, operations.parameters(guest))
+    await operations.set_parameters(guest, values)
+    return {}
+
+
+async def _query_parameters(operations: Operations, arguments: Arguments) -> Any:
+    return parameter_document(operations.parameters(arguments.get("guest")))
+
+
+async def _set_capabilities(operations: Operations, arguments: Arguments) -> Any:
+    values = qemu.capability_values(arguments["capabilities"])
+    await operations.set_parameters(arguments.get("guest"), values)
+    return {}
+
+
+async def _query_capabilities(operations: Operations, arguments: Arguments) -> Any:
+    return qemu.capability_document(operations.parameters(arguments.get("guest")))
+
+
+async def _query_migrate(operations: Operations, arguments: Arguments) -> Any:
+    guest = arguments.get("guest")
+    known = operations.progress(guest)
+    if known:
+        latest = known[-1]
+        if latest.status not in qemu.FINISHED:
+            return qemu.migration_info(latest, None)
+        return qemu.migration_info(latest, await asyncio.to_thread(operations.record, latest.migration_id))
+    remembered = await asyncio.to_thread(operations.history, HistoryQuery(last=1, guest=guest))
+    return qemu.recorded_info(remembered[0]) if remembered else {}
+
+
+async def _query_status(operations: Operations, arguments: Arguments) -> Any:
+    guest = await operations.guest_show(await _named(operations, arguments))
+    status = qemu.RUN_STATES.get(guest["state"], "internal-error")
+    return {"running": status == "running", "status": status, "guest": guest["name"]}
+
+
+async def _stop(operations: Operations, arguments: Arguments) -> Any:
+    await operations.guest_pause(await _named(operations, arguments))
+    return {}
+
+
+async def _cont(operations: Operations, arguments: Arguments) -> Any:
+    await operations.guest_resume(await _named(operations, arguments))
+    return {}
+
+
+def version_document(operations: Operations) -> dict[str, Any]:
+    """QEMU's VersionInfo for this daemon."""
+    version = operations.version()
+    major, minor, micro = (int(part) for part in str(version["version"]).split(".")[:3])
+    return {
+        "qemu": {"micro": micro, "minor": minor, "major": major},
+        "package": f"migrated {version['version']}",
+        **version,
+    }
+
+
+async def _query_version(operations: Operations, _arguments: Arguments) -> Any:
+    return version_document(operations)
+
+
+async def _query_commands(_operations: Operations, _arguments: Arguments) -> Any:
+    return [{"name": name} for name in COMMANDS]
+
+
+async def _schema(_operations: Operations, _arguments: Arguments) -> Any:
+    return {
+        "commands": [command.document() for command in COMMANDS.values()],
+        "events": [{"name": name, "doc": doc} for name, doc in EVENTS.items()],
+        "parameters": [parameter.document() for parameter in PARAMETERS.values()],
+    }
+
+
+async def _quit(operations: Operations, _arguments: Arguments) -> Any:
+    await operations.quit()
+    return {}
+
+
+async def _guest_create(operations: Operations, arguments: Arguments) -> Any:
+    fields = {name.replace("-", "_"): value for name, value in arguments.items()}
+    fields["name"] = fields.pop("guest")
+    try:
+        spec = GuestSpec.model_validate(fields)
+    except ValidationError as error:
+        details = error.errors(include_url=False)[0]
+        raise OperationError(f"The guest cannot be created: {details['loc'][0]}: {details['msg']}.") from None
+    return await operations.guest_create(spec)
+
+
+async def _guest_list(operations: Operations, _arguments: Arguments) -> Any:
+    return await operations.guest_list()
+
+
+async def _guest_show(operations: Operations, arguments: Arguments) -> Any:
+    return await operations.guest_show(arguments["guest"])
+
+
+async def _guest_pause(operations: Operations, arguments: Arguments) -> Any:
+    return await operations.guest_pause(arguments["guest"])
+
+
+async def _guest_resume(operations: Operations, arguments: Arguments) -> Any:
+    return await operations.guest_resume(arguments["guest"])
+
+
+async def _guest_destroy(operations: Operations, arguments: Arguments) -> Any:
+    return await operations.guest_destroy(arguments["guest"])
+
+
+async def _guest_verify(operations: Operations, arguments: Arguments) -> Any:
+    return await operations.guest_verify(arguments["guest"])
+
+
+async def _status(operations: Operations, arguments: Arguments) -> Any:
+    rounds = arguments.get("rounds")
+    found = operations.progress(arguments.get("guest"))
+    if rounds is not None:
+        if rounds < 0:
+            raise OperationError("Parameter 'rounds' expects an integer of 0 or more")
+        found = [p.model_copy(update={"rounds": p.rounds[len(p.rounds) - rounds :] if rounds else ()}) for p in found]
+    return [p.model_dump(mode="json") for p in found]
+
+
+async def _wait(operations: Operations, arguments: Arguments) -> Any:
+    return await operations.wait(arguments["migration-id"])
+
+
+def _query(arguments: Arguments, **defaults: object) -> HistoryQuery:
+    try:
+        return HistoryQuery.model_validate(
+            defaults | {name: arguments[name] for name in ("last", "guest", "outcome", "since") if name in arguments}
+        )
+    except ValidationError as error:
+        details = error.errors(include_url=False)[0]
+        raise OperationError(f"Parameter '{details['loc'][0]}' cannot be used: {details['msg']}") from None
+
+
+async def _history(operations: Operations, arguments: Arguments) -> Any:
+    query = _query(arguments, last=20)
+    if query.last is None or query.last > MAX_HISTORY:
+        raise OperationError(f"Parameter 'last' expects an integer in the range of 1 to {MAX_HISTORY}")
+    return await asyncio.to_thread(operations.history, query)
+
+
+async def _history_stats(operations: Operations, arguments: Arguments) -> Any:
+    return await asyncio.to_thread(operations.history_stats, _query(arguments))
+
+
+async def _show(operations: Operations, arguments: Arguments) -> Any:
+    return await asyncio.to_thread(operations.record, arguments["migration-id"])
+
+
+async def _resolve(operations: Operations, arguments: Arguments) -> Any:
+    return await operations.resolve(arguments["migration-id"], arguments["action"] == "run-here")
+
+
+async def _estimate(operations: Operations, arguments: Arguments) -> Any:
+    uri = qemu.uri_of(arguments)
+    parse_uri(uri)
+    guest = await _named(operations, arguments)
+    return await operations.estimate(guest, uri, parameter_values(arguments, operations.parameters(guest)))
+
+
+async def _metrics(operations: Operations, _arguments: Arguments) -> Any:
+    return {"text": (await asyncio.to_thread(operations.metrics_text)).decode()}
+
+
+CHANNELS: Final = Argument("channels", "array", "QEMU's other form of the destination: one 'main' inet channel.")
+HISTORY_FILTER: Final = (
+    Argument("guest", "string", "Only this guest."),
+    Argument("outcome", "string", "Only this outcome.", values=get_args(Outcome)),
+    Argument("since", "string", "Only attempts that began at this ISO 8601 time with offset, or later."),
+)
+LAST: Final = Argument("last", "integer", "Only the newest so many.")
+
+_TABLE: Final = (
+    Command(
+        "migrate",
+        "Start to migrate a guest. Returns once the attempt has begun; events, query-migrate and x-migrated-wait tell "
+        "the rest. Migration parameters given here count for this attempt only.",
+        "The migration id.",
+        (
+            GUEST,
+            URI,
+            CHANNELS,
+            Argument("detach", "boolean", "Accepted for QEMU's sake; the command never waits."),
+            *PARAMETER_ARGUMENTS,
+        ),
+        _migrate,
+        changes=True,
+    ),
+    Command(
+        "migrate_cancel",
+        "Cancel a running migration; its guest runs on. Nothing to cancel is no error; after COMMIT it is refused.",
+        "Nothing.",
+        (Argument("guest", "string", "Name of the guest; may be left out while one migration runs."),),
+        _migrate_cancel,
+        changes=True,
+        oob=True,
+    ),
+    Command(
+        "migrate-continue",
+        "Go on with a migration that waits in pre-switchover.",
+        "Nothing.",
+        (
+            Argument("guest", "string", "Name of the guest; may be left out while one migration runs."),
+            Argument("state", "string", "The state it waits in.", required=True, values=("pre-switchover",)),
+        ),
+        _migrate_continue,
+        changes=True,
+    ),
+    Command(
+        "migrate-set-parameters",
+        "Change migration parameters: all of them, or on an error none. Without a guest the daemon's defaults change, "
+        "which hold for every guest that has no value of its own.",
+        "Nothing.",
+        (DEFAULTS_GUEST, *PARAMETER_ARGUMENTS),
+        _set_parameters,
+        changes=True,
+    ),
+    Command(
+        "query-migrate-parameters",
+        "The migration parameters that the next migration would use.",
+        "All parameters by name.",
+        (DEFAULTS_GUEST,),
+        _query_parameters,
+    ),
+    Command(
+        "migrate-set-capabilities",
+        "Switch migration capabilities, which are the truth values among the parameters in QEMU's form.",
+        "Nothing.",
+        (DEFAULTS_GUEST, Argument("capabilities", "array", "Objects with 'capability' and 'state'.", required=True)),
+        _set_capabilities,
+        changes=True,
+    ),
+    Command(
+        "query-migrate-capabilities",
+        "The state of all migration capabilities.",
+        "A list of objects with 'capability' and 'state'.",
+        (DEFAULTS_GUEST,),
+        _query_capabilities,
+    ),
+    Command(
+        "query-migrate",
+        "The most recent migration.",
+        "QEMU's MigrationInfo and more; an empty object when there has been none.",
+        (Argument("guest", "string", "Only this guest's."),),
+        _query_migrate,
+    ),
+    Command(
+        "query-status",
+        "Whether a guest runs.",
+        "QEMU's StatusInfo.",
+        (GUEST,),
+        _query_status,
+    ),
+    Command("query-version", "The version of the daemon.", "QEMU's VersionInfo and more.", (), _query_version),
+    Command("query-commands", "All commands.", "A list of objects with 'name'.", (), _query_commands),
+    Command("stop", "Stop the vCPUs of a guest.", "Nothing.", (GUEST,), _stop, changes=True),
+    Command("cont", "Let the vCPUs of a guest run.", "Nothing.", (GUEST,), _cont, changes=True),
+    Command("quit", "Stop the daemon in an orderly way; guests run on.", "Nothing.", (), _quit, changes=True),
+    Command(
+        "x-migrated-schema",
+        "Every command with its arguments, every event and every migration parameter.",
+        "An object with 'commands', 'events' and 'parameters'.",
+        (),
+        _schema,
+    ),
+    Command(
+        "x-migrated-guest-create",
+        "Start a guest in a VMM process of its own.",
+        "The guest.",
+        (
+            ONE_GUEST,
+            Argument("memory-bytes", "integer", "Size of its memory.", required=True),
+            Argument("workload", "string", "What its vCPUs do (a workload of the VMM)."),
+            Argument("dirty-rate-bytes-per-s", "integer", "How fast it writes memory."),
+            Argument("profile", "string", "A guest profile: its name, or the path of its file."),
+            Argument("seed", "integer", "Seed of its memory content and of its costs."),
+            Argument("paused", "boolean", "Leave the vCPUs stopped."),
+            Argument("options", "object", "Further options for the VMM, text to text."),
+        ),
+        _guest_create,
+        changes=True,
+    ),
+    Command("x-migrated-guest-list", "All guests of this host.", "A list of guests.", (), _guest_list),
+    Command(
+        "x-migrated-guest-show", "One guest.", "The guest, with more than the list says.", (ONE_GUEST,), _guest_show
+    ),
+    Command("x-migrated-guest-pause", "Stop its vCPUs.", "The guest.", (ONE_GUEST,), _guest_pause, changes=True),
+    Command("x-migrated-guest-resume", "Let its vCPUs run.", "The guest.", (ONE_GUEST,), _guest_resume, changes=True),
+    Command(
+        "x-migrated-guest-destroy", "End its VMM.", "The guest as it was.", (ONE_GUEST,), _guest_destroy, changes=True
+    ),
+    Command(
+        "x-migrated-guest-verify",
+        "Check every byte of its memory and its clock against what its seed and step count say.",
+        "The findings; 'ok' sums them up.",
+        (ONE_GUEST,),
+        _guest_verify,
+    ),
+    Command(
+        "x-migrated-status",
+        "Running migrations and the last finished one of each guest.",
+        "A list of progress objects, in order of start.",
+        (
+            Argument("guest", "string", "Only this guest's."),
+            Argument("rounds", "integer", "How many of the last pre-copy rounds to tell; left out: all."),
+        ),
+        _status,
+        large=True,
+    ),
+    Command(
+        "x-migrated-wait",
+        "Wait until an attempt has ended or is in doubt. May be executed out of band, so that a client can go on.",
+        "Its record.",
+        (MIGRATION_ID,),
+        _wait,
+        oob=True,
+        waits=True,
+        large=True,
+    ),
+    Command(
+        "x-migrated-history",
+        "Records of past attempts, newest first.",
+        "A list of records.",
+        (LAST, *HISTORY_FILTER),
+        _history,
+        large=True,
+    ),
+    Command(
+        "x-migrated-history-stats",
+        "Percentiles of downtime, total time and prediction error, and outcomes, over past attempts.",
+        "The figures.",
+        (LAST, *HISTORY_FILTER),
+        _history_stats,
+    ),
+    Command("x-migrated-show", "The record of one attempt.", "The record.", (MIGRATION_ID,), _show, large=True),
+    Command(
+        "x-migrated-resolve",
+        "End an attempt in doubt by hand. To run the guest here while it runs on the other host corrupts its disks; "
+        "to discard it here while the other host does not have it loses it.",
+        "Its record.",
+        (
+            MIGRATION_ID,
+            Argument(
+                "action", "string", "What to do with the guest here.", required=True, values=("run-here", "discard")
+            ),
+        ),
+        _resolve,
+        changes=True,
+    ),
+    Command(
+        "x-migrated-estimate",
+        "What a migration would cost, without migrating.",
+        "Predicted downtime and total time with bounds, and whether the limit can be met.",
+        (GUEST, URI, CHANNELS, *PARAMETER_ARGUMENTS),
+        _estimate,
+    ),
+    Command("x-migrated-metrics", "All metrics in Prometheus' text form.", "An object with 'text'.", (), _metrics),
+)
+
+COMMANDS: Final[dict[str, Command]] = {command.name: command for command in _TABLE}
+"""Every command but ``qmp_capabilities``, which belongs to the connection."""
+
+EVENTS: Final[dict[str, str]] = {
+    "MIGRATION": "A migration changed its state: 'status', 'guest', 'migration-id'.",
+    "MIGRATION_PASS": "A pre-copy round began: 'pass' (from 1), 'guest', 'migration-id'.",
+    "STOP": "The vCPUs of a guest stopped: 'guest'.",
+    "RESUME": "The vCPUs of a guest run: 'guest'.",
+    EVENTS_LOST: "This client read too slowly and lost 'count' events.",
+}
+"""Every event the control socket itself promises; the daemon may send more, prefixed ``X_MIGRATED_``."""

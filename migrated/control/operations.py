@@ -1,0 +1,246 @@
+"""What the control socket asks of the daemon: the ``Operations`` protocol, its error, and the events it sends out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from migrated.config import Address, parse_address
+from migrated.history import HistoryQuery
+from migrated.parameters import MigrationParameters
+from migrated.progress import Progress
+from protocol.guest import MAX_MEMORY_BYTES, GuestName
+
+ErrorKind = Literal["GenericError", "CommandNotFound", "DeviceNotActive", "DeviceNotFound", "KVMMissingCap"]
+"""QMP's error classes (qapi/error.json)."""
+
+EVENTS_KEPT: Final = 1024
+"""Events kept for one subscriber that does not read."""
+EVENTS_LOST: Final = "X_MIGRATED_EVENTS_LOST"
+
+
+class OperationError(Exception):
+    """An operation that was not carried out.
+
+    Attributes:
+        kind: QMP's error class: ``DeviceNotFound`` for an unknown guest or migration id, else mostly ``GenericError``.
+        record: the record document of the attempt, when there was one.
+    """
+
+    def __init__(self, message: str, kind: ErrorKind = "GenericError", *, record: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.kind: ErrorKind = kind
+        self.record = record
+
+
+class GuestSpec(BaseModel):
+    """A guest to start. ``options`` go to the VMM as they are (``--key value``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: GuestName
+    memory_bytes: int = Field(ge=1 << 20, le=MAX_MEMORY_BYTES)
+    workload: str | None = None
+    dirty_rate_bytes_per_s: int | None = Field(default=None, ge=0, le=1 << 50)
+    profile: str | None = None
+    """Name of a guest profile, or the path of its file."""
+    seed: int | None = Field(default=None, ge=0, lt=1 << 63)
+    paused: bool = False
+    options: dict[str, str] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event as QMP sends it; the timestamp is the host's wall clock when it was published."""
+
+    name: str
+    data: dict[str, Any]
+    seconds: int
+    microseconds: int
+
+    def document(self) -> dict[str, Any]:
+        """The QMP event object; ``data`` is left out when empty."""
+        stamp = {"seconds": self.seconds, "microseconds": self.microseconds}
+        return {"event": self.name, **({"data": self.data} if self.data else {}), "timestamp": stamp}
+
+
+class Subscription:
+    """One reader of the event bus: a bounded queue that drops its oldest event rather than hold up the daemon.
+
+    The reader learns of a loss by an ``X_MIGRATED_EVENTS_LOST`` event with the count, in place of what was lost.
+    """
+
+    def __init__(self, bus: EventBus, capacity: int) -> None:
+        self._bus = bus
+        self._capacity = capacity
+        self._events: deque[Event] = deque()
+        self._lost = 0
+        self.arrived = asyncio.Event()
+        """Set while there is something to take; its owner may share it."""
+        self.dropped = 0
+        """Events this reader never saw, over its life."""
+
+    def put(self, event: Event) -> None:
+        """Add an event; never waits."""
+        if len(self._events) == self._capacity:
+            self._events.popleft()
+            self._lost += 1
+            self.dropped += 1
+        self._events.append(event)
+        self.arrived.set()
+
+    def pending(self) -> list[Event]:
+        """Take everything there is, oldest first, without waiting."""
+        events = [_stamped(EVENTS_LOST, {"count": self._lost})] if self._lost else []
+        events.extend(self._events)
+        self._lost = 0
+        self._events.clear()
+        return events
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            await self.arrived.wait()
+            self.arrived.clear()
+            for event in self.pending():
+                yield event
+
+    def close(self) -> None:
+        """Stop receiving. Closing twice is fine."""
+        self._bus.remove(self)
+
+
+class EventBus:
+    """Hands events to every subscriber. Publish from the event loop's thread only; it never waits."""
+
+    def __init__(self) -> None:
+        self._subscriptions: set[Subscription] = set()
+
+    def subscribe(self, capacity: int = EVENTS_KEPT) -> Subscription:
+        """Receive every event published from now on; close the subscription when done."""
+        subscription = Subscription(self, capacity)
+        self._subscriptions.add(subscription)
+        return subscription
+
+    def remove(self, subscription: Subscription) -> None:
+        """Forget a subscription."""
+        self._subscriptions.discard(subscription)
+
+    def publish(self, name: str, data: dict[str, Any] | None = None) -> None:
+        """Send an event to every subscriber. Names as QMP writes them (``MIGRATION``), keys in kebab-case."""
+        event = _stamped(name, data or {})
+        for subscription in self._subscriptions:
+            subscription.put(event)
+
+
+def _stamped(name: str, data: dict[str, Any]) -> Event:
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    return Event(name, data, seconds, nanoseconds // 1000)
+
+
+def parse_uri(uri: str) -> Address:
+    """The destination in ``tcp:HOST:PORT``.
+
+    Raises:
+        OperationError: the URI has another form.
+    """
+    scheme, _, rest = uri.partition(":")
+    try:
+        if scheme != "tcp":
+            raise ValueError(f"{uri!r} does not begin with 'tcp:'")
+        address = parse_address(rest)
+        if address.port == 0:
+            raise ValueError("port 0 is no port to connect to")
+    except ValueError as error:
+        raise OperationError(
+            f"The migration URI cannot be used: {error}. Give the destination as tcp:HOST:PORT, "
+            "for example tcp:192.0.2.7:4460 or tcp:[2001:db8::7]:4460."
+        ) from error
+    return address
+
+
+class Operations(Protocol):
+    """The daemon as the control socket sees it. Every method raises OperationError when it does not do its work.
+
+    Results are plain JSON values. Migration ids may be given as any unique prefix. Guests in ``guest_*`` results
+    have at least ``name``, ``state`` (running, paused, incoming, in-doubt, retired), ``memory_bytes``, ``api_socket``,
+    ``pid``.
+    """
+
+    events: EventBus
+
+    async def guest_create(self, spec: GuestSpec) -> dict[str, Any]:
+        """Start a guest and wait until its VMM answers."""
+
+    async def guest_list(self) -> list[dict[str, Any]]:
+        """All guests of this host, retired ones too while they are kept."""
+
+    async def guest_show(self, name: str) -> dict[str, Any]:
+        """One guest, with more than the list says."""
+
+    async def guest_pause(self, name: str) -> dict[str, Any]:
+        """Stop the vCPUs; a paused guest stays paused without error."""
+
+    async def guest_resume(self, name: str) -> dict[str, Any]:
+        """Let the vCPUs run; refused where the hand-over does not allow it."""
+
+    async def guest_destroy(self, name: str) -> dict[str, Any]:
+        """End the VMM; refused while a migration of the guest is open."""
+
+    async def guest_verify(self, name: str) -> dict[str, Any]:
+        """Check every byte of memory and the clock: ``{"ok": bool, "message": sentence, ...}``."""
+
+    async def migrate(self, guest: str, uri: str, overrides: dict[str, object]) -> str:
+        """Start an attempt and return its migration id once arguments, guest and URI were accepted here.
+
+        ``overrides`` are fields of MigrationParameters, already checked, on top of the guest's own parameters.
+        """
+
+    async def wait(self, migration_id: str) -> dict[str, Any]:
+        """Wait for the end of an attempt (or for its being in doubt) and return its record document."""
+
+    def progress(self, guest: str | None) -> list[Progress]:
+        """Running migrations and the last finished one of each guest since the daemon's start, in order of start."""
+
+    async def cancel(self, guest: str) -> None:
+        """Cancel the running migration of a guest; refused after COMMIT; nothing to do is no error."""
+
+    async def set_parameters(self, guest: str | None, values: dict[str, object]) -> None:
+        """Change parameters (fields of MigrationParameters, already checked) of a guest, of its running migration too
+        where that can change; None: the daemon's defaults."""
+
+    def parameters(self, guest: str | None) -> MigrationParameters:
+        """What the guest's next migration would use; None: the daemon's defaults."""
+
+    async def continue_switchover(self, guest: str) -> None:
+        """Go on after pause-before-switchover."""
+
+    def history(self, query: HistoryQuery) -> list[dict[str, Any]]:
+        """Record documents, newest first. May be called in a thread."""
+
+    def history_stats(self, query: HistoryQuery) -> dict[str, Any]:
+        """``History.stats`` of the query. May be called in a thread."""
+
+    def record(self, migration_id: str) -> dict[str, Any]:
+        """One record document. May be called in a thread."""
+
+    async def resolve(self, migration_id: str, run_here: bool) -> dict[str, Any]:
+        """End an attempt in doubt by hand and return its record: run the guest here, or discard it here."""
+
+    async def estimate(self, guest: str, uri: str, overrides: dict[str, object]) -> dict[str, Any]:
+        """What a migration would cost, without migrating: ``predicted_ns``, ``predicted_upper_ns``, ``limit_ns``,
+        ``fits``, ``reason`` (a sentence), ``parts_ns`` {name: ns}, ``total_ns`` and more."""
+
+    def metrics_text(self) -> bytes:
+        """All metrics in Prometheus' text form. May be called in a thread."""
+
+    def version(self) -> dict[str, Any]:
+        """``{"version": "0.1.0", "protocol": ..., "role": ...}``."""
+
+    async def quit(self) -> None:
+        """Begin the daemon's orderly stop; guests run on. Returns before the daemon is gone."""

@@ -1,0 +1,138 @@
+"""The daemon's process: builds everything from the configuration, serves until it is told to stop, lets go in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+import uvloop
+
+from migrated.config import Config
+from migrated.control.server import ControlServer, ControlSocketError
+from migrated.history import HistoryError
+from migrated.host import MigrationHost, Role
+from migrated.journal import JournalError
+from migrated.link.listener import Listener
+from migrated.logs import LogCollector, configure
+from migrated.notify import Notifier
+from migrated.tasks import TaskSet
+
+log = structlog.get_logger()
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+_SWITCH_INTERVAL_S: Final = 0.0005
+"""How long a thread may keep the interpreter from another: data threads and the event loop share it."""
+_FIRST_INHERITED_FD: Final = 3
+_TRACK_S: Final = 1.0
+
+
+class StartError(Exception):
+    """The daemon cannot start; the sentence says why and what to do."""
+
+
+def run_daemon(config: Config, role: Role) -> int:
+    """Run a daemon until it is told to stop. Returns the exit status."""
+    try:
+        collector = configure(config.log.level, config.log.format, file=config.log.file)
+    except OSError as error:
+        sys.stderr.write(f"the log file {config.log.file} cannot be opened: {error.strerror}\n")
+        return EXIT_FAILED
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    try:
+        uvloop.run(_serve(config, role, collector))
+    except (StartError, ControlSocketError, JournalError, HistoryError) as error:
+        log.error("the daemon cannot start", reason=str(error))
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+async def _serve(config: Config, role: Role, collector: LogCollector) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, stop)
+    notifier = Notifier.from_environment()
+    tasks = TaskSet()
+    # The control socket comes first: its lock keeps a second daemon away from the same journal and guests.
+    host = MigrationHost(config, role, collector)
+    control = ControlServer(host, config.control.socket)
+    async with contextlib.AsyncExitStack() as stack:
+        undo = stack.push_async_callback
+        undo(host.stop)
+        await control.start()
+        undo(control.close)
+        await host.start()
+        listener = Listener(host.connected, config.limits.tcp_user_timeout_s)
+        if role != "source":
+            await _listen(listener, config)
+            undo(listener.stop)
+        stop_metrics = _serve_metrics(host, config)
+        if stop_metrics is not None:
+            undo(asyncio.to_thread, stop_metrics)
+        undo(tasks.stop)
+        tasks.start(notifier.feed_watchdog())
+        tasks.start(_track(host))
+        gc.collect()
+        gc.freeze()  # what a daemon starts with stays: the collector need not look at it again
+        where = f", listening on {listener.address}" if listener.address is not None else ""
+        notifier.ready(f"serving {config.control.socket}{where}")
+        log.info("ready", role=role, control=str(config.control.socket), listen=str(listener.address or "-"))
+        waiting = [asyncio.create_task(event.wait()) for event in (stop, host.stopping)]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        log.info("stopping")
+        notifier.stopping("finishing what is under way")
+
+
+def _on_signal(stop: asyncio.Event) -> None:
+    """Stop in order; a second signal does not wait."""
+    if stop.is_set():
+        os._exit(130)
+    stop.set()
+
+
+async def _listen(listener: Listener, config: Config) -> None:
+    inherited = _inherited_socket()
+    try:
+        await listener.start(config.listen.address, inherited)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {config.listen.address}: {error.strerror or error}; is another daemon running there? "
+            "Set [listen] address to a free one"
+        ) from error
+
+
+def _inherited_socket() -> socket.socket | None:
+    """The listening socket that the service manager passed, if it passed one (socket activation)."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+        return None
+    return socket.socket(fileno=_FIRST_INHERITED_FD)
+
+
+def _serve_metrics(host: MigrationHost, config: Config) -> Callable[[], None] | None:
+    if config.metrics.address is None:
+        return None
+    try:
+        return host.metrics.serve(config.metrics.address)
+    except OSError as error:
+        raise StartError(
+            f"cannot serve metrics on {config.metrics.address}: {error.strerror or error}; set [metrics] address to a "
+            "free one"
+        ) from error
+
+
+async def _track(host: MigrationHost) -> None:
+    """Keep the gauges of what runs up to date."""
+    while True:
+        host.metrics.track(host.progress(None))
+        await asyncio.sleep(_TRACK_S)

@@ -1,0 +1,1 @@
+"""One incoming migration: the story, receiving and loading, the take-over."""

@@ -1,0 +1,182 @@
+"""Loading: everything that arrives is put into the incoming guest, in the order that correctness needs.
+
+iterable state of the rounds   as it comes
+time data                      before any final device state
+final iterable state           after the time data
+everything else                after STATE_END and the last page, since a device may look into guest memory
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import structlog
+
+from migrated.clock import HostClock
+from migrated.destination.pages import ArrivedState
+from migrated.errors import MigrationError
+from migrated.record import TimeSummary
+from migrated.vmm.base import Vmm
+from protocol import messages
+from protocol.clock import ExportExchange, OffsetEstimate
+from protocol.guest_time import (
+    adjust_time_data,
+    check_limits,
+    choose_elapsed,
+    provable_skew,
+    time_account,
+    wall_clock_skew,
+)
+from protocol.messages import TimeRules
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivedTime:
+    """The answer to our time ask: the message, and the stamps of the exchange on this host's raw clock."""
+
+    data: messages.TimeData
+    asked_at_ns: int
+    read_at_ns: int
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What loading has done so far."""
+
+    load_ns: dict[str, int] = field(default_factory=dict)
+    states: int = 0
+    final_devices: set[tuple[str, str]] = field(default_factory=set)
+    time: TimeSummary | None = None
+    time_imported_ns: int = 0
+
+
+class Loading:
+    """Loads one incoming guest. ``run`` is a task of its own; the other methods feed it from the event loop.
+
+    Args:
+        vmm: the incoming guest.
+        devices: (name, kind) of every device that must have its final state loaded.
+        rules: how guest time is carried over.
+        clock: this host's clocks.
+        offset: called for what is known of the source's raw clock.
+    """
+
+    def __init__(
+        self,
+        vmm: Vmm,
+        devices: set[tuple[str, str]],
+        rules: TimeRules,
+        clock: HostClock,
+    ) -> None:
+        self.done = Loaded()
+        self._vmm = vmm
+        self._devices = devices
+        self._rules = rules
+        self._clock = clock
+        self._states: dict[int, ArrivedState] = {}
+        self._arrived = asyncio.Event()
+        self._time: asyncio.Future[tuple[ArrivedTime, OffsetEstimate | None]] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._complete: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def add_state(self, state: ArrivedState) -> None:
+        """A whole device state arrived."""
+        self._states[state.meta.order] = state
+        self._arrived.set()
+
+    def add_time(self, arrived: ArrivedTime, offset: OffsetEstimate | None) -> None:
+        """The guest's time arrived."""
+        if not self._time.done():
+            self._time.set_result((arrived, offset))
+
+    def all_arrived(self, states: int) -> None:
+        """Every page of the final state is in place and ``states`` device states were sent in all."""
+        if not self._complete.done():
+            self._complete.set_result(states)
+            self._arrived.set()
+
+    async def run(self) -> None:
+        """Load until everything is in place.
+
+        Raises:
+            MigrationError, TimeAdjustError, ClockError: a state or the time cannot be loaded.
+        """
+        expected: int | None = None
+        while expected is None or self.done.states < expected:
+            state = self._states.pop(self.done.states, None)
+            if state is None:
+                if self._complete.done():
+                    expected = self._complete.result()
+                    if self.done.states >= expected:
+                        break
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            await self._load(state)
+            self.done.states += 1
+        await self._import_time()  # also when the guest has no devices at all
+        missing = self._devices - self.done.final_devices
+        if missing:
+            names = ", ".join(f"{name} ({kind})" for name, kind in sorted(missing))
+            raise MigrationError(f"the final state of {names} never arrived")
+
+    async def _load(self, state: ArrivedState) -> None:
+        meta = state.meta
+        if meta.final:
+            await self._import_time()
+            if meta.kind == "non-iterable":
+                await asyncio.shield(self._complete)
+        ns = await self._vmm.load_device(meta.name, meta.kind, state.data, meta.final)
+        if meta.final:
+            self.done.load_ns[f"{meta.name}/{meta.kind}"] = ns
+            self.done.final_devices.add((meta.name, meta.kind))
+
+    async def _import_time(self) -> None:
+        """Adjust the guest's time to this host and import it, once."""
+        if self.done.time is not None:
+            return
+        arrived, offset = await asyncio.shield(self._time)
+        data, rules = arrived.data, self._rules
+        imported_at_ns, wall = self._clock.hrtime_ns(), self._clock.wall()
+        exchange = ExportExchange(
+            arrived.asked_at_ns, data.t2_ns, data.time.hrtime, data.t3_ns, arrived.read_at_ns, imported_at_ns
+        )
+        interval = exchange.elapsed(offset=offset)
+        check_limits(interval, max_time_jump_ns=rules.max_time_jump_ns, max_time_error_ns=rules.max_time_error_ns)
+        elapsed_ns = choose_elapsed(interval, rules.policy)
+        adjustment = adjust_time_data(
+            data.time, destination_hrtime=imported_at_ns, destination_wall=wall, elapsed_ns=elapsed_ns
+        )
+        daemon_ns = self._clock.hrtime_ns() - imported_at_ns
+        error_ns = interval.error_ns(elapsed_ns) if rules.policy != "freeze" else interval.upper_ns
+        imported = await self._vmm.import_time(adjustment.adjusted, error_ns)
+        skew = wall_clock_skew(data.time, adjustment.adjusted, interval)
+        if certain_ns := provable_skew(skew):
+            log.warning("the hosts' wall clocks disagree", at_least_ms=round(abs(certain_ns) / 1e6, 3))
+        self.done.time_imported_ns = time.monotonic_ns()
+        self.done.time = TimeSummary(
+            policy=rules.policy,
+            elapsed_lower_ns=interval.lower_ns,
+            elapsed_upper_ns=interval.upper_ns,
+            elapsed_ns=elapsed_ns,
+            before=data.time,
+            after=adjustment.adjusted,
+            guest_uptime_ns=adjustment.guest_uptime_ns,
+            tsc_delta=adjustment.tsc_delta,
+            boot_hrtime_delta=adjustment.boot_hrtime_delta,
+            wall_clock_skew_ns=skew,
+            round_trip_ns=exchange.delta_ns,
+            stages=time_account(
+                data.time,
+                adjustment,
+                elapsed_ns=elapsed_ns,
+                daemon_ns=daemon_ns,
+                vmm_ns=imported.vmm_ns,
+                vmm_ticks=imported.vmm_ticks,
+            ),
+        )

@@ -1,0 +1,302 @@
+"""Receiving guest memory: one thread per data channel, straight into its place.
+
+Run tables are checked against the memory map before a byte of payload is read, so nothing can be written outside the
+guest. Long runs are received into guest memory, short ones into staging and scattered. A page that stays zero is
+never touched; one that becomes zero again is given back to the host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from migrated.errors import LinkLostError, MigrationError
+from migrated.link.data import DataChannel
+from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory
+from protocol import messages
+from protocol.digest import MemoryDigest
+from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
+from protocol.frames import MAX_PAYLOAD_BYTES, Header
+from protocol.guest import PAGE_SIZE, GuestDescription
+from protocol.pages import Runs, count_pages, indices_of, runs_of, unpack_runs
+
+_DIRECT_RUNS: Final = 16
+"""Up to this many runs a batch is received directly into guest memory; beyond, staging and one scatter are cheaper."""
+_SPARE_STATE_BYTES: Final = 16 << 20
+
+
+@dataclass(slots=True)
+class RoundReceived:
+    """What arrived in one round over all channels."""
+
+    normal_pages: int = 0
+    zero_pages: int = 0
+    payload_bytes: int = 0
+    digest_delta: int = 0
+    barriers: int = 0
+
+
+@dataclass(slots=True)
+class ArrivedState:
+    """One whole device state."""
+
+    meta: messages.DeviceState
+    data: bytearray
+    missing_bytes: int
+    offsets: set[int] = field(default_factory=set)
+
+
+class PageReceiver:
+    """Takes everything that comes over the data channels of one migration.
+
+    Args:
+        memory: the incoming guest's memory.
+        description: what the source said of the guest; bounds device states.
+        digest: the destination's running digest, None when it is off.
+        channels: how many data channels there will be.
+        on_round: called on the event loop when a round is complete on all channels.
+        on_state: called on the event loop with each whole device state.
+        on_failure: called on the event loop with the first error of any channel.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        description: GuestDescription,
+        digest: MemoryDigest | None,
+        channels: int,
+        *,
+        on_round: Callable[[int, RoundReceived], None],
+        on_state: Callable[[ArrivedState], None],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._memory = memory
+        self._digest = digest
+        self._expected_channels = channels
+        self._state_limits = {(d.name, d.kind): 2 * d.state_bytes + _SPARE_STATE_BYTES for d in description.devices}
+        self._on_round = on_round
+        self._on_state = on_state
+        self._on_failure = on_failure
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._rounds: dict[int, RoundReceived] = {}
+        self._states: dict[int, ArrivedState] = {}
+        self._present: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
+        self._threads: dict[int, threading.Thread] = {}
+        self._channels: dict[int, DataChannel] = {}
+        self._stopping = False
+
+    def add_channel(self, channel: DataChannel) -> None:
+        """Begin to receive from a joined channel, owned from here on.
+
+        Raises:
+            RemoteProtocolError: the channel number is taken or was not announced.
+        """
+        if channel.number in self._channels or channel.number >= self._expected_channels:
+            raise RemoteProtocolError(
+                f"data channel {channel.number} joined twice or was not announced", ErrorCode.UNEXPECTED
+            )
+        self._channels[channel.number] = channel
+        thread = threading.Thread(target=self._run, args=(channel,), name=f"data-channel-{channel.number}", daemon=True)
+        self._threads[channel.number] = thread
+        thread.start()
+
+    async def stop(self) -> None:
+        """End the threads and close the channels; idempotent."""
+        self._stopping = True
+        for channel in self._channels.values():
+            channel.interrupt()
+        for thread in self._threads.values():
+            await asyncio.to_thread(thread.join)
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+        self._threads.clear()
+
+    def _run(self, channel: DataChannel) -> None:
+        receiver = _ChannelReceiver(self, channel)
+        try:
+            receiver.receive()
+        except (MigrationError, ProtocolError, OSError, ValueError, MemoryError) as error:
+            if not self._stopping:
+                self._loop.call_soon_threadsafe(self._on_failure, error)
+
+    def barrier(self, number: int, received: RoundReceived) -> None:
+        """A channel closed a round (called in its thread)."""
+        with self._lock:
+            total = self._rounds.setdefault(number, RoundReceived())
+            total.normal_pages += received.normal_pages
+            total.zero_pages += received.zero_pages
+            total.payload_bytes += received.payload_bytes
+            total.digest_delta += received.digest_delta
+            total.barriers += 1
+            complete = total.barriers == self._expected_channels
+            if complete:
+                del self._rounds[number]
+        if complete:
+            self._loop.call_soon_threadsafe(self._on_round, number, total)
+
+    def state_buffer(self, meta: messages.DeviceState, piece_bytes: int) -> tuple[ArrivedState, memoryview]:
+        """Where a piece of a device state goes (called in a channel's thread)."""
+        with self._lock:
+            state = self._states.get(meta.order)
+            if state is None:
+                limit = self._state_limits.get((meta.name, meta.kind))
+                if limit is None:
+                    raise RemoteProtocolError(f"state of device {meta.name} ({meta.kind}), which the guest lacks")
+                if meta.total_bytes > limit:
+                    raise RemoteProtocolError(
+                        f"state of device {meta.name} has {meta.total_bytes} bytes, at most {limit} were announced",
+                        ErrorCode.TOO_LARGE,
+                    )
+                state = ArrivedState(meta, bytearray(meta.total_bytes), meta.total_bytes)
+                self._states[meta.order] = state
+            same = meta.model_copy(update={"offset": state.meta.offset}) == state.meta
+            if not same or meta.offset in state.offsets or meta.offset + piece_bytes > meta.total_bytes:
+                raise RemoteProtocolError(f"a piece of the state of device {meta.name} does not fit the others")
+            state.offsets.add(meta.offset)
+            return state, memoryview(state.data)[meta.offset : meta.offset + piece_bytes]
+
+    def state_piece_done(self, state: ArrivedState, piece_bytes: int) -> None:
+        """A piece of a device state is in place (called in a channel's thread)."""
+        with self._lock:
+            state.missing_bytes -= piece_bytes
+            complete = state.missing_bytes == 0
+            if complete:
+                del self._states[state.meta.order]
+        if complete:
+            if xxhash.xxh3_64_intdigest(state.data) != state.meta.digest:
+                raise RemoteProtocolError(
+                    f"the state of device {state.meta.name} arrived damaged: its digest differs", ErrorCode.CORRUPT
+                )
+            self._loop.call_soon_threadsafe(self._on_state, state)
+
+    @property
+    def memory(self) -> GuestMemory:
+        """The incoming guest's memory."""
+        return self._memory
+
+    @property
+    def digest(self) -> MemoryDigest | None:
+        """The running digest."""
+        return self._digest
+
+    @property
+    def present(self) -> npt.NDArray[np.bool_]:
+        """Which pages hold data, shape (pages,)."""
+        return self._present
+
+
+class _ChannelReceiver:
+    """One channel's thread and its staging memory."""
+
+    def __init__(self, owner: PageReceiver, channel: DataChannel) -> None:
+        self._owner = owner
+        self._channel = channel
+        self._stage: npt.NDArray[np.uint64] = np.empty((MAX_PAYLOAD_BYTES // PAGE_SIZE, WORDS_PER_PAGE), np.uint64)
+        self._round = 1
+        self._received = RoundReceived()
+
+    def receive(self) -> None:
+        """Take frames until the channel ends."""
+        while True:
+            header, message = self._channel.read_header()
+            match message:
+                case messages.Pages():
+                    self._check_round(header)
+                    self._take_pages(header, message)
+                case messages.ZeroPages():
+                    self._check_round(header)
+                    self._take_zero_pages(header, message)
+                case messages.Barrier(round=number):
+                    self._check_round(header)
+                    _check_payload(header, 0)
+                    if number != self._round:
+                        raise RemoteProtocolError(f"a barrier for round {number} came in round {self._round}")
+                    self._owner.barrier(number, self._received)
+                    self._received = RoundReceived()
+                    self._round += 1
+                case messages.DeviceState():
+                    state, view = self._owner.state_buffer(message, header.payload_bytes)
+                    if len(view):
+                        self._channel.read_into([view])
+                    self._owner.state_piece_done(state, header.payload_bytes)
+                case messages.Error(text=text):
+                    raise LinkLostError(f"the source ended the migration: {text}")
+                case _:
+                    raise RemoteProtocolError(
+                        f"message {message.TYPE.name} does not belong on a data channel", ErrorCode.UNEXPECTED
+                    )
+
+    def _check_round(self, header: Header) -> None:
+        if header.round != self._round:
+            raise RemoteProtocolError(
+                f"a frame of round {header.round} came in round {self._round}", ErrorCode.UNEXPECTED
+            )
+
+    def _take_pages(self, header: Header, message: messages.Pages) -> None:
+        owner = self._owner
+        runs = unpack_runs(message.runs, owner.memory.pages)
+        count = count_pages(runs)
+        if count * PAGE_SIZE > MAX_PAYLOAD_BYTES:
+            raise RemoteProtocolError(f"a batch of {count} pages is too large", ErrorCode.TOO_LARGE)
+        indices = indices_of(runs)
+        _check_payload(header, count * PAGE_SIZE)
+        if len(runs) <= _DIRECT_RUNS:
+            batch_hash = self._receive_in_place(runs)
+        else:
+            staged = self._stage[:count]
+            self._channel.read_into([staged.data.cast("B")])
+            batch_hash = xxhash.xxh3_64_intdigest(staged.data)
+            owner.memory.words[indices] = staged
+        if owner.digest is not None:
+            if batch_hash != message.digest:
+                first = int(indices[0])
+                raise RemoteProtocolError(
+                    f"a batch of {count} pages from page {first} on arrived damaged: its digest differs",
+                    ErrorCode.CORRUPT,
+                )
+            self._received.digest_delta += owner.digest.set_pages(indices, batch_hash)
+        owner.present[indices] = True
+        self._received.normal_pages += count
+        self._received.payload_bytes += header.payload_bytes
+
+    def _receive_in_place(self, runs: Runs) -> int:
+        view = self._owner.memory.view
+        places = [view[start * PAGE_SIZE : (start + count) * PAGE_SIZE] for start, count in runs.tolist()]
+        self._channel.read_into(places)
+        if self._owner.digest is None:
+            return 0
+        if len(places) == 1:
+            return xxhash.xxh3_64_intdigest(places[0])
+        hasher = xxhash.xxh3_64()
+        for place in places:
+            hasher.update(place)
+        return hasher.intdigest()
+
+    def _take_zero_pages(self, header: Header, message: messages.ZeroPages) -> None:
+        owner = self._owner
+        _check_payload(header, 0)
+        runs = unpack_runs(message.runs, owner.memory.pages)
+        indices = indices_of(runs)
+        held = indices[owner.present[indices]]
+        if len(held):
+            owner.memory.punch(runs_of(held))
+            owner.present[held] = False
+        if owner.digest is not None:
+            self._received.digest_delta += owner.digest.set_zero(indices)
+        self._received.zero_pages += len(indices)
+
+
+def _check_payload(header: Header, expected_bytes: int) -> None:
+    if header.payload_bytes != expected_bytes:
+        raise RemoteProtocolError(
+            f"a frame of type {header.type} has {header.payload_bytes} payload bytes, expected {expected_bytes}"
+        )

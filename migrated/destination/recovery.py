@@ -1,0 +1,72 @@
+"""What a restarted daemon does with an incoming attempt that it finds open in its journal.
+
+Before READY: discarded. After READY: it waits for the source's decision, at most the ready time-out. After COMMIT: it
+runs the guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from migrated.destination.takeover import Takeover
+from migrated.environment import Environment
+from migrated.guests import Guest
+from migrated.journal import Attempt
+from migrated.link.reply import Reply
+from protocol.errors import RemoteProtocolError
+from protocol.handover import DestinationEvent, destination_state_of
+
+log = structlog.get_logger()
+
+
+class RecoveredTakeover:
+    """One incoming attempt, taken up again.
+
+    Args:
+        env: the daemon.
+        attempt: what the journal knows.
+        guest: the incoming guest, None when its process is gone.
+    """
+
+    def __init__(self, env: Environment, attempt: Attempt, guest: Guest | None) -> None:
+        self._env = env
+        self._attempt = attempt
+        self._takeover = Takeover(
+            env,
+            attempt.migration_id,
+            attempt.epoch,
+            attempt.guest,
+            guest,
+            destination_state_of(attempt.decisions),
+            keep_paused=bool(attempt.facts["paused"]),
+        )
+        if guest is not None and not self._takeover.finished.is_set():
+            guest.migration_id, guest.overlay = attempt.migration_id, "incoming"
+
+    async def run(self) -> None:
+        """Finish or undo the attempt."""
+        structlog.contextvars.bind_contextvars(
+            migration_id=self._attempt.migration_id, guest=self._attempt.guest, role="destination"
+        )
+        takeover = self._takeover
+        log.warning("taking up an incoming migration that the last daemon left open", state=takeover.state)
+        reason = "the destination's daemon was restarted during the migration"
+        await takeover.take(DestinationEvent.RESTART, None, reason=reason)
+        if takeover.awaits_decision:
+            try:
+                async with asyncio.timeout(self._env.config.limits.ready_timeout_s):
+                    await takeover.finished.wait()
+            except TimeoutError:
+                await takeover.take(DestinationEvent.READY_TIMEOUT, None, reason="no decision came after READY")
+        await takeover.finished.wait()
+        log.info("the incoming migration is settled", state=takeover.state)
+        self._env.journal.close_attempt(self._attempt.migration_id, "destination")
+
+    async def take(self, decision: DestinationEvent, reply: Reply) -> None:
+        """The source tells its decision."""
+        try:
+            await self._takeover.take(decision, reply, reason="the source keeps its guest")
+        except RemoteProtocolError as error:
+            log.error("the source broke the hand-over", reason=str(error))

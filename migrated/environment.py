@@ -1,0 +1,40 @@
+"""What every attempt needs of its daemon, handed in once: configuration, clocks, journal, guests, and where finished
+records and events go."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from migrated.clock import HostClock
+from migrated.config import Config
+from migrated.guests import GuestRegistry
+from migrated.journal import Journal
+from migrated.record import Record
+
+
+@dataclass(slots=True)
+class Environment:
+    """One daemon, as the attempts see it.
+
+    Attributes:
+        finish: takes each finished record.
+        publish: sends a QMP event: name and data.
+        take_log: the log lines collected for a migration.
+    """
+
+    config: Config
+    clock: HostClock
+    journal: Journal
+    guests: GuestRegistry
+    host: str
+    finish: Callable[[Record], None]
+    publish: Callable[[str, dict[str, Any]], None]
+    take_log: Callable[[str], list[dict[str, str]]]
+
+
+def host_name(config: Config) -> str:
+    """How this daemon names itself to its peer and in records."""
+    return f"{socket.gethostname()} ({config.control.socket})"

@@ -1,0 +1,27 @@
+"""Why an attempt ended without completing. The message is the sentence that reaches the operator and the record."""
+
+from __future__ import annotations
+
+
+class MigrationError(Exception):
+    """Base: the attempt failed before the guest was stopped, and the guest was never disturbed."""
+
+
+class RefusedError(MigrationError):
+    """The destination, or the gate on the source, does not let the migration begin or the guest stop."""
+
+
+class LinkLostError(MigrationError):
+    """The connection to the peer is gone: closed, reset, timed out, or silent for too long."""
+
+
+class CancelledByOperatorError(MigrationError):
+    """An operator cancelled the attempt, here or on the destination."""
+
+
+class VmmError(MigrationError):
+    """The VMM refused or failed at something, or is gone."""
+
+
+class VmmGoneError(VmmError):
+    """The VMM process does not answer any more."""

@@ -1,0 +1,227 @@
+"""What must survive a killed daemon: hand-over decisions, one appended line each.
+
+    <crc32 of the rest, 8 hex digits> {"at": ..., "migration_id": ..., "epoch": ..., "role": ..., "decision": ...}
+
+A decision is written before the message that tells it leaves; fsync follows in the background, because a guest's
+memory dies with its host anyway. A last line that was torn by a crash is recognised by its checksum and ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import structlog
+
+from protocol.handover import Decision
+
+Role = Literal["source", "destination"]
+
+KEPT_ATTEMPTS: Final = 2000
+"""Attempts kept when the journal is rewritten at start; a late COMMIT for an older one is answered as unknown."""
+
+log = structlog.get_logger()
+
+
+class JournalError(Exception):
+    """A decision could not be written: nothing that depends on it may happen."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """All that the journal knows of one side of one attempt.
+
+    ``facts`` are what was known at BEGIN: ``peer``, ``api_socket``, ``pid``, ``paused`` and the like.
+    """
+
+    migration_id: str
+    epoch: int
+    guest: str
+    role: Role
+    began_at: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)
+    closed: bool = False
+
+
+class Journal:
+    """The journal of one daemon.
+
+    Args:
+        directory: the state directory, created if missing.
+
+    Raises:
+        JournalError: it cannot be opened for writing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "journal"
+        self._attempts: dict[tuple[str, Role], Attempt] = {}
+        self._epochs: dict[str, int] = {}
+        self._syncs: set[asyncio.Future[None]] = set()
+        self.torn_lines = 0
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = os.open(directory / "journal.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for entry in self._read():
+                self._apply(entry)
+            self._rewrite()
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except BlockingIOError as error:
+            os.close(self._lock_fd)
+            raise JournalError(
+                f"another daemon uses the state directory {directory}; stop it, or give each daemon its own"
+            ) from error
+        except OSError as error:
+            raise JournalError(f"the journal {self._path} cannot be opened: {error.strerror}") from error
+
+    def begin(self, migration_id: str, epoch: int, guest: str, role: Role, facts: dict[str, Any]) -> None:
+        """Open an attempt. Before the guest can be stopped, or an incoming guest loaded."""
+        self._append(
+            {
+                "at": datetime.now(UTC).isoformat(),
+                "migration_id": migration_id,
+                "epoch": epoch,
+                "guest": guest,
+                "role": role,
+                "decision": Decision.BEGIN.value,
+                "facts": facts,
+            }
+        )
+
+    def decide(self, migration_id: str, role: Role, decision: Decision) -> None:
+        """Write a decision. When this returns it survives a kill of the daemon.
+
+        Raises:
+            JournalError: it could not be written (full disk); the caller must not act on it.
+        """
+        self._append({"migration_id": migration_id, "role": role, "decision": decision.value})
+
+    def close_attempt(self, migration_id: str, role: Role) -> None:
+        """Say that nothing of the attempt is left to do after a restart."""
+        with contextlib.suppress(JournalError):
+            self._append({"migration_id": migration_id, "role": role, "decision": "closed"})
+
+    def attempt(self, migration_id: str, role: Role) -> Attempt | None:
+        """One attempt, None when it is unknown here."""
+        return self._attempts.get((migration_id, role))
+
+    def open_attempts(self) -> list[Attempt]:
+        """Attempts that a restarted daemon must finish or undo, oldest first."""
+        return [attempt for attempt in self._attempts.values() if not attempt.closed]
+
+    def next_epoch(self, guest: str, known: int) -> int:
+        """The number of the guest's next hand-over: above everything journaled here and above ``known``."""
+        return max(self._epochs.get(guest, 0), known) + 1
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.fdatasync(self._fd)
+            os.close(self._fd)
+            os.close(self._lock_fd)
+            self._fd = -1
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        line = _pack(entry)
+        try:
+            written = os.write(self._fd, line)
+        except OSError as error:
+            raise JournalError(f"the journal {self._path} cannot be written: {error.strerror}") from error
+        if written != len(line):
+            with contextlib.suppress(OSError):
+                os.write(self._fd, b"\n")  # so that the next entry begins on a line of its own
+            raise JournalError(f"the journal {self._path} took only {written} of {len(line)} bytes: the disk is full")
+        self._apply(entry)
+        self._sync_later()
+
+    def _sync_later(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        future = loop.run_in_executor(None, _sync, self._fd)
+        self._syncs.add(future)
+        future.add_done_callback(self._syncs.discard)
+
+    def _apply(self, entry: dict[str, Any]) -> None:
+        key = (entry["migration_id"], entry["role"])
+        decision = entry["decision"]
+        if decision == Decision.BEGIN:
+            self._attempts[key] = Attempt(
+                entry["migration_id"], entry["epoch"], entry["guest"], entry["role"], entry["at"], entry["facts"]
+            )
+            self._epochs[entry["guest"]] = max(self._epochs.get(entry["guest"], 0), entry["epoch"])
+        elif (attempt := self._attempts.get(key)) is not None:
+            if decision == "closed":
+                attempt.closed = True
+            else:
+                attempt.decisions.append(Decision(decision))
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return
+        for line in data.split(b"\n"):
+            if not line:
+                continue
+            entry = _unpack(line)
+            if entry is None:
+                self.torn_lines += 1
+                log.warning("a line of the journal is torn and is ignored", journal=str(self._path))
+            else:
+                yield entry
+
+    def _rewrite(self) -> None:
+        """Drop what is no longer needed: old closed attempts. Atomic."""
+        closed = [key for key, attempt in self._attempts.items() if attempt.closed]
+        for key in closed[: max(0, len(closed) - KEPT_ATTEMPTS)]:
+            del self._attempts[key]
+        temporary = self._path.with_suffix(".new")
+        with temporary.open("wb") as file:
+            for attempt in self._attempts.values():
+                entry = asdict(attempt)
+                decisions = [decision.value for decision in entry.pop("decisions")]
+                was_closed = entry.pop("closed")
+                entry["at"] = entry.pop("began_at")
+                file.write(_pack({**entry, "decision": Decision.BEGIN.value}))
+                for decision in [*decisions, *(["closed"] if was_closed else [])]:
+                    file.write(
+                        _pack({"migration_id": attempt.migration_id, "role": attempt.role, "decision": decision})
+                    )
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._path)
+
+
+def _pack(entry: dict[str, Any]) -> bytes:
+    body = json.dumps(entry, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def _unpack(line: bytes) -> dict[str, Any] | None:
+    checksum, _, body = line.partition(b" ")
+    try:
+        if int(checksum, 16) != zlib.crc32(body):
+            return None
+        entry: dict[str, Any] = json.loads(body)
+    except ValueError:
+        return None
+    return entry
+
+
+def _sync(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.fdatasync(fd)

@@ -1,0 +1,261 @@
+"""The control channel: small messages on the event loop, never behind page data.
+
+The channel answers clock asks by itself and asks regularly, which measures the peer's clock and the round trip, and
+is the heartbeat: a peer that stays silent for too long is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from migrated.clock import HostClock
+from migrated.errors import LinkLostError
+from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Agreed
+from protocol import messages
+from protocol.clock import ClockError, ClockExchange, OffsetEstimate, one_way_transit
+from protocol.errors import ErrorCode, RemoteProtocolError
+from protocol.frames import FrameParser, pack_header
+from protocol.messages import ClockAsk, ClockReply, Message
+
+KEPT_EXCHANGES: Final = 32
+_OPENING_EXCHANGES: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message with its payload and the instants at which it was read: raw clock and monotonic clock (ns)."""
+
+    message: Message
+    payload: bytes
+    read_at_hrtime_ns: int
+    read_at_ns: int
+
+
+class ControlChannel:
+    """One control channel, either end.
+
+    Args:
+        sock: connected, non-blocking, preface done; owned from here on.
+        agreed: what the prefaces settled.
+        clock: this host's clocks.
+        heartbeat_interval_s: how often to ask the peer's clock.
+        heartbeat_timeout_s: silence after which the peer is lost.
+        sent, received: frames that already went each way.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        agreed: Agreed,
+        clock: HostClock,
+        *,
+        heartbeat_interval_s: float,
+        heartbeat_timeout_s: float,
+        sent: int = 0,
+        received: int = 0,
+    ) -> None:
+        self.peer = _name_of(sock)
+        self.max_silence_s = 0.0
+        self._sock = sock
+        self._agreed = agreed
+        self._clock = clock
+        self._interval_s = heartbeat_interval_s
+        self._timeout_s = heartbeat_timeout_s
+        self._sequence = itertools.count(sent)
+        self._parser = FrameParser(agreed.version, OUR_MAX_PAYLOAD_BYTES, received)
+        self._inbox: asyncio.Queue[Received | Exception] = asyncio.Queue()
+        self._asked: dict[int, int] = {}
+        self._exchanges: deque[ClockExchange] = deque(maxlen=KEPT_EXCHANGES)
+        self._answered = asyncio.Event()
+        self._heard_at = time.monotonic()
+        self._failure: Exception | None = None
+        self._closed = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._writer: asyncio.StreamWriter | None = None
+        self.on_lost: Callable[[Exception], None] | None = None
+
+    async def start(self) -> None:
+        """Begin to read and to keep the heartbeat."""
+        reader, self._writer = await asyncio.open_connection(sock=self._sock)
+        transport = self._writer.transport
+        transport.set_write_buffer_limits(high=0)  # so that drain means: in the kernel's hands
+        self._tasks = [asyncio.create_task(self._read(reader)), asyncio.create_task(self._beat())]
+
+    def send(self, message: Message, payload: bytes = b"") -> None:
+        """Write a message at once; it leaves this process before the call returns unless the peer's window is full.
+
+        Raises:
+            LinkLostError: the channel is gone.
+        """
+        if self._failure is not None:
+            raise LinkLostError(str(self._failure)) from self._failure
+        if self._writer is None or self._closed:
+            raise LinkLostError(f"the control channel to {self.peer} is closed")
+        meta = messages.encode(message)
+        head = pack_header(self._agreed.version, message.TYPE, meta, len(payload), next(self._sequence))
+        self._writer.write(head + meta + payload)
+
+    async def receive(self) -> Received:
+        """The next message.
+
+        Raises:
+            LinkLostError: the channel is gone, the peer broke the protocol, or reported an error.
+        """
+        item = await self._inbox.get()
+        if isinstance(item, Exception):
+            self._inbox.put_nowait(item)  # every later call learns it too
+            raise LinkLostError(str(item)) from item
+        return item
+
+    @property
+    def lost(self) -> Exception | None:
+        """Why the channel is gone, None while it stands."""
+        return self._failure
+
+    async def measure(self, timeout_s: float) -> None:
+        """Exchange clocks a few times now, so that legs and offset are known before they are needed."""
+        async with asyncio.timeout(timeout_s):
+            for _ in range(_OPENING_EXCHANGES):
+                self._answered.clear()
+                self._ask()
+                await self._answered.wait()
+                if self._failure is not None:
+                    raise LinkLostError(str(self._failure)) from self._failure
+
+    def round_trip_ns(self) -> int:
+        """The longest round trip of the recent exchanges (ns), 0 before the first."""
+        return max((exchange.delta_ns for exchange in self._exchanges), default=0)
+
+    def offset(self) -> OffsetEstimate | None:
+        """What the recent exchanges prove about the peer's raw clock, None when they prove nothing or exclude each
+        other."""
+        try:
+            return OffsetEstimate(tuple(self._exchanges)) if self._exchanges else None
+        except ClockError:
+            return None
+
+    def transit_upper_ns(self, sent_at_peer_ns: int, read_at_ns: int) -> int:
+        """Upper bound for the transit of a message that the peer stamped (raw clocks, ns): from the offset where one
+        is known, else the longest round trip."""
+        estimate = self.offset()
+        if estimate is not None:
+            with contextlib.suppress(ClockError):
+                return one_way_transit(estimate.at(read_at_ns), sent_at_peer_ns, read_at_ns)[1]
+        return self.round_trip_ns()
+
+    async def fail(self, error: RemoteProtocolError) -> None:
+        """Tell the peer what it did wrong and give the channel up."""
+        with contextlib.suppress(LinkLostError):
+            self.send(messages.Error(code=int(error.code), text=str(error)[:2000]))
+            await self.flush(1.0)
+        self._lose(error)
+
+    async def flush(self, timeout_s: float) -> None:
+        """Wait until what was sent is in the kernel's hands, at most ``timeout_s``."""
+        if self._writer is None:
+            return
+        with contextlib.suppress(TimeoutError, ConnectionError, OSError):
+            async with asyncio.timeout(timeout_s):
+                await self._writer.drain()
+
+    async def close(self) -> None:
+        """End the channel; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        await self.flush(1.0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._writer is not None:
+            self._writer.close()
+            with contextlib.suppress(ConnectionError, OSError, TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._writer.wait_closed()
+        else:
+            self._sock.close()
+
+    def _lose(self, error: Exception) -> None:
+        if self._failure is None:
+            self._failure = error
+            self._inbox.put_nowait(error)
+            self._answered.set()
+            if self._writer is not None:
+                self._writer.transport.abort()
+            if self.on_lost is not None:
+                self.on_lost(error)
+
+    def _ask(self) -> None:
+        nonce = secrets.randbits(63)
+        self._asked[nonce] = self._clock.hrtime_ns()
+        self.send(ClockAsk(nonce=nonce))
+
+    async def _beat(self) -> None:
+        """Ask regularly; declare the peer lost after a silence."""
+        while True:
+            await asyncio.sleep(self._interval_s)
+            silence_s = time.monotonic() - self._heard_at
+            self.max_silence_s = max(self.max_silence_s, silence_s)
+            if silence_s > self._timeout_s:
+                self._lose(LinkLostError(f"{self.peer} has been silent for {silence_s:.1f} s"))
+                return
+            if len(self._asked) > KEPT_EXCHANGES:
+                self._asked.clear()
+            try:
+                self._ask()
+            except LinkLostError as error:
+                self._lose(error)
+                return
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while data := await reader.read(1 << 17):
+                read_at_hrtime_ns, read_at_ns = self._clock.hrtime_ns(), time.monotonic_ns()
+                self._heard_at = time.monotonic()
+                for frame in self._parser.receive(data):
+                    message = messages.decode(frame.type, frame.meta)
+                    self._take(Received(message, frame.payload, read_at_hrtime_ns, read_at_ns))
+            self._parser.receive_eof()
+            self._lose(LinkLostError(f"{self.peer} closed the control channel"))
+        except RemoteProtocolError as error:
+            await self.fail(error)
+        except OSError as error:
+            self._lose(LinkLostError(f"the control channel to {self.peer} broke: {error.strerror or error}"))
+
+    def _take(self, received: Received) -> None:
+        match received.message:
+            case ClockAsk(nonce=nonce):
+                with contextlib.suppress(LinkLostError):
+                    self.send(ClockReply(nonce=nonce, t2_ns=received.read_at_hrtime_ns, t3_ns=self._clock.hrtime_ns()))
+            case ClockReply(nonce=nonce, t2_ns=t2, t3_ns=t3):
+                asked_at = self._asked.pop(nonce, None)
+                if asked_at is None:
+                    return  # late answer to an ask that was given up: it proves nothing
+                exchange = ClockExchange(asked_at, t2, t3, received.read_at_hrtime_ns)
+                try:
+                    exchange.check()
+                except ClockError as error:
+                    raise RemoteProtocolError(str(error), ErrorCode.TIME) from error
+                self._exchanges.append(exchange)
+                self._answered.set()
+            case messages.Error(text=text):
+                self._lose(LinkLostError(f"{self.peer} ended the migration: {text}"))
+            case _:
+                self._inbox.put_nowait(received)
+
+
+def _name_of(sock: socket.socket) -> str:
+    try:
+        host, port = sock.getpeername()[:2]
+    except OSError:
+        return "the peer"
+    return f"{host}:{port}"

@@ -1,0 +1,51 @@
+"""What an operator sees of a migration while it runs: one snapshot, on either side."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from migrated.record import RoundRow
+
+Status = Literal[
+    "setup", "active", "pre-switchover", "device", "completed", "cancelling", "cancelled", "failed", "in-doubt"
+]
+"""QEMU's MigrationStatus names, and ``in-doubt``: COMMIT was sent and the destination has not answered."""
+
+
+class Progress(BaseModel):
+    """A snapshot of one migration. Byte and page figures are of guest memory; rates are per second.
+
+    ``decision`` is the sentence that says why the guest has not been stopped yet, or what happens now.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    migration_id: str
+    guest: str
+    role: Literal["source", "destination"]
+    peer: str
+    status: Status
+    phase: str
+    started_at: str
+    elapsed_ns: int
+    setup_ns: int
+    round: int
+    total_bytes: int
+    transferred_bytes: int
+    remaining_bytes: int
+    normal_pages: int
+    zero_pages: int
+    bandwidth_bytes_per_s: float
+    dirty_rate_pages_per_s: float
+    predicted_downtime_ns: int | None
+    predicted_upper_ns: int | None
+    predicted_parts_ns: dict[str, int]
+    downtime_limit_ns: int
+    downtime_ns: int | None
+    throttle_percent: int
+    decision: str
+    destination: str
+    reason: str | None
+    rounds: tuple[RoundRow, ...]

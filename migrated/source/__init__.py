@@ -1,0 +1,1 @@
+"""One outgoing migration: the story, the rounds, the switchover."""

@@ -1,0 +1,197 @@
+"""The ongoing record of an outgoing attempt: every figure as it becomes known. ``finish`` turns it into the frozen
+``Record``; nothing else builds one on the source."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from migrated.parameters import MigrationParameters
+from migrated.prediction.gate import Prediction
+from migrated.record import (
+    Checkpoint,
+    DestinationHalf,
+    DeviceRow,
+    Digest,
+    Downtime,
+    EncodingRow,
+    LogLine,
+    Outcome,
+    Phase,
+    Ram,
+    Record,
+    RoundRow,
+    downtime_of,
+)
+from migrated.source.encoding import EncodingTotals
+from protocol.budget import Part, Side
+from protocol.digest import ALGORITHM
+from protocol.guest import PAGE_SIZE, DeviceDescription
+
+
+@dataclass(slots=True)
+class DeviceFigures:
+    """What one device cost on the source."""
+
+    description: DeviceDescription
+    save_ns: int | None = None
+    final_bytes: int = 0
+    precopy_bytes: int = 0
+    expected_load_ns: int | None = None
+
+
+@dataclass(slots=True)
+class OutgoingLedger:
+    """Figures of one outgoing attempt. Instants are of the source's monotonic clock (ns)."""
+
+    migration_id: str
+    guest: str
+    epoch: int
+    peer: str
+    source_host: str
+    parameters: MigrationParameters
+    began_ns: int = field(default_factory=time.monotonic_ns)
+    started_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
+    destination_host: str = ""
+    setup_ns: int = 0
+    ended_ns: int = 0
+    memory_pages: int = 0
+    sparse_pages: int = 0
+    dirty_tracking: Literal["pagemap-scan", "logged"] | None = None
+    dirty_syncs: int = 0
+    normal_pages: int = 0
+    zero_pages: int = 0
+    postponed_pages: int = 0
+    precopy_bytes: int = 0
+    downtime_bytes: int = 0
+    precopy_pages: int = 0
+    downtime_pages: int = 0
+    round_bytes: int = 0
+    prediction: Prediction | None = None
+    predicted_upper_ns: int | None = None
+    source_digest: int | None = None
+    source_reported_ns: int | None = None
+    hold_ns: int = 0
+    rounds: list[RoundRow] = field(default_factory=list)
+    devices: dict[tuple[str, str], DeviceFigures] = field(default_factory=dict)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    encodings: dict[str, EncodingTotals] = field(default_factory=dict)
+    half: DestinationHalf = field(default_factory=lambda: DestinationHalf(host=""))
+    downtime: Downtime | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase by its Propolis name, also when it fails."""
+        begin_ns = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            self.add_phase(name, begin_ns, time.monotonic_ns())
+
+    def add_phase(self, name: str, begin_ns: int, end_ns: int) -> None:
+        """A phase between two instants."""
+        self.phases.append(Phase(name=name, begin_ns=begin_ns - self.began_ns, end_ns=end_ns - self.began_ns))
+
+    def part(self, name: str, side: Side, begin_ns: int, end_ns: int) -> None:
+        """A part of the downtime between two instants of the source's clock."""
+        self.parts.append(Part(name, side, end_ns - begin_ns))
+
+    def checkpoint(self, name: str, ns: int) -> None:
+        """One of QEMU's checkpoints, ``ns`` after the stop request."""
+        self.checkpoints.append(Checkpoint(name=name, side="source", ns=ns))
+
+    def set_downtime(self, *, lower_ns: int, upper_ns: int, limit_ns: int) -> None:
+        """The downtime is known: parts are complete. Its middle is the measured figure."""
+        self.downtime = downtime_of(
+            lower_ns=lower_ns,
+            upper_ns=upper_ns,
+            measured_ns=(lower_ns + upper_ns) // 2,
+            limit_ns=limit_ns,
+            parts=tuple(self.parts),
+            predicted_ns=self.prediction.total_ns if self.prediction else None,
+            predicted_upper_ns=self.predicted_upper_ns,
+            source_reported_ns=self.source_reported_ns,
+            destination_measured_ns=self.half.counted_ns,
+            hold_ns=self.hold_ns,
+        )
+
+    def finish(self, outcome: Outcome, reason: str | None, events: list[dict[str, str]]) -> Record:
+        """The frozen record. ``events`` are the source's log lines."""
+        ended_ns = self.ended_ns or time.monotonic_ns()
+        total_ns = ended_ns - self.began_ns
+        transferred = self.precopy_bytes + self.downtime_bytes
+        pages = self.precopy_pages + self.downtime_pages
+        moving_ns = max(1, total_ns - self.setup_ns)
+        lines = [LogLine(side="source", **line) for line in events] + list(self.half.events)
+        return Record(
+            migration_id=self.migration_id,
+            guest=self.guest,
+            epoch=self.epoch,
+            role="source",
+            peer=self.peer,
+            source_host=self.source_host,
+            destination_host=self.destination_host,
+            started_at=self.started_at,
+            outcome=outcome,
+            reason=reason,
+            parameters=self.parameters,
+            total_ns=total_ns,
+            setup_ns=self.setup_ns,
+            downtime=self.downtime,
+            devices=tuple(self._device_rows()),
+            checkpoints=(*self.checkpoints, *self.half.checkpoints),
+            rounds=tuple(self.rounds),
+            ram=Ram(
+                total_bytes=self.memory_pages * PAGE_SIZE,
+                page_size=PAGE_SIZE,
+                transferred_bytes=transferred,
+                normal_pages=self.normal_pages,
+                zero_pages=self.zero_pages,
+                sparse_pages=self.sparse_pages,
+                precopy_bytes=self.precopy_bytes,
+                downtime_bytes=self.downtime_bytes,
+                precopy_pages=self.precopy_pages,
+                downtime_pages=self.downtime_pages,
+                dirty_sync_count=self.dirty_syncs,
+                pages_per_second=pages * 1e9 / moving_ns,
+                dirty_tracking=self.dirty_tracking,
+                channels=self.parameters.channels,
+                postponed_pages=self.postponed_pages,
+                encodings=tuple(
+                    EncodingRow(
+                        encoding=name,
+                        batches=totals.batches,
+                        page_bytes=totals.page_bytes,
+                        wire_bytes=totals.wire_bytes,
+                        ns=totals.ns,
+                    )
+                    for name, totals in sorted(self.encodings.items())
+                ),
+            ),
+            phases=tuple(self.phases),
+            time=self.half.time,
+            digest=Digest(
+                algorithm=ALGORITHM if self.parameters.digest else "off",
+                source=None if self.source_digest is None else f"{self.source_digest:016x}",
+                destination=self.half.digest,
+            ),
+            events=tuple(sorted(lines, key=lambda line: line.at)),
+        )
+
+    def _device_rows(self) -> Iterator[DeviceRow]:
+        for (name, kind), figures in self.devices.items():
+            yield DeviceRow(
+                name=name,
+                kind=figures.description.kind,
+                bytes=figures.final_bytes,
+                save_ns=figures.save_ns,
+                load_ns=self.half.load_ns.get(f"{name}/{kind}"),
+                expected_load_ns=figures.expected_load_ns,
+                precopy_bytes=figures.precopy_bytes,
+            )

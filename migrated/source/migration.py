@@ -1,0 +1,644 @@
+"""The story of one outgoing attempt. Read ``OutgoingMigration._story`` first.
+
+    connect -> negotiate -> rounds -> (a stop fits) -> switchover -> one record on both hosts
+
+Whatever fails before the stop leaves a guest that was never disturbed; whatever fails after it is decided by the
+hand-over. Every way out goes through ``_clean_up``, so that a retry works at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from pydantic import ValidationError
+
+from migrated.environment import Environment
+from migrated.errors import CancelledByOperatorError, LinkLostError, MigrationError, RefusedError, VmmError
+from migrated.guests import Guest
+from migrated.journal import JournalError
+from migrated.link import sockets
+from migrated.link.control import ControlChannel
+from migrated.link.data import DataChannel
+from migrated.parameters import MigrationParameters
+from migrated.prediction.gate import Prediction, SwitchoverCosts
+from migrated.progress import Progress, Status
+from migrated.record import DestinationHalf, Outcome, Record
+from migrated.source.encoding import BatchEncoder
+from migrated.source.handover import SourceHandover
+from migrated.source.ledger import DeviceFigures, OutgoingLedger
+from migrated.source.outcome import OutcomeAsker
+from migrated.source.pages import PageSender
+from migrated.source.precopy import Precopy, Transfer
+from migrated.source.switchover import Happened, Item, Reserves, Switchover
+from migrated.tasks import TaskSet
+from migrated.vmm.base import DryRun
+from migrated.vmm.dirty_log import DirtyLog
+from migrated.vmm.memory import GuestMemory
+from protocol import messages
+from protocol.digest import MemoryDigest
+from protocol.errors import ProtocolError
+from protocol.guest import PAGE_SIZE, GuestDescription
+from protocol.handover import SourceEvent, SourceState
+from protocol.messages import Limits, TimeRules
+from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES
+
+log = structlog.get_logger()
+
+_REPORT_S = 5.0
+_MEASURE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a guest goes."""
+
+    uri: str
+    host: str
+    port: int
+
+
+class OutgoingMigration:
+    """One attempt to move a guest away.
+
+    Args:
+        env: the daemon.
+        guest: the guest, reserved for this attempt by the caller.
+        target: where to.
+        parameters: in force at the start; ``set_parameters`` changes them.
+        migration_id: 32 hex digits.
+        epoch: number of this hand-over of the guest.
+        on_change: called after every visible change.
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        guest: Guest,
+        target: Target,
+        parameters: MigrationParameters,
+        migration_id: str,
+        epoch: int,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.migration_id = migration_id
+        self.guest_name = guest.name
+        self.parameters = parameters
+        self.status: Status = "setup"
+        self.record: Record | None = None
+        self.decided = asyncio.Event()
+        """Set when the attempt has its record; while in doubt, with a record that says so."""
+        self._env = env
+        self._guest = guest
+        self._target = target
+        self._epoch = epoch
+        self._on_change = on_change
+        self._ledger = OutgoingLedger(migration_id, guest.name, epoch, target.uri, env.host, parameters)
+        self._asker = OutcomeAsker(target.host, target.port, env.config.limits, migration_id, epoch)
+        self._handover: SourceHandover | None = None
+        self._tasks = TaskSet()
+        self._story_task: asyncio.Task[None] | None = None
+        self._ended_by: MigrationError | None = None
+        self._lost_by: MigrationError | None = None
+        self._settling = TaskSet()
+        self._settled = asyncio.Event()
+        self._hold: asyncio.Event | None = None
+        self._inbox: asyncio.Queue[Item] = asyncio.Queue()
+        self._round_done: dict[int, asyncio.Future[messages.RoundDone]] = {}
+        self._reported = asyncio.Event()
+        self._control: ControlChannel | None = None
+        self._memory: GuestMemory | None = None
+        self._dirty_log: DirtyLog | None = None
+        self._sender: PageSender | None = None
+        self._precopy: Precopy | None = None
+        self._switchover: Switchover | None = None
+        self._channels: list[DataChannel] = []
+        self._phase = "Sync"
+        self._decision = "connecting"
+        self._prediction: Prediction | None = None
+        self._welcome: messages.Welcome | None = None
+        self._dry_save = DryRun((), 0, 0)
+        self._was_paused = False
+
+    # Section: what an operator can do
+
+    async def run(self) -> Record:
+        """See the attempt through and return its record. Raises nothing but the daemon's own cancellation."""
+        structlog.contextvars.bind_contextvars(
+            migration_id=self.migration_id, guest=self.guest_name, role="source", peer=self._target.uri
+        )
+        self._story_task = asyncio.create_task(self._story())
+        try:
+            await self._story_task
+            outcome, reason = self._outcome_of_handover()
+        except asyncio.CancelledError:
+            if self._ended_by is None:
+                self._story_task.cancel()
+                await asyncio.gather(self._story_task, return_exceptions=True)
+                await self._clean_up()
+                raise
+            outcome, reason = _outcome_of_error(self._ended_by)
+        except (MigrationError, ProtocolError, JournalError, OSError, ValueError) as error:
+            outcome, reason = _outcome_of_error(error)
+        except Exception as error:
+            # A bug must not cost more than this attempt: the guest goes on, and the log says where it was.
+            log.exception("the migration failed unexpectedly")
+            outcome, reason = "failed", f"internal error: {error!r}"
+        self._phase = "Finish"
+        await self._abandon(reason)
+        await self._clean_up()
+        record = await self._conclude(outcome, reason)
+        if outcome == "in-doubt":
+            self._settling.start(self._settle())
+        return record
+
+    async def close(self) -> None:
+        """Let go at the daemon's stop. What is in doubt is found again in the journal."""
+        await self._settling.stop()
+        if self._handover is not None:
+            await self._handover.close()
+
+    async def cancel(self, reason: str = "cancelled by the operator") -> bool:
+        """Give the attempt up. Returns False when it is too late: COMMIT was sent."""
+        if self.decided.is_set() and not (self._handover is not None and self._handover.in_doubt):
+            return True
+        handover = self._handover
+        if handover is not None and handover.state in (SourceState.COMMITTED, SourceState.RETIRED):
+            return False
+        self._set_status("cancelling")
+        self._end(CancelledByOperatorError(reason), SourceEvent.CANCEL)
+        return True
+
+    def guest_gone(self) -> None:
+        """The guest's process ended by itself."""
+        self._end(VmmError("the guest's process ended during its migration"), SourceEvent.FAULT)
+
+    async def resolve(self, run_here: bool) -> bool:
+        """End an attempt in doubt by the operator's word. Returns False when it is not in doubt."""
+        if self._handover is None or not self._handover.in_doubt:
+            return False
+        event = SourceEvent.RESOLVE_RUN_HERE if run_here else SourceEvent.RESOLVE_DISCARD
+        await self._handover.take(event, None)
+        await self._settled.wait()
+        return True
+
+    def _end(self, error: MigrationError, event: SourceEvent) -> None:
+        """End the attempt from outside its story: before the stop by cancelling it, after by an event."""
+        self._ended_by = self._ended_by or error
+        if self._switchover is not None:
+            self._inbox.put_nowait(Happened(event, str(error)))
+        elif self._story_task is not None:
+            self._story_task.cancel()
+
+    def continue_switchover(self) -> bool:
+        """Let a held switchover go on. Returns False when none is held."""
+        if self._hold is None or self.status != "pre-switchover":
+            return False
+        self._hold.set()
+        self._set_status("device")
+        return True
+
+    def set_parameters(self, parameters: MigrationParameters) -> None:
+        """Change the parameters of the running attempt; a limit counts from the next decision on."""
+        previous, self.parameters = self.parameters, parameters
+        if self._sender is not None and parameters.max_bandwidth_bytes_per_s != previous.max_bandwidth_bytes_per_s:
+            self._sender.pace(parameters.max_bandwidth_bytes_per_s)
+            if self._precopy is not None:
+                self._precopy.bandwidth.forget()
+
+    def progress(self) -> Progress:
+        """A snapshot for an operator."""
+        ledger, precopy = self._ledger, self._precopy
+        limit_ns = int((self.parameters.downtime_limit_ms + self.parameters.switchover_limit_ms) * 1e6)
+        remaining = precopy.remaining_pages * PAGE_SIZE if precopy is not None else 0
+        if precopy is not None and not ledger.rounds:
+            remaining = max(0, (ledger.memory_pages - ledger.sparse_pages) * PAGE_SIZE - self._sent_bytes())
+        end_ns = ledger.ended_ns or time.monotonic_ns()
+        return Progress(
+            migration_id=self.migration_id,
+            guest=self.guest_name,
+            role="source",
+            peer=self._target.uri,
+            status=self.status,
+            phase=self._switchover.phase if self._switchover is not None and not ledger.ended_ns else self._phase,
+            started_at=ledger.started_at,
+            elapsed_ns=end_ns - ledger.began_ns,
+            setup_ns=ledger.setup_ns,
+            round=len(ledger.rounds),
+            total_bytes=ledger.memory_pages * PAGE_SIZE,
+            transferred_bytes=self._sent_bytes(),
+            remaining_bytes=0 if self.status == "completed" else remaining,
+            normal_pages=ledger.normal_pages,
+            zero_pages=ledger.zero_pages,
+            bandwidth_bytes_per_s=precopy.bandwidth.bytes_per_s if precopy is not None else 0.0,
+            dirty_rate_pages_per_s=precopy.dirty_pages_per_s if precopy is not None else 0.0,
+            predicted_downtime_ns=self._prediction.total_ns if self._prediction is not None else None,
+            predicted_upper_ns=ledger.predicted_upper_ns,
+            predicted_parts_ns=self._prediction.parts() if self._prediction is not None else {},
+            downtime_limit_ns=limit_ns,
+            downtime_ns=ledger.downtime.measured_ns if ledger.downtime is not None else None,
+            throttle_percent=0,
+            decision=self._decision,
+            destination=ledger.destination_host,
+            reason=self.record.reason if self.record is not None else None,
+            rounds=tuple(ledger.rounds),
+        )
+
+    # Section: the story
+
+    async def _story(self) -> None:
+        with self._ledger.phase("Sync"):
+            transfer = await self._set_up()
+        self._ledger.setup_ns = time.monotonic_ns() - self._ledger.began_ns
+        self._set_status("active")
+        self._phase = "RamPushPrePause"
+        with self._ledger.phase("RamPushPrePause"):
+            pending = await self._run_rounds(transfer)
+        await self._switch_over(transfer, pending)
+
+    async def _set_up(self) -> Transfer:
+        """Connect, negotiate, and begin to track writes. Nothing of this disturbs the guest."""
+        vmm = self._guest.vmm
+        description = await vmm.describe()
+        status = await vmm.status()
+        if status.state == "incoming":
+            raise RefusedError(f"guest {self.guest_name!r} is itself waiting for an incoming migration")
+        self._was_paused = status.state == "paused"
+        self._ledger.memory_pages = description.pages
+        self._ledger.devices = {(d.name, d.kind): DeviceFigures(d) for d in description.devices}
+        self._dry_save = await vmm.dry_run("save")
+        control, agreed, welcome = await self._negotiate(description)
+        for number in range(self.parameters.channels):
+            self._channels.append(await self._join(number, welcome, agreed))
+        self._memory = await vmm.memory()
+        self._dirty_log = await vmm.start_dirty_log(self.parameters.dirty_tracking)
+        self._ledger.dirty_tracking = self._dirty_log.mode
+        digest = MemoryDigest(description.pages) if self.parameters.digest else None
+        self._sender = PageSender(self._memory, self._channels, digest, BatchEncoder)
+        self._sender.pace(self.parameters.max_bandwidth_bytes_per_s)
+        self._sender.start()
+        self._tasks.start(self._listen(control))
+        # The attempt is journaled before the guest can be stopped: a restarted daemon then knows whose guest it is.
+        self._env.journal.begin(
+            self.migration_id,
+            self._epoch,
+            self.guest_name,
+            "source",
+            {
+                "peer": self._target.uri,
+                "paused": self._was_paused,
+                "started_at": self._ledger.started_at,
+                "parameters": self.parameters.model_dump(mode="json"),
+            },
+        )
+        self._handover = SourceHandover(
+            self._env, self.migration_id, self._epoch, self._guest, self._was_paused, self._asker,
+            on_doubt=self._became_doubtful,
+        )  # fmt: skip
+        await control.measure(_MEASURE_S)
+        return Transfer(vmm, description, self._memory, self._dirty_log, self._sender, control, self._ledger)
+
+    async def _negotiate(
+        self, description: GuestDescription
+    ) -> tuple[ControlChannel, sockets.Agreed, messages.Welcome]:
+        limits = self._env.config.limits
+        self._say("negotiating")
+        sock, agreed = await sockets.connect(
+            self._target.host, self._target.port, limits.connect_timeout_s, limits.tcp_user_timeout_s
+        )
+        control = self._control = ControlChannel(
+            sock,
+            agreed,
+            self._env.clock,
+            heartbeat_interval_s=limits.heartbeat_interval_s,
+            heartbeat_timeout_s=limits.heartbeat_timeout_s,
+        )
+        await control.start()
+        required = set(REQUIRED_CAPABILITIES)
+        if self.parameters.switchover_abort:
+            required.add("switchover-abort")
+        if self.parameters.digest:
+            required.add("digest-xxh3-frames")
+        control.send(
+            messages.Hello(
+                migration_id=self.migration_id,
+                epoch=self._epoch,
+                guest=description,
+                guest_paused=self._was_paused,
+                capabilities=tuple(sorted(CAPABILITIES)),
+                required=tuple(sorted(required)),
+                limits=self._limits(),
+                time_rules=TimeRules(
+                    policy=self.parameters.time_policy,
+                    max_time_jump_ns=int(self.parameters.max_time_jump_ms * 1e6),
+                    max_time_error_ns=int(self.parameters.max_time_error_ms * 1e6),
+                ),
+                channels=self.parameters.channels,
+                host=self._env.host,
+            )
+        )
+        try:
+            async with asyncio.timeout(limits.handshake_timeout_s):
+                answer = (await control.receive()).message
+        except TimeoutError as error:
+            raise LinkLostError(
+                f"{self._target.uri} did not answer the offer within {limits.handshake_timeout_s:g} s"
+            ) from error
+        if isinstance(answer, messages.Refuse):
+            raise RefusedError(f"the destination refused: {answer.reason}")
+        if not isinstance(answer, messages.Welcome):
+            raise MigrationError(f"the destination answered the offer with {answer.TYPE.name}")
+        self._welcome = answer
+        self._ledger.destination_host = answer.host
+        for cost in answer.load_costs:
+            if (figures := self._ledger.devices.get((cost.name, cost.kind))) is not None:
+                figures.expected_load_ns = cost.ns
+        return control, agreed, answer
+
+    async def _join(self, number: int, welcome: messages.Welcome, agreed: sockets.Agreed) -> DataChannel:
+        limits = self._env.config.limits
+        sock, _ = await sockets.connect(
+            self._target.host, self._target.port, limits.connect_timeout_s, limits.tcp_user_timeout_s
+        )
+        try:
+            async with asyncio.timeout(limits.handshake_timeout_s):
+                join = messages.Join(migration_id=self.migration_id, token=welcome.token, channel=number)
+                await sockets.send_first(sock, agreed, join)
+                answer = await sockets.read_first(sock, agreed)
+        except TimeoutError as error:
+            sock.close()
+            raise LinkLostError(f"data channel {number} was not answered in time") from error
+        except BaseException:
+            sock.close()
+            raise
+        if not isinstance(answer, messages.Joined):
+            sock.close()
+            raise MigrationError(f"data channel {number} was answered with {answer.TYPE.name}")
+        return DataChannel(sock, number, agreed)
+
+    async def _listen(self, control: ControlChannel) -> None:
+        """Hand messages to whoever waits for them; the loss of the channel is an event for the hand-over."""
+        try:
+            while True:
+                received = await control.receive()
+                match received.message:
+                    case messages.RoundDone(round=number):
+                        self._done_of(number).set_result(received.message)
+                    case messages.Report():
+                        self._take_report(received.payload)
+                    case messages.No(reason=reason, cause=cause) if self._switchover is None:
+                        kind = CancelledByOperatorError if cause == "cancelled" else MigrationError
+                        self._give_up(kind(f"the destination gave up: {reason}"))
+                    case _:
+                        self._inbox.put_nowait(received)
+        except LinkLostError as error:
+            self._give_up(error)
+            self._inbox.put_nowait(Happened(SourceEvent.LINK_LOST, f"the connection was lost: {error}"))
+
+    def _give_up(self, error: MigrationError) -> None:
+        """End the rounds with an error; without effect once the switchover runs."""
+        if self._switchover is None:
+            for future in self._round_done.values():
+                if not future.done():
+                    future.set_exception(error)
+                    future.exception()
+            self._lost_by = error
+        self._reported.set()
+
+    def _done_of(self, number: int) -> asyncio.Future[messages.RoundDone]:
+        future = self._round_done.get(number)
+        if future is None:
+            future = self._round_done[number] = asyncio.get_running_loop().create_future()
+            if self._lost_by is not None:
+                future.set_exception(self._lost_by)
+        return future
+
+    async def _run_rounds(self, transfer: Transfer) -> Any:
+        self._precopy = Precopy(
+            transfer,
+            lambda: self.parameters,
+            self._costs,
+            self._done_of,
+            self._env.config.limits.round_timeout_s,
+            self._say_round,
+        )
+        return await self._precopy.run()
+
+    async def _switch_over(self, transfer: Transfer, pending: Any) -> None:
+        assert self._handover is not None
+        assert self._welcome is not None
+        if self.parameters.pause_before_switchover:
+            self._hold = asyncio.Event()
+        self._switchover = Switchover(
+            transfer,
+            self._handover,
+            self._limits(),
+            Reserves(
+                commit_ns=transfer.control.round_trip_ns() + self._welcome.resume_ns,
+                own_resume_ns=self._dry_save.resume_ns,
+            ),
+            pending,
+            self._inbox,
+            self._env.config.limits,
+            self._env.clock,
+            self._hold,
+        )
+        self._set_status("pre-switchover" if self._hold is not None else "device")
+        # From here on an operator's cancel is an event of the hand-over, not a cancellation of this task.
+        await self._switchover.run()
+        if self._handover.state is SourceState.RETIRED:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_REPORT_S):
+                    await self._reported.wait()
+
+    def _limits(self) -> Limits:
+        return Limits(
+            downtime_limit_ns=int(self.parameters.downtime_limit_ms * 1e6),
+            switchover_limit_ns=int(self.parameters.switchover_limit_ms * 1e6),
+            switchover_abort=self.parameters.switchover_abort and not self._was_paused,
+        )
+
+    def _costs(self, scan_ns: int) -> SwitchoverCosts:
+        """What a switchover costs beside memory: tried on both sides, or measured in this attempt."""
+        assert self._welcome is not None
+        assert self._control is not None
+        return SwitchoverCosts(
+            stop_ns=self._dry_save.pause_ns,
+            scan_ns=2 * scan_ns,
+            save_ns=sum(cost.ns for cost in self._dry_save.devices),
+            load_ns=sum(cost.ns for cost in self._welcome.load_costs),
+            legs_ns=2 * self._control.round_trip_ns(),
+            resume_ns=self._welcome.resume_ns,
+        )
+
+    # Section: the end
+
+    def _outcome_of_handover(self) -> tuple[Outcome, str | None]:
+        assert self._handover is not None
+        match self._handover.state:
+            case SourceState.RETIRED:
+                return "completed", None
+            case SourceState.COMMITTED:
+                return "in-doubt", (
+                    "COMMIT was sent and the destination has not answered; the guest stays stopped here until it does, "
+                    "or until `migratectl resolve`"
+                )
+            case _:
+                cancelled = isinstance(self._ended_by, CancelledByOperatorError)
+                return ("cancelled" if cancelled else "aborted"), self._handover.reason
+
+    async def _abandon(self, reason: str | None) -> None:
+        """Tell the destination, when the attempt ended before the stop."""
+        handover, control = self._handover, self._control
+        if handover is not None and handover.state is SourceState.RUNNING:
+            await handover.take(SourceEvent.FAULT, control, reason or "the source gave up")
+        elif handover is None and control is not None and control.lost is None:
+            with contextlib.suppress(LinkLostError):
+                control.send(messages.Abort(epoch=self._epoch, reason=(reason or "the source gave up")[:2000]))
+
+    async def _clean_up(self) -> None:
+        """Leave nothing behind: threads, sockets, mappings, tracking."""
+        if self._sender is not None:
+            await self._sender.stop()
+            self._ledger.encodings = self._sender.encodings
+        else:
+            for channel in self._channels:
+                channel.close()
+        if self._dirty_log is not None:
+            self._dirty_log.close()
+            if self._handover is None or self._handover.state is not SourceState.RETIRED:
+                with contextlib.suppress(VmmError):
+                    await self._guest.vmm.stop_dirty_log()
+        if self._memory is not None:
+            self._memory.release()
+
+    async def _conclude(self, outcome: Outcome, reason: str | None) -> Record:
+        """Write the record, hand it to the peer, and let the guest go."""
+        ledger, env = self._ledger, self._env
+        ledger.ended_ns = ledger.ended_ns or time.monotonic_ns()
+        _log_outcome(outcome, reason, ledger)
+        record = ledger.finish(outcome, reason, env.take_log(self.migration_id))
+        self.record = record
+        if self._control is not None:
+            with contextlib.suppress(LinkLostError):
+                self._control.send(messages.Record(), json.dumps(record.document()).encode())
+            await self._control.close()
+        await self._tasks.stop()
+        if outcome != "in-doubt":
+            env.journal.close_attempt(self.migration_id, "source")
+            self._guest.migration_id = None
+        self._set_status(_STATUS_OF[outcome])
+        env.finish(record)
+        self.decided.set()
+        return record
+
+    async def _settle(self) -> None:
+        """Wait until an attempt in doubt is decided, then write its final record."""
+        assert self._handover is not None
+        assert self._switchover is not None
+        await self._handover.finished.wait()
+        self._switchover.account()
+        if self._handover.state is SourceState.ABORTED:
+            with contextlib.suppress(VmmError):
+                await self._guest.vmm.stop_dirty_log()
+        self._ledger.ended_ns = time.monotonic_ns()
+        outcome, reason = self._outcome_of_handover()
+        await self._conclude(outcome, reason)
+        self._settled.set()
+
+    def _take_report(self, payload: bytes) -> None:
+        try:
+            self._ledger.half = DestinationHalf.model_validate_json(payload)
+        except ValidationError as error:
+            log.warning("the destination's half of the record cannot be read", reason=str(error))
+        self._reported.set()
+
+    def _became_doubtful(self, reason: str) -> None:
+        self._set_status("in-doubt")
+        self._env.publish("X_MIGRATED_IN_DOUBT", {"migration-id": self.migration_id, "reason": reason})
+
+    def _set_status(self, status: Status) -> None:
+        if self.status != status:
+            self.status = status
+            self._env.publish(
+                "MIGRATION", {"status": status, "guest": self.guest_name, "migration-id": self.migration_id}
+            )
+            self._on_change()
+
+    def _say(self, sentence: str) -> None:
+        self._decision = sentence
+        self._on_change()
+
+    def _say_round(self, sentence: str, prediction: Prediction | None) -> None:
+        self._prediction = prediction
+        number = len(self._ledger.rounds)
+        log.debug("round", round=number, decision=sentence)
+        if number:
+            self._env.publish(
+                "MIGRATION_PASS", {"pass": number, "guest": self.guest_name, "migration-id": self.migration_id}
+            )
+        self._say(sentence)
+
+    def _sent_bytes(self) -> int:
+        if self._channels and self._memory is not None:
+            return sum(channel.sent_bytes for channel in self._channels)
+        return self._ledger.precopy_bytes + self._ledger.downtime_bytes
+
+
+def _outcome_of_error(error: Exception) -> tuple[Outcome, str]:
+    """The outcome of an attempt that ended before the stop."""
+    reason = str(error) or repr(error)
+    if isinstance(error, CancelledByOperatorError):
+        return "cancelled", reason
+    return ("refused" if isinstance(error, RefusedError) else "failed"), reason
+
+
+_STATUS_OF: dict[Outcome, Status] = {
+    "completed": "completed",
+    "aborted": "failed",
+    "cancelled": "cancelled",
+    "failed": "failed",
+    "refused": "failed",
+    "in-doubt": "in-doubt",
+}
+
+
+def _log_outcome(outcome: Outcome, reason: str | None, ledger: OutgoingLedger) -> None:
+    """The two lines of a downtime, breakdown first, or the reason why there is none."""
+    downtime = ledger.downtime
+    if downtime is not None:
+        grouped = dict.fromkeys(("stop", "final_memory_delta", "snapshot", "sending_snapshot", "completing"), 0)
+        for part in downtime.parts:
+            grouped[_GROUP_OF.get(part.name, "completing")] += part.ns
+        parts = " ".join(f"{name}={ns / 1e6:.1f}ms" for name, ns in grouped.items())
+        log.debug(f"Migration downtime breakdown: {parts} unattributed={downtime.unattributed_ns / 1e6:.1f}ms")
+    if outcome == "completed" and downtime is not None:
+        predicted = downtime.predicted_ns
+        expected = f", predicted {predicted / 1e6:.0f}ms" if predicted is not None else ""
+        log.info(
+            f"Migration complete: actual downtime was {downtime.measured_ns / 1e6:.0f}ms and migration took "
+            f"{(ledger.ended_ns - ledger.began_ns) / 1e9:.2f}s (limit was {downtime.limit_ns / 1e6:.0f}ms{expected})"
+        )
+    elif outcome == "in-doubt":
+        log.error("Migration in doubt", reason=reason)
+    else:
+        log.warning(f"Migration {outcome}", reason=reason)
+
+
+_GROUP_OF = {
+    "stop": "stop",
+    "hold": "stop",
+    "final-dirty-log-read": "final_memory_delta",
+    "final-pages": "final_memory_delta",
+    "dirty-log-read-after-saves": "final_memory_delta",
+    "pages-after-saves": "final_memory_delta",
+    "device-saves": "snapshot",
+    "state-end-and-ready-legs": "sending_snapshot",
+}
+"""Cloud Hypervisor's five groups; everything else is completing."""

@@ -1,0 +1,87 @@
+"""Asking for the outcome: the source tells its decision over a fresh connection until the destination answers.
+
+This ends an attempt in doubt, and saves the destination a time-out after an abort whose message was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+
+from migrated.config import LimitsConfig
+from migrated.errors import LinkLostError
+from migrated.link import sockets
+from protocol import messages
+from protocol.errors import RemoteProtocolError
+from protocol.frames import HEADER_BYTES, check_meta, unpack_header
+from protocol.messages import Message
+
+log = structlog.get_logger()
+
+_ABORT_TRIES = 3
+_MAX_PAUSE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeAsker:
+    """How to reach the destination of one attempt.
+
+    Attributes:
+        host, port: its listen address.
+        limits: bounds of every wait, and the first pause between two questions.
+        migration_id, epoch: the attempt.
+    """
+
+    host: str
+    port: int
+    limits: LimitsConfig
+    migration_id: str
+    epoch: int
+
+    async def ask_commit(self) -> messages.Running | messages.Discarded:
+        """Tell COMMIT until the destination says what became of it. Never gives up."""
+        pause_s = 0.0
+        while True:
+            await asyncio.sleep(pause_s)
+            pause_s = min(_MAX_PAUSE_S, max(self.limits.outcome_retry_s, pause_s * 1.5))
+            try:
+                answer = await self._exchange("commit")
+            except (LinkLostError, RemoteProtocolError, TimeoutError) as error:
+                log.warning("the destination cannot be asked yet", reason=str(error), retry_s=round(pause_s, 1))
+                continue
+            if isinstance(answer, messages.Running | messages.Discarded):
+                return answer
+            log.warning("the outcome is still open", answer=answer.TYPE.name)
+
+    async def tell_abort(self) -> None:
+        """Tell ABORT a few times; the destination's own time-out does the rest."""
+        for attempt in range(_ABORT_TRIES):
+            await asyncio.sleep(attempt * self.limits.outcome_retry_s)
+            try:
+                await self._exchange("abort")
+            except (LinkLostError, RemoteProtocolError, TimeoutError) as error:
+                log.debug("the destination cannot be told of the abort", reason=str(error))
+            else:
+                return
+
+    async def _exchange(self, decision: str) -> Message:
+        ask = messages.OutcomeAsk.model_validate(
+            {"migration_id": self.migration_id, "epoch": self.epoch, "decision": decision}
+        )
+        sock, agreed = await sockets.connect(
+            self.host, self.port, self.limits.connect_timeout_s, self.limits.tcp_user_timeout_s
+        )
+        try:
+            async with asyncio.timeout(self.limits.handshake_timeout_s):
+                await sockets.send_first(sock, agreed, ask)
+                head = await sockets.read_exactly(sock, HEADER_BYTES)
+                header = unpack_header(head, agreed.version, 0)
+                meta = await sockets.read_exactly(sock, header.meta_bytes)
+                check_meta(head, meta, header)
+                return messages.decode(header.type, meta)
+        except OSError as error:
+            raise LinkLostError(f"{self.host}:{self.port}: {error.strerror or error}") from error
+        finally:
+            sock.close()

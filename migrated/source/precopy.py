@@ -1,0 +1,262 @@
+"""The rounds: send dirty memory while the guest runs, until stopping it fits the budget.
+
+collect -> send -> barrier on every channel -> acknowledged -> collect -> would a stop fit now?
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+import xxhash
+
+from migrated.errors import LinkLostError, MigrationError, RefusedError
+from migrated.link.control import ControlChannel
+from migrated.parameters import MigrationParameters
+from migrated.prediction.gate import Bandwidth, Prediction, SwitchoverCosts, predict
+from migrated.record import RoundRow
+from migrated.source.ledger import OutgoingLedger
+from migrated.source.pages import PageSender, Sent
+from migrated.vmm.base import Vmm
+from migrated.vmm.dirty_log import DirtyLog
+from migrated.vmm.memory import GuestMemory
+from protocol import messages
+from protocol.guest import PAGE_SIZE, GuestDescription
+from protocol.pages import Runs, count_pages
+
+log = structlog.get_logger()
+
+_IDLE_PAUSE_S = 0.05
+"""Pause before the next round when the last one was so short that nothing can have changed."""
+
+
+@dataclass(slots=True)
+class Transfer:
+    """What both the rounds and the switchover send with, and the numbers that go on counting from one to the other."""
+
+    vmm: Vmm
+    guest: GuestDescription
+    memory: GuestMemory
+    dirty_log: DirtyLog
+    sender: PageSender
+    control: ControlChannel
+    ledger: OutgoingLedger
+    round: int = 0
+    state_order: int = 0
+    scan_ns: int = 0
+
+    async def collect(self) -> Runs:
+        """Read and clear the dirty log, off the event loop."""
+        begin_ns = time.monotonic_ns()
+        runs = await asyncio.to_thread(self.dirty_log.collect)
+        self.scan_ns = time.monotonic_ns() - begin_ns
+        self.ledger.dirty_syncs += 1
+        return runs
+
+    async def send_round(self, runs: Runs) -> Sent:
+        """Send one round with its barriers, and say so on the control channel. Puts the pages back on failure."""
+        self.round += 1
+        try:
+            sent = await self.sender.send_round(self.round, runs)
+        except BaseException:
+            self.dirty_log.restore(runs)
+            raise
+        self.control.send(messages.RoundEnd(round=self.round, pages=sent.normal_pages, zero_pages=sent.zero_pages))
+        self.ledger.normal_pages += sent.normal_pages
+        self.ledger.zero_pages += sent.zero_pages
+        return sent
+
+    async def send_device(self, name: str, kind: str, round_number: int | None) -> int:
+        """Save one device and send its state. Returns the bytes of state (0: nothing to send)."""
+        description = next(d for d in self.guest.devices if (d.name, d.kind) == (name, kind))
+        saved = await self.vmm.save_device(name, description.kind, round_number)
+        figures = self.ledger.devices[name, kind]
+        final = round_number is None
+        if final:
+            figures.save_ns, figures.final_bytes = saved.ns, len(saved.state)
+        elif not len(saved.state):
+            return 0
+        else:
+            figures.precopy_bytes += len(saved.state)
+        state = messages.DeviceState(
+            order=self.state_order,
+            name=name,
+            kind=description.kind,
+            final=final,
+            offset=0,
+            total_bytes=len(saved.state),
+            digest=xxhash.xxh3_64_intdigest(saved.state),
+            save_ns=saved.ns,
+        )
+        self.state_order += 1
+        await self.sender.send_device(state, saved.state)
+        return len(saved.state)
+
+
+class Precopy:
+    """The rounds of one attempt.
+
+    Args:
+        transfer: what to send with.
+        parameters: called for the parameters in force; they may change while rounds run.
+        costs: called for the costs of a switchover that do not depend on memory.
+        acknowledged: called to wait for the acknowledgement of a round.
+        say: takes the sentence that explains the last decision, and the prediction behind it.
+    """
+
+    def __init__(
+        self,
+        transfer: Transfer,
+        parameters: Callable[[], MigrationParameters],
+        costs: Callable[[int], SwitchoverCosts],
+        acknowledged: Callable[[int], asyncio.Future[messages.RoundDone]],
+        round_timeout_s: float,
+        say: Callable[[str, Prediction | None], None],
+    ) -> None:
+        self._transfer = transfer
+        self._parameters = parameters
+        self._costs = costs
+        self._acknowledged = acknowledged
+        self._round_timeout_s = round_timeout_s
+        self._say = say
+        self.bandwidth = Bandwidth()
+        self.remaining_pages = 0
+        self.dirty_pages_per_s = 0.0
+
+    async def run(self) -> Runs:
+        """Run rounds until a stop fits. Returns the pages that are dirty and not sent, shape (n, 2).
+
+        Raises:
+            RefusedError: no stop can fit.
+            MigrationError: it did not converge in time, or sending failed.
+        """
+        transfer, began_ns = self._transfer, time.monotonic_ns()
+        self._refuse_hopeless()
+        # The first collect arms the tracking; everything that holds data travels anyway.
+        await transfer.collect()
+        runs = transfer.memory.data_runs()
+        transfer.ledger.sparse_pages = transfer.memory.pages - count_pages(runs)
+        while True:
+            scanned = transfer.memory.pages if transfer.round else count_pages(runs)
+            row = await self._round(runs, scanned)
+            runs = await transfer.collect()
+            dirty = count_pages(runs)
+            self.remaining_pages = dirty
+            self.dirty_pages_per_s = dirty * 1e9 / max(1, row.ns)
+            prediction = predict(dirty * PAGE_SIZE, self.bandwidth.bytes_per_s, self._costs(transfer.scan_ns))
+            verdict = self._verdict(prediction, (time.monotonic_ns() - began_ns) / 1e9)
+            transfer.ledger.prediction = prediction
+            transfer.ledger.rounds.append(
+                row.model_copy(
+                    update={
+                        "dirty_pages": dirty,
+                        "dirty_rate_pages_per_s": self.dirty_pages_per_s,
+                        "predicted_downtime_ns": prediction.total_ns,
+                        "decision": verdict.sentence,
+                    }
+                )
+            )
+            self._say(verdict.sentence, prediction)
+            if verdict.failure is not None:
+                transfer.dirty_log.restore(runs)
+                raise verdict.failure
+            if verdict.stop:
+                return runs
+            if row.ns < _IDLE_PAUSE_S * 1e9:
+                await asyncio.sleep(_IDLE_PAUSE_S)
+
+    def _refuse_hopeless(self) -> None:
+        """Do not begin when the costs that no round can lower are over the limit already."""
+        parameters = self._parameters()
+        prediction = predict(0, 0.0, self._costs(0))
+        limit_ns = _limit_ns(parameters)
+        self._say(prediction.explain(limit_ns), prediction)
+        if parameters.switchover_abort and parameters.on_timeout != "force" and prediction.total_ns >= limit_ns:
+            self._transfer.ledger.prediction = prediction
+            raise RefusedError(
+                f"a switchover cannot fit the limit, whatever memory does: {prediction.explain(limit_ns)}; raise "
+                "--downtime-limit, or force the attempt with --on-timeout force"
+            )
+
+    async def _round(self, runs: Runs, scanned_pages: int) -> RoundRow:
+        """Send one round and wait for its acknowledgement."""
+        transfer = self._transfer
+        begin_ns = time.monotonic_ns()
+        scan_ns = transfer.scan_ns
+        sent = await transfer.send_round(runs)
+        number = transfer.round
+        device_bytes = 0
+        for device in transfer.guest.devices:
+            if device.kind == "iterable":
+                device_bytes += await transfer.send_device(device.name, device.kind, number)
+        await self._wait_for_progress(self._acknowledged(number))
+        ns = time.monotonic_ns() - begin_ns
+        acknowledged_bytes = sent.wire_bytes + device_bytes
+        self.bandwidth.add(acknowledged_bytes, ns)
+        ledger = transfer.ledger
+        ledger.precopy_bytes += acknowledged_bytes
+        ledger.precopy_pages += sent.normal_pages + sent.zero_pages
+        return RoundRow(
+            round=number,
+            scanned_pages=scanned_pages,
+            dirty_pages=0,
+            zero_pages=sent.zero_pages,
+            bytes=acknowledged_bytes,
+            ns=ns,
+            scan_ns=scan_ns,
+            bandwidth_bytes_per_s=acknowledged_bytes * 1e9 / max(1, ns),
+            dirty_rate_pages_per_s=0.0,
+            predicted_downtime_ns=None,
+            decision="",
+        )
+
+    async def _wait_for_progress(self, done: asyncio.Future[messages.RoundDone]) -> None:
+        try:
+            async with asyncio.timeout(self._round_timeout_s):
+                reply = await done
+        except TimeoutError as error:
+            raise LinkLostError(
+                f"round {self._transfer.round} was not acknowledged within {self._round_timeout_s:g} s"
+            ) from error
+        digest = self._transfer.sender.digest
+        if digest is not None and reply.digest != digest.value:
+            raise MigrationError(
+                f"the destination's memory differs after round {reply.round}: digest {reply.digest:016x}, "
+                f"expected {digest.value:016x}"
+            )
+
+    def _verdict(self, prediction: Prediction, elapsed_s: float) -> _Verdict:
+        parameters = self._parameters()
+        limit_ns = _limit_ns(parameters)
+        explained = prediction.explain(limit_ns)
+        fits = prediction.total_ns < limit_ns
+        # Without an enforced limit the gate is QEMU's: only memory counts.
+        fits = fits or (not parameters.switchover_abort and prediction.memory_ns < limit_ns)
+        if prediction.bandwidth_known and fits:
+            return _Verdict(True, f"switching over: {explained}")
+        if parameters.timeout_s and elapsed_s >= parameters.timeout_s:
+            if parameters.on_timeout == "force":
+                return _Verdict(True, f"switching over by force after {elapsed_s:.1f} s: {explained}")
+            error = MigrationError(
+                f"memory did not converge within {parameters.timeout_s:g} s: {explained}; raise --downtime-limit or "
+                "--timeout, lower the guest's load, or use --on-timeout force"
+            )
+            return _Verdict(False, f"giving up: {explained}", error)
+        return _Verdict(False, f"not yet: {explained}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What to do after a round."""
+
+    stop: bool
+    sentence: str
+    failure: MigrationError | None = None
+
+
+def _limit_ns(parameters: MigrationParameters) -> int:
+    """What a switchover must stay under (ns)."""
+    return int((parameters.downtime_limit_ms + parameters.switchover_limit_ms) * 1e6)

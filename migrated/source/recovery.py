@@ -1,0 +1,105 @@
+"""What a restarted daemon does with an outgoing attempt that it finds open in its journal.
+
+No COMMIT in the journal: the guest is ours, and runs again. COMMIT without an answer: in doubt, so it is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import structlog
+
+from migrated.environment import Environment
+from migrated.errors import VmmError
+from migrated.guests import Guest
+from migrated.journal import Attempt
+from migrated.link.sockets import parse_uri
+from migrated.parameters import MigrationParameters
+from migrated.record import Outcome
+from migrated.source.handover import SourceHandover
+from migrated.source.ledger import OutgoingLedger
+from migrated.source.outcome import OutcomeAsker
+from migrated.tasks import TaskSet
+from protocol.handover import SourceEvent, SourceState, source_state_of
+
+log = structlog.get_logger()
+
+
+class RecoveredHandover:
+    """One outgoing attempt, taken up again.
+
+    Args:
+        env: the daemon.
+        attempt: what the journal knows.
+        guest: the guest, None when its process is gone.
+    """
+
+    def __init__(self, env: Environment, attempt: Attempt, guest: Guest | None) -> None:
+        self._env = env
+        self._attempt = attempt
+        self._guest = guest
+        self._tasks = TaskSet()
+        host, port = parse_uri(attempt.facts["peer"])
+        asker = OutcomeAsker(host, port, env.config.limits, attempt.migration_id, attempt.epoch)
+        self._handover = SourceHandover(
+            env,
+            attempt.migration_id,
+            attempt.epoch,
+            guest,
+            bool(attempt.facts["paused"]),
+            asker,
+            source_state_of(attempt.decisions),
+        )
+        if guest is not None:
+            guest.migration_id = attempt.migration_id
+
+    async def run(self) -> None:
+        """Finish or undo the attempt and write its record."""
+        structlog.contextvars.bind_contextvars(
+            migration_id=self._attempt.migration_id,
+            guest=self._attempt.guest,
+            role="source",
+            peer=self._attempt.facts["peer"],
+        )
+        log.warning("taking up a migration that the last daemon left open", state=self._handover.state)
+        await self._handover.take(SourceEvent.RESTART, None, "the source's daemon was restarted during the migration")
+        if self._handover.in_doubt:
+            self._record("in-doubt", "COMMIT was sent before the daemon was restarted, and no answer is known yet")
+        await self._handover.finished.wait()
+        if self._handover.state is SourceState.RETIRED:
+            self._record("completed", None)
+        else:
+            if self._guest is not None:
+                with contextlib.suppress(VmmError):
+                    await self._guest.vmm.stop_dirty_log()
+            reason = self._handover.reason
+            if self._guest is None:
+                reason = f"{reason}; the guest's process is gone too"
+            self._record("aborted", reason)
+        if self._guest is not None:
+            self._guest.migration_id = None
+        self._env.journal.close_attempt(self._attempt.migration_id, "source")
+
+    async def resolve(self, run_here: bool) -> bool:
+        """End it by the operator's word. Returns False when it is not in doubt."""
+        if not self._handover.in_doubt:
+            return False
+        await self._handover.take(SourceEvent.RESOLVE_RUN_HERE if run_here else SourceEvent.RESOLVE_DISCARD, None)
+        return True
+
+    async def close(self) -> None:
+        """Stop asking; the journal keeps what is open."""
+        await self._handover.close()
+
+    def _record(self, outcome: Outcome, reason: str | None) -> None:
+        facts = self._attempt.facts
+        ledger = OutgoingLedger(
+            self._attempt.migration_id,
+            self._attempt.guest,
+            self._attempt.epoch,
+            facts["peer"],
+            self._env.host,
+            MigrationParameters.model_validate(facts["parameters"]),
+            started_at=facts["started_at"],
+        )
+        self._env.finish(ledger.finish(outcome, reason, self._env.take_log(self._attempt.migration_id)))

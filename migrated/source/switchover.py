@@ -1,0 +1,385 @@
+"""From stop to commit: the blackout of one attempt on the source.
+
+    stop | DOWNTIME | last dirty pages + device saves | STATE_END | READY -> decide, journal, COMMIT | RUNNING
+                                                                  NO, deadline, loss, cancel -> take the guest back
+
+Work (moving state) and waiting (for the vote, the deadline, an operator) run side by side, so a decision never waits
+for a save or a send to end. What an event means for the guest is decided by the hand-over alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import structlog
+
+from migrated.clock import HostClock
+from migrated.config import LimitsConfig
+from migrated.errors import LinkLostError, MigrationError, VmmError
+from migrated.link.control import Received
+from migrated.source.handover import SourceHandover
+from migrated.source.precopy import Transfer
+from protocol import messages
+from protocol.budget import Part, may_commit, measured_downtime, source_deadline_ns
+from protocol.errors import ProtocolError, RemoteProtocolError
+from protocol.handover import SourceEvent, SourceState, check_epoch
+from protocol.messages import Limits
+from protocol.pages import Runs
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Reserves:
+    """What is kept back from the budget (ns): for the COMMIT leg with the destination's resume, and for the own
+    resume after an abort. Both come from this attempt's measured legs and tried costs."""
+
+    commit_ns: int
+    own_resume_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """Something that is no message: what it means for the hand-over, and a sentence."""
+
+    event: SourceEvent
+    reason: str
+
+
+Item: TypeAlias = Received | Happened
+
+
+class Switchover:
+    """The blackout of one attempt.
+
+    Args:
+        transfer: what to send with, as the rounds left it.
+        handover: decides who runs the guest.
+        limits: the budget.
+        reserves: what is kept back from it.
+        pending: pages that are dirty and not sent, shape (n, 2).
+        inbox: messages of the control channel and what else happens (``Happened``), in order.
+        bounds: bounds of waits.
+        clock: this host's clocks.
+        hold: set when the operator lets a held switchover go on; None without pause-before-switchover.
+    """
+
+    def __init__(
+        self,
+        transfer: Transfer,
+        handover: SourceHandover,
+        limits: Limits,
+        reserves: Reserves,
+        pending: Runs,
+        inbox: asyncio.Queue[Item],
+        bounds: LimitsConfig,
+        clock: HostClock,
+        hold: asyncio.Event | None,
+    ) -> None:
+        self._transfer = transfer
+        self._handover = handover
+        self._limits = limits
+        self._reserves = reserves
+        self._pending = pending
+        self._inbox = inbox
+        self._bounds = bounds
+        self._clock = clock
+        self._hold = hold
+        self._ledger = transfer.ledger
+        self._control = transfer.control
+        self._t0 = 0
+        self._holding_since_ns = 0
+        self._state_sent_ns = 0
+        self._ready_read_ns = 0
+        self.phase = "Pause"
+
+    async def run(self) -> None:
+        """Stop the guest and see the hand-over through: until it is decided, or in doubt.
+
+        Every way out leaves a decision in ``handover``: RETIRED, ABORTED (the guest runs here again), or COMMITTED
+        (in doubt). Nothing but cancellation of the daemon itself is raised.
+        """
+        gc.freeze()
+        work: asyncio.Task[None] | None = None
+        self._t0 = time.monotonic_ns()
+        try:
+            try:
+                await self._handover.take(SourceEvent.STOP, self._control)
+            except VmmError as error:
+                await self._handover.take(SourceEvent.FAULT, self._control, f"the guest could not be stopped: {error}")
+                return
+            self._stopped()
+            work = asyncio.create_task(self._move_state())
+            await self._see_through()
+        finally:
+            if work is not None:
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+            gc.unfreeze()
+
+    def _stopped(self) -> None:
+        stopped_ns = self._handover.stopped_at_ns
+        self._ledger.part("stop", "source", self._t0, stopped_ns)
+        self._ledger.add_phase("Pause", self._t0, stopped_ns)
+        self._ledger.checkpoint("src-downtime-start", 0)
+        self._ledger.checkpoint("src-vm-stopped", stopped_ns - self._t0)
+
+    def _counted_ns(self) -> int:
+        """The downtime so far that counts against the limit: without what the operator held (ns)."""
+        now_ns = time.monotonic_ns()
+        holding_ns = now_ns - self._holding_since_ns if self._holding_since_ns else 0
+        return now_ns - self._t0 - self._ledger.hold_ns - holding_ns
+
+    def _tell_downtime(self) -> None:
+        elapsed_ns = self._counted_ns()
+        self._ledger.source_reported_ns = elapsed_ns
+        self._control.send(
+            messages.Downtime(
+                epoch=self._handover.epoch, source_downtime_ns=elapsed_ns, sent_at_ns=self._clock.hrtime_ns()
+            )
+        )
+
+    # Section: work
+
+    async def _move_state(self) -> None:
+        """Send everything that is left; a failure is an event like any other."""
+        try:
+            await self._hold_if_asked()
+            self._tell_downtime()
+            await self._send_last_state()
+        except (MigrationError, ProtocolError, OSError) as error:
+            self._inbox.put_nowait(Happened(SourceEvent.FAULT, str(error)))
+
+    async def _hold_if_asked(self) -> None:
+        if self._hold is None:
+            return
+        self.phase = "pre-switchover"
+        self._holding_since_ns = begin_ns = time.monotonic_ns()
+        await self._hold.wait()
+        end_ns = time.monotonic_ns()
+        self._holding_since_ns = 0
+        self._ledger.hold_ns = end_ns - begin_ns
+        self._ledger.part("hold", "source", begin_ns, end_ns)
+
+    async def _send_last_state(self) -> None:
+        transfer, ledger = self._transfer, self._ledger
+        self.phase = "RamPushPostPause"
+        begin_ns = time.monotonic_ns()
+        transfer.dirty_log.restore(self._pending)
+        runs = await transfer.collect()
+        scanned_ns = time.monotonic_ns()
+        ledger.part("final-dirty-log-read", "source", begin_ns, scanned_ns)
+        # Devices are saved while the last pages are on their way.
+        pages = asyncio.create_task(self._send_pages(runs))
+        try:
+            await self._save_devices("iterable")
+            iterable_ns = time.monotonic_ns()
+            await self._save_devices("non-iterable")
+            pages_ns = await pages
+        finally:
+            pages.cancel()
+            await asyncio.gather(pages, return_exceptions=True)
+        saved_ns = time.monotonic_ns()
+        ledger.part("final-pages", "source", scanned_ns, pages_ns)
+        ledger.part("device-saves", "source", pages_ns, saved_ns)
+        ledger.add_phase("RamPushPostPause", begin_ns, pages_ns)
+        ledger.add_phase("DeviceState", scanned_ns, saved_ns)
+        ledger.checkpoint("src-iterable-saved", max(pages_ns, iterable_ns) - self._t0)
+        # Saving a device may write guest memory.
+        runs = await transfer.collect()
+        rescanned_ns = time.monotonic_ns()
+        ledger.part("dirty-log-read-after-saves", "source", saved_ns, rescanned_ns)
+        if len(runs):
+            ledger.part("pages-after-saves", "source", rescanned_ns, await self._send_pages(runs))
+        ledger.checkpoint("src-non-iterable-saved", time.monotonic_ns() - self._t0)
+        self._end_state()
+        self.phase = "Finish"
+
+    def _end_state(self) -> None:
+        """Tell the destination what must be there for READY."""
+        digest = self._transfer.sender.digest
+        self._ledger.source_digest = digest.value if digest is not None else None
+        self._ledger.source_reported_ns = elapsed_ns = self._counted_ns()
+        self._state_sent_ns = time.monotonic_ns()
+        self._control.send(
+            messages.StateEnd(
+                epoch=self._handover.epoch,
+                last_round=self._transfer.round,
+                devices=self._transfer.state_order,
+                digest=digest.value if digest is not None else 0,
+                source_downtime_ns=elapsed_ns,
+                sent_at_ns=self._clock.hrtime_ns(),
+            )
+        )
+
+    async def _send_pages(self, runs: Runs) -> int:
+        """Send one more round in the blackout. Returns when its last byte was handed to the kernel."""
+        sent = await self._transfer.send_round(runs)
+        self._ledger.downtime_bytes += sent.wire_bytes
+        self._ledger.downtime_pages += sent.normal_pages + sent.zero_pages
+        self._tell_downtime()
+        return time.monotonic_ns()
+
+    async def _save_devices(self, kind: Literal["iterable", "non-iterable"]) -> None:
+        for device in self._transfer.guest.devices:
+            if device.kind == kind:
+                sent_bytes = await self._transfer.send_device(device.name, kind, None)
+                self._ledger.downtime_bytes += sent_bytes
+                self._tell_downtime()
+
+    # Section: waiting and deciding
+
+    async def _see_through(self) -> None:
+        handover = self._handover
+        while handover.state in (SourceState.STOPPED, SourceState.COMMITTED) and not handover.in_doubt:
+            try:
+                async with asyncio.timeout(self._patience_s()):
+                    item = await self._inbox.get()
+            except TimeoutError:
+                await self._out_of_time()
+                continue
+            try:
+                await self._handle(item)
+            except RemoteProtocolError as error:
+                await handover.take(SourceEvent.FAULT, self._control, str(error))
+        self.account()
+
+    async def _handle(self, item: Item) -> None:
+        if isinstance(item, Happened):
+            standing = None if item.event is SourceEvent.LINK_LOST else self._control
+            await self._handover.take(item.event, standing, item.reason)
+        else:
+            await self._hear(item)
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for the next event (s); None while nothing limits the wait."""
+        if self._handover.state is SourceState.COMMITTED:
+            return self._bounds.stop_timeout_s + self._bounds.heartbeat_timeout_s
+        deadline_ns = source_deadline_ns(self._limits, self._reserves.own_resume_ns)
+        if deadline_ns is None:
+            return None
+        if self._hold is not None and not self._hold.is_set():
+            return self._bounds.heartbeat_interval_s  # the hold does not count; look again
+        return max(0.0, (deadline_ns - self._counted_ns()) / 1e9)
+
+    async def _out_of_time(self) -> None:
+        """Nothing came in time."""
+        deadline_ns = source_deadline_ns(self._limits, self._reserves.own_resume_ns)
+        if self._handover.state is SourceState.COMMITTED:
+            await self._handover.take(SourceEvent.DEADLINE, self._control)
+        elif deadline_ns is not None and self._counted_ns() >= deadline_ns:
+            reason = (
+                f"the switchover did not fit its limit of {_limit_ms(self._limits):g} ms: after "
+                f"{self._counted_ns() / 1e6:.1f} ms in phase {self.phase} the destination has not voted"
+            )
+            await self._handover.take(SourceEvent.DEADLINE, self._control, reason)
+
+    async def _hear(self, received: Received) -> None:
+        message, handover = received.message, self._handover
+        match message:
+            case messages.TimeAsk():
+                await self._answer_time(message, received)
+            case messages.RoundDone():
+                pass  # the vote tells more
+            case messages.Ready(epoch=epoch):
+                if check_epoch(handover.epoch, epoch):
+                    await self._decide(message, received)
+            case messages.No(epoch=epoch, cause=cause, reason=reason):
+                if check_epoch(handover.epoch, epoch):
+                    log.warning("the destination voted NO", cause=cause, reason=reason)
+                    await handover.take(SourceEvent.NO, self._control, f"aborted by the destination: {reason}")
+            case messages.Running(epoch=epoch):
+                if check_epoch(handover.epoch, epoch):
+                    handover.running, handover.running_read_ns = message, received.read_at_ns
+                    await handover.take(SourceEvent.RUNNING, self._control)
+            case messages.Discarded(epoch=epoch, reason=reason):
+                if check_epoch(handover.epoch, epoch):
+                    await handover.take(
+                        SourceEvent.DISCARDED, self._control, f"the destination discarded the guest: {reason}"
+                    )
+            case _:
+                await handover.take(
+                    SourceEvent.FAULT, self._control, f"the destination sent {message.TYPE.name} out of turn"
+                )
+
+    async def _answer_time(self, ask: messages.TimeAsk, received: Received) -> None:
+        """Export the guest's time inside the destination's exchange."""
+        begin_ns = time.monotonic_ns()
+        try:
+            exported = await self._transfer.vmm.export_time()
+            self._control.send(
+                messages.TimeData(
+                    nonce=ask.nonce, time=exported, t2_ns=received.read_at_hrtime_ns, t3_ns=self._clock.hrtime_ns()
+                )
+            )
+        except (VmmError, LinkLostError) as error:
+            await self._handover.take(SourceEvent.FAULT, self._control, f"the guest's time cannot be exported: {error}")
+        self._ledger.add_phase("TimeData", begin_ns, time.monotonic_ns())
+
+    async def _decide(self, ready: messages.Ready, received: Received) -> None:
+        """READY came: commit if what is left of the budget covers what is left to do."""
+        handover, ledger = self._handover, self._ledger
+        if handover.state is SourceState.STOPPED:
+            self._ready_read_ns = received.read_at_ns
+            waited_ns = received.read_at_ns - self._state_sent_ns
+            completing_ns = min(ready.completing_ns, waited_ns)
+            ledger.parts.append(Part("completing", "destination", completing_ns))
+            ledger.parts.append(Part("state-end-and-ready-legs", "link", waited_ns - completing_ns))
+        event, reason = SourceEvent.READY_LATE, None
+        if ledger.source_digest is not None and ready.digest != ledger.source_digest:
+            reason = "the destination's memory digest differs from the source's"
+        elif may_commit(self._limits, self._counted_ns(), self._reserves.commit_ns):
+            event = SourceEvent.READY_IN_TIME
+        else:
+            reason = (
+                f"the switchover did not fit its limit of {_limit_ms(self._limits):g} ms: READY came after "
+                f"{self._counted_ns() / 1e6:.1f} ms and the rest needs up to {self._reserves.commit_ns / 1e6:.1f} ms"
+            )
+        await handover.take(event, self._control, reason)
+
+    # Section: the account
+
+    def account(self) -> None:
+        """Work out the downtime, once the hand-over is decided."""
+        if self._handover.state is SourceState.RETIRED:
+            self._completed()
+        elif self._handover.state is SourceState.ABORTED:
+            self._aborted()
+
+    def _completed(self) -> None:
+        handover, ledger, running = self._handover, self._ledger, self._handover.running
+        if running is None:
+            return
+        ledger.part("decision", "source", self._ready_read_ns, handover.decided_at_ns)
+        ledger.part("journal", "source", handover.decided_at_ns, handover.journaled_at_ns)
+        committed_ns = handover.committed_at_ns - self._t0
+        interval = measured_downtime(
+            committed_ns, handover.running_read_ns - self._t0, running.resumed_after_ns, running.sent_after_ns
+        )
+        leg_ns = interval.measured_ns - committed_ns - running.resumed_after_ns
+        ledger.parts.append(Part("commit-leg", "link", leg_ns))
+        ledger.parts.append(Part("resume", "destination", running.resumed_after_ns))
+        ledger.checkpoint("src-downtime-end", interval.measured_ns)
+        ledger.set_downtime(
+            lower_ns=interval.lower_ns, upper_ns=interval.upper_ns, limit_ns=self._limits.downtime_limit_ns
+        )
+
+    def _aborted(self) -> None:
+        """The downtime of an abort: the guest ran again here."""
+        handover, ledger = self._handover, self._ledger
+        if not handover.resumed_at_ns:
+            return
+        accounted_ns = self._t0 + sum(part.ns for part in ledger.parts)
+        ledger.part("until-abort", "source", min(accounted_ns, handover.resume_begin_ns), handover.resume_begin_ns)
+        ledger.part("resume", "source", handover.resume_begin_ns, handover.resumed_at_ns)
+        pause_ns = handover.resumed_at_ns - self._t0
+        ledger.checkpoint("src-downtime-end", pause_ns)
+        ledger.set_downtime(lower_ns=pause_ns, upper_ns=pause_ns, limit_ns=self._limits.downtime_limit_ns)
+
+
+def _limit_ms(limits: Limits) -> float:
+    return (limits.downtime_limit_ns + limits.switchover_limit_ns) / 1e6

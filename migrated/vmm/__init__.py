@@ -1,0 +1,1 @@
+"""The seam between the daemons and a VMM, and one driver per kind of VMM."""

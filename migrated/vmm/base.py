@@ -1,0 +1,138 @@
+"""What the daemons need of a VMM, whatever its kind.
+
+``Vmm`` is a guest that hands over its memory and its devices one by one, as vmm_sim does and a KVM-based VMM would.
+A VMM that only offers an opaque stream (stock QEMU over QMP) will share ``describe``, ``status``, ``pause``,
+``resume`` and ``destroy`` and replace the rest; the stories in ``source`` and ``destination`` reach guest state only
+through the objects named here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from migrated.vmm.dirty_log import DirtyLog
+from migrated.vmm.memory import GuestMemory
+from protocol.guest import GuestDescription
+from protocol.guest_time import VmTimeData
+from protocol.messages import DeviceCost
+
+DeviceKind = Literal["iterable", "non-iterable"]
+GuestState = Literal["running", "paused", "incoming"]
+DirtyTracking = Literal["auto", "pagemap-scan", "logged"]
+
+
+@dataclass(frozen=True, slots=True)
+class VmmStatus:
+    """What a VMM says of itself. ``detail`` holds everything else, for people."""
+
+    state: GuestState
+    pid: int
+    epoch: int
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedDevice:
+    """One saved device state. ``ns`` is what saving cost in the VMM; ``remaining_bytes`` what an iterable device
+    would still have to send."""
+
+    state: bytes | bytearray | memoryview
+    ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a switchover would cost in this VMM now: per device, and to stop or resume the guest (ns)."""
+
+    devices: tuple[DeviceCost, ...]
+    pause_ns: int
+    resume_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimeImport:
+    """What importing time data cost: time since the snapshot as the VMM measured it, and the ticks it added."""
+
+    vmm_ns: int
+    vmm_ticks: int
+
+
+class Vmm(ABC):
+    """One guest. Every call has a bound in time and raises ``VmmError``, or ``VmmGoneError`` when nothing answers."""
+
+    name: str
+    pid: int
+
+    @abstractmethod
+    async def describe(self) -> GuestDescription:
+        """The guest as it would be described to a destination."""
+
+    @abstractmethod
+    async def status(self) -> VmmStatus:
+        """State and figures of the guest."""
+
+    @abstractmethod
+    async def memory(self) -> GuestMemory:
+        """A mapping of the guest's memory, owned by the caller."""
+
+    @abstractmethod
+    async def start_dirty_log(self, mode: DirtyTracking) -> DirtyLog:
+        """Begin to track writes. The log starts empty or full: the first collect tells what it knows."""
+
+    @abstractmethod
+    async def stop_dirty_log(self) -> None:
+        """End tracking; without effect when it is off."""
+
+    @abstractmethod
+    async def pause(self) -> int:
+        """Stop the vCPUs at an instruction boundary. Returns what it cost (ns)."""
+
+    @abstractmethod
+    async def resume(self, epoch: int) -> int:
+        """Run the vCPUs; ends a running save. Returns what it cost (ns)."""
+
+    @abstractmethod
+    async def interrupt(self) -> None:
+        """End running saves and loads: their calls raise ``VmmError``."""
+
+    @abstractmethod
+    async def export_time(self) -> VmTimeData:
+        """The guest's time now. The guest is paused."""
+
+    @abstractmethod
+    async def import_time(self, time: VmTimeData, error_ns: int) -> TimeImport:
+        """Give an incoming guest its time, known to within ``error_ns``. Before any final device state."""
+
+    @abstractmethod
+    async def save_device(self, name: str, kind: DeviceKind, round_number: int | None) -> SavedDevice:
+        """Save a device: what an iterable one has new in a round, or (``None``) its final state."""
+
+    @abstractmethod
+    async def load_device(self, name: str, kind: DeviceKind, state: bytes | bytearray | memoryview, final: bool) -> int:
+        """Load a device state into an incoming guest. Returns what it cost (ns)."""
+
+    @abstractmethod
+    async def dry_run(self, side: Literal["save", "load"]) -> DryRun:
+        """What a switchover would cost here, without disturbing the guest."""
+
+    @abstractmethod
+    async def throttle(self, percent: int) -> None:
+        """Make the vCPUs run that much less (0 to 99)."""
+
+    @abstractmethod
+    async def verify(self) -> dict[str, Any]:
+        """Compare every byte of guest memory with what it must be."""
+
+    @abstractmethod
+    async def set_dirty_rate(self, bytes_per_s: int) -> None:
+        """Change how fast the guest's workload writes."""
+
+    @abstractmethod
+    async def destroy(self) -> None:
+        """End the guest and make sure that its process is gone."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of the VMM without touching the guest."""

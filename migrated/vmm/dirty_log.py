@@ -1,0 +1,149 @@
+"""Finding the pages that a running guest wrote: two dirty logs behind one interface.
+
+    collect() -> runs written since the last collect, and cleared in the same step
+    restore(runs)  puts pages back that were collected and could not be sent
+
+``PagemapScanLog`` lets the kernel track (userfaultfd asynchronous write protection, collected with the PAGEMAP_SCAN
+ioctl on the VMM's pagemap, Linux 6.7): no write can be missed. ``ByteMapLog`` reads a log that the VMM keeps in shared
+memory, one byte per page. ioctl numbers and layouts: include/uapi/linux/fs.h.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+from abc import ABC, abstractmethod
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.guest import PAGE_SIZE
+from protocol.pages import NO_RUNS, Runs, indices_of, runs_of
+
+_PAGEMAP_SCAN: Final = 0xC0606610
+_PM_SCAN_WP_MATCHING: Final = 1
+_PM_SCAN_CHECK_WPASYNC: Final = 2
+_PAGE_IS_WRITTEN: Final = 2
+_SCAN_ARGUMENT: Final = struct.Struct("=12Q")
+_VECTOR_REGIONS: Final = 16384
+
+
+class DirtyLog(ABC):
+    """The set of pages written since it was last collected. One caller at a time; ``collect`` may run in a thread."""
+
+    mode: Literal["pagemap-scan", "logged"]
+
+    def __init__(self) -> None:
+        self._restored: list[Runs] = []
+
+    def collect(self) -> Runs:
+        """Return and clear the pages written since the last call, with those that were put back. Shape (n, 2)."""
+        found = self._collect()
+        if not self._restored:
+            return found
+        pieces = [indices_of(runs) for runs in (found, *self._restored) if len(runs)]
+        self._restored.clear()
+        return runs_of(np.unique(np.concatenate(pieces))) if pieces else NO_RUNS
+
+    def restore(self, runs: Runs) -> None:
+        """Put pages back that were collected but not sent: the next ``collect`` returns them again."""
+        if len(runs):
+            self._restored.append(runs)
+
+    @abstractmethod
+    def _collect(self) -> Runs: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release descriptors and mappings. Tracking itself ends in the VMM."""
+
+
+class PagemapScanLog(DirtyLog):
+    """Dirty pages from the kernel.
+
+    Args:
+        pagemap_fd: the VMM's own /proc/self/pagemap, owned from here on.
+        address: where guest memory is mapped in the VMM.
+        pages: size of guest memory.
+    """
+
+    mode: Literal["pagemap-scan", "logged"] = "pagemap-scan"
+
+    def __init__(self, pagemap_fd: int, address: int, pages: int) -> None:
+        super().__init__()
+        self._fd = pagemap_fd
+        self._start = address
+        self._end = address + pages * PAGE_SIZE
+        self._vector: npt.NDArray[np.uint64] = np.zeros((_VECTOR_REGIONS, 3), np.uint64)
+
+    def _collect(self) -> Runs:
+        pieces: list[npt.NDArray[np.uint64]] = []
+        position = self._start
+        while position < self._end:
+            argument = bytearray(
+                _SCAN_ARGUMENT.pack(
+                    _SCAN_ARGUMENT.size,
+                    _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC,
+                    position,
+                    self._end,
+                    0,
+                    self._vector.ctypes.data,
+                    len(self._vector),
+                    0,  # no limit on pages
+                    0,  # no inverted categories
+                    _PAGE_IS_WRITTEN,
+                    0,
+                    _PAGE_IS_WRITTEN,
+                )
+            )
+            filled = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument, True)
+            if filled:
+                pieces.append(self._vector[:filled, :2].copy())
+            position = _SCAN_ARGUMENT.unpack(argument)[4]
+        if not pieces:
+            return NO_RUNS
+        edges = (np.concatenate(pieces) - np.uint64(self._start)) // np.uint64(PAGE_SIZE)
+        runs = edges.astype(np.int64)
+        runs[:, 1] -= runs[:, 0]
+        return runs
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class ByteMapLog(DirtyLog):
+    """Dirty pages from the VMM's own log, one byte per page.
+
+    The VMM writes the page first and its byte second. Here the byte is cleared before the page is read, so a write
+    that comes in between is seen by the read or sets the byte again: never lost, at worst sent twice.
+
+    Args:
+        fd: the shared map, owned from here on.
+        pages: size of guest memory.
+    """
+
+    mode: Literal["pagemap-scan", "logged"] = "logged"
+
+    def __init__(self, fd: int, pages: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._mapping = mmap.mmap(fd, pages)
+        self._map: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
+
+    def _collect(self) -> Runs:
+        dirty = np.flatnonzero(self._map)
+        self._map[dirty] = 0
+        return runs_of(dirty.astype(np.int64))
+
+    def close(self) -> None:
+        if self._fd < 0:
+            return
+        os.close(self._fd)
+        self._fd = -1
+        del self._map
+        self._mapping.close()

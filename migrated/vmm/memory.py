@@ -1,0 +1,106 @@
+"""Guest memory as the daemon sees it: the VMM's memfd, mapped here, page n at offset n * 4096.
+
+Holes of the file are pages that were never touched. Reading a hole through the mapping would populate it, so the
+daemon asks the file where data is and touches nothing else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.guest import PAGE_SIZE
+from protocol.pages import NO_RUNS, Runs
+
+WORDS_PER_PAGE: Final = PAGE_SIZE // 8
+
+_MADV_POPULATE_READ: Final = 22
+_MADV_POPULATE_WRITE: Final = 23
+_FALLOC_FL_KEEP_SIZE: Final = 1
+_FALLOC_FL_PUNCH_HOLE: Final = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class GuestMemory:
+    """A mapping of one guest's memory. Owns the descriptor and every view of it.
+
+    Attributes:
+        pages: the number of pages.
+        words: all memory as u64, shape (pages, 512). Do not keep views of it past ``release``.
+        view: all memory as a writable byte view, for sockets.
+
+    Args:
+        fd: memfd, owned from here on.
+        pages: expected size in pages.
+
+    Raises:
+        ValueError: the file has another size.
+    """
+
+    def __init__(self, fd: int, pages: int) -> None:
+        self._fd = fd
+        self.pages = pages
+        size = os.fstat(fd).st_size
+        if size != pages * PAGE_SIZE:
+            os.close(fd)
+            raise ValueError(f"the guest's memory file has {size} bytes, expected {pages * PAGE_SIZE}")
+        self._mapping = mmap.mmap(fd, size)
+        self.words: npt.NDArray[np.uint64] = np.frombuffer(self._mapping, np.uint64).reshape(pages, WORDS_PER_PAGE)
+        self.view = memoryview(self._mapping)
+        self._address = self.words.ctypes.data
+
+    def data_runs(self) -> Runs:
+        """Runs of pages that have memory behind them, shape (n, 2); the rest was never touched or was given back."""
+        found: list[tuple[int, int]] = []
+        size = self.pages * PAGE_SIZE
+        end = 0
+        while end < size:
+            try:
+                start = os.lseek(self._fd, end, os.SEEK_DATA)
+            except OSError:  # ENXIO: no data behind this point
+                break
+            end = os.lseek(self._fd, start, os.SEEK_HOLE)
+            found.append((start // PAGE_SIZE, -(-end // PAGE_SIZE) - start // PAGE_SIZE))
+        return np.array(found, np.int64).reshape(-1, 2) if found else NO_RUNS
+
+    def punch(self, runs: Runs) -> None:
+        """Give the pages of the runs back: they read as zero afterwards and take no memory."""
+        for start, count in runs.tolist():
+            mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+            if _libc.fallocate(self._fd, mode, start * PAGE_SIZE, count * PAGE_SIZE):
+                number = ctypes.get_errno()
+                raise OSError(number, f"cannot clear pages {start} to {start + count - 1}: {os.strerror(number)}")
+
+    def advise_huge_pages(self) -> None:
+        """Ask for huge pages where the host allows them for shared memory; without effect elsewhere."""
+        self._mapping.madvise(mmap.MADV_HUGEPAGE)
+
+    def populate(self, start: int, count: int, *, write: bool) -> bool:
+        """Map pages ahead of use, off the critical path. Returns whether the kernel did it.
+
+        With ``write`` memory is allocated (never do this over holes that shall stay holes); without, only pages that
+        have data should be named, since a hole would be filled.
+        """
+        advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+        try:
+            self._mapping.madvise(advice, start * PAGE_SIZE, count * PAGE_SIZE)
+        except OSError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Unmap and close. Every view must be gone; a second call does nothing."""
+        if self._fd < 0:
+            return
+        os.close(self._fd)
+        self._fd = -1
+        del self.words
+        self.view.release()
+        self._mapping.close()

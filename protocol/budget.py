@@ -1,0 +1,131 @@
+"""The downtime budget: limits, reserves, deadlines, and parts that sum to the whole.
+
+    t0 stop requested                                    abort limit = downtime limit + switchover limit
+    |---- source ----|-- transit --|---- destination ----|- reserve -|
+
+Everything is integer nanoseconds; the clocks are read by the caller. A rule stands here once and is used by both
+daemons, the tests and the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from protocol.messages import Limits
+
+Side = Literal["source", "destination", "link"]
+
+
+def abort_limit_ns(limits: Limits) -> int:
+    """What the destination aborts at: the downtime limit and the tolerance on top of it."""
+    return limits.downtime_limit_ns + limits.switchover_limit_ns
+
+
+def must_abort(limits: Limits, source_downtime_ns: int, destination_downtime_ns: int) -> bool:
+    """Whether the switchover is over its limit. Equal to the limit is over."""
+    return limits.switchover_abort and source_downtime_ns + destination_downtime_ns >= abort_limit_ns(limits)
+
+
+def may_commit(limits: Limits, elapsed_ns: int, reserve_ns: int) -> bool:
+    """Whether the source may still commit: what is left must cover the COMMIT leg and the destination's resume.
+
+    Args:
+        elapsed_ns: since the stop was requested, on the source's clock.
+        reserve_ns: upper bound of the COMMIT leg plus the destination's resume.
+    """
+    return not limits.switchover_abort or elapsed_ns + reserve_ns <= abort_limit_ns(limits)
+
+
+def source_deadline_ns(limits: Limits, resume_reserve_ns: int) -> int | None:
+    """How long after t0 the source gives up waiting and takes its guest back by itself, so that the guest runs
+    within the limit. None when the limit is not enforced."""
+    if not limits.switchover_abort:
+        return None
+    return max(0, abort_limit_ns(limits) - resume_reserve_ns)
+
+
+def destination_remaining_ns(limits: Limits, counted_ns: int, reserve_ns: int) -> int | None:
+    """How long the destination may still load before it must vote NO.
+
+    Args:
+        counted_ns: the downtime as the destination counts it now (reported, plus transit, plus its own time).
+        reserve_ns: upper bound of the READY leg, the COMMIT leg and its own resume.
+
+    Returns:
+        Nanoseconds, negative when the vote is overdue; None when the limit is not enforced.
+    """
+    if not limits.switchover_abort:
+        return None
+    return abort_limit_ns(limits) - reserve_ns - counted_ns
+
+
+@dataclass(slots=True)
+class DowntimeCount:
+    """The downtime as the destination counts it: the largest claim seen, carried forward on its own clock.
+
+    ``base_ns`` is the claim (source's figure plus the upper bound of its transit) that held at ``at_ns`` on the
+    destination's clock.
+    """
+
+    base_ns: int
+    at_ns: int
+
+    def now(self, now_ns: int) -> int:
+        """The count at ``now_ns`` of the destination's clock."""
+        return self.base_ns + (now_ns - self.at_ns)
+
+    def hear(self, source_downtime_ns: int, transit_upper_ns: int, now_ns: int) -> None:
+        """Take a later DOWNTIME message into account: the larger count stands."""
+        claim = source_downtime_ns + transit_upper_ns
+        if claim > self.now(now_ns):
+            self.base_ns, self.at_ns = claim, now_ns
+
+
+@dataclass(frozen=True, slots=True)
+class DowntimeInterval:
+    """The final downtime on the source's clock: the destination resumed inside the COMMIT exchange, so the truth lies
+    between ``lower_ns`` and ``upper_ns``."""
+
+    lower_ns: int
+    upper_ns: int
+
+    @property
+    def measured_ns(self) -> int:
+        """The middle of the interval, the figure of the record."""
+        return (self.lower_ns + self.upper_ns) // 2
+
+
+def measured_downtime(
+    committed_ns: int, running_ns: int, resumed_after_ns: int, sent_after_ns: int
+) -> DowntimeInterval:
+    """Bound the downtime from the COMMIT exchange.
+
+    Args:
+        committed_ns: when COMMIT was written, since t0, source's clock.
+        running_ns: when RUNNING was read, since t0, source's clock.
+        resumed_after_ns: from reading COMMIT to running vCPUs, destination's clock.
+        sent_after_ns: from reading COMMIT to writing RUNNING, destination's clock.
+
+    The two transits are unknown but not negative, so the guest ran no earlier than ``committed + resumed_after`` and
+    no later than ``running - (sent_after - resumed_after)``. Clocks that disagree beyond that give an empty interval;
+    it is returned as the single later point.
+    """
+    lower = committed_ns + resumed_after_ns
+    upper = max(lower, running_ns - (sent_after_ns - resumed_after_ns))
+    return DowntimeInterval(lower, upper)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a downtime: its name, whose clock measured it, and its length."""
+
+    name: str
+    side: Side
+    ns: int
+
+
+def unattributed_ns(total_ns: int, parts: Iterable[Part]) -> int:
+    """What the parts leave of the total. More than 5 % or 1 ms, whichever is larger, is a bug in the measurement."""
+    return total_ns - sum(part.ns for part in parts)

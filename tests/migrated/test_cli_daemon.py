@@ -1,0 +1,64 @@
+"""``migrated``: configuration checks and roles."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from migrated.cli.daemon import main
+
+
+def test_check_config_names_every_problem_and_exits_2(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text("[listen]\naddress = 5\n[limts]\n")
+    result = CliRunner().invoke(main, ["check-config", str(file)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [[str(file), "listen.address"], [str(file), "limts"]]
+    assert "did you mean 'limits'?" in lines[1]
+
+
+def test_check_config_of_a_good_file_exits_0(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text("[log]\nlevel = 'debug'\n")
+    result = CliRunner().invoke(main, ["check-config", str(file)])
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("role", ["source", "destination", "host"])
+def test_each_role_starts_with_its_configuration(role: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text(f'[control]\nsocket = "{tmp_path}/c.sock"\n')
+    started: list[Any] = []
+
+    def run(config: Any, role: str) -> int:
+        started.append((config.control.socket, role))
+        return 7
+
+    monkeypatch.setattr("migrated.daemon.run_daemon", run)
+    assert CliRunner().invoke(main, [role, "--config", str(file)]).exit_code == 7
+    assert started == [(tmp_path / "c.sock", role)]
+    file.write_text("[control]\nsock = 1\n")
+    result = CliRunner().invoke(main, [role, "--config", str(file)])
+    assert result.exit_code == 2
+    assert "did you mean 'socket'?" in result.stderr
+    assert len(started) == 1
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "migrated", "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "Usage: migrated " in done.stdout
+    for command in ("source", "destination", "host", "check-config"):
+        assert command in done.stdout
+
+
+def test_wrong_usage_is_2() -> None:
+    assert CliRunner().invoke(main, ["source"]).exit_code == 2
+    assert CliRunner().invoke(main, ["fly"]).exit_code == 2

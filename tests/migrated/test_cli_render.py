@@ -1,0 +1,161 @@
+"""What people see, rendered to text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from migrated.cli.render import (
+    downtime_bar,
+    event_line,
+    facts_view,
+    guests_table,
+    outcome_line,
+    progress_line,
+    progress_view,
+    record_view,
+    sparkline,
+)
+
+
+def text_of(renderable: RenderableType, width: int = 140) -> str:
+    console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_outcome_line(record_of: Callable[..., Any], downtime_of: Callable[..., Any]) -> None:
+    assert outcome_line(record_of().document()) == (
+        "g1: completed after 960ms, downtime 66ms (limit 300ms, predicted 60ms, bound 75ms)"
+    )
+    late = record_of(
+        outcome="aborted",
+        downtime=downtime_of(310_000_000, limit_violated=True, predicted_ns=None, predicted_upper_ns=None),
+    )
+    assert outcome_line(late.document()) == "g1: aborted after 960ms, pause 310ms (limit 300ms), over the limit"
+    assert outcome_line(record_of(outcome="refused", downtime=None).document()) == "g1: refused after 960ms"
+
+
+def test_the_parts_of_a_downtime_and_the_rest_stand_in_the_record(record_of: Callable[..., Any]) -> None:
+    shown = text_of(record_view(record_of().document()))
+    rows = {line.split("  ")[0].strip(): line.split() for line in shown.splitlines() if line.strip()}
+    assert "1.000" in rows["stop"]
+    assert "45.000" in rows["final pages"]
+    assert "19.000" in rows["load nvme0"]
+    assert "1.000" in rows["unattributed"]
+    assert "66.000" in rows["total"]
+
+
+def test_the_bar_has_a_piece_for_each_part_in_proportion(downtime_of: Callable[..., Any]) -> None:
+    bar = downtime_bar(downtime_of(100_000_000).model_dump(mode="json"), width=100)
+    assert bar.plain == "█" * 99 + "░"
+    lengths = [span.end - span.start for span in bar.spans]
+    assert lengths == [1, 79, 19, 1]
+    styles = [span.style for span in bar.spans]
+    assert len(set(styles)) == 4
+
+
+@pytest.mark.parametrize("measured_ns", [0, 1])
+def test_a_bar_of_nothing(downtime_of: Callable[..., Any], measured_ns: int) -> None:
+    downtime = downtime_of(measured_ns, parts=(), unattributed_ns=measured_ns)
+    assert downtime_bar(downtime.model_dump(mode="json"), width=10).plain == "░" * 10
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_record_with_nothing_in_it_and_a_narrow_screen(record_of: Callable[..., Any], width: int) -> None:
+    bare = record_of(
+        outcome="failed",
+        reason="No route to host.",
+        downtime=None,
+        devices=(),
+        checkpoints=(),
+        rounds=(),
+        phases=(),
+        time=None,
+    )
+    for record in (bare, record_of()):
+        shown = text_of(record_view(record.document()), width)
+        assert all(len(line) <= width for line in shown.splitlines())
+    assert "No route to host." in text_of(record_view(bare.document()))
+
+
+def test_progress_tells_prediction_limit_and_why_not_yet(progress_of: Callable[..., Any]) -> None:
+    shown = text_of(progress_view(progress_of().model_dump(mode="json")))
+    for fact in (
+        "g1 -> 127.0.0.1:4460",
+        "active",
+        "round 3",
+        "12MiB left",
+        "predicted 412ms (bound 455ms) of 300ms",
+        "memory 290ms, device loads 110ms",
+        "not yet: predicted 412ms, bound 455ms, limit 300ms",
+        "loading",
+        "m-0001",
+    ):
+        assert fact in shown
+    short = text_of(progress_view(progress_of().model_dump(mode="json"), rounds=0))
+    assert "Rounds" in shown
+    assert "Rounds" not in short
+
+
+def test_progress_without_a_prediction_and_after_the_end(progress_of: Callable[..., Any]) -> None:
+    blank = {"predicted_downtime_ns": None, "predicted_upper_ns": None, "predicted_parts_ns": {}, "rounds": ()}
+    early = progress_of(round=0, decision="", destination="", bandwidth_bytes_per_s=0.0, **blank)
+    assert "not predicted yet; limit 300ms" in text_of(progress_view(early.model_dump(mode="json")))
+    ended = progress_of(status="failed", downtime_ns=70_000_000, reason="Too late.")
+    shown = text_of(progress_view(ended.model_dump(mode="json")))
+    assert "70ms of 300ms" in shown
+    assert "Too late." in shown
+
+
+def test_a_plain_line_of_progress(progress_of: Callable[..., Any]) -> None:
+    assert progress_line(progress_of().model_dump(mode="json")) == (
+        "g1 active, round 3, 290MiB sent, 12MiB left, 1.4GiB/s, predicted 412ms (bound 455ms) of 300ms, "
+        "not yet: predicted 412ms, bound 455ms, limit 300ms"
+    )
+
+
+def test_nothing_that_a_peer_says_reaches_the_terminal_as_control_sequences(
+    record_of: Callable[..., Any], progress_of: Callable[..., Any]
+) -> None:
+    evil = "\x1b]0;owned\x07[bold]x[/bold]\n"
+    shown = text_of(record_view(record_of(reason=evil, peer=evil, destination_host=evil).document()))
+    shown += text_of(progress_view(progress_of(decision=evil, destination=evil, reason=evil, peer=evil).model_dump()))
+    shown += text_of(guests_table([{"name": evil, "state": "x", "memory_bytes": 1, "pid": None, "api_socket": evil}]))
+    shown += text_of(facts_view({"a": {evil: evil}}))
+    shown += event_line({"event": "X", "data": {"a": evil}, "timestamp": {"seconds": 86_399, "microseconds": 5}})
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    assert "[bold]x[/bold]" in shown, "markup is shown as it is"
+
+
+def test_event_lines() -> None:
+    event = {"event": "STOP", "data": {"guest": "g1"}, "timestamp": {"seconds": 86_400 + 3661, "microseconds": 42}}
+    assert event_line(event) == "01:01:01.000042 STOP guest=g1"
+    assert event_line({"event": "STOP", "timestamp": {"seconds": 0, "microseconds": 0}}) == "00:00:00.000000 STOP"
+
+
+def test_sparklines() -> None:
+    assert sparkline([]) == ""
+    assert sparkline([0, 0]) == "▁▁"
+    assert sparkline([0, 4, 8]) == "▁▅█"
+    assert sparkline(list(range(100)), width=3)[-1] == "█"
+    assert len(sparkline(list(range(100)), width=3)) == 3
+
+
+def test_facts_carry_their_units() -> None:
+    shown = text_of(
+        facts_view({"memory_bytes": 1 << 20, "heartbeat": {"last_gap_ns": 5_000_000}, "ok": True, "x": None})
+    )
+    rows = dict(line.split(maxsplit=1) for line in shown.splitlines() if line.strip())
+    assert {name: value.strip() for name, value in rows.items()} == {
+        "memory_bytes": "1MiB",
+        "heartbeat.last_gap_ns": "5ms",
+        "ok": "yes",
+        "x": "-",
+    }

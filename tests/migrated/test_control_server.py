@@ -1,0 +1,495 @@
+"""The control socket over a real unix socket, driven byte by byte.
+
+client                       server
+  | <------- greeting ---------|
+  |--- qmp_capabilities ------>|   nothing else before
+  | <------- return -----------|
+  |--- execute (8 at most) --->|   answered in order
+  |--- exec-oob -------------->|   answered at once
+  | <------- events -----------|
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from migrated.control.framing import MAX_REQUEST_BYTES
+from migrated.control.operations import EVENTS_KEPT, EVENTS_LOST, OperationError
+from migrated.control.server import MAX_CLIENTS, MAX_IN_FLIGHT, ControlServer, ControlSocketError
+
+TIMEOUT_S = 20.0
+
+
+class Raw:
+    """A client that sends and reads exactly what it is told."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, message: Any) -> None:
+        self.writer.write(message if isinstance(message, bytes) else json.dumps(message).encode())
+
+    async def receive(self) -> Any:
+        line = await asyncio.wait_for(self.reader.readline(), TIMEOUT_S)
+        assert line.endswith(b"\r\n"), line
+        assert line.isascii()
+        return json.loads(line)
+
+    async def reply(self) -> Any:
+        """The next message that is no event."""
+        while "event" in (message := await self.receive()):
+            pass
+        return message
+
+    async def ask(self, name: str, arguments: dict[str, Any] | None = None, **more: Any) -> Any:
+        self.send({"execute": name, "arguments": arguments or {}} | more)
+        return await self.reply()
+
+    async def closed(self) -> bytes:
+        """What is left until the server hangs up."""
+        return await asyncio.wait_for(self.reader.read(), TIMEOUT_S)
+
+
+@contextlib.asynccontextmanager
+async def connected(path: Path, *, negotiate: bool = True, oob: bool = False) -> AsyncIterator[Raw]:
+    reader, writer = await asyncio.open_unix_connection(path, limit=1 << 26)
+    client = Raw(reader, writer)
+    try:
+        if negotiate:
+            assert "QMP" in await client.receive()
+            arguments = {"enable": ["oob"]} if oob else {}
+            assert await client.ask("qmp_capabilities", arguments) == {"return": {}}
+        yield client
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def error(kind: str, description: str) -> dict[str, Any]:
+    return {"error": {"class": kind, "desc": description}}
+
+
+async def test_the_greeting_is_qmps(control_socket: Path) -> None:
+    async with connected(control_socket, negotiate=False) as client:
+        assert await client.receive() == {
+            "QMP": {
+                "version": {"qemu": {"micro": 0, "minor": 1, "major": 0}, "package": "migrated 0.1.0"},
+                "capabilities": ["oob"],
+            }
+        }
+
+
+async def test_nothing_but_the_negotiation_works_before_it(daemon: Any, control_socket: Path) -> None:
+    async with connected(control_socket, negotiate=False) as client:
+        await client.receive()
+        expecting = error("CommandNotFound", "Expecting capabilities negotiation with 'qmp_capabilities'")
+        assert await client.ask("query-status", id=7) == expecting | {"id": 7}
+        daemon.events.publish("STOP", {"guest": "unseen"})
+        unavailable = error("GenericError", "Capability lasers not available")
+        assert await client.ask("qmp_capabilities", {"enable": ["lasers"]}) == unavailable
+        assert "is unexpected" in (await client.ask("qmp_capabilities", {"disable": []}))["error"]["desc"]
+        assert await client.ask("qmp_capabilities") == {"return": {}}
+        again = error("CommandNotFound", "Capabilities negotiation is already complete, command ignored")
+        assert await client.ask("qmp_capabilities") == again
+        client.send({"execute": "query-commands"})
+        first = await client.receive()
+        assert "return" in first, "an event from before the negotiation came through"
+
+
+async def test_negotiation_and_commands_may_be_sent_in_one_go(control_socket: Path) -> None:
+    async with connected(control_socket, negotiate=False) as client:
+        client.send(
+            b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}{"exec-oob":"migrate_cancel","id":1}'
+            b'{"execute":"query-commands","id":2}'
+        )
+        await client.receive()
+        assert await client.receive() == {"return": {}}
+        replies = {(reply := await client.receive())["id"]: reply for _ in range(2)}
+        assert replies[1] == {"return": {}, "id": 1}
+        assert {"name": "migrate"} in replies[2]["return"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "reply"),
+    [
+        (b"[1]", error("GenericError", "QMP input must be a JSON object")),
+        (b"{}", error("GenericError", "QMP input lacks member 'execute'")),
+        (
+            b'{"execute": "stop", "extra": 1, "id": "a"}',
+            error("GenericError", "QMP input member 'extra' is unexpected") | {"id": "a"},
+        ),
+        (b'{"exec-oob": "migrate_cancel"}', error("GenericError", "QMP input member 'exec-oob' is unexpected")),
+        (b'{"execute": 5}', error("GenericError", "QMP input member 'execute' must be a string")),
+        (
+            b'{"execute": "stop", "arguments": []}',
+            error("GenericError", "QMP input member 'arguments' must be an object"),
+        ),
+        (
+            b'{"execute": "fly", "id": null}',
+            error("CommandNotFound", "The command fly has not been found") | {"id": None},
+        ),
+        (b'{"execute": "stop", "arguments": {"x": 1}}', error("GenericError", "Parameter 'x' is unexpected")),
+    ],
+)
+async def test_a_malformed_request_gets_qemus_sentence(control_socket: Path, request_: bytes, reply: Any) -> None:
+    async with connected(control_socket) as client:
+        client.send(request_)
+        assert await client.reply() == reply
+
+
+async def test_text_that_is_not_json_is_answered_and_the_next_request_works(control_socket: Path) -> None:
+    async with connected(control_socket) as client:
+        for text in (b'{"execute": nope}', b"hello\n", b'{"execute": "stop\x1b'):
+            client.send(text)
+            reply = await client.reply()
+            assert reply["error"]["desc"].startswith("JSON parse error, ")
+            assert "id" not in reply
+        assert "return" in await client.ask("query-commands")
+
+
+async def test_a_request_beyond_the_cap_ends_the_connection_with_the_reason(control_socket: Path) -> None:
+    async with connected(control_socket) as client:
+        client.send(b'{"execute": "' + b"x" * MAX_REQUEST_BYTES)
+        assert (await client.reply())["error"]["desc"] == f"QMP input is larger than {MAX_REQUEST_BYTES} bytes"
+        assert await client.closed() == b""
+
+
+@pytest.mark.parametrize("identity", [7, "seven", None, {"a": [1, {}]}, [], 1.5, True])
+async def test_the_id_comes_back_as_it_was(control_socket: Path, identity: Any) -> None:
+    async with connected(control_socket) as client:
+        assert (await client.ask("query-commands", id=identity))["id"] == identity
+        assert (await client.ask("no-such-thing", id=identity))["id"] == identity
+
+
+async def test_arguments_are_checked_before_anything_happens(daemon: Any, control_socket: Path) -> None:
+    daemon.add_guest("g1")
+    async with connected(control_socket) as client:
+        for arguments in (
+            {"uri": "tcp:a:1", "downtime-limit": "300"},
+            {"uri": "tcp:a:1", "downtime-limit": -5},
+            {"uri": "tcp:a:1", "downtime-limt": 5},
+            {"uri": "udp:a:1"},
+            {},
+        ):
+            assert "error" in await client.ask("migrate", arguments)
+        assert daemon.started == []
+        wrong = {"multifd-channels": 3, "downtime-limit": -1}
+        assert "error" in await client.ask("migrate-set-parameters", wrong)
+        assert (await client.ask("query-migrate-parameters"))["return"]["multifd-channels"] == 2
+
+
+async def test_a_migration_from_start_to_end(daemon: Any, control_socket: Path) -> None:
+    daemon.add_guest("g1")
+    async with connected(control_socket) as client:
+        assert await client.ask("query-migrate") == {"return": {}}
+        begun = await client.ask("migrate", {"uri": "tcp:127.0.0.1:4460", "downtime-limit": 100, "detach": True})
+        assert begun["return"] == {"migration-id": "m-0001"}
+        assert daemon.started == [("g1", "tcp:127.0.0.1:4460", {"downtime_limit_ms": 100.0})]
+        info = (await client.ask("query-migrate"))["return"]
+        assert (info["status"], info["guest"], info["migration-id"]) == ("active", "g1", "m-0001")
+        client.send({"execute": "x-migrated-wait", "arguments": {"migration-id": "m-0001"}, "id": 1})
+        daemon.end("m-0001", outcome="completed")
+        assert (await client.reply())["return"]["outcome"] == "completed"
+        info = (await client.ask("query-migrate", {"guest": "g1"}))["return"]
+        assert (info["status"], info["downtime"]) == ("completed", 66)
+        assert (await client.ask("x-migrated-show", {"migration-id": "m-"}))["return"]["migration_id"] == "m-0001"
+        assert [r["migration_id"] for r in (await client.ask("x-migrated-history"))["return"]] == ["m-0001"]
+        assert (await client.ask("x-migrated-history-stats"))["return"]["outcomes"] == {"completed": 1}
+        assert "migrated_migrations_total" in (await client.ask("x-migrated-metrics"))["return"]["text"]
+
+
+async def test_after_a_restart_query_migrate_tells_the_last_record(
+    daemon: Any, control_socket: Path, record_of: Callable[..., Any]
+) -> None:
+    daemon.store.add(record_of(outcome="cancelled", reason="Cancelled by the operator."))
+    async with connected(control_socket) as client:
+        info = (await client.ask("query-migrate"))["return"]
+        assert (info["status"], info["error-desc"]) == ("cancelled", "Cancelled by the operator.")
+        assert (await client.ask("query-migrate", {"guest": "other"}))["return"] == {}
+
+
+async def test_the_guest_may_be_left_out_only_where_it_is_plain(daemon: Any, control_socket: Path) -> None:
+    async with connected(control_socket) as client:
+        assert (await client.ask("stop"))["error"]["class"] == "DeviceNotFound"
+        daemon.add_guest("g1")
+        daemon.add_guest("old", state="retired")
+        assert (await client.ask("stop"))["return"] == {}
+        assert (await client.ask("query-status"))["return"] == {"running": False, "status": "paused", "guest": "g1"}
+        assert (await client.ask("cont"))["return"] == {}
+        daemon.add_guest("g2")
+        several = (await client.ask("stop"))["error"]["desc"]
+        assert "g1" in several
+        assert "g2" in several
+        assert "old" not in several
+        assert (await client.ask("query-status", {"guest": "old"}))["return"]["status"] == "postmigrate"
+
+
+async def test_cancel_and_continue_find_their_migration(daemon: Any, control_socket: Path) -> None:
+    for name in ("g1", "g2"):
+        daemon.add_guest(name)
+    async with connected(control_socket) as client:
+        assert await client.ask("migrate_cancel") == {"return": {}}
+        await client.ask("migrate", {"guest": "g1", "uri": "tcp:a:1"})
+        wrong = await client.ask("migrate-continue", {"state": "pre-switchover"})
+        assert wrong["error"]["desc"] == "Migration not in expected state: active"
+        daemon.move("m-0001", status="pre-switchover")
+        assert await client.ask("migrate-continue", {"state": "pre-switchover"}) == {"return": {}}
+        assert daemon.continued == ["g1"]
+        await client.ask("migrate", {"guest": "g2", "uri": "tcp:a:1"})
+        assert "g1, g2" in (await client.ask("migrate_cancel"))["error"]["desc"]
+        assert await client.ask("migrate_cancel", {"guest": "g2"}) == {"return": {}}
+        assert daemon.migrations["m-0002"].status == "cancelled"
+        assert await client.ask("migrate_cancel") == {"return": {}}
+        assert daemon.migrations["m-0001"].status == "cancelled"
+
+
+async def test_guests_are_created_from_checked_arguments(daemon: Any, control_socket: Path) -> None:
+    async with connected(control_socket) as client:
+        arguments = {"guest": "g1", "memory-bytes": 64 << 20, "paused": True, "options": {"huge-pages": "true"}}
+        assert (await client.ask("x-migrated-guest-create", arguments))["return"]["state"] == "paused"
+        assert daemon.specs[0].options == {"huge-pages": "true"}
+        for wrong in ({"guest": "../x"}, {"memory-bytes": 5}, {"options": {"a": 1}}):
+            reply = await client.ask("x-migrated-guest-create", arguments | wrong)
+            assert reply["error"]["desc"].startswith("The guest cannot be created: ")
+        assert len(daemon.specs) == 1
+
+
+async def test_the_schema_names_every_argument(control_socket: Path) -> None:
+    async with connected(control_socket) as client:
+        schema = (await client.ask("x-migrated-schema"))["return"]
+        names = {command["name"] for command in (await client.ask("query-commands"))["return"]}
+    commands = {command["name"]: command for command in schema["commands"]}
+    assert set(commands) == names
+    migrate = {argument["name"]: argument for argument in commands["migrate"]["arguments"]}
+    assert migrate["uri"]["type"] == "string"
+    assert migrate["on-timeout"]["values"] == ["abort", "force"]
+    assert commands["migrate_cancel"]["allow-oob"] is True
+    limit = next(p for p in schema["parameters"] if p["name"] == "downtime-limit")
+    assert (limit["default"], limit["minimum"], limit["maximum"]) == (300, 0, 2_000_000)
+
+
+async def test_an_operations_error_keeps_its_class_sentence_and_record(
+    daemon: Any, control_socket: Path, record_of: Callable[..., Any]
+) -> None:
+    daemon.add_guest("g1")
+    record = record_of(outcome="refused", reason="No.").document()
+    daemon.refusal = OperationError("No.", record=record)
+    async with connected(control_socket) as client:
+        reply = await client.ask("migrate", {"uri": "tcp:a:1"})
+        assert reply["error"] == {"class": "GenericError", "desc": "No.", "record": record}
+        assert (await client.ask("x-migrated-show", {"migration-id": "zz"}))["error"]["class"] == "DeviceNotFound"
+
+
+async def test_a_command_that_fails_unexpectedly_answers_and_the_next_one_works(
+    daemon: Any, control_socket: Path
+) -> None:
+    daemon.add_guest("g1")
+    daemon.guests["g1"]["state"] = float("nan")  # nothing that JSON can carry
+    async with connected(control_socket) as client:
+        with structlog.testing.capture_logs() as logs:
+            reply = await client.ask("x-migrated-guest-list")
+        assert "failed at x-migrated-guest-list" in reply["error"]["desc"]
+        assert logs[0]["log_level"] == "error"
+        assert "return" in await client.ask("query-commands")
+
+
+async def test_changing_commands_are_logged_with_who_called(daemon: Any, control_socket: Path) -> None:
+    daemon.add_guest("g1")
+    async with connected(control_socket) as client:
+        with structlog.testing.capture_logs() as logs:
+            await client.ask("query-status")
+            await client.ask("stop", {"guest": "g1"})
+    assert [(line["event"], line["guest"], line["uid"], line["pid"]) for line in logs] == [
+        ("Control command stop", "g1", os.getuid(), os.getpid())
+    ]
+
+
+async def test_events_reach_every_negotiated_client_in_order_with_a_timestamp(
+    daemon: Any, control_socket: Path
+) -> None:
+    async with (
+        connected(control_socket) as one,
+        connected(control_socket) as two,
+        connected(control_socket, negotiate=False) as mute,
+    ):
+        await mute.receive()
+        for number in (1, 2, 3):
+            daemon.events.publish("MIGRATION_PASS", {"pass": number})
+        daemon.events.publish("STOP")
+        for client in (one, two):
+            got = [await client.receive() for _ in range(4)]
+            assert [event.get("data", {}).get("pass") for event in got] == [1, 2, 3, None]
+            assert "data" not in got[3]
+            assert set(got[0]["timestamp"]) == {"seconds", "microseconds"}
+        mute.send({"execute": "query-status"})
+        assert "error" in await mute.receive()
+
+
+async def test_oob_jumps_the_queue_and_only_where_allowed(daemon: Any, control_socket: Path) -> None:
+    daemon.add_guest("g1")
+    daemon.gate = asyncio.Event()
+    async with connected(control_socket, oob=True) as client:
+        client.send({"execute": "stop", "id": "slow"})
+        client.send({"execute": "query-commands", "id": "queued"})
+        client.send({"exec-oob": "migrate_cancel", "id": "cancel"})
+        assert (await client.reply())["id"] == "cancel"
+        client.send({"exec-oob": "stop", "id": "no"})
+        refused = await client.reply()
+        assert (refused["id"], refused["error"]["desc"]) == ("no", "The command stop does not support OOB")
+        daemon.gate.set()
+        assert [(await client.reply())["id"] for _ in range(2)] == ["slow", "queued"]
+
+
+async def test_waiting_out_of_band_leaves_the_connection_usable(daemon: Any, control_socket: Path) -> None:
+    daemon.add_guest("g1")
+    async with connected(control_socket, oob=True) as client:
+        await client.ask("migrate", {"uri": "tcp:a:1"})
+        for number in range(MAX_IN_FLIGHT + 1):
+            client.send({"exec-oob": "x-migrated-wait", "arguments": {"migration-id": "m-0001"}, "id": number})
+        refused = await client.reply()
+        assert (refused["id"], refused["error"]["desc"]) == (
+            MAX_IN_FLIGHT,
+            "Too many out-of-band commands are in flight",
+        )
+        assert (await client.ask("migrate_cancel"))["return"] == {}
+        outcomes = [(await client.reply())["return"]["outcome"] for _ in range(MAX_IN_FLIGHT)]
+        assert set(outcomes) == {"cancelled"}
+
+
+async def test_at_most_eight_commands_are_taken_and_then_reading_stops(daemon: Any, control_socket: Path) -> None:
+    daemon.add_guest("g1")
+    daemon.gate = asyncio.Event()
+    async with connected(control_socket, oob=True) as client:
+        for number in range(MAX_IN_FLIGHT + 2):
+            client.send({"execute": "stop", "id": number})
+        client.send({"exec-oob": "migrate_cancel", "id": "behind"})
+        daemon.events.publish("MARK")
+        assert (await client.receive())["event"] == "MARK"  # the cancel stands behind what is not read yet
+        daemon.gate.set()
+        replies = [(await client.reply())["id"] for _ in range(MAX_IN_FLIGHT + 3)]
+        assert sorted(r for r in replies if r != "behind") == list(range(MAX_IN_FLIGHT + 2))
+        assert "behind" in replies
+
+
+async def test_one_client_that_does_not_read_holds_up_nobody(daemon: Any, control_socket: Path) -> None:
+    """It loses its oldest events and is told how many; a client beside it gets every one."""
+    daemon.add_guest("g1")
+    many = EVENTS_KEPT * 4
+    async with connected(control_socket) as deaf, connected(control_socket) as other:
+        transport: Any = deaf.writer.transport
+        transport.pause_reading()
+        heard = 0
+        for number in range(many):
+            daemon.events.publish("MIGRATION_PASS", {"pass": number, "padding": "x" * 1000})
+            if number % 256 == 255:
+                for _ in range(256):
+                    assert (await other.receive())["data"]["pass"] == heard
+                    heard += 1
+                assert "return" in await other.ask("query-status")
+        transport.resume_reading()
+        seen: list[Any] = []
+        while len(seen) < 1 or seen[-1]["data"].get("pass") != many - 1:
+            seen.append(await deaf.receive())
+        lost = [event["data"]["count"] for event in seen if event["event"] == EVENTS_LOST]
+        passes = [event["data"]["pass"] for event in seen if event["event"] != EVENTS_LOST]
+        assert sum(lost) + len(passes) == many
+        assert sum(lost) > 0
+        assert passes == sorted(passes)
+        assert "return" in await deaf.ask("query-commands")
+
+
+async def test_a_client_that_goes_away_does_not_undo_what_it_began(daemon: Any, control_socket: Path) -> None:
+    daemon.add_guest("g1")
+    daemon.gate = asyncio.Event()
+    async with connected(control_socket) as other:
+        async with connected(control_socket) as client:
+            client.send({"execute": "stop", "arguments": {"guest": "g1"}})
+            await other.ask("query-commands")
+            client.writer.transport.abort()
+        daemon.gate.set()
+        assert (await asyncio.wait_for(other.receive(), TIMEOUT_S))["event"] == "STOP"
+        assert daemon.guests["g1"]["state"] == "paused"
+
+
+async def test_what_was_sent_before_the_client_hung_up_its_half_is_answered(control_socket: Path) -> None:
+    async with connected(control_socket, negotiate=False) as client:
+        client.send(b'{"execute":"qmp_capabilities"}{"execute":"query-commands","id":1}{"execute":')
+        client.writer.write_eof()
+        lines = (await client.closed()).splitlines()
+        assert [next(iter(json.loads(line))) for line in lines] == ["QMP", "return", "return", "error"]
+
+
+async def test_quit_is_answered_and_closing_ends_waiting_commands(daemon: Any, tmp_path: Path) -> None:
+    daemon.add_guest("g1")
+    path = tmp_path / "own.sock"
+    server = ControlServer(daemon, path)
+    await server.start()
+    async with connected(path) as client, connected(path) as waiting:
+        await client.ask("migrate", {"uri": "tcp:a:1"})
+        waiting.send({"execute": "x-migrated-wait", "arguments": {"migration-id": "m-0001"}, "id": 9})
+        assert (await client.ask("quit"))["return"] == {}
+        assert daemon.quitting.is_set()
+        await server.close()
+        told = await waiting.reply()
+        assert told["id"] == 9
+        assert "is stopping" in told["error"]["desc"]
+        assert await waiting.closed() == b""
+    assert not path.exists()
+
+
+async def test_clients_beyond_the_cap_are_told_so(control_socket: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connected(control_socket)) for _ in range(MAX_CLIENTS)]
+        async with connected(control_socket, negotiate=False) as late:
+            assert "already" in (await late.receive())["error"]["desc"]
+            assert await late.closed() == b""
+        assert "return" in await clients[-1].ask("query-commands")
+
+
+async def test_the_socket_is_for_user_and_group_only(control_socket: Path) -> None:
+    assert stat.S_IMODE(control_socket.stat().st_mode) == 0o660
+
+
+async def test_a_live_daemons_path_cannot_be_taken(daemon: Any, control_socket: Path) -> None:
+    thief = ControlServer(daemon, control_socket)
+    with pytest.raises(ControlSocketError, match=f"pid {os.getpid()}"):
+        await thief.start()
+    await thief.close()
+    async with connected(control_socket) as client:
+        assert "return" in await client.ask("query-commands")
+
+
+async def test_a_stale_socket_is_replaced_and_another_file_is_not(daemon: Any, tmp_path: Path) -> None:
+    path = tmp_path / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    server = ControlServer(daemon, path)
+    await server.start()
+    async with connected(path) as client:
+        assert "return" in await client.ask("query-commands")
+    await server.close()
+    await server.close()
+    path.write_text("precious")
+    with pytest.raises(ControlSocketError, match="is not a socket"):
+        await ControlServer(daemon, path).start()
+    assert path.read_text() == "precious"
+
+
+async def test_a_path_that_cannot_be_created_is_a_sentence(daemon: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x.sock", tmp_path / ("x" * 120)):
+        with pytest.raises(ControlSocketError, match=r"cannot be created: [^N].*; check the directory"):
+            await ControlServer(daemon, path).start()

@@ -1,0 +1,182 @@
+"""Finished records in SQLite."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from migrated.history import FILE_NAME, SCHEMA, History, HistoryError, HistoryQuery, RecordNotFoundError
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> Iterator[History]:
+    with closing(History(tmp_path)) as opened:
+        yield opened
+
+
+def ids(history: History, **query: Any) -> list[str]:
+    return [record["migration_id"] for record in history.query(HistoryQuery(**query))]
+
+
+def test_a_record_comes_back_as_its_document(history: History, record_of: Callable[..., Any]) -> None:
+    record = record_of()
+    assert history.add(record)
+    assert history.get("m-0001") == record.document()
+
+
+def test_a_record_of_the_same_id_replaces_the_earlier_one(history: History, record_of: Callable[..., Any]) -> None:
+    history.add(record_of(outcome="in-doubt"))
+    history.add(record_of(outcome="completed"))
+    assert [r["outcome"] for r in history.query(HistoryQuery())] == ["completed"]
+
+
+def test_a_unique_beginning_of_an_id_is_enough(history: History, record_of: Callable[..., Any]) -> None:
+    for migration_id in ("abc", "abcd", "x%y", "x_y"):
+        history.add(record_of(migration_id=migration_id))
+    assert history.get("abc")["migration_id"] == "abc", "an exact id wins over longer ones"
+    assert history.get("x%")["migration_id"] == "x%y"
+    for unknown in ("", "zz", "%", "xzy"):
+        with pytest.raises(RecordNotFoundError, match="is in the history"):
+            history.get(unknown)
+    with pytest.raises(RecordNotFoundError, match=r"several migration ids \(abc, abcd\)"):
+        history.get("ab")
+
+
+def test_queries_filter_and_come_newest_first(history: History, record_of: Callable[..., Any]) -> None:
+    for hour, (guest, outcome) in enumerate(
+        [("g1", "completed"), ("g2", "aborted"), ("g1", "refused"), ("g1", "completed")], start=10
+    ):
+        started = f"2026-03-01T{hour}:00:00+00:00"
+        history.add(record_of(migration_id=f"m{hour}", guest=guest, outcome=outcome, started_at=started))
+    assert ids(history) == ["m13", "m12", "m11", "m10"]
+    assert ids(history, last=2) == ["m13", "m12"]
+    assert ids(history, guest="g1") == ["m13", "m12", "m10"]
+    assert ids(history, guest="g1", outcome="completed", last=1) == ["m13"]
+    assert ids(history, since=datetime(2026, 3, 1, 12, tzinfo=UTC)) == ["m13", "m12"]
+    assert ids(history, since="2026-03-01T13:00:00+02:00") == ["m13", "m12", "m11"]
+    assert ids(history, guest="nobody") == []
+
+
+def test_stats_never_pool_aborted_attempts_with_completed_ones(
+    history: History, record_of: Callable[..., Any], downtime_of: Callable[..., Any]
+) -> None:
+    ms = 1_000_000
+    for number in range(1, 101):
+        downtime = downtime_of(
+            number * ms + 30 * ms, predicted_ns=(number + 30) * ms * 9 // 10, predicted_upper_ns=120 * ms
+        )
+        history.add(record_of(migration_id=f"c{number}", downtime=downtime))
+    late = downtime_of(900 * ms, limit_violated=True)
+    history.add(record_of(migration_id="a", outcome="aborted", downtime=late))
+    history.add(record_of(migration_id="r", outcome="refused", downtime=None))
+    stats = history.stats(HistoryQuery())
+    assert stats["migrations"] == 102
+    assert stats["outcomes"] == {"completed": 100, "aborted": 1, "refused": 1}
+    assert stats["limit_violations"] == 1
+    downtime = stats["downtime_ns"]
+    assert (downtime["count"], downtime["p50"], downtime["p99"], downtime["max"]) == (100, 80 * ms, 129 * ms, 130 * ms)
+    assert stats["abort_pause_ns"]["p50"] == 900 * ms
+    assert stats["prediction_error_pct"]["p50"] == pytest.approx(10)
+    assert stats["prediction_coverage_pct"] == 90
+
+
+def test_stats_of_nothing(history: History) -> None:
+    stats = history.stats(HistoryQuery())
+    assert stats["migrations"] == 0
+    assert stats["downtime_ns"]["p50"] is None
+    assert stats["prediction_coverage_pct"] is None
+
+
+def test_what_was_added_is_there_after_a_restart(tmp_path: Path, record_of: Callable[..., Any]) -> None:
+    with closing(History(tmp_path)) as first:
+        first.add(record_of())
+    with closing(History(tmp_path)) as second:
+        assert ids(second) == ["m-0001"]
+
+
+def _add_and_die(directory: Path, record: Any) -> None:
+    History(directory).add(record)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_daemon_loses_nothing_that_was_added(tmp_path: Path, record_of: Callable[..., Any]) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_die_script, args=(tmp_path, record_of()))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    with closing(History(tmp_path)) as history:
+        assert ids(history) == ["m-0001"]
+
+
+def _die_script(directory: Path, record: Any) -> None:
+    _add_and_die(directory, record)
+
+
+def test_a_full_disk_is_logged_and_the_daemon_goes_on(
+    history: History, record_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    """RLIMIT_FSIZE stands in for a full disk: the file cannot grow, as on ENOSPC."""
+    history.add(record_of(migration_id="before"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / f"{FILE_NAME}-wal").stat().st_size, limits[1]))
+        with structlog.testing.capture_logs() as logs:
+            assert not history.add(record_of(migration_id="lost"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (logs[0]["log_level"], logs[0]["migration_id"]) == ("error", "lost")
+    assert history.add(record_of(migration_id="after"))
+    assert set(ids(history)) == {"before", "after"}
+
+
+def test_a_damaged_file_is_put_aside_and_a_new_one_begins(tmp_path: Path, record_of: Callable[..., Any]) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"this is not a database, but somebody's text" * 100)
+    with structlog.testing.capture_logs() as logs:
+        history = History(tmp_path)
+    with closing(history):
+        assert history.add(record_of())
+        assert ids(history) == ["m-0001"]
+    aside = list(tmp_path.glob(f"{FILE_NAME}.damaged-*"))
+    assert len(aside) == 1
+    assert aside[0].read_bytes().startswith(b"this is not")
+    assert logs[0]["file"] == str(aside[0])
+
+
+def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    History(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        connection.execute(f"PRAGMA user_version = {len(SCHEMA) + 1}")
+    with pytest.raises(HistoryError, match="use a newer migrated"):
+        History(tmp_path)
+
+
+def test_an_older_schema_is_brought_up_step_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_of: Callable[..., Any]
+) -> None:
+    with closing(History(tmp_path)) as history:
+        history.add(record_of())
+    monkeypatch.setattr("migrated.history.SCHEMA", (*SCHEMA, "CREATE TABLE more (x INTEGER);"))
+    for _ in range(2):
+        with closing(History(tmp_path)) as history:
+            assert ids(history) == ["m-0001"]
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (len(SCHEMA) + 1,)
+        assert connection.execute("SELECT count(*) FROM more").fetchone() == (0,)
+
+
+def test_a_directory_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(HistoryError, match="cannot be opened"):
+        History(tmp_path / "none")

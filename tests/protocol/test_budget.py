@@ -1,0 +1,117 @@
+"""The downtime budget at its edges."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.budget import (
+    DowntimeCount,
+    Part,
+    abort_limit_ns,
+    destination_remaining_ns,
+    may_commit,
+    measured_downtime,
+    must_abort,
+    source_deadline_ns,
+    unattributed_ns,
+)
+from protocol.messages import Limits
+
+MS = 1_000_000
+ns = st.integers(0, 10_000 * MS)
+
+
+def limits(downtime_ns: int, switchover_ns: int = 0, *, abort: bool = True) -> Limits:
+    return Limits(downtime_limit_ns=downtime_ns, switchover_limit_ns=switchover_ns, switchover_abort=abort)
+
+
+@pytest.mark.parametrize(
+    ("total_ns", "aborts"), [(300 * MS - 1, False), (300 * MS, True), (300 * MS + 1, True), (0, False)]
+)
+def test_equal_to_the_limit_aborts(total_ns: int, aborts: bool) -> None:
+    assert must_abort(limits(300 * MS), total_ns, 0) is aborts
+    assert must_abort(limits(200 * MS, 100 * MS), 0, total_ns) is aborts
+    assert must_abort(limits(300 * MS, abort=False), total_ns, 0) is False
+
+
+def test_a_limit_of_nothing_aborts_always() -> None:
+    assert must_abort(limits(0), 0, 0)
+    assert source_deadline_ns(limits(0), 5 * MS) == 0
+
+
+@given(ns, ns, ns, ns)
+def test_the_budget_is_spent_in_any_ratio(limit: int, tolerance: int, source: int, destination: int) -> None:
+    rule = limits(limit, tolerance)
+    assert abort_limit_ns(rule) == limit + tolerance
+    assert must_abort(rule, source, destination) == must_abort(rule, source + destination, 0)
+    assert must_abort(rule, source, destination) == must_abort(limits(limit + tolerance), source, destination)
+    assert must_abort(rule, source, destination) == (source + destination >= limit + tolerance)
+
+
+@given(ns, ns, ns)
+def test_commit_needs_room_for_its_own_leg(limit: int, elapsed: int, reserve: int) -> None:
+    assert may_commit(limits(limit), elapsed, reserve) == (elapsed + reserve <= limit)
+    assert may_commit(limits(limit, abort=False), elapsed, reserve)
+
+
+@given(ns, ns)
+def test_at_its_deadline_the_source_still_has_its_resume_reserve(limit: int, reserve: int) -> None:
+    deadline = source_deadline_ns(limits(limit), reserve)
+    assert deadline is not None
+    assert deadline >= 0
+    assert deadline + reserve == max(limit, reserve)
+    assert source_deadline_ns(limits(limit, abort=False), reserve) is None
+
+
+@given(ns, ns, ns)
+def test_the_destinations_time_ends_where_the_limit_would_be_reached(limit: int, counted: int, reserve: int) -> None:
+    remaining = destination_remaining_ns(limits(limit), counted, reserve)
+    assert remaining is not None
+    # With nothing remaining and the reserve spent, the limit is reached exactly.
+    assert must_abort(limits(limit), counted + remaining + reserve, 0)
+    assert remaining <= 0 or not must_abort(limits(limit), counted + remaining - 1 + reserve, 0)
+    assert destination_remaining_ns(limits(limit, abort=False), counted, reserve) is None
+
+
+@given(
+    st.lists(st.tuples(ns, ns, ns), min_size=1, max_size=6),
+    ns,
+)
+def test_the_count_is_the_largest_claim_carried_forward(messages: list[tuple[int, int, int]], later: int) -> None:
+    (source, transit, at), *rest = messages
+    count = DowntimeCount(source + transit, at)
+    heard = [(source, transit, at)]
+    for source, transit, gap in rest:
+        at += gap
+        before = count.now(at)
+        count.hear(source, transit, at)
+        heard.append((source, transit, at))
+        assert count.now(at) >= before, "a later message shortened the downtime"
+    now = at + later
+    assert count.now(now) == max(source + transit + now - at for source, transit, at in heard)
+
+
+@given(ns, ns, ns, ns, ns)
+def test_the_true_downtime_lies_in_the_interval(
+    committed: int, there: int, resumed_after: int, tail: int, back: int
+) -> None:
+    truth = committed + there + resumed_after
+    interval = measured_downtime(committed, truth + tail + back, resumed_after, resumed_after + tail)
+    assert interval.lower_ns <= truth <= interval.upper_ns
+    assert interval.upper_ns - interval.lower_ns == there + back
+    assert interval.measured_ns == Fraction(interval.lower_ns + interval.upper_ns, 2) // 1
+
+
+def test_clocks_that_disagree_give_the_later_point() -> None:
+    interval = measured_downtime(committed_ns=100, running_ns=120, resumed_after_ns=50, sent_after_ns=60)
+    assert (interval.lower_ns, interval.upper_ns) == (150, 150)
+
+
+@given(st.lists(ns, max_size=8), ns)
+def test_parts_and_the_rest_sum_to_the_whole(lengths: list[int], total: int) -> None:
+    parts = [Part(str(at), "source", length) for at, length in enumerate(lengths)]
+    assert unattributed_ns(total, parts) + sum(part.ns for part in parts) == total

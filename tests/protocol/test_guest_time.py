@@ -1,0 +1,524 @@
+"""Guest time: Propolis' published vector, the invariants over the whole integer ranges, and hostile time data."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.clock import NS_PER_SEC, ElapsedInterval, ExportExchange
+from protocol.guest_time import (
+    I64_MAX,
+    I64_MIN,
+    POLICIES,
+    U64_MAX,
+    Policy,
+    TimeAdjustError,
+    TimeAdjustment,
+    TimeErrorName,
+    TimeStage,
+    VmTimeData,
+    adjust_time_data,
+    adjust_time_document,
+    check_frequency,
+    check_limits,
+    choose_elapsed,
+    parse_time_data,
+    provable_skew,
+    time_account,
+    tsc_ticks,
+    wall_clock_skew,
+)
+
+# A shared machine may stall in the middle of an example.
+unhurried = settings(deadline=None)
+DAY = 86_400 * NS_PER_SEC
+SOURCE = VmTimeData(
+    guest_freq=2649958945,
+    guest_tsc=2330632597459,
+    hrtime=18028032305249,
+    hres_sec=1683850713,
+    hres_ns=581965192,
+    boot_hrtime=17148534696948,
+)
+DESTINATION = {"hrtime": 18018796793122, "hres_sec": 1683850713, "hres_ns": 582072774}
+ELAPSED_NS = 107582
+
+u64 = st.integers(0, U64_MAX) | st.sampled_from([0, 1, 1 << 63, U64_MAX])
+i64 = st.integers(I64_MIN, I64_MAX) | st.sampled_from([I64_MIN, -1, 0, 1, I64_MAX])
+time_data = st.builds(VmTimeData, guest_freq=u64, guest_tsc=u64, hrtime=i64, hres_sec=u64, hres_ns=u64, boot_hrtime=i64)
+
+
+def adjust(source: VmTimeData, hrtime: int, elapsed_ns: int, wall: tuple[int, int] = (0, 0)) -> TimeAdjustment:
+    return adjust_time_data(source, destination_hrtime=hrtime, destination_wall=wall, elapsed_ns=elapsed_ns)
+
+
+def document(source: dict[str, Any] | None = None, destination: dict[str, Any] | None = None, **rest: Any) -> Any:
+    """The published document with some values replaced."""
+    return {
+        "source": SOURCE.model_dump() | (source or {}),
+        "destination": DESTINATION | (destination or {}),
+        "elapsed_ns": ELAPSED_NS,
+    } | rest
+
+
+def test_the_published_propolis_vector() -> None:
+    wall = (DESTINATION["hres_sec"], DESTINATION["hres_ns"])
+    assert adjust(SOURCE, DESTINATION["hrtime"], ELAPSED_NS, wall) == TimeAdjustment(
+        adjusted=VmTimeData(
+            guest_freq=2649958945,
+            guest_tsc=2330632882546,
+            hrtime=18018796793122,
+            hres_sec=1683850713,
+            hres_ns=582072774,
+            boot_hrtime=17139299077239,
+        ),
+        guest_uptime_ns=879497608301,
+        tsc_delta=285087,
+        boot_hrtime_delta=879497715883,
+    )
+
+
+def test_the_tsc_wraps() -> None:
+    source = SOURCE.model_copy(update={"guest_freq": NS_PER_SEC, "guest_tsc": U64_MAX})
+    assert adjust(source, 0, 3_000_000_003).adjusted.guest_tsc == 3_000_000_002
+
+
+def test_a_guest_older_than_its_host_has_a_negative_boot_hrtime() -> None:
+    source = SOURCE.model_copy(update={"hrtime": 10 * DAY, "boot_hrtime": 6 * DAY})
+    moved = adjust(source, 3 * DAY + 300, 60 * NS_PER_SEC + 500).adjusted
+    assert moved.boot_hrtime == -86_460_000_000_200
+    # And such a guest moves on as any other.
+    assert adjust(moved, 5, 7).adjusted.boot_hrtime == 5 - (4 * DAY + 60 * NS_PER_SEC + 507)
+
+
+@st.composite
+def representable_moves(draw: st.DrawFn) -> tuple[VmTimeData, int, int]:
+    """Source time data, destination hrtime and elapsed time that nothing forbids, over their whole ranges."""
+    uptime = draw(st.integers(0, I64_MAX))
+    boot = draw(st.integers(I64_MIN, I64_MAX - uptime))
+    freq = draw(st.integers(1, U64_MAX) | st.integers(1, 10 * NS_PER_SEC))
+    longest = min(I64_MAX - uptime, ((U64_MAX + 1) * NS_PER_SEC - 1) // freq)
+    elapsed_ns = draw(st.integers(0, longest) | st.just(longest))
+    wall_ns = st.integers(0, NS_PER_SEC - 1)
+    source = VmTimeData(
+        guest_freq=freq,
+        guest_tsc=draw(u64),
+        hrtime=boot + uptime,
+        hres_sec=draw(u64),
+        hres_ns=draw(wall_ns),
+        boot_hrtime=boot,
+    )
+    return source, draw(st.integers(0, I64_MAX)), elapsed_ns
+
+
+@unhurried
+@given(representable_moves(), u64, st.integers(0, NS_PER_SEC - 1), i64)
+def test_the_invariants_hold_over_the_whole_ranges(
+    move: tuple[VmTimeData, int, int], sec: int, ns: int, timer: int
+) -> None:
+    source, hrtime, elapsed_ns = move
+    adjustment = adjust(source, hrtime, elapsed_ns, (sec, ns))
+    after = adjustment.adjusted
+    uptime = source.hrtime - source.boot_hrtime
+    assert adjustment.guest_uptime_ns == uptime
+    assert adjustment.boot_hrtime_delta == after.hrtime - after.boot_hrtime == uptime + elapsed_ns
+    assert adjustment.tsc_delta == elapsed_ns * source.guest_freq // NS_PER_SEC
+    assert (after.guest_tsc - source.guest_tsc - adjustment.tsc_delta) % (1 << 64) == 0
+    assert (after.guest_freq, after.hrtime, after.hres_sec, after.hres_ns) == (source.guest_freq, hrtime, sec, ns)
+    # A device timer travels relative to boot_hrtime: counted from now, it is due elapsed_ns sooner.
+    due_in = (timer - source.boot_hrtime + after.boot_hrtime) - after.hrtime
+    assert due_in == (timer - source.hrtime) - elapsed_ns
+
+
+def expected_error(source: VmTimeData, hrtime: int, elapsed_ns: int, wall: tuple[int, int]) -> str | None:
+    """The original's steps, written down as the arithmetic of its fixed-width types."""
+    if hrtime < 0:
+        return "Hrtime"
+    if not 0 <= elapsed_ns <= I64_MAX:
+        return "InvalidMigrateDelta"
+    uptime = source.hrtime - source.boot_hrtime
+    if not 0 <= uptime <= I64_MAX:
+        return "GuestUptimeOverflow"
+    if uptime + elapsed_ns > I64_MAX:
+        return "TimeDeltaOverflow"
+    if source.guest_freq == 0:
+        return "InvalidFrequency"
+    if elapsed_ns * source.guest_freq // NS_PER_SEC > U64_MAX:
+        return "TscAdjustOverflow"
+    if max(source.hres_ns, wall[1]) >= NS_PER_SEC:
+        return "InvalidWallClock"
+    return None
+
+
+@unhurried
+@given(time_data, i64, u64, u64, st.integers(-1, 1 << 65) | st.integers(0, 1 << 40))
+def test_the_originals_error_wins(source: VmTimeData, hrtime: int, sec: int, ns: int, elapsed_ns: int) -> None:
+    result = adjust_time_document(
+        {
+            "source": source.model_dump(),
+            "destination": {"hrtime": hrtime, "hres_sec": sec, "hres_ns": ns},
+            "elapsed_ns": elapsed_ns,
+        }
+    )
+    assert result.get("error") == expected_error(source, hrtime, elapsed_ns, (sec, ns))
+    assert result.get("message", ".").endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "destination", "elapsed_ns"),
+    [
+        ("Hrtime", {}, {"hrtime": -1}, 0),
+        ("Hrtime", {"guest_freq": 0, "hres_ns": U64_MAX}, {"hrtime": I64_MIN}, -1),
+        ("InvalidMigrateDelta", {}, {}, -1),
+        ("InvalidMigrateDelta", {}, {}, I64_MAX + 1),
+        pytest.param("InvalidMigrateDelta", {}, {}, 10**5000, id="beyond the digits that Python prints"),
+        ("GuestUptimeOverflow", {"hrtime": I64_MAX, "boot_hrtime": -1}, {}, 0),
+        ("GuestUptimeOverflow", {"hrtime": I64_MAX, "boot_hrtime": I64_MIN}, {}, 0),
+        ("GuestUptimeOverflow", {"hrtime": 5, "boot_hrtime": 6}, {}, 0),
+        ("TimeDeltaOverflow", {"hrtime": I64_MAX, "boot_hrtime": 0}, {}, 1),
+        ("TscAdjustOverflow", {"guest_freq": U64_MAX}, {}, NS_PER_SEC + 1),
+        ("TscAdjustOverflow", {"guest_freq": U64_MAX, "hres_ns": NS_PER_SEC}, {}, NS_PER_SEC + 1),
+        ("InvalidFrequency", {"guest_freq": 0}, {}, 0),
+        ("InvalidFrequency", {"guest_freq": 0, "hres_ns": NS_PER_SEC}, {}, 0),
+        ("InvalidWallClock", {"hres_ns": NS_PER_SEC}, {}, 0),
+        ("InvalidWallClock", {"hres_ns": 1 << 32}, {}, 0),
+        ("InvalidWallClock", {"hres_sec": U64_MAX, "hres_ns": U64_MAX}, {}, 0),
+        ("InvalidWallClock", {}, {"hres_ns": NS_PER_SEC}, 0),
+    ],
+)
+def test_each_error_has_its_name(
+    name: str, source: dict[str, int], destination: dict[str, int], elapsed_ns: int
+) -> None:
+    result = adjust_time_document(document(source, destination, elapsed_ns=elapsed_ns))
+    assert set(result) == {"error", "message"}
+    assert result["error"] == name
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "elapsed_ns"),
+    [
+        ({"hrtime": I64_MAX, "boot_hrtime": 0}, {"hrtime": 0}, 0),
+        ({"hrtime": -1, "boot_hrtime": I64_MIN}, {"hrtime": I64_MAX}, 0),
+        ({"guest_freq": U64_MAX, "hrtime": 0, "boot_hrtime": 0}, {}, NS_PER_SEC),
+        ({"guest_freq": 1, "hrtime": 0, "boot_hrtime": 0}, {"hrtime": 0}, I64_MAX),
+        ({"hres_sec": U64_MAX, "hres_ns": NS_PER_SEC - 1}, {"hres_sec": U64_MAX}, 0),
+    ],
+)
+def test_the_last_representable_values_pass(
+    source: dict[str, int], destination: dict[str, int], elapsed_ns: int
+) -> None:
+    assert "adjusted" in adjust_time_document(document(source, destination, elapsed_ns=elapsed_ns))
+
+
+def test_clocks_of_the_destination_that_do_not_fit_are_refused() -> None:
+    for hrtime, wall, name in (
+        (I64_MAX + 1, (0, 0), "Hrtime"),
+        (0, (-1, 0), "InvalidWallClock"),
+        (0, (U64_MAX + 1, 0), "InvalidWallClock"),
+        (0, (0, -1), "InvalidWallClock"),
+    ):
+        with pytest.raises(TimeAdjustError) as refused:
+            adjust(SOURCE, hrtime, 0, wall)
+        assert refused.value.name == name
+
+
+@pytest.mark.parametrize("field", list(VmTimeData.model_fields))
+@pytest.mark.parametrize(
+    "value",
+    [1.0, float("nan"), float("inf"), True, None, "1", b"1", [], {}, [1], U64_MAX + 1, I64_MIN - 1, 10**5000],
+    ids=lambda value: type(value).__name__,
+)
+def test_hostile_field_values_are_a_named_error(field: str, value: object) -> None:
+    result = adjust_time_document(document({field: value}))
+    assert result["error"] == "InvalidTimeData"
+    assert f"source.{field}" in result["message"]
+    with pytest.raises(TimeAdjustError) as refused:
+        parse_time_data(SOURCE.model_dump() | {field: value})
+    assert refused.value.name == "InvalidTimeData"
+
+
+def test_signs_belong_to_the_fields() -> None:
+    for field in ("guest_freq", "guest_tsc", "hres_sec", "hres_ns"):
+        assert adjust_time_document(document({field: -1}))["error"] == "InvalidTimeData"
+    for field in ("hrtime", "boot_hrtime"):
+        assert adjust_time_document(document({field: 1 << 63}))["error"] == "InvalidTimeData"
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        None,
+        7,
+        "time",
+        [],
+        {},
+        {1: 2},
+        {"\ud800": 1},
+        document(extra=1),
+        document(source={"extra": 1}),
+        document(source={"\udfff": 1}),
+        document(destination={"x\n" * 10_000: 1}),
+        document(elapsed_ns=1.5),
+        document(elapsed_ns="1"),
+        document(elapsed_ns=False),
+        document(source=None) | {"source": None},
+        document() | {"source": {key: value for key, value in SOURCE.model_dump().items() if key != "guest_tsc"}},
+        {key: value for key, value in document().items() if key != "destination"},
+    ],
+)
+def test_hostile_documents_are_a_named_error(hostile: object) -> None:
+    result = adjust_time_document(hostile)
+    assert result["error"] == "InvalidTimeData"
+    assert len(result["message"]) < 300
+    assert result["message"].isprintable()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@unhurried
+@given(st.dictionaries(st.sampled_from(["source", "destination", "elapsed_ns"]), json_values) | json_values)
+def test_no_document_raises(value: object) -> None:
+    assert adjust_time_document(value)["error"] == "InvalidTimeData"
+
+
+def test_the_result_of_adjust_time_is_the_published_json() -> None:
+    assert json.loads(json.dumps(adjust_time_document(json.loads(json.dumps(document()))))) == {
+        "adjusted": {
+            "guest_freq": 2649958945,
+            "guest_tsc": 2330632882546,
+            "hrtime": 18018796793122,
+            "hres_sec": 1683850713,
+            "hres_ns": 582072774,
+            "boot_hrtime": 17139299077239,
+        },
+        "guest_uptime_ns": 879497608301,
+        "tsc_delta": 285087,
+        "boot_hrtime_delta": 879497715883,
+    }
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"), [("midpoint", 85_000), ("never-ahead", 30_000), ("never-behind", 140_000), ("freeze", 0)]
+)
+def test_policies_on_the_published_interval(policy: Policy, expected: int) -> None:
+    assert choose_elapsed(ElapsedInterval(30_000, 140_000), policy) == expected
+
+
+@unhurried
+@given(st.integers(0, I64_MAX), st.integers(0, 1 << 40), st.data())
+def test_policies_keep_their_word(lower: int, width: int, data: st.DataObject) -> None:
+    interval = ElapsedInterval(lower, lower + width)
+    truth = data.draw(st.integers(interval.lower_ns, interval.upper_ns))
+    used = {policy: choose_elapsed(interval, policy) for policy in POLICIES}
+    assert set(used) == {"midpoint", "never-ahead", "never-behind", "freeze"}
+    assert min(used.values()) >= 0  # guest time runs backwards under no policy
+    assert used["never-ahead"] <= truth <= used["never-behind"]
+    assert abs(used["midpoint"] - truth) <= (width + 1) // 2
+    for elapsed in used.values():
+        assert abs(elapsed - truth) <= interval.error_ns(elapsed)
+    assert used["freeze"] == 0
+
+
+def test_limits_refuse_one_nanosecond_too_much() -> None:
+    interval = ElapsedInterval(30_000, 140_000)
+    check_limits(interval)
+    check_limits(interval, max_time_jump_ns=140_000, max_time_error_ns=110_000)
+    for limits, name in (
+        ({"max_time_jump_ns": 139_999}, "TimeJumpTooLarge"),
+        ({"max_time_error_ns": 109_999}, "TimeErrorTooLarge"),
+    ):
+        with pytest.raises(TimeAdjustError) as refused:
+            check_limits(interval, **limits)
+        assert refused.value.name == name
+
+
+def test_wall_clocks_an_hour_apart_are_provably_skewed() -> None:
+    destination = SOURCE.model_copy(update={"hres_sec": SOURCE.hres_sec + 3600})
+    skew = wall_clock_skew(SOURCE, destination, ElapsedInterval(30_000, 140_000))
+    assert skew == (3600 * NS_PER_SEC - 140_000, 3600 * NS_PER_SEC - 30_000)
+    assert provable_skew(skew) == 3600 * NS_PER_SEC - 140_000
+    back = wall_clock_skew(destination, SOURCE, ElapsedInterval(30_000, 140_000))
+    assert provable_skew(back) == -3600 * NS_PER_SEC - 30_000
+
+
+def test_wall_clocks_within_the_interval_prove_nothing() -> None:
+    destination = VmTimeData(**(SOURCE.model_dump() | DESTINATION))
+    assert wall_clock_skew(SOURCE, destination, ElapsedInterval(100_000, 110_000)) == (-2418, 7582)
+    assert provable_skew((-2418, 7582)) == 0
+    assert provable_skew((0, 5)) == provable_skew((-5, 0)) == 0
+
+
+@unhurried
+@given(st.integers(0, 1 << 62), st.integers(0, 1 << 62), st.integers(0, 1 << 40), st.integers(0, 1 << 40))
+def test_the_provable_skew_never_exceeds_the_true_skew(source_wall: int, skew: int, elapsed: int, slack: int) -> None:
+    def at(wall: int) -> VmTimeData:
+        return SOURCE.model_copy(update={"hres_sec": wall // NS_PER_SEC, "hres_ns": wall % NS_PER_SEC})
+
+    interval = ElapsedInterval(max(0, elapsed - slack), elapsed + slack)
+    proven = provable_skew(wall_clock_skew(at(source_wall), at(source_wall + elapsed + skew), interval))
+    assert max(0, skew - slack) <= proven <= skew
+
+
+@pytest.mark.parametrize("host_freq", [1_000_000_000, 2_649_958_945, 4_000_000_000])
+def test_frequencies_up_to_250_ppm_apart_need_no_scaling(host_freq: int) -> None:
+    tolerance = host_freq * 250 // 1_000_000
+    for guest_freq in (host_freq - tolerance, host_freq, host_freq + tolerance):
+        check_frequency(guest_freq, host_freq, can_scale=False)
+    for guest_freq in (host_freq - tolerance - 1, host_freq + tolerance + 1):
+        check_frequency(guest_freq, host_freq, can_scale=True)
+        with pytest.raises(TimeAdjustError) as refused:
+            check_frequency(guest_freq, host_freq, can_scale=False)
+        assert refused.value.name == "FrequencyMismatch"
+
+
+def test_scaling_has_its_own_range() -> None:
+    check_frequency(500_000_000, 3_000_000_000, can_scale=True)
+    check_frequency(14_999_999_999, 1_000_000_000, can_scale=True)
+    for guest_freq, host_freq in (
+        (499_999_999, 3_000_000_000),
+        (15_000_000_000, 1_000_000_000),
+        (400_000_000, 400_000_001),
+    ):
+        with pytest.raises(TimeAdjustError) as refused:
+            check_frequency(guest_freq, host_freq, can_scale=True)
+        assert refused.value.name == "FrequencyMismatch"
+    check_frequency(100_000_000, 100_000_000, can_scale=True)
+    check_frequency(100_000_000, 100_000_001, can_scale=False)
+
+
+def test_a_frequency_of_zero_is_refused_before_the_stop() -> None:
+    for guest_freq, host_freq in ((0, 1), (1, 0), (0, 0), (-1, 1), (1 << 64, 1)):
+        with pytest.raises(TimeAdjustError) as refused:
+            check_frequency(guest_freq, host_freq, can_scale=True)
+        assert refused.value.name == "InvalidFrequency"
+
+
+def test_the_account_adds_up_stage_by_stage() -> None:
+    wall = (DESTINATION["hres_sec"], DESTINATION["hres_ns"])
+    adjustment = adjust(SOURCE, DESTINATION["hrtime"], ELAPSED_NS, wall)
+    stages = time_account(SOURCE, adjustment, elapsed_ns=ELAPSED_NS, daemon_ns=22_000, vmm_ns=31_850, vmm_ticks=84_400)
+    assert stages == (
+        TimeStage(name="migration", ns=107_582, tsc_delta=285_087, boot_hrtime_delta=-9_235_619_709),
+        TimeStage(name="daemon", ns=22_000, tsc_delta=0, boot_hrtime_delta=0),
+        TimeStage(name="vmm", ns=9_850, tsc_delta=84_400, boot_hrtime_delta=0),
+    )
+    assert SOURCE.guest_tsc + sum(stage.tsc_delta for stage in stages) == 2_330_632_966_946
+    assert SOURCE.boot_hrtime + sum(stage.boot_hrtime_delta for stage in stages) == adjustment.adjusted.boot_hrtime
+
+
+def test_the_account_of_the_most_distant_boot_times_wraps_to_64_bits() -> None:
+    source = SOURCE.model_copy(update={"hrtime": I64_MIN, "boot_hrtime": I64_MIN})
+    adjustment = adjust(source, I64_MAX, 0)
+    migration, daemon, vmm = time_account(source, adjustment, elapsed_ns=0, daemon_ns=9, vmm_ns=5, vmm_ticks=0)
+    assert migration.boot_hrtime_delta == -1
+    assert (source.boot_hrtime + migration.boot_hrtime_delta) % (1 << 64) == adjustment.adjusted.boot_hrtime
+    # The VMM saw less time than the daemon says it took: the account never covers more than really passed.
+    assert (daemon.ns, vmm.ns) == (5, 0)
+
+
+hops = st.tuples(
+    st.integers(0, 1 << 62),  # the next host's clock at the import
+    st.integers(0, 60 * NS_PER_SEC),  # time the guest then runs there
+    st.integers(0, NS_PER_SEC),  # ask
+    st.integers(0, NS_PER_SEC),  # pause
+    st.integers(0, NS_PER_SEC),  # reply
+)
+
+
+@unhurried
+@given(st.lists(hops, min_size=2, max_size=8), st.sampled_from(POLICIES))
+def test_out_and_back_the_guest_is_within_the_sum_of_the_stated_errors(
+    moves: list[tuple[int, int, int, int, int]], policy: Policy
+) -> None:
+    guest = SOURCE.model_copy(update={"hrtime": 1 << 61, "boot_hrtime": 0})
+    true_ns = guest.hrtime - guest.boot_hrtime
+    first_tsc, lost_ticks_at_most, stated_ns, used_ns = guest.guest_tsc, 0, 0, 0
+    for hrtime, runs_ns, ask_ns, pause_ns, reply_ns in moves:
+        exchange = ExportExchange(
+            t1=hrtime - reply_ns - pause_ns - ask_ns,
+            t2=guest.hrtime - pause_ns,
+            exported_at=guest.hrtime,
+            t3=guest.hrtime,
+            t4=hrtime,
+            imported_at=hrtime,
+        )
+        interval = exchange.elapsed()
+        elapsed = choose_elapsed(interval, policy)
+        moved = adjust(guest, hrtime, elapsed).adjusted
+        true_ns += reply_ns + runs_ns
+        used_ns += elapsed + runs_ns
+        stated_ns += interval.error_ns(elapsed)
+        lost_ticks_at_most += 2
+        guest = moved.model_copy(
+            update={
+                "hrtime": moved.hrtime + runs_ns,
+                "guest_tsc": (moved.guest_tsc + tsc_ticks(runs_ns, moved.guest_freq)) & U64_MAX,
+            }
+        )
+    error_ns = (guest.hrtime - guest.boot_hrtime) - true_ns
+    assert abs(error_ns) <= stated_ns
+    if policy in ("never-ahead", "freeze"):
+        assert error_ns <= 0
+    if policy == "never-behind":
+        assert error_ns >= 0
+    ticks = (guest.guest_tsc - first_tsc) % (1 << 64)
+    exact = tsc_ticks(used_ns, guest.guest_freq)
+    assert exact - lost_ticks_at_most <= ticks <= exact
+
+
+def test_the_worked_example_of_the_document() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "guest-time.md").read_text(encoding="utf-8")
+    section = text.split("## Worked example\n")[1].split("\n## ")[0]
+    said = {
+        name: int(value.replace(",", "")) for name, value in re.findall(r"^\| (.+?) \| (-?[\d,]+) \|", section, re.M)
+    }
+
+    exchange = ExportExchange(said["T1"], said["T2"], said["S"], said["T3"], said["T4"], said["D"])
+    interval = exchange.elapsed()
+    elapsed = choose_elapsed(interval, "midpoint")
+    source_sec, source_ns = divmod(said["source wall"], NS_PER_SEC)
+    source = VmTimeData(
+        guest_freq=said["guest_freq"],
+        guest_tsc=said["guest_tsc"],
+        hrtime=said["S"],
+        hres_sec=source_sec,
+        hres_ns=source_ns,
+        boot_hrtime=said["boot_hrtime"],
+    )
+    adjustment = adjust(source, said["D"], elapsed, divmod(said["destination wall"], NS_PER_SEC))
+    skew = wall_clock_skew(source, adjustment.adjusted, interval)
+    error_ns = interval.error_ns(elapsed)
+    computed = {
+        "round trip": exchange.delta_ns,
+        "lower": interval.lower_ns,
+        "upper": interval.upper_ns,
+        "Δ": elapsed,
+        "stated error": error_ns,
+        "guest uptime": adjustment.guest_uptime_ns,
+        "uptime at import": adjustment.boot_hrtime_delta,
+        "boot_hrtime'": adjustment.adjusted.boot_hrtime,
+        "tsc ticks": adjustment.tsc_delta,
+        "guest_tsc'": adjustment.adjusted.guest_tsc,
+        "stated error in ticks": -(-error_ns * said["guest_freq"] // NS_PER_SEC) + 1,
+        "wall skew, lower": skew[0],
+        "wall skew, upper": skew[1],
+    }
+    inputs = ["guest_freq", "guest_tsc", "boot_hrtime", "source wall", "T1", "T2", "S", "T3", "T4", "D"]
+    assert said == {name: said[name] for name in (*inputs, "destination wall")} | computed
+
+
+def test_the_document_names_every_error_and_policy() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "guest-time.md").read_text(encoding="utf-8")
+    missing = [name for name in (*get_args(TimeErrorName), *POLICIES) if f"`{name}`" not in text]
+    assert not missing

@@ -1,0 +1,91 @@
+"""docs/protocol.md and docs/handover.md say what the code does."""
+
+from __future__ import annotations
+
+import re
+import zlib
+
+import handover_document
+import numpy as np
+import protocol_document
+import pytest
+import xxhash
+
+from protocol.frames import FrameParser
+from protocol.messages import MESSAGES, Commit, Hello, Pages, RoundDone, ZeroPages, decode
+from protocol.pages import indices_of, unpack_runs
+from protocol.versions import MAJOR, unpack_preface
+
+
+@pytest.mark.parametrize("module", [protocol_document, handover_document], ids=lambda module: module.DOCUMENT.name)
+def test_the_document_is_current(module: object) -> None:
+    text = module.DOCUMENT.read_text(encoding="utf-8")  # type: ignore[attr-defined]  # both modules have it
+    fresh = module.refreshed(text, module.BLOCKS)  # type: ignore[attr-defined]
+    assert text == fresh, f"run scripts/{module.__name__}.py --write"  # type: ignore[attr-defined]
+
+
+def test_every_field_has_a_meaning_and_no_meaning_is_left_over() -> None:
+    fields = {
+        f"{model.__name__}.{name}" for model in (*MESSAGES, *protocol_document.PARTS) for name in model.model_fields
+    }
+    assert set(protocol_document.MEANINGS) == fields
+    assert set(protocol_document.DIRECTIONS) == {model.TYPE.name for model in MESSAGES}
+
+
+def example() -> list[bytes]:
+    """The dumps of the document, read back from its text alone."""
+    text = protocol_document.DOCUMENT.read_text(encoding="utf-8").partition("<!-- example begin -->")[2]
+    dumps = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    lines = [[re.match(r" *\d+  ((?:[0-9a-f]{2} ?)+)", line) for line in dump.splitlines()] for dump in dumps]
+    return [b"".join(bytes.fromhex(line[1]) for line in dump if line) for dump in lines]
+
+
+def test_the_example_can_be_followed_by_hand() -> None:
+    preface, *frames = example()
+    assert unpack_preface(preface).major == MAJOR
+    messages = []
+    payload = bytes([0x11]) * 4096 + bytes([0x22]) * 4096 + bytes([0x33]) * 4096
+    for raw in frames:
+        assert zlib.crc32(raw[:28] + raw[32:]) == int.from_bytes(raw[28:32], "big")
+        whole = raw + payload[: int.from_bytes(raw[12:16], "big")]
+        parser = FrameParser(MAJOR, first_sequence=int.from_bytes(raw[16:24], "big"))
+        (frame,) = parser.receive(whole)
+        messages.append(decode(frame.type, frame.meta))
+    assert isinstance(messages[0], Hello)
+    assert isinstance(messages[-1], Commit)
+
+    pages = next(message for message in messages if isinstance(message, Pages))
+    zero = next(message for message in messages if isinstance(message, ZeroPages))
+    done = next(message for message in messages if isinstance(message, RoundDone))
+    assert indices_of(unpack_runs(pages.runs, 8)).tolist() == [1, 2, 5]
+    assert indices_of(unpack_runs(zero.runs, 8)).tolist() == [0, 7]
+    assert pages.digest == xxhash.xxh3_64_intdigest(payload)
+    assert done.digest == digest_by_the_document(pages.digest, [1, 2, 5])
+
+
+def digest_by_the_document(batch_hash: int, pages: list[int]) -> int:
+    """The section on the memory digest, word for word."""
+
+    def scramble(x: int) -> int:
+        x ^= x >> 32
+        x = x * 0xD6E8FEB86659FD93 % 2**64
+        return x ^ x >> 32
+
+    total = 0
+    for slot, page in enumerate(pages):
+        entry = scramble((batch_hash + slot * 0x9E3779B97F4A7C15) % 2**64) | 1
+        total += scramble(entry ^ (page + 1) * 0xC2B2AE3D27D4EB4F % 2**64)
+    return total % 2**64
+
+
+def test_a_document_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="must have <!-- messages begin -->"):
+        protocol_document.refreshed("nothing", protocol_document.BLOCKS)
+
+
+def test_the_digest_constants_are_odd() -> None:
+    """An even factor would lose bits."""
+    constants = (0xD6E8FEB86659FD93, 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)
+    assert np.all(np.array(constants, np.uint64) & np.uint64(1))
+    for constant in constants:
+        assert f"{constant:X}" in protocol_document.DOCUMENT.read_text(encoding="utf-8")

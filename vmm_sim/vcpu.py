@@ -1,0 +1,161 @@
+"""The thread that is the guest's vCPUs: executes the workload in quanta, beats, and serves the timers.
+
+start --> beat, [ quantum, beat, timers ]*, beat --> stopped, exactly between two steps
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from vmm_sim.clock import GuestClock
+from vmm_sim.content import PAGE_SIZE
+from vmm_sim.heartbeat import Heartbeat
+from vmm_sim.memory import GuestMemory
+from vmm_sim.platform import Platform
+from vmm_sim.workload import Workload
+
+TICK_NS: Final = 1_000_000
+BACKLOG_NS: Final = 50_000_000
+"""Work that the scheduler kept the vCPU from is made up for, up to this much."""
+READ_ATTEMPTS: Final = 3
+READ_TOLERANCE_NS: Final = 20_000
+CRASHED: Final = 70
+
+
+@dataclass(frozen=True, slots=True)
+class StopGap:
+    """The guest's last blackout: on its own clock, and on this machine's CLOCK_MONOTONIC."""
+
+    guest_ns: int
+    host_ns: int
+
+
+class Vcpu(threading.Thread):
+    """Attributes that others read: ``step``, ``heartbeat``, ``stop_gap``, ``last_beat_monotonic_ns``; set:
+    ``rate_bytes_per_s`` (0: unpaced), ``throttle_percent``."""
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        workload: Workload,
+        clock: GuestClock,
+        platform: Platform,
+        rate_bytes_per_s: int,
+        on_crash: Callable[[], None],
+    ) -> None:
+        super().__init__(name="vcpu", daemon=True)
+        self._memory = memory
+        self._workload = workload
+        self._clock = clock
+        self._platform = platform
+        self._on_crash = on_crash
+        self.rate_bytes_per_s = rate_bytes_per_s
+        self.throttle_percent = 0
+        self.step = 0
+        self.heartbeat = Heartbeat()
+        self.stop_gap: StopGap | None = None
+        self.last_beat_monotonic_ns = 0
+        self._counts_as_stop = True
+        self._go = threading.Event()
+        self._halt = threading.Event()
+        self._halted = threading.Event()
+        self._halted.set()
+
+    @property
+    def running(self) -> bool:
+        """Whether steps are being executed."""
+        return not self._halted.is_set()
+
+    def start_running(self, *, counts_as_stop: bool = True) -> None:
+        """Let the stopped vCPUs run. Only one caller at a time. ``counts_as_stop``: whether the pause that ends is
+        one of the guest's, and goes into ``stop_gap``."""
+        self._counts_as_stop = counts_as_stop
+        self._halt.clear()
+        self._halted.clear()
+        self._go.set()
+
+    def stop_running(self) -> None:
+        """Stop at the next step boundary and return once stopped. Only one caller at a time."""
+        self._halt.set()
+        self._halted.wait()
+
+    def run(self) -> None:
+        try:
+            while True:
+                self._go.wait()
+                self._go.clear()
+                self._execute()
+                self._halted.set()
+        except BaseException:
+            # A vCPU that fell over is a crashed VMM: nothing may wait for it, and nobody may take it for paused.
+            traceback.print_exc()
+            self._on_crash()
+            os._exit(CRASHED)
+
+    def _read_clocks(self) -> tuple[int, int]:
+        """The host's hrtime and CLOCK_MONOTONIC at the same instant: the narrowest of a few bracketed readings, since
+        the scheduler may come between any two."""
+        narrowest, reading = 0, (0, 0)
+        for attempt in range(READ_ATTEMPTS):
+            before = time.monotonic_ns()
+            hrtime = self._clock.host.hrtime_ns()
+            width = time.monotonic_ns() - before
+            if not attempt or width < narrowest:
+                narrowest, reading = width, (hrtime, before + width // 2)
+            if narrowest <= READ_TOLERANCE_NS:
+                break
+        return reading
+
+    def _beat(self, *, resumed: bool = False) -> None:
+        clock = self._clock
+        hrtime, monotonic_ns = self._read_clocks()
+        tsc = clock.tsc_at(hrtime)
+        gap_ns = self.heartbeat.beat(self._memory, tsc, clock.guest_freq, clock.uptime_at(hrtime), self.step)
+        if resumed and self.last_beat_monotonic_ns:
+            self.stop_gap = StopGap(gap_ns, monotonic_ns - self.last_beat_monotonic_ns)
+        self.last_beat_monotonic_ns = monotonic_ns
+        self._platform.fire(hrtime, tsc)
+
+    def _execute(self) -> None:
+        self._beat(resumed=self._counts_as_stop)
+        halt, workload = self._halt, self._workload
+        idle = not workload.streams
+        tick = earned_from = time.monotonic_ns()
+        rest_until = 0
+        credit = 0.0
+        while not halt.is_set():
+            begun = time.monotonic_ns()
+            rate, awake = self.rate_bytes_per_s, 100 - self.throttle_percent
+            beats = self.heartbeat.beats
+            if rate and not idle:
+                pages_per_ns = rate * awake / (100 * 1e9 * PAGE_SIZE)
+                credit = min(credit + (begun - earned_from) * pages_per_ns, BACKLOG_NS * pages_per_ns + 1)
+                earned_from = begun
+                while credit >= 1 and not halt.is_set():
+                    steps = min(int(credit), workload.quantum_steps)
+                    self._quantum(steps)
+                    credit -= steps
+            elif not idle and begun >= rest_until:
+                self._quantum(workload.quantum_steps)
+                if awake == 100:
+                    continue
+                rest_until = begun + (time.monotonic_ns() - begun) * 100 // awake
+            if self.heartbeat.beats == beats:
+                self._beat()
+            now = time.monotonic_ns()
+            tick = max(tick + TICK_NS, now)
+            wake = min(tick, rest_until) if rest_until > now else tick
+            if wake > now:
+                halt.wait((wake - now) / 1e9)
+        self._beat()
+
+    def _quantum(self, steps: int) -> None:
+        self._workload.execute(self._memory, self.step, steps)
+        self.step += steps
+        self._beat()
