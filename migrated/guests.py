@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import structlog
 
-from migrated.config import ClockConfig, VmmConfig
+from migrated.config import ClockConfig, LockConfig, VmmConfig
 from migrated.errors import RefusedError, VmmError, VmmGoneError
 from migrated.vmm import spawn
 from migrated.vmm.base import Vmm
@@ -69,11 +69,13 @@ class GuestRegistry:
 
     Args:
         config: where API sockets are and how a VMM is started.
+        lock: where ownership locks lie.
         clock: how this host's clocks are shifted; guests started here get the same.
     """
 
-    def __init__(self, config: VmmConfig, clock: ClockConfig) -> None:
+    def __init__(self, config: VmmConfig, clock: ClockConfig, lock: LockConfig) -> None:
         self._config = config
+        self._lock = lock
         # A VMM lives on the same host: where the host's clocks are shifted, its are too.
         self._command = [*config.command]
         if clock != ClockConfig():
@@ -82,6 +84,8 @@ class GuestRegistry:
                 "--wall-offset-ns", str(clock.wall_offset_ns),
                 "--clock-drift-ppm", str(clock.drift_ppm),
             ]  # fmt: skip
+        if lock.directory is not None:
+            self._command += ["--lock-directory", str(lock.directory)]
         self._guests: dict[str, Guest] = {}
         self._starting: set[str] = set()
         self.on_gone: Callable[[Guest], None] = lambda _guest: None
@@ -90,6 +94,8 @@ class GuestRegistry:
     async def open(self) -> None:
         """Find the guests that are running already."""
         self._config.directory.mkdir(parents=True, exist_ok=True)
+        if self._lock.directory is not None:
+            self._lock.directory.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._config.directory.glob("*.sock")):
             try:
                 vmm = await SimVmm.attach(path)

@@ -68,7 +68,7 @@ class MigrationHost:
         self._config = config
         self._role = role
         self._clock = HostClock(config.clock.hrtime_offset_ns, config.clock.wall_offset_ns, config.clock.drift_ppm)
-        self._guests = GuestRegistry(config.vmm, config.clock)
+        self._guests = GuestRegistry(config.vmm, config.clock, config.lock)
         self._guests.on_gone = self._guest_gone
         self._journal = Journal(config.state.directory)
         self._history = History(config.state.directory)

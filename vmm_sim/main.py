@@ -39,6 +39,9 @@ GIL_SWITCH_S = 0.0002
 @click.option("--hrtime-offset-ns", type=int, default=0, help="Shift of this host's monotonic clock.")
 @click.option("--wall-offset-ns", type=int, default=0, help="Shift of this host's wall clock.")
 @click.option("--clock-drift-ppm", type=int, default=0, help="How much too fast this host's monotonic clock runs.")
+@click.option(
+    "--lock-directory", type=click.Path(path_type=Path), help="Where the guest's ownership lock lies (default: none)."
+)
 @click.option("--cost-seed", type=int, help="Seed of jitter and outliers, if not the guest's.")
 def main(
     api_socket: Path,
@@ -58,6 +61,7 @@ def main(
     hrtime_offset_ns: int,
     wall_offset_ns: int,
     clock_drift_ppm: int,
+    lock_directory: Path | None,
     cost_seed: int | None,
 ) -> None:
     """Run one simulated VMM."""
@@ -104,6 +108,7 @@ def main(
             incoming=incoming_description is not None,
             cost_seed=cost_seed,
             tracking=dirty_tracking,
+            lock_directory=lock_directory,
         )
         vmm.describe()  # a configuration that cannot travel is refused now, not at the first migration
         server = ApiServer(vmm, api_socket)

@@ -134,6 +134,8 @@ class ApiServer:
             "verify": self._verify,
             "set-rate": self._set_rate,
             "dry-run": self._dry_run,
+            "lock": lambda _arguments: lambda: Answer(self._vmm.take_lock()),
+            "unlock": lambda _arguments: lambda: Answer(self._vmm.release_lock()),
             "destroy": self._destroy,
         }
 

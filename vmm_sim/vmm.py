@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from typing import Any, Final, Literal
 
@@ -24,6 +25,7 @@ from vmm_sim.heartbeat import Heartbeat
 from vmm_sim.host_clock import HostClock
 from vmm_sim.memory import GuestMemory
 from vmm_sim.operations import Operations
+from vmm_sim.ownership import Ownership
 from vmm_sim.platform import I64, Platform, State, integers
 from vmm_sim.runlog import RunLog
 from vmm_sim.tracking import LoggedTracking, Mode, PagemapTracking, start_tracking
@@ -50,7 +52,11 @@ class Vmm:
         incoming: bool = False,
         cost_seed: int | None = None,
         tracking: Mode = "auto",
+        lock_directory: Path | None = None,
     ) -> None:
+        self.ownership = Ownership(lock_directory, config.uuid)
+        if not incoming:
+            self.ownership.take()
         self.config = config
         self.memory = GuestMemory(config.memory_bytes, huge_pages=config.huge_pages)
         self.workload = Workload(config)
@@ -154,6 +160,8 @@ class Vmm:
             begun = time.monotonic_ns()
             if self.state == "running":
                 return {"step": self.vcpu.step, "ns": 0, "was_running": True}
+            if not self.ownership.held:
+                raise VmmError("NotOwner", "This VMM let go of the guest's lock: take it again before it may run.")
             with self._operations.none():
                 if self.state == "incoming":
                     self._require_complete("resume")
@@ -165,6 +173,20 @@ class Vmm:
                 self.state = "running"
                 self.vcpu.start_running()
             return {"step": step, "ns": time.monotonic_ns() - begun}
+
+    def take_lock(self) -> dict[str, Any]:
+        """Take the guest's ownership lock. Idempotent."""
+        with self._life:
+            self.ownership.take()
+            return {}
+
+    def release_lock(self) -> dict[str, Any]:
+        """Let go of the guest's ownership lock; refused while the vCPUs run."""
+        with self._life:
+            if self.state == "running":
+                raise VmmError("NotPaused", "A running guest keeps its lock: pause it first.")
+            self.ownership.release()
+            return {}
 
     def _require_complete(self, verb: str) -> None:
         missing = [f"{name} ({kind})" for (name, kind), device in self.devices.items() if not device.loaded]
@@ -399,6 +421,7 @@ class Vmm:
             "step": vcpu.step,
             "memory_bytes": config.memory_bytes,
             "epoch": self.epoch,
+            "lock_held": self.ownership.held,
             "heartbeat": {
                 "beats": heartbeat.beats,
                 "last_gap_ns": heartbeat.last_gap_ns,

@@ -154,7 +154,7 @@ def create(
 ) -> None:
     """Start a guest in a VMM process of its own."""
     if profile and ("/" in profile or profile.endswith(".toml")):
-        profile = str(Path(profile).absolute())  # the daemon has a working directory of its own
+        profile = str(Path(profile).resolve())  # the daemon has a working directory of its own
     given = {
         "guest": name,
         "memory-bytes": memory,

@@ -193,6 +193,7 @@ class Takeover:
         begin_ns = time.monotonic_ns()
         if guest is not None:
             try:
+                await guest.vmm.take_lock()
                 state = (await guest.vmm.status()).state
                 if self._keep_paused and state == "incoming":
                     await guest.vmm.pause()

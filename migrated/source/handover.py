@@ -140,6 +140,7 @@ class SourceHandover:
             case Action.JOURNAL_RETIRED:
                 self._env.journal.decide(self._migration_id, "source", Decision.RETIRED)
             case Action.SEND_COMMIT:
+                await self._release_lock()
                 # Stamped before the write: the destination cannot have read it earlier.
                 self.committed_at_ns = self.committed_at_ns or time.monotonic_ns()
                 if reply is not None:
@@ -165,6 +166,15 @@ class SourceHandover:
         self.stop_cost_ns = 0 if self._was_paused else await self._guest.vmm.pause()
         self.stopped_at_ns = time.monotonic_ns()
 
+    async def _release_lock(self) -> None:
+        """COMMIT is journaled: the destination may take the guest's lock. Before COMMIT leaves, so that it finds it
+        free."""
+        if self._guest is not None:
+            try:
+                await self._guest.vmm.release_lock()
+            except VmmError as error:
+                log.error("the guest's lock could not be released", reason=str(error))
+
     async def _resume(self) -> None:
         """Let the guest run as it did before; nothing is lost when it was never stopped."""
         guest = self._guest
@@ -176,6 +186,7 @@ class SourceHandover:
             if self._was_paused:
                 await guest.vmm.interrupt()
             else:
+                await guest.vmm.take_lock()
                 await guest.vmm.resume(self.epoch)
         except VmmError as error:
             log.error("the guest could not be resumed", guest=guest.name, reason=str(error))

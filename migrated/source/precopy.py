@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import structlog
@@ -69,8 +69,13 @@ class Transfer:
         self.ledger.zero_pages += sent.zero_pages
         return sent
 
-    async def send_device(self, name: str, kind: str, round_number: int | None) -> int:
-        """Save one device and send its state. Returns the bytes of state (0: nothing to send)."""
+    async def save_device(self, name: str, kind: str, round_number: int | None) -> Awaitable[int]:
+        """Save one device and begin to send its state.
+
+        Returns:
+            What ends when the state was handed to the kernel, with its bytes (0: nothing to send). The next device
+            can be saved meanwhile.
+        """
         description = next(d for d in self.guest.devices if (d.name, d.kind) == (name, kind))
         saved = await self.vmm.save_device(name, description.kind, round_number)
         figures = self.ledger.devices[name, kind]
@@ -78,7 +83,7 @@ class Transfer:
         if final:
             figures.save_ns, figures.final_bytes = saved.ns, len(saved.state)
         elif not len(saved.state):
-            return 0
+            return _nothing()
         else:
             figures.precopy_bytes += len(saved.state)
         state = messages.DeviceState(
@@ -92,8 +97,15 @@ class Transfer:
             save_ns=saved.ns,
         )
         self.state_order += 1
-        await self.sender.send_device(state, saved.state)
-        return len(saved.state)
+        return asyncio.ensure_future(self._send_state(state, saved.state))
+
+    async def _send_state(self, state: messages.DeviceState, data: bytes | bytearray | memoryview) -> int:
+        await self.sender.send_device(state, data)
+        return len(data)
+
+
+async def _nothing() -> int:
+    return 0
 
 
 class Precopy:
@@ -191,7 +203,8 @@ class Precopy:
         device_bytes = 0
         for device in transfer.guest.devices:
             if device.kind == "iterable":
-                device_bytes += await transfer.send_device(device.name, device.kind, number)
+                sending = await transfer.save_device(device.name, device.kind, number)
+                device_bytes += await sending
         await self._wait_for_progress(self._acknowledged(number))
         ns = time.monotonic_ns() - begin_ns
         acknowledged_bytes = sent.wire_bytes + device_bytes

@@ -175,14 +175,17 @@ class Switchover:
         ledger.part("final-dirty-log-read", "source", begin_ns, scanned_ns)
         # Devices are saved while the last pages are on their way.
         pages = asyncio.create_task(self._send_pages(runs))
+        sending: list[asyncio.Future[int]] = []
         try:
-            await self._save_devices("iterable")
+            await self._save_devices("iterable", sending)
             iterable_ns = time.monotonic_ns()
-            await self._save_devices("non-iterable")
+            await self._save_devices("non-iterable", sending)
             pages_ns = await pages
+            ledger.downtime_bytes += sum(await asyncio.gather(*sending))
         finally:
-            pages.cancel()
-            await asyncio.gather(pages, return_exceptions=True)
+            for task in (pages, *sending):
+                task.cancel()
+            await asyncio.gather(pages, *sending, return_exceptions=True)
         saved_ns = time.monotonic_ns()
         ledger.part("final-pages", "source", scanned_ns, pages_ns)
         ledger.part("device-saves", "source", pages_ns, saved_ns)
@@ -224,11 +227,14 @@ class Switchover:
         self._tell_downtime()
         return time.monotonic_ns()
 
-    async def _save_devices(self, kind: Literal["iterable", "non-iterable"]) -> None:
+    async def _save_devices(
+        self, kind: Literal["iterable", "non-iterable"], sending: list[asyncio.Future[int]]
+    ) -> None:
+        """Save devices one after the other; each state is sent while the next device is saved."""
         for device in self._transfer.guest.devices:
             if device.kind == kind:
-                sent_bytes = await self._transfer.send_device(device.name, kind, None)
-                self._ledger.downtime_bytes += sent_bytes
+                state = await self._transfer.save_device(device.name, kind, None)
+                sending.append(asyncio.ensure_future(state))
                 self._tell_downtime()
 
     # Section: waiting and deciding

@@ -94,6 +94,14 @@ class Vmm(ABC):
         """Run the vCPUs; ends a running save. Returns what it cost (ns)."""
 
     @abstractmethod
+    async def take_lock(self) -> None:
+        """Take the guest's ownership lock, which resuming needs; without effect when held, or when there is none."""
+
+    @abstractmethod
+    async def release_lock(self) -> None:
+        """Let go of the ownership lock of a stopped guest."""
+
+    @abstractmethod
     async def interrupt(self) -> None:
         """End running saves and loads: their calls raise ``VmmError``."""
 

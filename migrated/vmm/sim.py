@@ -104,10 +104,11 @@ class SimVmm(Vmm):
         return GuestMemory(reply.fds[0], reply.meta["bytes"] // PAGE_SIZE)
 
     async def start_dirty_log(self, mode: DirtyTracking) -> DirtyLog:
-        reply = await self._call("dirty-log-start", _QUICK_S, mode=mode)
+        reply = await self._call("dirty-log-start", _QUICK_S, mode=mode, present_only=True)
         pages = reply.meta["bytes"] // PAGE_SIZE
         if reply.meta["mode"] == "pagemap-scan":
-            return PagemapScanLog(reply.fds[0], reply.meta["address"], pages)
+            present_only = bool(reply.meta.get("present_only", False))
+            return PagemapScanLog(reply.fds[0], reply.meta["address"], pages, present_only)
         return ByteMapLog(reply.fds[0], pages)
 
     async def stop_dirty_log(self) -> None:
@@ -118,6 +119,12 @@ class SimVmm(Vmm):
 
     async def resume(self, epoch: int) -> int:
         return int((await self._call("resume", _PAUSE_S, epoch=epoch)).meta["ns"])
+
+    async def take_lock(self) -> None:
+        await self._call("lock", _QUICK_S)
+
+    async def release_lock(self) -> None:
+        await self._call("unlock", _QUICK_S)
 
     async def interrupt(self) -> None:
         await self._call("interrupt", _QUICK_S)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from protocol import messages
 from protocol.clock import ClockError, ClockExchange, OffsetEstimate, one_way_transit
@@ -71,12 +71,20 @@ class End:
     def __init__(self, link: Link, process: Process) -> None:
         self.process = process
         self.peer: End | None = None
-        self.on_bytes: Callable[[bytes], None] = lambda _: None
-        self.on_lost: Callable[[str], None] = lambda _: None
+        self._on_bytes: Callable[[bytes], None] | None = None
+        self._on_lost: Callable[[str], None] = lambda _: None
+        self._early: list[bytes] = []
         self.link = link
         self._open = True
         self._arrives_ns = 0
         link.connections.append(self)
+
+    def listen(self, on_bytes: Callable[[bytes], None], on_lost: Callable[[str], None]) -> None:
+        """Take what has arrived and what will."""
+        self._on_bytes, self._on_lost = on_bytes, on_lost
+        early, self._early = self._early, []
+        for data in early:
+            self._arrive(data)
 
     def send(self, data: bytes) -> None:
         """Hand bytes to the kernel."""
@@ -109,14 +117,17 @@ class End:
         """The connection is gone."""
         if self._open:
             self._open = False
-            self.process.wake(lambda: self.on_lost(reason))
+            self.process.wake(lambda: self._on_lost(reason))
 
     def _arrive(self, data: bytes) -> None:
-        if self._open:
-            self.process.wake(lambda: self.on_bytes(data))
+        on_bytes = self._on_bytes
+        if on_bytes is None:
+            self._early.append(data)
+        elif self._open:
+            self.process.wake(lambda: on_bytes(data))
 
 
-Listener = Callable[[End], None]
+Listener: TypeAlias = Callable[[End], None]
 
 
 def connect(
@@ -157,13 +168,17 @@ def connect(
     world.after(link.arrival_ns(process.host.name, 1, 0) - world.now_ns, arrive)
 
 
+OnMessage: TypeAlias = Callable[[Message, bytes, int], None]
+OnLost: TypeAlias = Callable[[str], None]
+
+
 class Channel:
     """Frames over one end: the preface, then the real codec. ``on_message`` gets the message, its payload and its
     round; what breaks the protocol is answered with ERROR and ends the channel."""
 
-    def __init__(self, end: End) -> None:
-        self.on_message: Callable[[Message, bytes, int], None] = lambda *_: None
-        self.on_lost: Callable[[str], None] = lambda _: None
+    def __init__(self, end: End, on_message: OnMessage, on_lost: OnLost) -> None:
+        self.on_message = on_message
+        self.on_lost = on_lost
         self.open = True
         self.process = end.process
         self._end = end
@@ -171,9 +186,11 @@ class Channel:
         self._parser: FrameParser | None = None
         self._sequence = 0
         self._version = 1
-        end.on_bytes = self._receive
-        end.on_lost = self._lose
         end.send(pack_preface(MAX_PAYLOAD_BYTES))
+
+    def start(self) -> None:
+        """Take what has arrived and what will."""
+        self._end.listen(self._receive, self._lose)
 
     def send(self, message: Message, payload: bytes = b"", round_number: int = 0) -> None:
         """Send one frame; what is sent into a channel that is gone is gone."""
@@ -231,12 +248,12 @@ class Channel:
 class Control(Channel):
     """A control channel: it keeps the heartbeat and measures the peer's clock."""
 
-    def __init__(self, end: End) -> None:
-        super().__init__(end)
+    def __init__(self, end: End, on_message: OnMessage, on_lost: OnLost) -> None:
         self._asked: dict[int, int] = {}
         self._exchanges: list[ClockExchange] = []
         self._nonce = 0
-        self._heard_ns = self.process.host.clock_ns()
+        self._heard_ns = end.process.host.clock_ns()
+        super().__init__(end, on_message, on_lost)
 
     def begin(self, quick: int = 8) -> None:
         """Ask the peer's clock a few times now, and regularly from now on."""
@@ -289,5 +306,3 @@ class Control(Channel):
             return one_way_transit(estimate.at(now_ns), sent_at_ns, now_ns)[1]
         except ClockError as error:
             raise AssertionError(f"honest clocks were called false: {error}") from error
-
-

@@ -90,9 +90,11 @@ class Outgoing(Actor[SourceState, SourceEvent]):
             self.take(SourceEvent.FAULT, None, reason)
 
     def _opened(self, end: End) -> None:
-        control = self.control = Control(end)
-        control.on_message = self._hear
-        control.on_lost = lambda reason: self.take(SourceEvent.LINK_LOST, None, reason)
+        def lost(reason: str) -> None:
+            self.take(SourceEvent.LINK_LOST, None, reason)
+
+        control = self.control = Control(end, self._hear, lost)
+        control.start()
         pages = len(self.vmm.memory)
         guest = GuestDescription(
             name="g1",
@@ -136,9 +138,8 @@ class Outgoing(Actor[SourceState, SourceEvent]):
             )
 
     def _join(self, end: End, number: int, token: bytes) -> None:
-        channel = Channel(end)
-        channel.on_message = lambda *_: self._one_joined()
-        channel.on_lost = lambda reason: self._data_lost(reason)
+        channel = Channel(end, lambda *_: self._one_joined(), self._data_lost)
+        channel.start()
         channel.send(messages.Join(migration_id=self.attempt.migration_id, token=token, channel=number))
         self._data.append(channel)
 
@@ -214,6 +215,8 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         assert self.control is not None
         self._tell_downtime()
         yield MS // 4
+        if self.machine.state is not SourceState.STOPPED:
+            return
         self._send_round(self.vmm.collect())
         self._tell_downtime()
         for name, (save_ns, _) in self.vmm.devices.items():
@@ -267,9 +270,7 @@ class Outgoing(Actor[SourceState, SourceEvent]):
             hres_ns=nanoseconds,
             boot_hrtime=self.vmm.boot_hrtime,
         )
-        self.control.send(
-            messages.TimeData(nonce=ask.nonce, time=exported, t2_ns=read_ns, t3_ns=self.host.clock_ns())
-        )
+        self.control.send(messages.TimeData(nonce=ask.nonce, time=exported, t2_ns=read_ns, t3_ns=self.host.clock_ns()))
 
     # Section: hearing and deciding
 
@@ -397,11 +398,12 @@ class Outgoing(Actor[SourceState, SourceEvent]):
                 self._answer(message)
 
         def opened(end: End) -> None:
-            channel = Channel(end)
-            channel.on_message, channel.on_lost = hear, again
+            channel = Channel(end, hear, again)
+            channel.start()
             ask = {"migration_id": self.attempt.migration_id, "epoch": self.attempt.epoch, "decision": decision}
             channel.send(messages.OutcomeAsk.model_validate(ask))
-            self.process.after(HANDSHAKE_NS, lambda: (again(), channel.close()))  # type: ignore[func-returns-value]  # two calls
+            self.process.after(HANDSHAKE_NS, channel.close)
+            self.process.after(HANDSHAKE_NS, again)
 
         connect(self.link, self.process, self.daemon.listener, opened, again)
 
@@ -421,7 +423,9 @@ class Outgoing(Actor[SourceState, SourceEvent]):
 class SourceDaemon:
     """The source's daemon: its journal, and the life that it has now."""
 
-    def __init__(self, host: Host, link: Link, vmm: Vmm, listener: Callable[[], tuple[Process, Listener] | None]) -> None:
+    def __init__(
+        self, host: Host, link: Link, vmm: Vmm, listener: Callable[[], tuple[Process, Listener] | None]
+    ) -> None:
         self.host = host
         self.link = link
         self.vmm = vmm

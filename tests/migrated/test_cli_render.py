@@ -149,9 +149,8 @@ def test_sparklines() -> None:
 
 
 def test_facts_carry_their_units() -> None:
-    shown = text_of(
-        facts_view({"memory_bytes": 1 << 20, "heartbeat": {"last_gap_ns": 5_000_000}, "ok": True, "x": None})
-    )
+    facts = {"memory_bytes": 1 << 20, "heartbeat": {"last_gap_ns": 5_000_000}, "ok": True, "x": None}
+    shown = text_of(facts_view(facts))
     rows = dict(line.split(maxsplit=1) for line in shown.splitlines() if line.strip())
     assert {name: value.strip() for name, value in rows.items()} == {
         "memory_bytes": "1MiB",

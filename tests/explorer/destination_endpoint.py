@@ -1,0 +1,442 @@
+"""The simulated destination: receiving, loading, the deadline, the vote and the take-over, over the real messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import xxhash
+
+from protocol import messages
+from protocol.budget import DowntimeCount, destination_remaining_ns
+from protocol.clock import ExportExchange
+from protocol.digest import MemoryDigest
+from protocol.errors import ErrorCode, RemoteProtocolError
+from protocol.guest_time import adjust_time_data, choose_elapsed
+from protocol.handover import (
+    DESTINATION,
+    Action,
+    Decision,
+    DestinationEvent,
+    DestinationState,
+    DestinationTable,
+    Machine,
+    check_epoch,
+    destination_state_of,
+)
+from protocol.messages import Message
+from protocol.pages import indices_of, unpack_runs
+from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, agree_capabilities
+from tests.explorer.actor import Actor, Attempt
+from tests.explorer.guest import WORDS, Vmm
+from tests.explorer.kernel import MS, SECOND, Host, Process, Steps
+from tests.explorer.network import Channel, Control, End, Listener
+
+READY_TIMEOUT_NS: Final = 10 * SECOND
+BUILD_NS: Final = 5 * MS
+TOKEN: Final = bytes(range(16))
+
+
+@dataclass
+class Round:
+    """What has arrived of one round."""
+
+    pages: int = 0
+    zero_pages: int = 0
+    payload_bytes: int = 0
+    barriers: int = 0
+    end: messages.RoundEnd | None = None
+
+
+class Incoming(Actor[DestinationState, DestinationEvent]):
+    """One attempt."""
+
+    def __init__(
+        self, daemon: DestinationDaemon, attempt: Attempt, state: DestinationState, hello: messages.Hello | None
+    ) -> None:
+        process = daemon.process
+        assert process is not None
+        machine = Machine("destination", daemon.table, state)
+        super().__init__(process, attempt, machine, DestinationEvent.JOURNAL_FAILED)
+        self.daemon = daemon
+        self.vmm = daemon.vmm
+        self.control: Control | None = None
+        self._hello = hello
+        self._digest = MemoryDigest(hello.guest.pages if hello is not None else 0)
+        self._round_of: dict[int, int] = {}
+        self._rounds: dict[int, Round] = {}
+        self._rounds_done = 0
+        self._states: dict[int, tuple[str, bytes]] = {}
+        self._loaded = 0
+        self._load_busy = False
+        self._end: messages.StateEnd | None = None
+        self._end_read_ns = 0
+        self._count: DowntimeCount | None = None
+        self._deadline = 0
+        self._time_asked_ns = 0
+        self._time_imported = False
+        self._commit_read_ns = 0
+        self._resumed_after_ns = 0
+        if state is not DestinationState.LOADING:
+            self._arm_ready_timeout()
+        if self.vmm is not None:
+            self.vmm.on_death = lambda: self.process.wake(lambda: self.take(DestinationEvent.FAULT, self.control))
+
+    # Section: receiving
+
+    def hear(self, message: Message, _payload: bytes, _round: int) -> None:
+        """A message on the control channel."""
+        match message:
+            case messages.Commit(epoch=epoch) if check_epoch(self.attempt.epoch, epoch):
+                self.take(DestinationEvent.COMMIT, self.control)
+            case messages.Abort(epoch=epoch) if check_epoch(self.attempt.epoch, epoch):
+                self.take(DestinationEvent.ABORT, self.control)
+            case _ if self.machine.state is not DestinationState.LOADING:
+                pass  # state for a guest that is given up
+            case messages.RoundEnd(round=number):
+                self._rounds.setdefault(number, Round()).end = message
+                self._check_round(number)
+            case messages.Downtime(epoch=epoch) if check_epoch(self.attempt.epoch, epoch):
+                self._hear_downtime(message.source_downtime_ns, message.sent_at_ns)
+            case messages.TimeData():
+                self._import_time(message)
+            case messages.StateEnd(epoch=epoch) if check_epoch(self.attempt.epoch, epoch):
+                self._hear_downtime(message.source_downtime_ns, message.sent_at_ns)
+                self._end, self._end_read_ns = message, self.host.clock_ns()
+                self._go_on()
+
+    def join(self, channel: Channel, join: messages.Join) -> None:
+        """A data channel."""
+        number = join.channel
+        self._round_of[number] = 1
+        channel.on_message = lambda *frame: self._hear_data(channel, number, *frame)
+        channel.on_lost = self._data_lost
+        channel.send(messages.Joined(channel=number))
+
+    def _data_lost(self, reason: str) -> None:
+        if self.machine.state is DestinationState.LOADING:
+            self.take(DestinationEvent.FAULT, self.control, f"data channel: {reason}")
+
+    def _hear_data(self, channel: Channel, number: int, message: Message, payload: bytes, round_number: int) -> None:
+        if self.machine.state is not DestinationState.LOADING or self.vmm is None or self.vmm.state == "dead":
+            return
+        try:
+            self._take_data(number, message, payload, round_number)
+        except RemoteProtocolError as error:
+            self.take(DestinationEvent.FAULT, self.control, str(error))
+            channel.fail(error)
+
+    def _take_data(self, number: int, message: Message, payload: bytes, round_number: int) -> None:
+        assert self.vmm is not None
+        if not isinstance(message, messages.DeviceState) and round_number != self._round_of[number]:
+            raise RemoteProtocolError(f"round {round_number} came in round {self._round_of[number]}")
+        current = self._rounds.setdefault(round_number, Round())
+        match message:
+            case messages.Pages(runs=runs, digest=digest):
+                indices = indices_of(unpack_runs(runs, len(self.vmm.memory)))
+                batch_hash = xxhash.xxh3_64_intdigest(payload)
+                if batch_hash != digest or len(payload) != len(indices) * WORDS * 8:
+                    raise RemoteProtocolError("a batch arrived damaged", ErrorCode.CORRUPT)
+                self.vmm.memory[indices] = np.frombuffer(payload, np.uint64).reshape(-1, WORDS)
+                self._digest.add(self._digest.set_pages(indices, batch_hash))
+                current.pages += len(indices)
+                current.payload_bytes += len(payload)
+            case messages.ZeroPages(runs=runs):
+                indices = indices_of(unpack_runs(runs, len(self.vmm.memory)))
+                self.vmm.memory[indices] = 0
+                self._digest.add(self._digest.set_zero(indices))
+                current.zero_pages += len(indices)
+            case messages.Barrier(round=ended):
+                self._round_of[number] = ended + 1
+                current.barriers += 1
+                self._check_round(ended)
+            case messages.DeviceState():
+                if xxhash.xxh3_64_intdigest(payload) != message.digest:
+                    raise RemoteProtocolError("a device state arrived damaged", ErrorCode.CORRUPT)
+                self._states[message.order] = (message.name, payload)
+                self._go_on()
+
+    def _check_round(self, number: int) -> None:
+        current = self._rounds[number]
+        assert self._hello is not None
+        assert self.control is not None
+        if current.end is None or current.barriers < self._hello.channels:
+            return
+        if (current.end.pages, current.end.zero_pages) != (current.pages, current.zero_pages):
+            self.take(DestinationEvent.FAULT, self.control, f"round {number} is not whole")
+            return
+        self._rounds_done = number
+        done = messages.RoundDone(round=number, bytes=current.payload_bytes, digest=self._digest.value)
+        self.control.send(done)
+        self._go_on()
+
+    # Section: the blackout
+
+    def _hear_downtime(self, source_downtime_ns: int, sent_at_ns: int) -> None:
+        assert self.control is not None
+        transit_ns, now_ns = self.control.transit_upper_ns(sent_at_ns), self.host.clock_ns()
+        if self._count is None:
+            self._count = DowntimeCount(source_downtime_ns + transit_ns, now_ns)
+            self._time_asked_ns = now_ns
+            self.control.send(messages.TimeAsk(nonce=1))
+        else:
+            self._count.hear(source_downtime_ns, transit_ns, now_ns)
+        self._check_count()
+        remaining_ns = self._remaining_ns()
+        if remaining_ns is not None:
+            self._deadline += 1
+            armed = self._deadline
+            self.process.after(remaining_ns, lambda: self._deadline_passed(armed))
+
+    def _check_count(self) -> None:
+        """The destination never counts less than what has passed."""
+        assert self._count is not None
+        assert self.vmm is not None
+        truth_ns = self.world.now_ns - self.vmm.estate.stop_asked_ns
+        counted_ns = self._count.now(self.host.clock_ns())
+        self.world.require(
+            counted_ns + truth_ns // 5_000 + 10 >= truth_ns,
+            f"the destination counts {counted_ns} ns of downtime when {truth_ns} ns have passed",
+        )
+
+    def _deadline_passed(self, armed: int) -> None:
+        if armed == self._deadline:
+            self.take(DestinationEvent.LIMIT, self.control)
+
+    def _remaining_ns(self) -> int | None:
+        assert self._count is not None
+        assert self._hello is not None
+        assert self.control is not None
+        assert self.vmm is not None
+        reserve_ns = self.control.round_trip_ns() + self.vmm.resume_cost_ns
+        return destination_remaining_ns(self._hello.limits, self._count.now(self.host.clock_ns()), reserve_ns)
+
+    def _import_time(self, data: messages.TimeData) -> None:
+        """The interval for the elapsed time contains the truth."""
+        assert self.vmm is not None
+        now_ns = self.host.clock_ns()
+        exchange = ExportExchange(self._time_asked_ns, data.t2_ns, data.time.hrtime, data.t3_ns, now_ns, now_ns)
+        assert self.control is not None
+        elapsed = exchange.elapsed(offset=self.control.offset())
+        truth_ns = self.world.now_ns - self.daemon.exported_true_ns()
+        self.world.require(
+            elapsed.lower_ns <= truth_ns <= elapsed.upper_ns,
+            f"{truth_ns} ns since the export are not within {elapsed.lower_ns} to {elapsed.upper_ns} ns",
+        )
+        adjustment = adjust_time_data(
+            data.time,
+            destination_hrtime=now_ns,
+            destination_wall=divmod(self.world.now_ns, SECOND),
+            elapsed_ns=choose_elapsed(elapsed, "midpoint"),
+        )
+        self.vmm.boot_hrtime = adjustment.adjusted.boot_hrtime
+        self._time_imported = True
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Load what can be loaded, and vote when everything is."""
+        end, vmm = self._end, self.vmm
+        complete = end is not None and self._rounds_done >= end.last_round and self._time_imported
+        if not complete or self._load_busy or vmm is None or self.machine.state is not DestinationState.LOADING:
+            return
+        assert end is not None
+        if self._loaded < end.devices:
+            if self._loaded in self._states:
+                name, state = self._states[self._loaded]
+                self._load_busy = True
+                self.process.start(self._load(vmm, name, state))
+            return
+        self._vote(end)
+
+    def _load(self, vmm: Vmm, name: str, state: bytes) -> Steps:
+        def put() -> None:
+            vmm.states[name] = state
+
+        yield lambda go: vmm.request("devices", vmm.devices[name][1], put, go)
+        self._load_busy = False
+        self._loaded += 1
+        self._go_on()
+
+    def _vote(self, end: messages.StateEnd) -> None:
+        if self._digest.value != end.digest:
+            self.take(DestinationEvent.FAULT, self.control, "the memory digest differs")
+            return
+        remaining_ns = self._remaining_ns()
+        if remaining_ns is not None and remaining_ns <= 0:
+            self.take(DestinationEvent.LIMIT, self.control)
+            return
+        self.take(DestinationEvent.LOADED, self.control)
+
+    # Section: acting
+
+    def act(self, action: Action, reply: Channel | None) -> Steps:
+        epoch, reason = self.attempt.epoch, "the destination discarded the guest"
+        match action:
+            case Action.RESUME_GUEST:
+                yield from self._resume(reply)
+            case Action.DESTROY_GUEST:
+                if self.vmm is not None:
+                    self.vmm.on_death = lambda: None
+                    self.vmm.die("destination")
+                    self.vmm = self.daemon.vmm = None
+            case Action.SEND_READY:
+                self._send_ready()
+            case Action.SEND_NO if reply is not None:
+                reply.send(messages.No(epoch=epoch, cause="fault", reason=reason))
+            case Action.SEND_DISCARDED if reply is not None:
+                reply.send(messages.Discarded(epoch=epoch, reason=reason))
+            case Action.SEND_OPEN if reply is not None:
+                reply.send(messages.OutcomeOpen(epoch=epoch, reason="the guest is being resumed"))
+            case Action.SEND_RUNNING if reply is not None:
+                after_ns = self._resumed_after_ns
+                sent_ns = self.host.clock_ns() - self._commit_read_ns if after_ns else 0
+                reply.send(messages.Running(epoch=epoch, resumed_after_ns=after_ns, sent_after_ns=sent_ns))
+
+    def _send_ready(self) -> None:
+        assert self._count is not None
+        assert self.control is not None
+        now_ns = self.host.clock_ns()
+        self.control.send(
+            messages.Ready(
+                epoch=self.attempt.epoch,
+                digest=self._digest.value,
+                elapsed_ns=self._count.now(now_ns),
+                completing_ns=now_ns - self._end_read_ns,
+            )
+        )
+
+    def _resume(self, reply: Channel | None) -> Steps:
+        vmm = self.vmm
+        self._commit_read_ns = self.host.clock_ns()
+        if vmm is not None and vmm.state != "dead":
+            yield lambda go: vmm.resume(self.attempt.epoch, go)
+            if vmm.state == "running":
+                self._resumed_after_ns = self.host.clock_ns() - self._commit_read_ns
+                self.take(DestinationEvent.RESUMED, reply)
+                return
+            vmm.die("destination")
+        ran = ("destination", self.attempt.epoch) in self.daemon.runs()
+        self.take(DestinationEvent.RESUMED if ran else DestinationEvent.RESUME_FAILED, reply)
+
+    def take(self, event: DestinationEvent, reply: Channel | None = None, why: str = "") -> None:
+        if event is DestinationEvent.COMMIT and self.machine.state is DestinationState.READY:
+            self._commit_read_ns = self.host.clock_ns()
+        super().take(event, reply, why)
+
+    def settled(self, event: DestinationEvent) -> None:
+        if event is DestinationEvent.LOADED and self.machine.state is DestinationState.READY:
+            self._arm_ready_timeout()
+        if self.machine.state in (DestinationState.RUNNING, DestinationState.DISCARDED):
+            journaled = self.attempt.decisions[-1]
+            self.attempt.closed = journaled in (Decision.RUNNING, Decision.DISCARD)
+
+    def _arm_ready_timeout(self) -> None:
+        self.process.after(READY_TIMEOUT_NS, lambda: self.take(DestinationEvent.READY_TIMEOUT))
+
+
+class DestinationDaemon:
+    """The destination's daemon: its journal, and the life that it has now.
+
+    Args:
+        host: where it is.
+        build: makes an empty guest process.
+        runs: the marks that VMMs left.
+        exported_true_ns: when the source exported the guest's time, for the check of the interval.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        build: Callable[[], Vmm],
+        runs: Callable[[], list[tuple[str, int]]],
+        exported_true_ns: Callable[[], int],
+    ) -> None:
+        self.host = host
+        self.runs = runs
+        self.exported_true_ns = exported_true_ns
+        self.table: DestinationTable = DESTINATION
+        self.process: Process | None = None
+        self.vmm: Vmm | None = None
+        self.journal: dict[str, Attempt] = {}
+        self.known: dict[str, Incoming] = {}
+        self._build = build
+
+    def boot(self) -> None:
+        """Begin a life: take up what the journal left open."""
+        self.process = Process(self.host, "destination")
+        self.known = {}
+        for attempt in self.journal.values():
+            if not attempt.closed:
+                incoming = Incoming(self, attempt, destination_state_of(attempt.decisions), None)
+                self.known[attempt.migration_id] = incoming
+                incoming.take(DestinationEvent.RESTART)
+
+    def listener(self) -> tuple[Process, Listener] | None:
+        """Who takes connections now."""
+        return None if self.process is None or not self.process.alive else (self.process, self._accept)
+
+    def _accept(self, end: End) -> None:
+        def first(message: Message, _payload: bytes, _round: int) -> None:
+            self._first(channel, message)
+
+        channel = Control(end, first, lambda _: None)
+        channel.start()
+
+    def _first(self, channel: Control, message: Message) -> None:
+        match message:
+            case messages.Hello():
+                self._hello(channel, message)
+            case messages.Join(migration_id=migration_id) if migration_id in self.known:
+                self.known[migration_id].join(channel, message)
+            case messages.OutcomeAsk():
+                self._outcome_asked(channel, message)
+            case _:
+                channel.fail(RemoteProtocolError("out of turn", ErrorCode.UNEXPECTED))
+
+    def _hello(self, channel: Control, hello: messages.Hello) -> None:
+        offered, required = frozenset(hello.capabilities), frozenset(hello.required)
+        agreed = agree_capabilities(offered, CAPABILITIES, required | REQUIRED_CAPABILITIES)
+        if self.vmm is not None or any(not attempt.closed for attempt in self.journal.values()) or self.host.disk_full:
+            channel.send(messages.Refuse(code=int(ErrorCode.GUEST_EXISTS), reason="a guest with this name is here"))
+            return
+        process = self.process
+        assert process is not None
+        self.vmm = self._build()
+        attempt = Attempt(hello.migration_id, hello.epoch)
+        self.journal[attempt.migration_id] = attempt
+        incoming = self.known[attempt.migration_id] = Incoming(self, attempt, DestinationState.LOADING, hello)
+        incoming.control = channel
+        channel.on_message = incoming.hear
+        channel.on_lost = lambda reason: incoming.take(DestinationEvent.LINK_LOST, None, reason)
+        welcome = messages.Welcome(
+            token=TOKEN,
+            capabilities=tuple(sorted(agreed)),
+            load_costs=(),
+            resume_ns=self.vmm.resume_cost_ns,
+            ready_timeout_ns=READY_TIMEOUT_NS,
+            host="destination",
+        )
+
+        def answer() -> None:
+            channel.send(welcome)
+            channel.begin()
+
+        process.after(BUILD_NS, answer)
+
+    def _outcome_asked(self, channel: Control, ask: messages.OutcomeAsk) -> None:
+        event = DestinationEvent.COMMIT if ask.decision == "commit" else DestinationEvent.ABORT
+        incoming, attempt = self.known.get(ask.migration_id), self.journal.get(ask.migration_id)
+        if incoming is not None:
+            incoming.take(event, channel)
+            return
+        match destination_state_of(attempt.decisions) if attempt is not None else None:
+            case DestinationState.RUNNING:
+                channel.send(messages.Running(epoch=ask.epoch, resumed_after_ns=0, sent_after_ns=0))
+            case DestinationState.DISCARDED:
+                channel.send(messages.Discarded(epoch=ask.epoch, reason="the journal says so"))
+            case None if ask.decision == "abort":
+                channel.send(messages.Discarded(epoch=ask.epoch, reason="nothing of this migration is here"))
+            case _:
+                channel.send(messages.OutcomeOpen(epoch=ask.epoch, reason="not known here"))
