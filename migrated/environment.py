@@ -12,6 +12,7 @@ from migrated.clock import HostClock
 from migrated.config import Config
 from migrated.guests import GuestRegistry
 from migrated.journal import Journal
+from migrated.prediction.knowledge import Knowledge
 from migrated.record import Record
 
 
@@ -20,6 +21,7 @@ class Environment:
     """One daemon, as the attempts see it.
 
     Attributes:
+        knowledge: what past records taught about switchovers.
         finish: takes each finished record.
         publish: sends a QMP event: name and data.
         take_log: the log lines collected for a migration.
@@ -29,6 +31,7 @@ class Environment:
     clock: HostClock
     journal: Journal
     guests: GuestRegistry
+    knowledge: Knowledge
     host: str
     finish: Callable[[Record], None]
     publish: Callable[[str, dict[str, Any]], None]

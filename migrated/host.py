@@ -27,6 +27,7 @@ from migrated.errors import MigrationError, VmmError
 from migrated.guests import Guest, GuestRegistry, UnknownGuestError
 from migrated.history import History, HistoryError, HistoryQuery, RecordNotFoundError
 from migrated.journal import Attempt, Journal
+from migrated.learned import keep_knowledge, load_knowledge
 from migrated.link import sockets
 from migrated.link.control import ControlChannel
 from migrated.link.reply import OneAnswer
@@ -73,11 +74,13 @@ class MigrationHost:
         self._journal = Journal(config.state.directory)
         self._history = History(config.state.directory)
         self.metrics = Metrics()
+        self._knowledge = load_knowledge(config.state.directory)
         self._env = Environment(
             config=config,
             clock=self._clock,
             journal=self._journal,
             guests=self._guests,
+            knowledge=self._knowledge,
             host=host_name(config),
             finish=self._finish,
             publish=self.events.publish,
@@ -122,6 +125,7 @@ class MigrationHost:
             await handover.close()
         await self._tasks.stop()
         await self._guests.close()
+        keep_knowledge(self._config.state.directory, self._knowledge)
         self._journal.close()
         self._history.close()
 
@@ -248,6 +252,7 @@ class MigrationHost:
         finally:
             if migration.status != "in-doubt":
                 self._outgoing.pop(migration.migration_id, None)
+            await asyncio.to_thread(keep_knowledge, self._config.state.directory, self._knowledge)
 
     async def wait(self, migration_id: str) -> dict[str, Any]:
         migration = self._outgoing.get(migration_id)

@@ -128,9 +128,9 @@ def configure(
     if format == "json":
         render = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(default=str)]
     else:
-        render = [structlog.dev.ConsoleRenderer(
-                colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback
-            )]
+        render = [
+            structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

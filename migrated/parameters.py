@@ -75,5 +75,17 @@ class MigrationParameters(BaseModel):
     """Send pages that were sent before as XOR against what was sent, where it gains."""
     xor_delta_cache_bytes: Bytes = Field(default=64 << 20, ge=1 << 20, le=1 << 40)
     """Memory for the pages last sent, on the source."""
+    prediction_coverage_pct: float = Field(default=95.0, ge=50, le=99.9)
+    """How often the upper bound of a prediction must hold; the stop waits until the bound fits the limit."""
+    downtime_steps: int = Field(default=1, ge=1, le=100)
+    """In how many steps the target rises to the limit, so that an idle guest gets a shorter pause."""
+    auto_converge: bool = False
+    """Throttle the vCPUs when rounds make no progress (QEMU's auto-converge)."""
+    cpu_throttle_initial: int = Field(default=20, ge=1, le=99)
+    """First throttling step (%)."""
+    cpu_throttle_increment: int = Field(default=10, ge=1, le=99)
+    """Further steps (%)."""
+    max_cpu_throttle: int = Field(default=99, ge=1, le=99)
+    """Most throttling (%)."""
     pause_before_switchover: bool = False
     """Stop the guest, then wait for ``continue`` before the switchover (QEMU's pause-before-switchover)."""

@@ -54,6 +54,9 @@ class Downtime(RecordModel):
     source_reported_ns: int | None
     destination_measured_ns: int | None
     hold_ns: int = 0
+    predicted_parts_ns: dict[str, int] = Field(default_factory=dict)
+    predicted_bases_ns: dict[str, int] = Field(default_factory=dict)
+    """What each component of the prediction rested on before correction."""
 
 
 class DeviceRow(RecordModel):
@@ -227,14 +230,19 @@ def downtime_of(
     source_reported_ns: int | None,
     destination_measured_ns: int | None,
     hold_ns: int = 0,
+    predicted_parts_ns: dict[str, int] | None = None,
+    predicted_bases_ns: dict[str, int] | None = None,
 ) -> Downtime:
-    """Build the downtime of a record so that its parts and the unattributed rest sum to the measured time."""
+    """Build the downtime of a record so that its parts and the unattributed rest sum to the measured time.
+
+    A hold (pause-before-switchover) is inside the measured time but does not count against the limit.
+    """
     return Downtime(
         measured_ns=measured_ns,
         lower_ns=lower_ns,
         upper_ns=upper_ns,
         limit_ns=limit_ns,
-        limit_violated=measured_ns > limit_ns,
+        limit_violated=measured_ns - hold_ns > limit_ns,
         predicted_ns=predicted_ns,
         predicted_upper_ns=predicted_upper_ns,
         parts=tuple(DowntimePart(name=part.name, side=part.side, ns=part.ns) for part in parts),
@@ -242,4 +250,6 @@ def downtime_of(
         source_reported_ns=source_reported_ns,
         destination_measured_ns=destination_measured_ns,
         hold_ns=hold_ns,
+        predicted_parts_ns=predicted_parts_ns or {},
+        predicted_bases_ns=predicted_bases_ns or {},
     )

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
+from protocol.clock import DEFAULT_RHO_PPB
 from protocol.messages import Limits
 
 Side = Literal["source", "destination", "link"]
+
+_PPB: Final = 1_000_000_000
 
 
 def abort_limit_ns(limits: Limits) -> int:
@@ -98,7 +101,12 @@ class DowntimeInterval:
 
 
 def measured_downtime(
-    committed_ns: int, running_ns: int, resumed_after_ns: int, sent_after_ns: int
+    committed_ns: int,
+    running_ns: int,
+    resumed_after_ns: int,
+    sent_after_ns: int,
+    *,
+    rho_ppb: int = DEFAULT_RHO_PPB,
 ) -> DowntimeInterval:
     """Bound the downtime from the COMMIT exchange.
 
@@ -107,13 +115,18 @@ def measured_downtime(
         running_ns: when RUNNING was read, since t0, source's clock.
         resumed_after_ns: from reading COMMIT to running vCPUs, destination's clock.
         sent_after_ns: from reading COMMIT to writing RUNNING, destination's clock.
+        rho_ppb: bound of either clock's rate error. It matters when RUNNING came long after, out of doubt.
 
     The two transits are unknown but not negative, so the guest ran no earlier than ``committed + resumed_after`` and
-    no later than ``running - (sent_after - resumed_after)``. Clocks that disagree beyond that give an empty interval;
-    it is returned as the single later point.
+    no later than ``running - (sent_after - resumed_after)``, each duration as short as the source's clock may have
+    seen it. Clocks that disagree beyond that give an empty interval; it is returned as the single later point.
     """
-    lower = committed_ns + resumed_after_ns
-    upper = max(lower, running_ns - (sent_after_ns - resumed_after_ns))
+
+    def least(ns: int) -> int:
+        return ns * (_PPB - rho_ppb) // (_PPB + rho_ppb)
+
+    lower = committed_ns + least(resumed_after_ns)
+    upper = max(lower, running_ns - least(sent_after_ns - resumed_after_ns))
     return DowntimeInterval(lower, upper)
 
 

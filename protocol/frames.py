@@ -149,9 +149,7 @@ class FrameParser:
         first_sequence: number of the first frame expected here, when earlier ones were read by other means.
     """
 
-    def __init__(
-        self, version: int, max_payload_bytes: int = DEFAULT_PAYLOAD_BYTES, first_sequence: int = 0
-    ) -> None:
+    def __init__(self, version: int, max_payload_bytes: int = DEFAULT_PAYLOAD_BYTES, first_sequence: int = 0) -> None:
         self._version = version
         self._max_payload_bytes = max_payload_bytes
         self._buffer = bytearray()

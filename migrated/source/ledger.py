@@ -11,13 +11,14 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from migrated.parameters import MigrationParameters
-from migrated.prediction.gate import Prediction
+from migrated.prediction.model import Prediction
 from migrated.record import (
     Checkpoint,
     DestinationHalf,
     DeviceRow,
     Digest,
     Downtime,
+    DowntimePart,
     EncodingRow,
     LogLine,
     Outcome,
@@ -28,7 +29,7 @@ from migrated.record import (
     downtime_of,
 )
 from migrated.source.encoding import EncodingTotals
-from protocol.budget import Part, Side
+from protocol.budget import DowntimeInterval, Part, Side
 from protocol.digest import ALGORITHM
 from protocol.guest import PAGE_SIZE, DeviceDescription
 
@@ -72,7 +73,6 @@ class OutgoingLedger:
     downtime_pages: int = 0
     round_bytes: int = 0
     prediction: Prediction | None = None
-    predicted_upper_ns: int | None = None
     source_digest: int | None = None
     source_reported_ns: int | None = None
     hold_ns: int = 0
@@ -83,7 +83,8 @@ class OutgoingLedger:
     parts: list[Part] = field(default_factory=list)
     encodings: dict[str, EncodingTotals] = field(default_factory=dict)
     half: DestinationHalf = field(default_factory=lambda: DestinationHalf(host=""))
-    downtime: Downtime | None = None
+    interval: DowntimeInterval | None = None
+    """The downtime, once it is known."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -106,19 +107,25 @@ class OutgoingLedger:
         """One of QEMU's checkpoints, ``ns`` after the stop request."""
         self.checkpoints.append(Checkpoint(name=name, side="source", ns=ns))
 
-    def set_downtime(self, *, lower_ns: int, upper_ns: int, limit_ns: int) -> None:
-        """The downtime is known: parts are complete. Its middle is the measured figure."""
-        self.downtime = downtime_of(
-            lower_ns=lower_ns,
-            upper_ns=upper_ns,
-            measured_ns=(lower_ns + upper_ns) // 2,
-            limit_ns=limit_ns,
-            parts=tuple(self.parts),
-            predicted_ns=self.prediction.total_ns if self.prediction else None,
-            predicted_upper_ns=self.predicted_upper_ns,
+    def _downtime(self) -> Downtime | None:
+        """The downtime with its parts, the destination's own account filled in where it came."""
+        interval = self.interval
+        if interval is None:
+            return None
+        prediction = self.prediction
+        return downtime_of(
+            lower_ns=interval.lower_ns,
+            upper_ns=interval.upper_ns,
+            measured_ns=interval.measured_ns,
+            limit_ns=int(self.parameters.downtime_limit_ms * 1e6),
+            parts=tuple(_refined(self.parts, self.half.parts)),
+            predicted_ns=prediction.total_ns if prediction else None,
+            predicted_upper_ns=prediction.upper_ns if prediction else None,
             source_reported_ns=self.source_reported_ns,
             destination_measured_ns=self.half.counted_ns,
             hold_ns=self.hold_ns,
+            predicted_parts_ns=prediction.parts() if prediction else None,
+            predicted_bases_ns=prediction.bases_by_name() if prediction else None,
         )
 
     def finish(self, outcome: Outcome, reason: str | None, events: list[dict[str, str]]) -> Record:
@@ -143,7 +150,7 @@ class OutgoingLedger:
             parameters=self.parameters,
             total_ns=total_ns,
             setup_ns=self.setup_ns,
-            downtime=self.downtime,
+            downtime=self._downtime(),
             devices=tuple(self._device_rows()),
             checkpoints=(*self.checkpoints, *self.half.checkpoints),
             rounds=tuple(self.rounds),
@@ -195,3 +202,22 @@ class OutgoingLedger:
                 expected_load_ns=figures.expected_load_ns,
                 precopy_bytes=figures.precopy_bytes,
             )
+
+
+def _refined(parts: list[Part], details: tuple[DowntimePart, ...]) -> Iterator[Part]:
+    """The source's parts, with the two that happened on the destination cut into its own pieces.
+
+    The pieces are durations of the destination's clock that lie inside the part; what they leave is the part's rest.
+    """
+    inside = {
+        "completing": [piece for piece in details if piece.name in ("device-loads", "digest-check")],
+        "resume": [piece for piece in details if piece.name == "commit-journal"],
+    }
+    for part in parts:
+        pieces = inside.get(part.name, []) if part.side == "destination" else []
+        spent_ns = sum(piece.ns for piece in pieces)
+        if spent_ns > part.ns:
+            pieces, spent_ns = [], 0
+        for piece in pieces:
+            yield Part(piece.name, "destination", piece.ns)
+        yield Part(part.name, part.side, part.ns - spent_ns)

@@ -27,7 +27,9 @@ from migrated.link import sockets
 from migrated.link.control import ControlChannel
 from migrated.link.data import DataChannel
 from migrated.parameters import MigrationParameters
-from migrated.prediction.gate import Prediction, SwitchoverCosts
+from migrated.prediction.bandwidth import Bandwidth
+from migrated.prediction.knowledge import class_key
+from migrated.prediction.model import Bases, Prediction
 from migrated.progress import Progress, Status
 from migrated.record import DestinationHalf, Outcome, Record
 from migrated.source.encoding import BatchEncoder
@@ -89,6 +91,7 @@ class OutgoingMigration:
     ) -> None:
         self.migration_id = migration_id
         self.guest_name = guest.name
+        self.guest_class = ""
         self.parameters = parameters
         self.status: Status = "setup"
         self.record: Record | None = None
@@ -116,6 +119,7 @@ class OutgoingMigration:
         self._memory: GuestMemory | None = None
         self._dirty_log: DirtyLog | None = None
         self._sender: PageSender | None = None
+        self._transfer: Transfer | None = None
         self._precopy: Precopy | None = None
         self._switchover: Switchover | None = None
         self._channels: list[DataChannel] = []
@@ -239,11 +243,11 @@ class OutgoingMigration:
             bandwidth_bytes_per_s=precopy.bandwidth.bytes_per_s if precopy is not None else 0.0,
             dirty_rate_pages_per_s=precopy.dirty_pages_per_s if precopy is not None else 0.0,
             predicted_downtime_ns=self._prediction.total_ns if self._prediction is not None else None,
-            predicted_upper_ns=ledger.predicted_upper_ns,
+            predicted_upper_ns=self._prediction.upper_ns if self._prediction is not None else None,
             predicted_parts_ns=self._prediction.parts() if self._prediction is not None else {},
             downtime_limit_ns=limit_ns,
-            downtime_ns=ledger.downtime.measured_ns if ledger.downtime is not None else None,
-            throttle_percent=0,
+            downtime_ns=ledger.interval.measured_ns if ledger.interval is not None else None,
+            throttle_percent=precopy.throttle_percent if precopy is not None else 0,
             decision=self._decision,
             destination=ledger.destination_host,
             reason=self.record.reason if self.record is not None else None,
@@ -270,6 +274,7 @@ class OutgoingMigration:
         if status.state == "incoming":
             raise RefusedError(f"guest {self.guest_name!r} is itself waiting for an incoming migration")
         self._was_paused = status.state == "paused"
+        self.guest_class = class_key(description)
         self._ledger.memory_pages = description.pages
         self._ledger.devices = {(d.name, d.kind): DeviceFigures(d) for d in description.devices}
         self._dry_save = await vmm.dry_run("save")
@@ -302,7 +307,8 @@ class OutgoingMigration:
             on_doubt=self._became_doubtful,
         )  # fmt: skip
         await control.measure(_MEASURE_S)
-        return Transfer(vmm, description, self._memory, self._dirty_log, self._sender, control, self._ledger)
+        self._transfer = Transfer(vmm, description, self._memory, self._dirty_log, self._sender, control, self._ledger)
+        return self._transfer
 
     async def _negotiate(
         self, description: GuestDescription
@@ -423,7 +429,7 @@ class OutgoingMigration:
         self._precopy = Precopy(
             transfer,
             lambda: self.parameters,
-            self._costs,
+            self._predict,
             self._done_of,
             self._env.config.limits.round_timeout_s,
             self._say_round,
@@ -464,17 +470,28 @@ class OutgoingMigration:
             switchover_abort=self.parameters.switchover_abort and not self._was_paused,
         )
 
-    def _costs(self, scan_ns: int) -> SwitchoverCosts:
-        """What a switchover costs beside memory: tried on both sides, or measured in this attempt."""
+    def _predict(self, dirty_pages: int, bandwidth: Bandwidth) -> Prediction:
+        """What a stop now would cost: bases tried on both sides or measured here, corrected by what was learned."""
         assert self._welcome is not None
         assert self._control is not None
-        return SwitchoverCosts(
+        assert self._transfer is not None
+        remaining_bytes = dirty_pages * PAGE_SIZE
+        rate = bandwidth.for_bytes(remaining_bytes)
+        bases = Bases(
             stop_ns=self._dry_save.pause_ns,
-            scan_ns=2 * scan_ns,
+            dirty_log_ns=2 * self._transfer.scan_ns,
+            memory_ns=int(remaining_bytes * 1e9 / rate) if rate else 0,
             save_ns=sum(cost.ns for cost in self._dry_save.devices),
             load_ns=sum(cost.ns for cost in self._welcome.load_costs),
             legs_ns=2 * self._control.round_trip_ns(),
             resume_ns=self._welcome.resume_ns,
+        )
+        return self._env.knowledge.predict(
+            self.guest_name,
+            self.guest_class,
+            bases,
+            coverage=self.parameters.prediction_coverage_pct / 100,
+            bandwidth_known=bool(rate) or not dirty_pages,
         )
 
     # Section: the end
@@ -515,6 +532,8 @@ class OutgoingMigration:
             if self._handover is None or self._handover.state is not SourceState.RETIRED:
                 with contextlib.suppress(VmmError):
                     await self._guest.vmm.stop_dirty_log()
+                    if self._precopy is not None and self._precopy.throttle_percent:
+                        await self._guest.vmm.throttle(0)
         if self._memory is not None:
             self._memory.release()
 
@@ -522,7 +541,7 @@ class OutgoingMigration:
         """Write the record, hand it to the peer, and let the guest go."""
         ledger, env = self._ledger, self._env
         ledger.ended_ns = ledger.ended_ns or time.monotonic_ns()
-        _log_outcome(outcome, reason, ledger)
+        _log_outcome(ledger.finish(outcome, reason, []))
         record = ledger.finish(outcome, reason, env.take_log(self.migration_id))
         self.record = record
         if self._control is not None:
@@ -535,6 +554,8 @@ class OutgoingMigration:
             self._guest.migration_id = None
         self._set_status(_STATUS_OF[outcome])
         env.finish(record)
+        if self.guest_class:
+            env.knowledge.learn(record, self.guest_class)
         self.decided.set()
         return record
 
@@ -575,7 +596,7 @@ class OutgoingMigration:
         self._decision = sentence
         self._on_change()
 
-    def _say_round(self, sentence: str, prediction: Prediction | None) -> None:
+    def _say_round(self, sentence: str, prediction: Prediction) -> None:
         self._prediction = prediction
         number = len(self._ledger.rounds)
         log.debug("round", round=number, decision=sentence)
@@ -609,26 +630,26 @@ _STATUS_OF: dict[Outcome, Status] = {
 }
 
 
-def _log_outcome(outcome: Outcome, reason: str | None, ledger: OutgoingLedger) -> None:
+def _log_outcome(record: Record) -> None:
     """The two lines of a downtime, breakdown first, or the reason why there is none."""
-    downtime = ledger.downtime
+    downtime = record.downtime
     if downtime is not None:
         grouped = dict.fromkeys(("stop", "final_memory_delta", "snapshot", "sending_snapshot", "completing"), 0)
         for part in downtime.parts:
             grouped[_GROUP_OF.get(part.name, "completing")] += part.ns
         parts = " ".join(f"{name}={ns / 1e6:.1f}ms" for name, ns in grouped.items())
         log.debug(f"Migration downtime breakdown: {parts} unattributed={downtime.unattributed_ns / 1e6:.1f}ms")
-    if outcome == "completed" and downtime is not None:
+    if record.outcome == "completed" and downtime is not None:
         predicted = downtime.predicted_ns
         expected = f", predicted {predicted / 1e6:.0f}ms" if predicted is not None else ""
         log.info(
             f"Migration complete: actual downtime was {downtime.measured_ns / 1e6:.0f}ms and migration took "
-            f"{(ledger.ended_ns - ledger.began_ns) / 1e9:.2f}s (limit was {downtime.limit_ns / 1e6:.0f}ms{expected})"
+            f"{record.total_ns / 1e9:.2f}s (limit was {downtime.limit_ns / 1e6:.0f}ms{expected})"
         )
-    elif outcome == "in-doubt":
-        log.error("Migration in doubt", reason=reason)
+    elif record.outcome == "in-doubt":
+        log.error("Migration in doubt", reason=record.reason)
     else:
-        log.warning(f"Migration {outcome}", reason=reason)
+        log.warning(f"Migration {record.outcome}", reason=record.reason)
 
 
 _GROUP_OF = {

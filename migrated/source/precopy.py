@@ -16,7 +16,9 @@ import xxhash
 from migrated.errors import LinkLostError, MigrationError, RefusedError
 from migrated.link.control import ControlChannel
 from migrated.parameters import MigrationParameters
-from migrated.prediction.gate import Bandwidth, Prediction, SwitchoverCosts, predict
+from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
+from migrated.prediction.decision import Decider, Observation, Verdict, limit_of
+from migrated.prediction.model import Prediction
 from migrated.record import RoundRow
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.pages import PageSender, Sent
@@ -114,8 +116,9 @@ class Precopy:
     Args:
         transfer: what to send with.
         parameters: called for the parameters in force; they may change while rounds run.
-        costs: called for the costs of a switchover that do not depend on memory.
+        predict: called for the prediction of a stop now, with the dirty pages and the rounds' bandwidth.
         acknowledged: called to wait for the acknowledgement of a round.
+        round_timeout_s: bound of that wait.
         say: takes the sentence that explains the last decision, and the prediction behind it.
     """
 
@@ -123,20 +126,23 @@ class Precopy:
         self,
         transfer: Transfer,
         parameters: Callable[[], MigrationParameters],
-        costs: Callable[[int], SwitchoverCosts],
+        predict: Callable[[int, Bandwidth], Prediction],
         acknowledged: Callable[[int], asyncio.Future[messages.RoundDone]],
         round_timeout_s: float,
-        say: Callable[[str, Prediction | None], None],
+        say: Callable[[str, Prediction], None],
     ) -> None:
         self._transfer = transfer
         self._parameters = parameters
-        self._costs = costs
+        self._predict = predict
         self._acknowledged = acknowledged
         self._round_timeout_s = round_timeout_s
         self._say = say
+        self._decider = Decider()
         self.bandwidth = Bandwidth()
+        self.curve = DirtyCurve()
         self.remaining_pages = 0
         self.dirty_pages_per_s = 0.0
+        self.throttle_percent = 0
 
     async def run(self) -> Runs:
         """Run rounds until a stop fits. Returns the pages that are dirty and not sent, shape (n, 2).
@@ -146,52 +152,61 @@ class Precopy:
             MigrationError: it did not converge in time, or sending failed.
         """
         transfer, began_ns = self._transfer, time.monotonic_ns()
-        self._refuse_hopeless()
         # The first collect arms the tracking; everything that holds data travels anyway.
         await transfer.collect()
+        self._refuse_hopeless()
         runs = transfer.memory.data_runs()
         transfer.ledger.sparse_pages = transfer.memory.pages - count_pages(runs)
         while True:
             scanned = transfer.memory.pages if transfer.round else count_pages(runs)
             row = await self._round(runs, scanned)
             runs = await transfer.collect()
-            dirty = count_pages(runs)
-            self.remaining_pages = dirty
-            self.dirty_pages_per_s = dirty * 1e9 / max(1, row.ns)
-            prediction = predict(dirty * PAGE_SIZE, self.bandwidth.bytes_per_s, self._costs(transfer.scan_ns))
-            verdict = self._verdict(prediction, (time.monotonic_ns() - began_ns) / 1e9)
-            transfer.ledger.prediction = prediction
-            transfer.ledger.rounds.append(
-                row.model_copy(
-                    update={
-                        "dirty_pages": dirty,
-                        "dirty_rate_pages_per_s": self.dirty_pages_per_s,
-                        "predicted_downtime_ns": prediction.total_ns,
-                        "decision": verdict.sentence,
-                    }
-                )
-            )
-            self._say(verdict.sentence, prediction)
-            if verdict.failure is not None:
-                transfer.dirty_log.restore(runs)
-                raise verdict.failure
-            if verdict.stop:
+            verdict = await self._judge(row, count_pages(runs), (time.monotonic_ns() - began_ns) / 1e9)
+            if verdict.step == "switch":
                 return runs
+            if verdict.step == "give-up":
+                transfer.dirty_log.restore(runs)
+                raise MigrationError(verdict.sentence)
             if row.ns < _IDLE_PAUSE_S * 1e9:
                 await asyncio.sleep(_IDLE_PAUSE_S)
 
+    async def _judge(self, row: RoundRow, dirty_pages: int, elapsed_s: float) -> Verdict:
+        """Decide after a round, write it down, and throttle if that is the decision."""
+        self.remaining_pages = dirty_pages
+        self.dirty_pages_per_s = dirty_pages * 1e9 / max(1, row.ns)
+        self.curve.add(row.ns, dirty_pages)
+        prediction = self._predict(dirty_pages, self.bandwidth)
+        bandwidth = self.bandwidth.for_bytes(dirty_pages * PAGE_SIZE)
+        verdict = self._decider.after_round(
+            self._parameters(), prediction, self.curve, Observation(dirty_pages, elapsed_s, bandwidth)
+        )
+        ledger = self._transfer.ledger
+        ledger.prediction = prediction
+        ledger.rounds.append(
+            row.model_copy(
+                update={
+                    "dirty_pages": dirty_pages,
+                    "dirty_rate_pages_per_s": self.dirty_pages_per_s,
+                    "predicted_downtime_ns": prediction.total_ns,
+                    "decision": verdict.sentence,
+                    "throttle_percent": self.throttle_percent,
+                }
+            )
+        )
+        if verdict.throttle_percent != self.throttle_percent:
+            await self._transfer.vmm.throttle(verdict.throttle_percent)
+            self.throttle_percent = verdict.throttle_percent
+        self._say(verdict.sentence, prediction)
+        return verdict
+
     def _refuse_hopeless(self) -> None:
         """Do not begin when the costs that no round can lower are over the limit already."""
-        parameters = self._parameters()
-        prediction = predict(0, 0.0, self._costs(0))
-        limit_ns = _limit_ns(parameters)
-        self._say(prediction.explain(limit_ns), prediction)
-        if parameters.switchover_abort and parameters.on_timeout != "force" and prediction.total_ns >= limit_ns:
+        prediction = self._predict(0, self.bandwidth)
+        self._say(prediction.explain(limit_of(self._parameters())), prediction)
+        reason = self._decider.hopeless(self._parameters(), prediction)
+        if reason is not None:
             self._transfer.ledger.prediction = prediction
-            raise RefusedError(
-                f"a switchover cannot fit the limit, whatever memory does: {prediction.explain(limit_ns)}; raise "
-                "--downtime-limit, or force the attempt with --on-timeout force"
-            )
+            raise RefusedError(reason)
 
     async def _round(self, runs: Runs, scanned_pages: int) -> RoundRow:
         """Send one round and wait for its acknowledgement."""
@@ -240,36 +255,3 @@ class Precopy:
                 f"the destination's memory differs after round {reply.round}: digest {reply.digest:016x}, "
                 f"expected {digest.value:016x}"
             )
-
-    def _verdict(self, prediction: Prediction, elapsed_s: float) -> _Verdict:
-        parameters = self._parameters()
-        limit_ns = _limit_ns(parameters)
-        explained = prediction.explain(limit_ns)
-        fits = prediction.total_ns < limit_ns
-        # Without an enforced limit the gate is QEMU's: only memory counts.
-        fits = fits or (not parameters.switchover_abort and prediction.memory_ns < limit_ns)
-        if prediction.bandwidth_known and fits:
-            return _Verdict(True, f"switching over: {explained}")
-        if parameters.timeout_s and elapsed_s >= parameters.timeout_s:
-            if parameters.on_timeout == "force":
-                return _Verdict(True, f"switching over by force after {elapsed_s:.1f} s: {explained}")
-            error = MigrationError(
-                f"memory did not converge within {parameters.timeout_s:g} s: {explained}; raise --downtime-limit or "
-                "--timeout, lower the guest's load, or use --on-timeout force"
-            )
-            return _Verdict(False, f"giving up: {explained}", error)
-        return _Verdict(False, f"not yet: {explained}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What to do after a round."""
-
-    stop: bool
-    sentence: str
-    failure: MigrationError | None = None
-
-
-def _limit_ns(parameters: MigrationParameters) -> int:
-    """What a switchover must stay under (ns)."""
-    return int((parameters.downtime_limit_ms + parameters.switchover_limit_ms) * 1e6)

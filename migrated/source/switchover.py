@@ -24,7 +24,7 @@ from migrated.link.control import Received
 from migrated.source.handover import SourceHandover
 from migrated.source.precopy import Transfer
 from protocol import messages
-from protocol.budget import Part, may_commit, measured_downtime, source_deadline_ns
+from protocol.budget import DowntimeInterval, Part, may_commit, measured_downtime, source_deadline_ns
 from protocol.errors import ProtocolError, RemoteProtocolError
 from protocol.handover import SourceEvent, SourceState, check_epoch
 from protocol.messages import Limits
@@ -370,9 +370,7 @@ class Switchover:
         ledger.parts.append(Part("commit-leg", "link", leg_ns))
         ledger.parts.append(Part("resume", "destination", running.resumed_after_ns))
         ledger.checkpoint("src-downtime-end", interval.measured_ns)
-        ledger.set_downtime(
-            lower_ns=interval.lower_ns, upper_ns=interval.upper_ns, limit_ns=self._limits.downtime_limit_ns
-        )
+        ledger.interval = interval
 
     def _aborted(self) -> None:
         """The downtime of an abort: the guest ran again here."""
@@ -384,7 +382,7 @@ class Switchover:
         ledger.part("resume", "source", handover.resume_begin_ns, handover.resumed_at_ns)
         pause_ns = handover.resumed_at_ns - self._t0
         ledger.checkpoint("src-downtime-end", pause_ns)
-        ledger.set_downtime(lower_ns=pause_ns, upper_ns=pause_ns, limit_ns=self._limits.downtime_limit_ns)
+        ledger.interval = DowntimeInterval(pause_ns, pause_ns)
 
 
 def _limit_ms(limits: Limits) -> float:

@@ -84,6 +84,11 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
         if self.vmm is not None:
             self.vmm.on_death = lambda: self.process.wake(lambda: self.take(DestinationEvent.FAULT, self.control))
 
+    @property
+    def final(self) -> bool:
+        """Whether it is decided here who runs the guest."""
+        return self.machine.state in (DestinationState.RUNNING, DestinationState.DISCARDED)
+
     # Section: receiving
 
     def hear(self, message: Message, _payload: bytes, _round: int) -> None:
@@ -328,9 +333,11 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
     def settled(self, event: DestinationEvent) -> None:
         if event is DestinationEvent.LOADED and self.machine.state is DestinationState.READY:
             self._arm_ready_timeout()
-        if self.machine.state in (DestinationState.RUNNING, DestinationState.DISCARDED):
+        if self.final:
             journaled = self.attempt.decisions[-1]
             self.attempt.closed = journaled in (Decision.RUNNING, Decision.DISCARD)
+            if self.control is not None:
+                self.process.after(SECOND, self.control.close)
 
     def _arm_ready_timeout(self) -> None:
         self.process.after(READY_TIMEOUT_NS, lambda: self.take(DestinationEvent.READY_TIMEOUT))
@@ -398,7 +405,7 @@ class DestinationDaemon:
     def _hello(self, channel: Control, hello: messages.Hello) -> None:
         offered, required = frozenset(hello.capabilities), frozenset(hello.required)
         agreed = agree_capabilities(offered, CAPABILITIES, required | REQUIRED_CAPABILITIES)
-        if self.vmm is not None or any(not attempt.closed for attempt in self.journal.values()) or self.host.disk_full:
+        if self.vmm is not None or self.host.disk_full or not all(known.final for known in self.known.values()):
             channel.send(messages.Refuse(code=int(ErrorCode.GUEST_EXISTS), reason="a guest with this name is here"))
             return
         process = self.process

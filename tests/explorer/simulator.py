@@ -11,7 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.handover import DESTINATION, SOURCE, DestinationState, DestinationTable, SourceState, SourceTable
+from protocol.handover import (
+    DESTINATION,
+    SOURCE,
+    DestinationEvent,
+    DestinationState,
+    DestinationTable,
+    SourceEvent,
+    SourceState,
+    SourceTable,
+)
 from protocol.messages import FrameType, Limits
 from tests.explorer.destination_endpoint import DestinationDaemon
 from tests.explorer.guest import Estate, Vmm
@@ -23,29 +32,30 @@ FAULTY_NS: Final = 40 * SECOND
 """No fault begins or lasts beyond this."""
 END_NS: Final = 400 * SECOND
 US: Final = 1_000
-FRAMES: Final = {
-    "source": (
-        FrameType.HELLO,
-        FrameType.JOIN,
-        FrameType.ROUND_END,
-        FrameType.DOWNTIME,
-        FrameType.TIME_DATA,
-        FrameType.DEVICE_STATE,
-        FrameType.STATE_END,
-        FrameType.COMMIT,
-        FrameType.ABORT,
-        FrameType.OUTCOME_ASK,
-    ),
-    "destination": (
-        FrameType.WELCOME,
-        FrameType.ROUND_DONE,
-        FrameType.TIME_ASK,
-        FrameType.READY,
-        FrameType.NO,
-        FrameType.RUNNING,
-        FrameType.DISCARDED,
-    ),
-}
+HANDOVER_FRAMES: Final = (
+    ("source", FrameType.STATE_END),
+    ("source", FrameType.COMMIT),
+    ("source", FrameType.COMMIT),
+    ("source", FrameType.ABORT),
+    ("source", FrameType.OUTCOME_ASK),
+    ("destination", FrameType.READY),
+    ("destination", FrameType.READY),
+    ("destination", FrameType.NO),
+    ("destination", FrameType.RUNNING),
+    ("destination", FrameType.RUNNING),
+    ("destination", FrameType.DISCARDED),
+)
+OTHER_FRAMES: Final = (
+    ("source", FrameType.HELLO),
+    ("source", FrameType.JOIN),
+    ("source", FrameType.ROUND_END),
+    ("source", FrameType.DOWNTIME),
+    ("source", FrameType.TIME_DATA),
+    ("source", FrameType.DEVICE_STATE),
+    ("destination", FrameType.WELCOME),
+    ("destination", FrameType.ROUND_DONE),
+    ("destination", FrameType.TIME_ASK),
+)
 
 
 @dataclass(frozen=True)
@@ -202,50 +212,63 @@ class Simulation:
     # Section: faults
 
     def _plan_faults(self) -> None:
+        """Most faults wait for a frame of the hand-over: that is where timing matters."""
         rng = self.world.random
-        for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3))):
-            self._faults += 1
+        for _ in range(rng.choice((0, 1, 1, 2, 2, 3))):
             fault = self._any_fault()
-            if rng.random() < 0.7:
-                host = rng.choice(tuple(FRAMES))
-                frame = rng.choice(FRAMES[host])
-                early = rng.random() < 0.5
-                self.link.on_frame.setdefault((host, frame), []).append(
-                    self._before(fault) if early else self._behind(fault)
-                )
-            else:
-                self.world.after(self.world.between(MS, 2 * SECOND), self._before(fault))
-
-    def _before(self, fault: Call) -> Call:
-        return lambda: fault() if self.world.now_ns < FAULTY_NS // 2 else None
+            if rng.random() < 0.15:
+                self.world.after(self.world.between(MS, 2 * SECOND), fault)
+                continue
+            frame = rng.choice(HANDOVER_FRAMES if rng.random() < 0.8 else OTHER_FRAMES)
+            self.link.on_frame.setdefault(frame, []).append(fault if rng.random() < 0.4 else self._behind(fault))
 
     def _behind(self, fault: Call) -> Call:
         """A moment later: while the frame is on its way, or what it causes is under way."""
         delay_ns = self.world.between(1 * US, 30 * MS)
-        return lambda: self.world.after(delay_ns, self._before(fault))
+        return lambda: self.world.after(delay_ns, fault)
 
     def _any_fault(self) -> Call:
+        """A fault, and often another one behind it."""
         world, rng = self.world, self.world.random
         last_ns = world.between(1 * MS, FAULTY_NS // 2)
         host = rng.choice(("source", "destination"))
         kinds: list[tuple[int, str, Call]] = [
             (4, f"the {host} cannot be heard for {last_ns / MS:.1f} ms", lambda: self.link.cut(host, last_ns)),
             (4, f"the link is cut for {last_ns / MS:.1f} ms", lambda: self._cut(last_ns)),
-            (3, "every connection is reset", self.link.reset),
+            (4, "every connection is reset", self.link.reset),
             (2, f"what the {host} sends next is damaged", lambda: self.link.damage.add(host)),
             (8, f"the {host}'s daemon is killed for {last_ns / MS:.1f} ms", lambda: self._kill(host, last_ns)),
             (3, f"the {host}'s daemon is frozen for {last_ns / MS:.1f} ms", lambda: self._freeze(host, last_ns)),
-            (2, f"the {host}'s disk is full for {last_ns / MS:.1f} ms", lambda: self._fill(host, last_ns)),
+            (3, f"the {host}'s disk is full for {last_ns / MS:.1f} ms", lambda: self._fill(host, last_ns)),
+            (3, f"the {host} is cancelled", lambda: self._tell(SourceEvent.CANCEL, DestinationEvent.CANCEL, host)),
+            (3, f"the {host} has a fault", lambda: self._tell(SourceEvent.FAULT, DestinationEvent.FAULT, host)),
             (1, f"the {host}'s VMM dies", lambda: self._kill_vmm(host)),
-            (1, "the destination's VMM cannot resume", self._refuse_resume),
+            (2, "the destination's VMM cannot resume", self._refuse_resume),
         ]
         (kind,) = rng.choices(kinds, weights=[weight for weight, _, _ in kinds])
+        another = self._any_fault() if rng.random() < 0.4 else None
+        pause_ns = world.between(10 * US, 15 * SECOND)
 
         def strike() -> None:
+            if world.now_ns >= FAULTY_NS // 2:
+                return
+            self._faults += 1
             world.say("fault", kind[1])
             kind[2]()
+            if another is not None:
+                world.after(pause_ns, another)
 
         return strike
+
+    def _tell(self, source_event: SourceEvent, destination_event: DestinationEvent, host: str) -> None:
+        """An event that comes from outside the protocol."""
+        if host == "source":
+            current = self.source.current
+            if current is not None:
+                current.process.wake(lambda: current.take(source_event, current.control))
+            return
+        for incoming in self.destination.known.values():
+            incoming.process.wake(lambda incoming=incoming: incoming.take(destination_event, incoming.control))  # type: ignore[misc]  # bound per attempt
 
     def _cut(self, last_ns: int) -> None:
         self.link.cut("source", last_ns)

@@ -211,20 +211,23 @@ class Outgoing(Actor[SourceState, SourceEvent]):
             )
         )
 
+    @property
+    def _stopped(self) -> bool:
+        return self.machine.state is SourceState.STOPPED and self.vmm.state == "paused"
+
     def _blackout(self) -> Steps:
         assert self.control is not None
         self._tell_downtime()
         yield MS // 4
-        if self.machine.state is not SourceState.STOPPED:
+        if not self._stopped:
             return
         self._send_round(self.vmm.collect())
         self._tell_downtime()
         for name, (save_ns, _) in self.vmm.devices.items():
             yield lambda go, ns=save_ns: self.vmm.request("devices", ns, lambda: None, go)  # type: ignore[misc]  # bound per device
-            if self.machine.state is not SourceState.STOPPED:
-                return
             if self.vmm.state == "dead":
                 self.take(SourceEvent.FAULT, self.control, "the guest's process is gone")
+            if not self._stopped:
                 return
             self._send_state(name, save_ns)
             self._tell_downtime()

@@ -95,19 +95,39 @@ def test_the_count_is_the_largest_claim_carried_forward(messages: list[tuple[int
     assert count.now(now) == max(source + transit + now - at for source, transit, at in heard)
 
 
-@given(ns, ns, ns, ns, ns)
+@given(ns, ns, ns, ns, ns, st.integers(-100_000, 100_000), st.integers(-100_000, 100_000))
 def test_the_true_downtime_lies_in_the_interval(
-    committed: int, there: int, resumed_after: int, tail: int, back: int
+    committed: int, there: int, resumed_after: int, tail: int, back: int, drift_here: int, drift_there: int
 ) -> None:
+    """Transits, a resume and a wait in true time, each read on a clock that drifts."""
+
+    def here(true_ns: int) -> int:
+        return true_ns + true_ns * drift_here // 10**9
+
+    def there_on_its_clock(true_ns: int) -> int:
+        return true_ns + true_ns * drift_there // 10**9
+
     truth = committed + there + resumed_after
-    interval = measured_downtime(committed, truth + tail + back, resumed_after, resumed_after + tail)
-    assert interval.lower_ns <= truth <= interval.upper_ns
-    assert interval.upper_ns - interval.lower_ns == there + back
+    interval = measured_downtime(
+        here(committed),
+        here(truth + tail + back),
+        there_on_its_clock(resumed_after),
+        there_on_its_clock(resumed_after + tail),
+    )
+    rounding = 3
+    assert interval.lower_ns - rounding <= here(truth) <= interval.upper_ns + rounding
+    drift = 4 * (resumed_after + tail) // 10_000
+    assert interval.upper_ns - interval.lower_ns <= here(there + back) + drift + rounding
     assert interval.measured_ns == Fraction(interval.lower_ns + interval.upper_ns, 2) // 1
 
 
+def test_without_drift_the_interval_is_the_two_transits() -> None:
+    interval = measured_downtime(100, 1_000, 200, 500, rho_ppb=0)
+    assert (interval.lower_ns, interval.upper_ns) == (300, 700)
+
+
 def test_clocks_that_disagree_give_the_later_point() -> None:
-    interval = measured_downtime(committed_ns=100, running_ns=120, resumed_after_ns=50, sent_after_ns=60)
+    interval = measured_downtime(committed_ns=100, running_ns=120, resumed_after_ns=50, sent_after_ns=60, rho_ppb=0)
     assert (interval.lower_ns, interval.upper_ns) == (150, 150)
 
 

@@ -1,0 +1,82 @@
+"""The link and the guest as the rounds so far showed them: bandwidth, and the curve of unique dirty pages."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+from typing import Final
+
+_ROUNDS_KEPT: Final = 32
+_TELLING_BYTES: Final = 1 << 20
+"""A round smaller than this measures the round trip, not the link."""
+
+
+class Bandwidth:
+    """Acknowledged bandwidth under load (bytes per second), from the rounds of one attempt."""
+
+    def __init__(self) -> None:
+        self._rounds: deque[tuple[int, int]] = deque(maxlen=_ROUNDS_KEPT)
+
+    def add(self, acknowledged_bytes: int, ns: int) -> None:
+        """A round of ``acknowledged_bytes`` took ``ns`` from its first byte to its acknowledgement."""
+        if acknowledged_bytes > 0 and ns > 0:
+            self._rounds.append((acknowledged_bytes, ns))
+
+    def forget(self) -> None:
+        """The cap changed: what was measured before does not hold any more."""
+        self._rounds.clear()
+
+    def for_bytes(self, remaining_bytes: int) -> float:
+        """The rate at which ``remaining_bytes`` would move: the median of the last three rounds that were not much
+        smaller. 0 before anything was acknowledged. While no round was large enough, the fastest there was: it is
+        low, never high."""
+        telling = max(_TELLING_BYTES, remaining_bytes // 4)
+        rates = [size * 1e9 / ns for size, ns in self._rounds if size >= telling]
+        if rates:
+            return float(median(rates[-3:]))
+        return max((size * 1e9 / ns for size, ns in self._rounds), default=0.0)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The rate of large transfers, for display."""
+        return self.for_bytes(0)
+
+
+class DirtyCurve:
+    """F(t): unique pages dirtied within t, as far as the rounds measured it.
+
+    Every round is one point: its length, and what was dirty at its end. Between points the curve is a straight line,
+    from the origin on; it never falls, and behind the last point it is flat only as far as nothing else was seen, so
+    it is continued with its last slope.
+    """
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[int, int]] = deque(maxlen=_ROUNDS_KEPT)
+
+    def add(self, ns: int, pages: int) -> None:
+        """``pages`` unique pages were dirtied within ``ns``."""
+        if ns > 0:
+            self._points.append((ns, pages))
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def pages_within(self, ns: int) -> float:
+        """Unique pages that the guest would dirty within ``ns``."""
+        if not self._points or ns <= 0:
+            return 0.0
+        before = (0, 0.0)
+        highest = 0.0
+        for length, pages in sorted(self._points):
+            highest = max(highest, float(pages))
+            if length >= ns:
+                span = length - before[0]
+                return before[1] + (highest - before[1]) * (ns - before[0]) / span if span else highest
+            before = (length, highest)
+        return before[1] * ns / before[0] if len(self._points) == 1 else before[1]
+
+    def reachable(self, memory_budget_ns: int, bandwidth_bytes_per_s: float, page_bytes: int, margin: float) -> bool:
+        """Whether rounds can get the remaining memory inside a budget: the guest dirties less within the budget than
+        moves within it. "Dirty rate above bandwidth" is the wrong test: a bounded working set converges anyway."""
+        movable = bandwidth_bytes_per_s * memory_budget_ns / 1e9
+        return self.pages_within(memory_budget_ns) * page_bytes < movable * margin

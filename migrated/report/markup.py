@@ -1,0 +1,49 @@
+"""HTML without holes: every text is escaped once, and only :class:`Markup` passes as it is.
+
+A record carries sentences that another host, a VMM or a guest's name wrote, so nothing here trusts a string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from typing import Final, TypeAlias
+
+VOID: Final = frozenset({"line", "meta", "path", "polygon", "rect"})
+"""Elements without content that this package uses."""
+
+
+class Markup(str):
+    """A piece of finished HTML."""
+
+    __slots__ = ()
+
+
+Node: TypeAlias = str | int | Markup | None
+
+
+def text(value: str | int) -> Markup:
+    """Escape a text. Control characters and lone surrogates, which HTML cannot hold, show as U+FFFD."""
+    clean = "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in str(value))
+    return Markup(escape(clean))
+
+
+def el(name: str, *children: Node, **attributes: str | int | float | bool | None) -> Markup:
+    """One element. Attribute names lose a trailing ``_``, and ``_`` becomes ``-``; None and False leave one out."""
+    parts = [name]
+    for key, value in attributes.items():
+        attribute = key.rstrip("_").replace("_", "-")
+        if value is True:
+            parts.append(attribute)
+        elif value is not None and value is not False:
+            parts.append(f'{attribute}="{text(str(value))}"')
+    opening = f"<{' '.join(parts)}>"
+    return Markup(opening if name in VOID and not children else f"{opening}{join(children)}</{name}>")
+
+
+def join(children: Iterable[Node], between: str = "") -> Markup:
+    """Children in a row; None is nothing."""
+    separator = str(text(between)) if between else ""
+    return Markup(
+        separator.join(child if isinstance(child, Markup) else text(child) for child in children if child is not None)
+    )

@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+"""The first thing to run: a busy guest moves to another daemon and back over TCP, while you watch.
+
+    host a  [ guest "web" ] ==TCP==> host b        and back, each within 300 ms from stop to run
+
+Two daemons on this machine play two hosts. After each move every byte of the guest's memory is checked against what its
+seed and step count say. Exit status 0 only if both moves completed and both checks passed; the last line on standard
+output is one JSON object with both records. Every process that was started is ended, whatever happens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from rich.text import Text
+
+from migrated.cli.render import duration, record_view
+from migrated.cli.session import console
+from migrated.cli.watch import attend, display
+from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
+from migrated.report import write_report
+from protocol.units import format_rate, format_size, parse_duration_ns, parse_rate, parse_size
+
+REPOSITORY: Final = Path(__file__).resolve().parents[1]
+GUEST: Final = "web"
+ATTEMPTS: Final = 3
+"""A limit that a crowded machine does not keep costs an attempt, never the guest: then it is tried again."""
+START_TIMEOUT_S: Final = 30.0
+STOP_TIMEOUT_S: Final = 10.0
+PR_SET_CHILD_SUBREAPER: Final = 36
+
+CONFIG: Final = """\
+[control]
+socket = "{directory}/control.sock"
+[state]
+directory = "{directory}/state"
+[listen]
+address = "127.0.0.1:0"
+[vmm]
+directory = "{directory}/guests"
+profiles = "{profiles}"
+[migration]
+downtime_limit_ms = {limit_ms}
+timeout_s = 20
+[log]
+format = "json"
+"""
+
+out = console()
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the sentence says why."""
+
+
+class Host:
+    """One daemon with everything of its own in ``directory``; its log goes to ``log_path``."""
+
+    def __init__(self, name: str, directory: Path, log_path: Path) -> None:
+        self.name = name
+        self.address = ""
+        self._directory = directory
+        self._log_path = log_path
+        self._log: asyncio.Task[None] | None = None
+        self._ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def start(self, limit_ms: float) -> None:
+        """Start the daemon and wait until it says that it is ready."""
+        self._directory.mkdir()
+        config = self._directory / "host.toml"
+        profiles = REPOSITORY / "configs" / "guests"
+        config.write_text(CONFIG.format(directory=self._directory, profiles=profiles, limit_ms=limit_ms))
+        command = [sys.executable, "-m", "migrated", "host", "--config", str(config)]
+        # Its environment is ours but for settings of the user's own daemons, which must not reach this one.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MIGRATED_")}
+        self._process = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE, env=environment)
+        self._log = asyncio.create_task(self._keep_log())
+        try:
+            self.address = await asyncio.wait_for(self._ready, START_TIMEOUT_S)
+        except TimeoutError:
+            raise DemoError(f"host {self.name} was not ready in {START_TIMEOUT_S:g} s; see {self._log_path}") from None
+        self.client = await ControlClient.connect(self._directory / "control.sock")
+
+    async def stop(self) -> None:
+        """End the daemon in order, or else by force."""
+        if self._log is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            self._process.kill()
+        await self._log
+
+    async def _keep_log(self) -> None:
+        assert self._process.stderr is not None
+        with self._log_path.open("wb") as log:
+            async for line in self._process.stderr:
+                log.write(line)
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    if entry["event"] == "ready":
+                        self._ready.set_result(entry["listen"])
+        if not self._ready.done():
+            self._ready.set_exception(DemoError(f"host {self.name} did not start; see {self._log_path}"))
+
+
+def say(title: str, text: str = "") -> None:
+    """A step of the story."""
+    out.print()
+    out.print(Text(title, style="bold"))
+    if text:
+        out.print(Text(text))
+
+
+async def move(source: Host, destination: Host) -> dict[str, Any]:
+    """Migrate the guest with live progress; returns the record of the attempt that completed."""
+    for attempt in range(1, ATTEMPTS + 1):
+        begun = await source.client.command("migrate", {"guest": GUEST, "uri": f"tcp:{destination.address}"})
+        with display(as_json=False, stderr=True, rounds=6) as update:
+            record: dict[str, Any] = await attend(source.client, GUEST, begun["migration-id"], update)
+        if record["outcome"] == "completed":
+            return record
+        out.print(Text(f"Attempt {attempt} was {record['outcome']}: {record['reason']}", style="yellow"))
+        if record["outcome"] == "in-doubt":
+            break
+        out.print(f"The guest runs on on host {source.name} as if nothing had been; that is what the limit is for.")
+    raise DemoError(f"the guest did not get from host {source.name} to host {destination.name}")
+
+
+async def check(host: Host, other: Host, record: dict[str, Any]) -> None:
+    """Say what the guest noticed, and have every byte of it verified where it runs now."""
+    elsewhere = await other.client.command("x-migrated-guest-list")
+    if elsewhere:
+        raise DemoError(f"host {other.name} still has a guest: {elsewhere}")
+    guest = await host.client.command("x-migrated-guest-show", {"guest": GUEST})
+    downtime = record["downtime"]
+    out.print(
+        f"Stopped for {duration(downtime['measured_ns'])} of {duration(downtime['limit_ns'])}. The guest's own clock "
+        f"saw {duration(guest['stop_gap']['guest_ns'])} between two heartbeats, which it writes every millisecond."
+    )
+    verdict = await host.client.command("x-migrated-guest-verify", {"guest": GUEST})
+    if not verdict["ok"]:
+        raise DemoError(f"the guest is damaged on host {host.name}: {verdict['message']}")
+    out.print(Text(f"Verified on host {host.name}: {verdict['message']}", style="green"))
+
+
+async def demo(options: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
+    """The whole story; returns the records of both moves."""
+    a, b = (Host(name, directory / name, options.output / f"host-{name}.log") for name in ("a", "b"))
+    try:
+        say("Two hosts", "Two daemons on this machine, each with its own state, control socket and TCP address.")
+        await asyncio.gather(a.start(options.downtime_limit_ms), b.start(options.downtime_limit_ms))
+        out.print(f"host a takes guests at tcp:{a.address}, host b at tcp:{b.address}")
+
+        say("A guest")
+        spec = {
+            "guest": GUEST,
+            "memory-bytes": options.memory_bytes,
+            "profile": options.profile,
+            "workload": "hot-cold",
+            "dirty-rate-bytes-per-s": options.dirty_rate_bytes_per_s,
+        }
+        guest = await a.client.command("x-migrated-guest-create", spec)
+        out.print(
+            f"{GUEST!r} runs on host a, as process {guest['pid']}: {format_size(guest['memory_bytes'])} of memory, into "
+            f"which it writes {format_rate(options.dirty_rate_bytes_per_s)}, most of it again and again in a few pages."
+        )
+
+        say("There: a -> b", "It runs on while its memory moves in rounds; then it stops, and the budget begins.")
+        there = await move(a, b)
+        await check(b, a, there)
+
+        say("And back: b -> a", "Nothing is left on host a, so this is a first migration again.")
+        back = await move(b, a)
+        await check(a, b, back)
+        await a.client.command("x-migrated-guest-destroy", {"guest": GUEST})
+    finally:
+        await asyncio.gather(a.stop(), b.stop())
+
+    for title, record in (("Where the downtime went: a -> b", there), ("Where the downtime went: b -> a", back)):
+        say(title)
+        out.print(record_view(record, details=False))
+    return [there, back]
+
+
+def keep(records: list[dict[str, Any]], directory: Path) -> None:
+    """Leave records and reports where the user finds them."""
+    say(f"Left for you in {directory}")
+    for name, record in zip(("there", "back"), records, strict=True):
+        (directory / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_report(record, directory / f"{name}.html")
+    out.print("there.html, back.html   a report of each migration, to open in a browser or to send on")
+    out.print("there.json, back.json   their records;   host-a.log, host-b.log   what the daemons logged")
+
+
+def adopt_orphans() -> None:
+    """A guest outlives its daemon by design; this makes it a child of ours then, so that none is left behind."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_children() -> None:
+    """Kill and collect every process that is still below us."""
+    while children := _children():
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+        for pid in children:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def _children() -> list[int]:
+    own, found = str(os.getpid()), []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The name in parentheses may hold anything; behind the last one come the state and the parent.
+            if stat.read_text().rpartition(")")[2].split()[1] == own:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--memory", dest="memory_bytes", type=parse_size, default="256MiB", help="guest memory [256MiB]")
+    option("--dirty-rate", dest="dirty_rate_bytes_per_s", type=parse_rate, default="100MiB/s", help="[100MiB/s]")
+    option("--profile", default="busy", help="a guest profile of configs/guests, or the path of one [busy]")
+    option(
+        "--downtime-limit",
+        dest="downtime_limit_ms",
+        type=lambda text: parse_duration_ns(text) / 1e6,
+        default="300ms",
+        help="the whole budget from stop to run [300ms]",
+    )
+    option("--output", type=Path, default=Path("run/demo"), help="where records, reports and logs are left [run/demo]")
+    return parser.parse_args()
+
+
+async def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The demo, which SIGTERM ends as Ctrl-C does."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    # Sockets have short paths only under the temporary directory: a checkout may lie anywhere.
+    with tempfile.TemporaryDirectory(prefix="migrated-demo-") as directory:
+        return await demo(options, Path(directory))
+
+
+def main() -> int:
+    """Run the demo."""
+    options = parse_options()
+    options.output.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    adopt_orphans()
+    reason = ""
+    try:
+        records = asyncio.run(run(options))
+        keep(records, options.output)
+        say(f"Done in {time.monotonic() - begin:.1f} s: moved there and back, intact both times.")
+        print(json.dumps({"demo": "ok", "migrations": records}))
+        return 0
+    except (DemoError, CommandError, DaemonUnreachableError, OSError) as error:
+        reason = str(error)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        reason = "interrupted"
+    finally:
+        end_children()
+    print(f"The demo failed: {reason}. What the daemons logged is in {options.output}.", file=sys.stderr)
+    print(json.dumps({"demo": "failed", "reason": reason}))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
