@@ -1,0 +1,302 @@
+"""The predictor, pure: bandwidth, the dirty curve, learning, bounds, decisions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from migrated.parameters import MigrationParameters
+from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
+from migrated.prediction.decision import Decider, Observation
+from migrated.prediction.knowledge import Knowledge
+from migrated.prediction.model import COMPONENTS, Bases, Prediction
+from migrated.record import Digest, Outcome, Ram, Record, downtime_of
+from protocol.budget import Part
+
+MS = 1_000_000
+BASES = Bases(
+    stop_ns=1 * MS, dirty_log_ns=1 * MS, memory_ns=40 * MS, save_ns=10 * MS, load_ns=30 * MS, legs_ns=1 * MS,
+    resume_ns=2 * MS,
+)  # fmt: skip
+
+
+def predict(knowledge: Knowledge, guest: str = "g", bases: Bases = BASES, coverage: float = 0.95) -> Prediction:
+    return knowledge.predict(guest, "class", bases, coverage=coverage, bandwidth_known=True)
+
+
+def record_of(
+    prediction: Prediction, truth: dict[str, int], outcome: Outcome = "completed", guest: str = "g"
+) -> Record:
+    """A record whose parts are ``truth`` (ns by part name)."""
+    parts = tuple(Part(name, "source", ns) for name, ns in truth.items())
+    total = sum(truth.values())
+    downtime = downtime_of(
+        lower_ns=total, upper_ns=total, measured_ns=total, limit_ns=300 * MS, parts=parts,
+        predicted_ns=prediction.total_ns, predicted_upper_ns=prediction.upper_ns, source_reported_ns=None,
+        destination_measured_ns=None, predicted_parts_ns=prediction.parts(),
+        predicted_bases_ns=prediction.bases_by_name(),
+    )  # fmt: skip
+    return Record(
+        migration_id="0" * 32, guest=guest, epoch=1, role="source", peer="tcp:h:1", source_host="a",
+        destination_host="b", started_at="2026-01-01T00:00:00+00:00", outcome=outcome, reason=None,
+        parameters=MigrationParameters(), total_ns=1, setup_ns=0, downtime=downtime, devices=(), checkpoints=(),
+        rounds=(), phases=(), time=None, digest=Digest(algorithm="off", source=None, destination=None),
+        ram=Ram(
+            total_bytes=0, page_size=4096, transferred_bytes=0, normal_pages=0, zero_pages=0, sparse_pages=0,
+            precopy_bytes=0, downtime_bytes=0, precopy_pages=0, downtime_pages=0, dirty_sync_count=0,
+            pages_per_second=0.0, dirty_tracking=None, channels=1,
+        ),
+    )  # fmt: skip
+
+
+def truth_of(scale: float) -> dict[str, int]:
+    """What a switchover with the bases above costs, every part scaled."""
+    parts = {"stop": 1, "final-dirty-log-read": 1, "final-pages": 40, "device-loads": 30, "commit-leg": 1, "resume": 2}
+    return {name: int(ms * MS * scale) for name, ms in parts.items()}
+
+
+def test_parts_of_a_prediction_sum_to_its_total() -> None:
+    prediction = predict(Knowledge())
+    assert sum(prediction.parts().values()) == prediction.total_ns
+    assert prediction.upper_ns > prediction.total_ns
+
+
+def test_memory_and_device_saves_run_side_by_side() -> None:
+    saves_longer = Bases(0, 0, memory_ns=10 * MS, save_ns=50 * MS, load_ns=0, legs_ns=0, resume_ns=0)
+    assert saves_longer.of("state") == 50 * MS
+    parts = predict(Knowledge(), bases=saves_longer).parts()
+    assert parts["memory"] < parts["device-saves"]
+
+
+def test_an_unknown_guest_gets_a_wide_bound_that_says_why() -> None:
+    prediction = predict(Knowledge())
+    assert "only 0 attempts known" in prediction.basis
+    assert prediction.upper_ns >= 1.5 * prediction.total_ns
+
+
+def test_corrections_of_the_guest_are_learned() -> None:
+    knowledge = Knowledge()
+    for _ in range(5):
+        knowledge.learn(record_of(predict(knowledge), truth_of(2.0)), "class")
+    total = predict(knowledge).total_ns
+    assert total == pytest.approx(sum(truth_of(2.0).values()), rel=0.02)
+
+
+def test_another_guest_of_the_class_profits_and_a_stranger_does_not_suffer() -> None:
+    knowledge = Knowledge()
+    for _ in range(5):
+        knowledge.learn(record_of(predict(knowledge), truth_of(2.0)), "class")
+    sibling = knowledge.predict("other", "class", BASES, coverage=0.95, bandwidth_known=True)
+    assert sibling.total_ns == pytest.approx(sum(truth_of(2.0).values()), rel=0.02)
+
+
+def test_the_conformal_bound_covers_what_was_not_seen() -> None:
+    """Train on 400 noisy truths, count on 1,000 others: coverage is that asked for, within sampling error."""
+    draw = random.Random(7)
+    knowledge = Knowledge()
+
+    def truth() -> dict[str, int]:
+        outlier = 3.0 if draw.random() < 0.1 else 1.0
+        return {name: int(ns * draw.uniform(0.9, 1.1) * (outlier if name == "device-loads" else 1))
+                for name, ns in truth_of(1.0).items()}  # fmt: skip
+
+    for _ in range(400):
+        knowledge.learn(record_of(predict(knowledge), truth()), "class")
+    upper = predict(knowledge).upper_ns
+    held = sum(sum(truth().values()) <= upper for _ in range(1000))
+    assert 920 <= held <= 985
+
+
+def test_an_abort_beyond_the_prediction_widens_and_a_completion_forgives() -> None:
+    knowledge = Knowledge()
+    for _ in range(30):
+        knowledge.learn(record_of(predict(knowledge), truth_of(1.0)), "class")
+    before = predict(knowledge).upper_ns
+    knowledge.learn(record_of(predict(knowledge), truth_of(1.5), "aborted"), "class")
+    after_abort = predict(knowledge).upper_ns
+    assert after_abort > before
+    for _ in range(60):
+        knowledge.learn(record_of(predict(knowledge), truth_of(1.0)), "class")
+    assert predict(knowledge).upper_ns < after_abort
+
+
+def test_an_abort_below_the_prediction_tells_nothing_about_the_cost() -> None:
+    knowledge = Knowledge()
+    for _ in range(5):
+        knowledge.learn(record_of(predict(knowledge), truth_of(1.0)), "class")
+    scores = json.dumps(knowledge.document()["scores"])
+    knowledge.learn(record_of(predict(knowledge), truth_of(0.1), "aborted"), "class")
+    assert json.dumps(knowledge.document()["scores"]) == scores
+
+
+def test_refused_and_cancelled_attempts_teach_nothing() -> None:
+    knowledge = Knowledge()
+    for outcome in ("refused", "cancelled", "failed"):
+        knowledge.learn(record_of(predict(knowledge), truth_of(9.0), outcome), "class")  # type: ignore[arg-type]
+    assert knowledge.document() == Knowledge().document()
+
+
+def test_knowledge_survives_its_own_document_and_stays_bounded() -> None:
+    knowledge = Knowledge()
+    for number in range(1000):
+        name = f"guest-{number}"
+        knowledge.learn(record_of(predict(knowledge, name), truth_of(1.0 + number % 7 / 10), guest=name), "class")
+    document = json.loads(json.dumps(knowledge.document()))
+    assert len(json.dumps(document)) < 1_000_000
+    again = Knowledge.from_document(document)
+    assert predict(again) == predict(knowledge)
+
+
+@pytest.mark.parametrize("damage", [{}, {"version": 2}, {"version": 1}])
+def test_a_damaged_document_is_refused(damage: dict[str, int]) -> None:
+    with pytest.raises((ValueError, KeyError)):
+        Knowledge.from_document(damage)
+
+
+def test_a_prediction_is_cheap() -> None:
+    knowledge = Knowledge()
+    for _ in range(250):
+        knowledge.learn(record_of(predict(knowledge), truth_of(1.0)), "class")
+    begin = time.perf_counter()
+    for _ in range(50):
+        predict(knowledge)
+    assert (time.perf_counter() - begin) / 50 < 0.02  # 1 ms on a quiet machine; this one may be busy
+
+
+def test_bandwidth_counts_only_rounds_that_load_the_link() -> None:
+    bandwidth = Bandwidth()
+    assert bandwidth.bytes_per_s == 0
+    bandwidth.add(100 << 20, 100 * MS)
+    for _ in range(10):
+        bandwidth.add(8 << 10, 2 * MS)  # the round trip, not the link
+    assert bandwidth.for_bytes(4 << 20) == pytest.approx((100 << 20) / 0.1)
+
+
+def test_bandwidth_before_any_large_round_is_low_never_invented() -> None:
+    bandwidth = Bandwidth()
+    bandwidth.add(64 << 10, 2 * MS)
+    assert bandwidth.for_bytes(1 << 30) == pytest.approx((64 << 10) / 0.002)
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**10), st.integers(0, 10**6)), min_size=1, max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_the_dirty_curve_never_falls_and_begins_at_zero(points: list[tuple[int, int]]) -> None:
+    curve = DirtyCurve()
+    for ns, pages in points:
+        curve.add(ns, pages)
+    assert curve.pages_within(0) == 0
+    samples = [curve.pages_within(t) for t in sorted(random.Random(1).sample(range(1, 2 * 10**10), 50))]
+    assert all(a <= b + 1e-6 for a, b in itertools.pairwise(samples))
+
+
+def test_a_bounded_working_set_is_reachable_at_any_dirty_rate() -> None:
+    """1,000 hot pages rewritten for ever at more than the link carries: within 100 ms only those 1,000 are dirty."""
+    curve = DirtyCurve()
+    for ns in (2000 * MS, 100 * MS, 50 * MS):
+        curve.add(ns, 1000)
+    link = 50e6  # bytes per second: 100 ms carry 5 MB, 1,000 pages are 4 MB
+    assert curve.reachable(100 * MS, link, 4096, margin=1.0)
+    assert not curve.reachable(30 * MS, link, 4096, margin=1.0)
+
+
+def seen(pages: int, elapsed_s: float = 1.0) -> Observation:
+    return Observation(pages, elapsed_s, 1e9)
+
+
+def prediction_of(total_ms: float, upper_ms: float, memory_ms: float = 0.0) -> Prediction:
+    components = dict.fromkeys(COMPONENTS, 0)
+    components["state"] = int(memory_ms * MS)
+    components["legs"] = int((total_ms - memory_ms) * MS)
+    return Prediction(int(total_ms * MS), int(upper_ms * MS), components, int(memory_ms * MS), "test", True, BASES)
+
+
+def test_the_bound_and_not_the_guess_must_fit() -> None:
+    parameters = MigrationParameters(downtime_limit_ms=100)
+    decider = Decider()
+    assert decider.after_round(parameters, prediction_of(80, 120), DirtyCurve(), seen(100)).step == "round"
+    assert decider.after_round(parameters, prediction_of(80, 99), DirtyCurve(), seen(100)).step == "switch"
+
+
+def test_it_waits_while_every_round_halves_what_remains() -> None:
+    parameters = MigrationParameters(downtime_limit_ms=300)
+    decider = Decider()
+    steps = [
+        decider.after_round(parameters, prediction_of(50, 60), DirtyCurve(), seen(pages)).step
+        for pages in (100_000, 40_000, 15_000, 14_000)
+    ]
+    assert steps == ["switch", "wait", "wait", "switch"]
+
+
+def test_waiting_for_a_better_moment_is_bounded() -> None:
+    parameters = MigrationParameters(downtime_limit_ms=300)
+    decider = Decider()
+    steps = [
+        decider.after_round(parameters, prediction_of(50, 60), DirtyCurve(), seen(10_000_000 >> n)).step
+        for n in range(0, 20, 2)
+    ]
+    assert steps.count("wait") <= 4
+    assert "switch" in steps[1:6]
+
+
+def test_the_target_rises_in_steps() -> None:
+    parameters = MigrationParameters(downtime_limit_ms=300, downtime_steps=3)
+    decider = Decider()
+    steps = [decider.after_round(parameters, prediction_of(150, 180), DirtyCurve(), seen(1000)).step for _ in range(5)]
+    assert steps == ["round", "round", "switch", "switch", "switch"]
+
+
+def test_a_stall_is_lack_of_progress_and_throttles_if_allowed() -> None:
+    parameters = MigrationParameters(downtime_limit_ms=100, auto_converge=True, cpu_throttle_initial=20,
+                                     cpu_throttle_increment=30, max_cpu_throttle=60)  # fmt: skip
+    decider = Decider()
+    verdicts = [
+        decider.after_round(parameters, prediction_of(500, 600, 450), DirtyCurve(), seen(50_000)) for _ in range(24)
+    ]
+    throttles = [verdict.throttle_percent for verdict in verdicts if verdict.step == "throttle"]
+    assert throttles == [20, 50, 60]
+
+
+def test_an_unreachable_guest_is_given_up_with_figures() -> None:
+    parameters = MigrationParameters(downtime_limit_ms=100)
+    decider = Decider()
+    curve = DirtyCurve()
+    for _ in range(8):
+        curve.add(100 * MS, 100_000)  # 400 MB in 100 ms; the link carries 100 MB
+        verdict = decider.after_round(parameters, prediction_of(500, 600, 480), curve, seen(100_000))
+    assert verdict.step == "give-up"
+    assert "MiB" in verdict.sentence
+    assert "--downtime-limit" in verdict.sentence
+
+
+@pytest.mark.parametrize(("on_timeout", "step"), [("abort", "give-up"), ("force", "switch")])
+def test_when_time_is_up(on_timeout: str, step: str) -> None:
+    parameters = MigrationParameters.model_validate(
+        {"downtime_limit_ms": 100, "timeout_s": 10, "on_timeout": on_timeout}
+    )
+    verdict = Decider().after_round(parameters, prediction_of(500, 600), DirtyCurve(), seen(100, elapsed_s=10.5))
+    assert verdict.step == step
+
+
+def test_costs_over_the_limit_are_refused_before_anything_moves_unless_forced() -> None:
+    decider = Decider()
+    limit_1ms = MigrationParameters(downtime_limit_ms=1)
+    reason = decider.hopeless(limit_1ms, prediction_of(4, 7))
+    assert reason is not None
+    assert "limit 1 ms" in reason
+    forced = limit_1ms.model_copy(update={"on_timeout": "force"})
+    assert decider.hopeless(forced, prediction_of(4, 7)) is None
+
+
+def test_parts_are_attributed_to_components() -> None:
+
+    knowledge = Knowledge()
+    knowledge.learn(record_of(predict(knowledge), truth_of(1.0)), "class")
+    corrections = knowledge.document()["corrections"]
+    assert corrections["class:class/state"][0] == pytest.approx(1.0, abs=0.01)
+    assert corrections["class:class/device-loads"][0] == pytest.approx(1.0, abs=0.01)
