@@ -36,11 +36,12 @@ from migrated.metrics import Metrics
 from migrated.parameters import MigrationParameters
 from migrated.progress import Progress
 from migrated.record import Record
+from migrated.source.estimate import estimate
 from migrated.source.migration import OutgoingMigration, Target
 from migrated.source.recovery import RecoveredHandover
 from migrated.tasks import TaskSet
 from protocol import messages
-from protocol.errors import ErrorCode, RemoteProtocolError
+from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
 from protocol.handover import DestinationEvent, DestinationState, destination_state_of
 from protocol.messages import Message
 from protocol.versions import MAJOR, MINOR
@@ -303,7 +304,16 @@ class MigrationHost:
                 migration.set_parameters(self._guest_parameters[guest])
 
     async def estimate(self, guest: str, uri: str, overrides: dict[str, object]) -> dict[str, Any]:
-        raise OperationError("estimate is not available in this version")
+        one = self._idle_guest(guest)
+        target = _target(uri)
+        parameters = _with(self.parameters(guest), overrides)
+        one.migration_id = "estimate"
+        try:
+            return await estimate(self._env, one, target.host, target.port, parameters)
+        except (MigrationError, ProtocolError, OSError) as error:
+            raise OperationError(str(error)) from error
+        finally:
+            one.migration_id = None
 
     async def resolve(self, migration_id: str, run_here: bool) -> dict[str, Any]:
         document = await asyncio.to_thread(self.record, migration_id)

@@ -88,4 +88,5 @@ class MemoryDigest:
 
 def _weigh(entries: Entries, place: Entries) -> Entries:
     """Mix entries with the pages' places; an entry of 0 weighs 0."""
-    return _scramble(entries ^ place) * (entries != 0)
+    weights: Entries = _scramble(entries ^ place) * (entries != 0)
+    return weights

@@ -64,7 +64,8 @@ def indices_of(runs: Runs) -> Indices:
     counts = runs[:, 1]
     total = int(counts.sum())
     first_slot = np.cumsum(counts) - counts
-    return np.arange(total, dtype=np.int64) + np.repeat(runs[:, 0] - first_slot, counts)
+    indices: Indices = np.arange(total, dtype=np.int64) + np.repeat(runs[:, 0] - first_slot, counts)
+    return indices
 
 
 def runs_of(indices: Indices) -> Runs:

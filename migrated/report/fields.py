@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from migrated.report.markup import Markup, Node, el, text
-from protocol.units import format_duration_ns, format_rate, format_size
+from protocol.units import format_rate, format_size
 
 THIN: Final = "\u202f"
 """Groups the digits of a number; does not break a line."""
@@ -98,11 +98,11 @@ class Fields:
 
     def size(self, path: str) -> Markup:
         """Bytes, rounded, with a unit."""
-        return self._number(path, _spaced_size, "bytes")
+        return self._number(path, size, "bytes")
 
     def rate(self, path: str) -> Markup:
         """Bytes per second, rounded, with a unit."""
-        return self._number(path, _spaced_rate, "bytes/s")
+        return self._number(path, rate, "bytes/s")
 
     def count(self, path: str, unit: str = "") -> Markup:
         """A number; a whole one in full, a float rounded to a whole one."""
@@ -126,19 +126,11 @@ def join_unit(shown: Markup, unit: str) -> Markup:
 
 def size(value: float) -> str:
     """Bytes for people."""
-    return _spaced_size(round(value))
+    return _spaced(format_size(round(value)))
 
 
 def rate(value: float) -> str:
     """Bytes per second for people."""
-    return _spaced_rate(value)
-
-
-def _spaced_size(value: int) -> str:
-    return _spaced(format_size(value))
-
-
-def _spaced_rate(value: float) -> str:
     return _spaced(format_rate(round(value)))
 
 
@@ -146,11 +138,6 @@ def _spaced(formatted: str) -> str:
     """The number and its unit apart: ``1.33 GiB``."""
     digits = formatted.rstrip("/sBKMGTi")
     return f"{digits} {formatted[len(digits) :]}"
-
-
-def tick_label(ns: float, step_ns: float) -> str:
-    """An instant on an axis whose ticks are ``step_ns`` apart."""
-    return format_duration_ns(round(ns)) if not step_ns else short(round(ns))
 
 
 def _plain(value: object) -> str:

@@ -11,6 +11,8 @@ from typing import Final, TypeAlias
 
 VOID: Final = frozenset({"line", "meta", "path", "polygon", "rect"})
 """Elements without content that this package uses."""
+_SPACES: Final = "\u00a0\u202f"
+"""Spaces that do not break a line, which Python does not count as printable."""
 
 
 class Markup(str):
@@ -24,7 +26,9 @@ Node: TypeAlias = str | int | Markup | None
 
 def text(value: str | int) -> Markup:
     """Escape a text. Control characters and lone surrogates, which HTML cannot hold, show as U+FFFD."""
-    clean = "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in str(value))
+    clean = "".join(
+        c if c.isprintable() or c in _SPACES else " " if c.isspace() else "\ufffd" for c in str(value)
+    )
     return Markup(escape(clean))
 
 

@@ -23,38 +23,28 @@ from migrated.environment import Environment
 from migrated.errors import CancelledByOperatorError, LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.guests import Guest
 from migrated.journal import JournalError
-from migrated.link import sockets
 from migrated.link.control import ControlChannel
-from migrated.link.data import DataChannel
 from migrated.parameters import MigrationParameters
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.knowledge import class_key
-from migrated.prediction.model import Bases, Prediction
+from migrated.prediction.model import Prediction
 from migrated.progress import Progress, Status
 from migrated.record import DestinationHalf, Outcome, Record
-from migrated.source.encoding import BatchEncoder
 from migrated.source.handover import SourceHandover
 from migrated.source.ledger import DeviceFigures, OutgoingLedger
 from migrated.source.outcome import OutcomeAsker
-from migrated.source.pages import PageSender
 from migrated.source.precopy import Precopy, Transfer
+from migrated.source.session import Session
 from migrated.source.switchover import Happened, Item, Reserves, Switchover
 from migrated.tasks import TaskSet
-from migrated.vmm.base import DryRun
-from migrated.vmm.dirty_log import DirtyLog
-from migrated.vmm.memory import GuestMemory
 from protocol import messages
-from protocol.digest import MemoryDigest
 from protocol.errors import ProtocolError
-from protocol.guest import PAGE_SIZE, GuestDescription
+from protocol.guest import PAGE_SIZE
 from protocol.handover import SourceEvent, SourceState
-from protocol.messages import Limits, TimeRules
-from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES
 
 log = structlog.get_logger()
 
 _REPORT_S = 5.0
-_MEASURE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +105,13 @@ class OutgoingMigration:
         self._inbox: asyncio.Queue[Item] = asyncio.Queue()
         self._round_done: dict[int, asyncio.Future[messages.RoundDone]] = {}
         self._reported = asyncio.Event()
-        self._control: ControlChannel | None = None
-        self._memory: GuestMemory | None = None
-        self._dirty_log: DirtyLog | None = None
-        self._sender: PageSender | None = None
+        self._session = Session(env, guest.vmm, target.host, target.port, parameters, migration_id, epoch)
         self._transfer: Transfer | None = None
         self._precopy: Precopy | None = None
         self._switchover: Switchover | None = None
-        self._channels: list[DataChannel] = []
         self._phase = "Sync"
         self._decision = "connecting"
         self._prediction: Prediction | None = None
-        self._welcome: messages.Welcome | None = None
-        self._dry_save = DryRun((), 0, 0)
-        self._was_paused = False
 
     # Section: what an operator can do
 
@@ -211,8 +194,9 @@ class OutgoingMigration:
     def set_parameters(self, parameters: MigrationParameters) -> None:
         """Change the parameters of the running attempt; a limit counts from the next decision on."""
         previous, self.parameters = self.parameters, parameters
-        if self._sender is not None and parameters.max_bandwidth_bytes_per_s != previous.max_bandwidth_bytes_per_s:
-            self._sender.pace(parameters.max_bandwidth_bytes_per_s)
+        sender = self._session.sender
+        if sender is not None and parameters.max_bandwidth_bytes_per_s != previous.max_bandwidth_bytes_per_s:
+            sender.pace(parameters.max_bandwidth_bytes_per_s)
             if self._precopy is not None:
                 self._precopy.bandwidth.forget()
 
@@ -267,28 +251,25 @@ class OutgoingMigration:
         await self._switch_over(transfer, pending)
 
     async def _set_up(self) -> Transfer:
-        """Connect, negotiate, and begin to track writes. Nothing of this disturbs the guest."""
-        vmm = self._guest.vmm
-        description = await vmm.describe()
-        status = await vmm.status()
-        if status.state == "incoming":
-            raise RefusedError(f"guest {self.guest_name!r} is itself waiting for an incoming migration")
-        self._was_paused = status.state == "paused"
+        """Open the session and journal the attempt. Nothing of this disturbs the guest."""
+        session, ledger = self._session, self._ledger
+        description = await self._guest.vmm.describe()
         self.guest_class = class_key(description)
-        self._ledger.memory_pages = description.pages
-        self._ledger.devices = {(d.name, d.kind): DeviceFigures(d) for d in description.devices}
-        self._dry_save = await vmm.dry_run("save")
-        control, agreed, welcome = await self._negotiate(description)
-        for number in range(self.parameters.channels):
-            self._channels.append(await self._join(number, welcome, agreed))
-        self._memory = await vmm.memory()
-        self._dirty_log = await vmm.start_dirty_log(self.parameters.dirty_tracking)
-        self._ledger.dirty_tracking = self._dirty_log.mode
-        digest = MemoryDigest(description.pages) if self.parameters.digest else None
-        self._sender = PageSender(self._memory, self._channels, digest, BatchEncoder)
-        self._sender.pace(self.parameters.max_bandwidth_bytes_per_s)
-        self._sender.start()
-        self._tasks.start(self._listen(control))
+        ledger.memory_pages = description.pages
+        ledger.devices = {(d.name, d.kind): DeviceFigures(d) for d in description.devices}
+        self._say("negotiating")
+        await session.open(description)
+        assert session.control is not None
+        assert session.welcome is not None
+        assert session.memory is not None
+        assert session.dirty_log is not None
+        assert session.sender is not None
+        ledger.dirty_tracking = session.dirty_log.mode
+        ledger.destination_host = session.welcome.host
+        for cost in session.welcome.load_costs:
+            if (figures := ledger.devices.get((cost.name, cost.kind))) is not None:
+                figures.expected_load_ns = cost.ns
+        self._tasks.start(self._listen(session.control))
         # The attempt is journaled before the guest can be stopped: a restarted daemon then knows whose guest it is.
         self._env.journal.begin(
             self.migration_id,
@@ -297,96 +278,20 @@ class OutgoingMigration:
             "source",
             {
                 "peer": self._target.uri,
-                "paused": self._was_paused,
-                "started_at": self._ledger.started_at,
+                "paused": session.was_paused,
+                "started_at": ledger.started_at,
                 "parameters": self.parameters.model_dump(mode="json"),
             },
         )
         self._handover = SourceHandover(
-            self._env, self.migration_id, self._epoch, self._guest, self._was_paused, self._asker,
+            self._env, self.migration_id, self._epoch, self._guest, session.was_paused, self._asker,
             on_doubt=self._became_doubtful,
         )  # fmt: skip
-        await control.measure(_MEASURE_S)
-        self._transfer = Transfer(vmm, description, self._memory, self._dirty_log, self._sender, control, self._ledger)
+        await session.measure()
+        self._transfer = Transfer(
+            self._guest.vmm, description, session.memory, session.dirty_log, session.sender, session.control, ledger
+        )
         return self._transfer
-
-    async def _negotiate(
-        self, description: GuestDescription
-    ) -> tuple[ControlChannel, sockets.Agreed, messages.Welcome]:
-        limits = self._env.config.limits
-        self._say("negotiating")
-        sock, agreed = await sockets.connect(
-            self._target.host, self._target.port, limits.connect_timeout_s, limits.tcp_user_timeout_s
-        )
-        control = self._control = ControlChannel(
-            sock,
-            agreed,
-            self._env.clock,
-            heartbeat_interval_s=limits.heartbeat_interval_s,
-            heartbeat_timeout_s=limits.heartbeat_timeout_s,
-        )
-        await control.start()
-        required = set(REQUIRED_CAPABILITIES)
-        if self.parameters.switchover_abort:
-            required.add("switchover-abort")
-        if self.parameters.digest:
-            required.add("digest-xxh3-frames")
-        control.send(
-            messages.Hello(
-                migration_id=self.migration_id,
-                epoch=self._epoch,
-                guest=description,
-                guest_paused=self._was_paused,
-                capabilities=tuple(sorted(CAPABILITIES)),
-                required=tuple(sorted(required)),
-                limits=self._limits(),
-                time_rules=TimeRules(
-                    policy=self.parameters.time_policy,
-                    max_time_jump_ns=int(self.parameters.max_time_jump_ms * 1e6),
-                    max_time_error_ns=int(self.parameters.max_time_error_ms * 1e6),
-                ),
-                channels=self.parameters.channels,
-                host=self._env.host,
-            )
-        )
-        try:
-            async with asyncio.timeout(limits.handshake_timeout_s):
-                answer = (await control.receive()).message
-        except TimeoutError as error:
-            raise LinkLostError(
-                f"{self._target.uri} did not answer the offer within {limits.handshake_timeout_s:g} s"
-            ) from error
-        if isinstance(answer, messages.Refuse):
-            raise RefusedError(f"the destination refused: {answer.reason}")
-        if not isinstance(answer, messages.Welcome):
-            raise MigrationError(f"the destination answered the offer with {answer.TYPE.name}")
-        self._welcome = answer
-        self._ledger.destination_host = answer.host
-        for cost in answer.load_costs:
-            if (figures := self._ledger.devices.get((cost.name, cost.kind))) is not None:
-                figures.expected_load_ns = cost.ns
-        return control, agreed, answer
-
-    async def _join(self, number: int, welcome: messages.Welcome, agreed: sockets.Agreed) -> DataChannel:
-        limits = self._env.config.limits
-        sock, _ = await sockets.connect(
-            self._target.host, self._target.port, limits.connect_timeout_s, limits.tcp_user_timeout_s
-        )
-        try:
-            async with asyncio.timeout(limits.handshake_timeout_s):
-                join = messages.Join(migration_id=self.migration_id, token=welcome.token, channel=number)
-                await sockets.send_first(sock, agreed, join)
-                answer = await sockets.read_first(sock, agreed)
-        except TimeoutError as error:
-            sock.close()
-            raise LinkLostError(f"data channel {number} was not answered in time") from error
-        except BaseException:
-            sock.close()
-            raise
-        if not isinstance(answer, messages.Joined):
-            sock.close()
-            raise MigrationError(f"data channel {number} was answered with {answer.TYPE.name}")
-        return DataChannel(sock, number, agreed)
 
     async def _listen(self, control: ControlChannel) -> None:
         """Hand messages to whoever waits for them; the loss of the channel is an event for the hand-over."""
@@ -395,7 +300,8 @@ class OutgoingMigration:
                 received = await control.receive()
                 match received.message:
                     case messages.RoundDone(round=number):
-                        self._done_of(number).set_result(received.message)
+                        if not (done := self._done_of(number)).done():
+                            done.set_result(received.message)
                     case messages.Report():
                         self._take_report(received.payload)
                     case messages.No(reason=reason, cause=cause) if self._switchover is None:
@@ -438,16 +344,16 @@ class OutgoingMigration:
 
     async def _switch_over(self, transfer: Transfer, pending: Any) -> None:
         assert self._handover is not None
-        assert self._welcome is not None
+        assert self._session.welcome is not None
         if self.parameters.pause_before_switchover:
             self._hold = asyncio.Event()
         self._switchover = Switchover(
             transfer,
             self._handover,
-            self._limits(),
+            self._session.limits(self.parameters),
             Reserves(
-                commit_ns=transfer.control.round_trip_ns() + self._welcome.resume_ns,
-                own_resume_ns=self._dry_save.resume_ns,
+                commit_ns=transfer.control.round_trip_ns() + self._session.welcome.resume_ns,
+                own_resume_ns=self._session.dry_save.resume_ns,
             ),
             pending,
             self._inbox,
@@ -463,35 +369,15 @@ class OutgoingMigration:
                 async with asyncio.timeout(_REPORT_S):
                     await self._reported.wait()
 
-    def _limits(self) -> Limits:
-        return Limits(
-            downtime_limit_ns=int(self.parameters.downtime_limit_ms * 1e6),
-            switchover_limit_ns=int(self.parameters.switchover_limit_ms * 1e6),
-            switchover_abort=self.parameters.switchover_abort and not self._was_paused,
-        )
-
     def _predict(self, dirty_pages: int, bandwidth: Bandwidth) -> Prediction:
-        """What a stop now would cost: bases tried on both sides or measured here, corrected by what was learned."""
-        assert self._welcome is not None
-        assert self._control is not None
+        """What a stop now would cost: bases tried or measured here, corrected by what was learned."""
         assert self._transfer is not None
-        remaining_bytes = dirty_pages * PAGE_SIZE
-        rate = bandwidth.for_bytes(remaining_bytes)
-        bases = Bases(
-            stop_ns=self._dry_save.pause_ns,
-            dirty_log_ns=2 * self._transfer.scan_ns,
-            memory_ns=int(remaining_bytes * 1e9 / rate) if rate else 0,
-            save_ns=sum(cost.ns for cost in self._dry_save.devices),
-            load_ns=sum(cost.ns for cost in self._welcome.load_costs),
-            legs_ns=2 * self._control.round_trip_ns(),
-            resume_ns=self._welcome.resume_ns,
-        )
         return self._env.knowledge.predict(
             self.guest_name,
             self.guest_class,
-            bases,
+            self._session.bases(dirty_pages, self._transfer.scan_ns, bandwidth),
             coverage=self.parameters.prediction_coverage_pct / 100,
-            bandwidth_known=bool(rate) or not dirty_pages,
+            bandwidth_known=bandwidth.bytes_per_s > 0 or not dirty_pages,
         )
 
     # Section: the end
@@ -512,7 +398,7 @@ class OutgoingMigration:
 
     async def _abandon(self, reason: str | None) -> None:
         """Tell the destination, when the attempt ended before the stop."""
-        handover, control = self._handover, self._control
+        handover, control = self._handover, self._session.control
         if handover is not None and handover.state is SourceState.RUNNING:
             await handover.take(SourceEvent.FAULT, control, reason or "the source gave up")
         elif handover is None and control is not None and control.lost is None:
@@ -520,22 +406,14 @@ class OutgoingMigration:
                 control.send(messages.Abort(epoch=self._epoch, reason=(reason or "the source gave up")[:2000]))
 
     async def _clean_up(self) -> None:
-        """Leave nothing behind: threads, sockets, mappings, tracking."""
-        if self._sender is not None:
-            await self._sender.stop()
-            self._ledger.encodings = self._sender.encodings
-        else:
-            for channel in self._channels:
-                channel.close()
-        if self._dirty_log is not None:
-            self._dirty_log.close()
-            if self._handover is None or self._handover.state is not SourceState.RETIRED:
-                with contextlib.suppress(VmmError):
-                    await self._guest.vmm.stop_dirty_log()
-                    if self._precopy is not None and self._precopy.throttle_percent:
-                        await self._guest.vmm.throttle(0)
-        if self._memory is not None:
-            self._memory.release()
+        """Leave nothing behind: threads, sockets, mappings, tracking, throttling."""
+        guest_stays = self._handover is None or self._handover.state is not SourceState.RETIRED
+        await self._session.close_state(stop_tracking=guest_stays)
+        if self._session.sender is not None:
+            self._ledger.encodings = self._session.sender.encodings
+        if guest_stays and self._precopy is not None and self._precopy.throttle_percent:
+            with contextlib.suppress(VmmError):
+                await self._guest.vmm.throttle(0)
 
     async def _conclude(self, outcome: Outcome, reason: str | None) -> Record:
         """Write the record, hand it to the peer, and let the guest go."""
@@ -544,10 +422,10 @@ class OutgoingMigration:
         _log_outcome(ledger.finish(outcome, reason, []))
         record = ledger.finish(outcome, reason, env.take_log(self.migration_id))
         self.record = record
-        if self._control is not None:
+        if self._session.control is not None:
             with contextlib.suppress(LinkLostError):
-                self._control.send(messages.Record(), json.dumps(record.document()).encode())
-            await self._control.close()
+                self._session.control.send(messages.Record(), json.dumps(record.document()).encode())
+            await self._session.close()
         await self._tasks.stop()
         if outcome != "in-doubt":
             env.journal.close_attempt(self.migration_id, "source")
@@ -607,8 +485,8 @@ class OutgoingMigration:
         self._say(sentence)
 
     def _sent_bytes(self) -> int:
-        if self._channels and self._memory is not None:
-            return sum(channel.sent_bytes for channel in self._channels)
+        if self._session.channels and not self._ledger.ended_ns:
+            return sum(channel.sent_bytes for channel in self._session.channels)
         return self._ledger.precopy_bytes + self._ledger.downtime_bytes
 
 

@@ -314,11 +314,11 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
 
     def _resume(self, reply: Channel | None) -> Steps:
         vmm = self.vmm
-        self._commit_read_ns = self.host.clock_ns()
         if vmm is not None and vmm.state != "dead":
             yield lambda go: vmm.resume(self.attempt.epoch, go)
             if vmm.state == "running":
-                self._resumed_after_ns = self.host.clock_ns() - self._commit_read_ns
+                # The VMM says when its vCPUs ran: this daemon may hear of it late.
+                self._resumed_after_ns = vmm.ran_hrtime - self._commit_read_ns if self._commit_read_ns else 0
                 self.take(DestinationEvent.RESUMED, reply)
                 return
             vmm.die("destination")
@@ -374,11 +374,14 @@ class DestinationDaemon:
         """Begin a life: take up what the journal left open."""
         self.process = Process(self.host, "destination")
         self.known = {}
-        for attempt in self.journal.values():
-            if not attempt.closed:
-                incoming = Incoming(self, attempt, destination_state_of(attempt.decisions), None)
-                self.known[attempt.migration_id] = incoming
-                incoming.take(DestinationEvent.RESTART)
+        if not self.journal:
+            return
+        # Only the newest: what an older epoch left open must not touch the guest, which may be here again.
+        attempt = max(self.journal.values(), key=lambda known: known.epoch)
+        if not attempt.closed:
+            incoming = Incoming(self, attempt, destination_state_of(attempt.decisions), None)
+            self.known[attempt.migration_id] = incoming
+            incoming.take(DestinationEvent.RESTART)
 
     def listener(self) -> tuple[Process, Listener] | None:
         """Who takes connections now."""

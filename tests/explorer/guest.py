@@ -69,6 +69,7 @@ class Vmm:
         self.states: dict[str, bytes] = {}
         self.dirty: set[int] = set()
         self.boot_hrtime = 0
+        self.ran_hrtime = 0
         self.on_death: Call = lambda: None
         self.resume_fails = False
         self._writes_per_s = writes_per_s
@@ -137,6 +138,7 @@ class Vmm:
             world.require(same, f"I4: the guest that begins to run on the {name} is not as it was when it stopped")
         estate.running.add(name)
         estate.ran_true_ns = world.now_ns
+        self.ran_hrtime = self.host.clock_ns()
         self.state = "running"
         self._advanced_ns = world.now_ns
         world.say(name, "the guest runs")

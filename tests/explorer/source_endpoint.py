@@ -90,6 +90,10 @@ class Outgoing(Actor[SourceState, SourceEvent]):
             self.take(SourceEvent.FAULT, None, reason)
 
     def _opened(self, end: End) -> None:
+        if self.machine.state is not SourceState.RUNNING:
+            end.close()
+            return
+
         def lost(reason: str) -> None:
             self.take(SourceEvent.LINK_LOST, None, reason)
 
@@ -126,6 +130,8 @@ class Outgoing(Actor[SourceState, SourceEvent]):
 
     def _welcomed(self, welcome: messages.Welcome) -> None:
         assert self.control is not None
+        if self.machine.state is not SourceState.RUNNING:
+            return
         self.control.begin()
         self._resume_reserve_ns = welcome.resume_ns
         for number in range(self.wish.channels):
@@ -225,8 +231,6 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         self._tell_downtime()
         for name, (save_ns, _) in self.vmm.devices.items():
             yield lambda go, ns=save_ns: self.vmm.request("devices", ns, lambda: None, go)  # type: ignore[misc]  # bound per device
-            if self.vmm.state == "dead":
-                self.take(SourceEvent.FAULT, self.control, "the guest's process is gone")
             if not self._stopped:
                 return
             self._send_state(name, save_ns)

@@ -1,0 +1,166 @@
+"""What a migration would cost, without migrating: the link is measured with a burst of real pages, the guest by a few
+seconds of its dirty log, the destination by its dry run; then the rounds are played through on paper.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from migrated.environment import Environment
+from migrated.errors import LinkLostError, MigrationError
+from migrated.guests import Guest
+from migrated.parameters import MigrationParameters
+from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
+from migrated.prediction.decision import limit_of
+from migrated.prediction.knowledge import class_key
+from migrated.prediction.model import Prediction
+from migrated.source.session import Session
+from protocol import messages
+from protocol.guest import PAGE_SIZE, GuestDescription
+from protocol.pages import Runs, count_pages, indices_of, split_runs
+
+_BURST_PAGES: Final = (64 << 20) // PAGE_SIZE
+_SAMPLES_S: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.0)
+_MAX_ROUNDS: Final = 50
+_ROUND_OVERHEAD_NS: Final = 10_000_000
+
+
+async def estimate(
+    env: Environment, guest: Guest, host: str, port: int, parameters: MigrationParameters
+) -> dict[str, Any]:
+    """Predict total time and downtime of a migration, and whether its limit can be kept.
+
+    Raises:
+        RefusedError, LinkLostError, MigrationError, VmmError: the destination or the guest cannot be asked.
+    """
+    description = await guest.vmm.describe()
+    session = Session(env, guest.vmm, host, port, parameters, secrets.token_hex(16), epoch=1)
+    try:
+        await session.open(description)
+        assert session.control is not None
+        rounds: asyncio.Queue[messages.RoundDone] = asyncio.Queue()
+        listener = asyncio.create_task(_listen(session, rounds))
+        try:
+            await session.measure()
+            bandwidth, data_bytes = await _measure_link(session, rounds)
+            curve, scan_ns = await _measure_guest(session, description)
+        finally:
+            listener.cancel()
+            await asyncio.gather(listener, return_exceptions=True)
+
+        def predict(dirty_pages: int) -> Prediction:
+            return env.knowledge.predict(
+                guest.name,
+                class_key(description),
+                session.bases(dirty_pages, scan_ns, bandwidth),
+                coverage=parameters.prediction_coverage_pct / 100,
+                bandwidth_known=True,
+            )
+
+        assert session.welcome is not None
+        played = _play(predict, limit_of(parameters), bandwidth, curve, scan_ns, data_bytes)
+        return {
+            "guest": guest.name,
+            "destination": session.welcome.host,
+            **played,
+            "bandwidth_bytes_per_s": bandwidth.bytes_per_s,
+            "dirty_pages_within_1s": int(curve.pages_within(1_000_000_000)),
+        }
+    finally:
+        if session.control is not None:
+            with contextlib.suppress(LinkLostError):
+                session.control.send(messages.Abort(epoch=1, reason="this was an estimate only"))
+        await session.close_state(stop_tracking=True)
+        await session.close()
+
+
+async def _listen(session: Session, rounds: asyncio.Queue[messages.RoundDone]) -> None:
+    assert session.control is not None
+    while True:
+        message = (await session.control.receive()).message
+        if isinstance(message, messages.RoundDone):
+            rounds.put_nowait(message)
+
+
+async def _measure_link(session: Session, rounds: asyncio.Queue[messages.RoundDone]) -> tuple[Bandwidth, int]:
+    """Send some of the guest's pages as a round that nobody keeps. Returns also the bytes that a first round holds."""
+    assert session.memory is not None
+    assert session.sender is not None
+    assert session.control is not None
+    runs = session.memory.data_runs()
+    bandwidth = Bandwidth()
+    burst: Runs = split_runs(runs, _BURST_PAGES)[0] if len(runs) else runs
+    for number in (1, 2):  # the first fills the destination's memory for the first time, as the first round will
+        begin_ns = time.monotonic_ns()
+        sent = await session.sender.send_round(number, burst)
+        session.control.send(messages.RoundEnd(round=number, pages=sent.normal_pages, zero_pages=sent.zero_pages))
+        try:
+            async with asyncio.timeout(60.0):
+                await rounds.get()
+        except TimeoutError as error:
+            raise MigrationError(f"{session.where} did not acknowledge a burst of pages") from error
+        bandwidth.add(sent.wire_bytes, time.monotonic_ns() - begin_ns)
+    return bandwidth, count_pages(runs) * PAGE_SIZE if len(runs) else 0
+
+
+async def _measure_guest(session: Session, description: GuestDescription) -> tuple[DirtyCurve, int]:
+    """Sample how many unique pages the guest dirties within growing times. Returns also what a scan costs (ns)."""
+    assert session.dirty_log is not None
+    curve = DirtyCurve()
+    seen: npt.NDArray[np.bool_] = np.zeros(description.pages, np.bool_)
+    await asyncio.to_thread(session.dirty_log.collect)
+    begin_ns = time.monotonic_ns()
+    scan_ns = 0
+    for sample_s in _SAMPLES_S:
+        await asyncio.sleep(max(0.0, sample_s - (time.monotonic_ns() - begin_ns) / 1e9))
+        scan_begin_ns = time.monotonic_ns()
+        runs = await asyncio.to_thread(session.dirty_log.collect)
+        scan_ns = time.monotonic_ns() - scan_begin_ns
+        seen[indices_of(runs)] = True
+        curve.add(time.monotonic_ns() - begin_ns, int(seen.sum()))
+    return curve, scan_ns
+
+
+def _play(
+    predict: Callable[[int], Prediction],
+    limit_ns: int,
+    bandwidth: Bandwidth,
+    curve: DirtyCurve,
+    scan_ns: int,
+    data_bytes: int,
+) -> dict[str, Any]:
+    """Play the rounds: one of length t leaves F(t) pages, which take F(t) / bandwidth in the next one, until a stop
+    fits or less does not remain any more."""
+    remaining, elapsed_ns, rounds = data_bytes, 0, 0
+    while True:
+        rounds += 1
+        round_ns = int(remaining * 1e9 / max(1.0, bandwidth.for_bytes(remaining))) + _ROUND_OVERHEAD_NS + scan_ns
+        elapsed_ns += round_ns
+        dirty_pages = int(curve.pages_within(round_ns))
+        prediction = predict(dirty_pages)
+        fits = prediction.upper_ns < limit_ns
+        settled = rounds > 1 and dirty_pages * PAGE_SIZE >= remaining * 0.96
+        if fits or settled or rounds == _MAX_ROUNDS:
+            break
+        remaining = dirty_pages * PAGE_SIZE
+    explained = prediction.explain(limit_ns)
+    return {
+        "fits": fits,
+        "reason": f"it fits after about {rounds} rounds: {explained}"
+        if fits
+        else f"it does not fit, and more rounds do not help: {explained}; raise --downtime-limit or lower the load",
+        "predicted_ns": prediction.total_ns,
+        "predicted_upper_ns": prediction.upper_ns,
+        "limit_ns": limit_ns,
+        "parts_ns": prediction.parts(),
+        "total_ns": elapsed_ns + prediction.total_ns,
+        "rounds": rounds,
+    }
