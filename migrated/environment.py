@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from migrated.clock import HostClock
 from migrated.config import Config
@@ -22,7 +22,7 @@ class Environment:
 
     Attributes:
         knowledge: what past records taught about switchovers.
-        finish: takes each finished record.
+        finish: takes each finished record, with this host's part in it.
         publish: sends a QMP event: name and data.
         take_log: the log lines collected for a migration.
     """
@@ -33,7 +33,7 @@ class Environment:
     guests: GuestRegistry
     knowledge: Knowledge
     host: str
-    finish: Callable[[Record], None]
+    finish: Callable[[Record, Literal["source", "destination"]], None]
     publish: Callable[[str, dict[str, Any]], None]
     take_log: Callable[[str], list[dict[str, str]]]
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import structlog
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
@@ -92,8 +92,8 @@ class History:
         with self._lock:
             self._connection.close()
 
-    def add(self, record: Record) -> bool:
-        """Store a record, replacing an earlier one of the same migration id.
+    def add(self, record: Record, role: Literal["source", "destination"]) -> bool:
+        """Store a record, replacing an earlier one of the same migration id. ``role`` is this host's part in it.
 
         Returns:
             False when it could not be stored (full disk, read-only file system); the reason is logged.
@@ -102,7 +102,7 @@ class History:
         row = (
             record.migration_id,
             record.guest,
-            record.role,
+            role,
             record.outcome,
             _microseconds(datetime.fromisoformat(record.started_at)),
             record.total_ns,

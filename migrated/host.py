@@ -177,12 +177,14 @@ class MigrationHost:
     async def guest_pause(self, name: str) -> dict[str, Any]:
         guest = self._idle_guest(name)
         await _vmm(guest.vmm.pause())
+        self.events.publish("STOP", {"guest": name})
         return await self._show(guest)
 
     async def guest_resume(self, name: str) -> dict[str, Any]:
         guest = self._idle_guest(name)
         status = await _vmm(guest.vmm.status())
         await _vmm(guest.vmm.resume(status.epoch))
+        self.events.publish("RESUME", {"guest": name})
         return await self._show(guest)
 
     async def guest_destroy(self, name: str) -> dict[str, Any]:
@@ -447,11 +449,11 @@ class MigrationHost:
         except HistoryError as error:
             raise OperationError(str(error)) from error
 
-    def _finish(self, record: Record) -> None:
+    def _finish(self, record: Record, role: Literal["source", "destination"]) -> None:
         """Keep a finished record. In this thread: a migration is done when its record is readable."""
         begin = time.monotonic()
-        self._history.add(record)
-        self.metrics.observe(record)
+        self._history.add(record, role)
+        self.metrics.observe(record, role)
         log.debug("record kept", ms=round((time.monotonic() - begin) * 1e3, 1))
 
     def _guest_or_last(self, guest: str) -> None:

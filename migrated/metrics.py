@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 
@@ -93,11 +93,10 @@ class Metrics:
             for side in ("source", "destination"):
                 gauge.labels(side).set(0)
 
-    def observe(self, record: Record) -> None:
+    def observe(self, record: Record, role: Literal["source", "destination"]) -> None:
         """Count a finished attempt; one in doubt is only counted once it is resolved."""
         if record.outcome == "in-doubt":
             return
-        role = record.role
         self._migrations.labels(role, record.outcome).inc()
         self._bytes.labels(role).inc(record.ram.transferred_bytes)
         self._rounds.labels(role).observe(len(record.rounds))

@@ -41,7 +41,7 @@ class MigrationParameters(BaseModel):
     Limits of 0 mean: ``switchover_limit_ms`` no tolerance, every other one no limit.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     downtime_limit_ms: Milliseconds = Field(default=300.0, ge=0, le=2_000_000)
     """The whole budget from the stop of the guest to its run on the destination."""

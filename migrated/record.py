@@ -175,7 +175,6 @@ class Record(RecordModel):
     migration_id: str
     guest: str
     epoch: int
-    role: Literal["source", "destination"]
     peer: str
     source_host: str
     destination_host: str

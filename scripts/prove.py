@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.explorer.explorer import Model, explore
 from tests.explorer.mutants import MUTANTS
+from tests.explorer.simulator import simulate
 
 
 def say(text: str) -> None:
@@ -43,6 +45,21 @@ def prove_explorer(options: argparse.Namespace) -> tuple[dict[str, int], bool]:
     return counts, not violations and caught == len(MUTANTS)
 
 
+def prove_simulator(options: argparse.Namespace) -> tuple[dict[str, int], bool]:
+    """Play ``--seeds`` seeds from ``--seed`` on. Returns the counts and whether every rule held in all."""
+    begin, completed, in_doubt, broken = time.monotonic(), 0, 0, 0
+    for seed in range(options.seed, options.seed + options.seeds):
+        outcome = simulate(seed)
+        completed += outcome.completed
+        in_doubt += outcome.in_doubt
+        broken += bool(outcome.broken)
+        if outcome.broken or options.stories:
+            say(f"{outcome}\n")
+    seconds = time.monotonic() - begin
+    say(f"simulator: {options.seeds} seeds, {completed} completed, {in_doubt} in doubt on the way, {seconds:.1f} s")
+    return {"seeds": options.seeds, "violations": broken}, not broken
+
+
 def main() -> int:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -51,6 +68,13 @@ def main() -> int:
     explorer.add_argument("--epochs", type=int, default=3, choices=(1, 2, 3))
     explorer.add_argument("--traces", action="store_true", help="show each mutant's shortest way to harm")
     explorer.set_defaults(prove=prove_explorer)
+    simulator = parts.add_parser("simulator", help="whole endpoints in virtual time under random faults")
+    simulator.add_argument("--seeds", type=int, default=5000, help="how many seeds (default %(default)s)")
+    simulator.add_argument("--seed", type=int, default=0, help="the first of them (default %(default)s)")
+    simulator.add_argument(
+        "--stories", action="store_true", help="tell what happened in every seed, not only in bad ones"
+    )
+    simulator.set_defaults(prove=prove_simulator)
     options = parser.parse_args()
     prove: Callable[[argparse.Namespace], tuple[dict[str, int], bool]] = options.prove
     counts, held = prove(options)

@@ -31,7 +31,7 @@ from migrated.control.client import CommandError, ControlClient, DaemonUnreachab
 
 OUTCOMES: Final = ("completed", "aborted", "cancelled", "failed", "refused", "in-doubt")
 WORKLOADS_HELP: Final = "What the guest's vCPUs do: idle, sequential, random, hot-cold, phased, fill and more."
-COMPLETION_TIMEOUT_S: Final = 1.0
+COMPLETION_TIMEOUT_S: Final = 2.0
 
 RISKS: Final = {
     True: "If the guest runs on the other host, or can still be started there, two copies of it will run and write "
@@ -402,7 +402,7 @@ def history(
 
 
 def _write_csv(records: list[dict[str, Any]]) -> None:
-    attempt = ("migration_id", "guest", "role", "started_at", "outcome", "reason", "total_ns")
+    attempt = ("migration_id", "guest", "started_at", "outcome", "reason", "total_ns")
     downtime = (
         "measured_ns",
         "lower_ns",
@@ -435,11 +435,13 @@ def show(session: Session, migration_id: str) -> None:
 @with_session
 def report(session: Session, migration_id: str, output: Path) -> None:
     """Write the record of one attempt as a self-contained HTML file."""
-    from migrated.report import write_report
+    from migrated.report import ReportError, write_report
 
     record = session.call("x-migrated-show", {"migration-id": migration_id})
     try:
         write_report(record, output)
+    except ReportError as error:
+        session.fail(str(error), EXIT_FAILED, "ReportError")
     except OSError as error:
         session.fail(f"The report cannot be written to {output}: {error.strerror}.", EXIT_FAILED, "OSError")
     session.say({"migration_id": record["migration_id"], "file": str(output)}, f"Report written to {output}.")

@@ -16,6 +16,8 @@ from rich.text import Text
 from protocol.units import format_duration_ns, format_rate, format_size
 
 BAR_WIDTH: Final = 60
+SHADES: Final = "█▓▒"
+UNATTRIBUTED: Final = "░"
 SPARKS: Final = "▁▂▃▄▅▆▇█"
 SIDE_COLORS: Final = {
     "source": ("blue", "dodger_blue2", "deep_sky_blue1"),
@@ -78,21 +80,23 @@ def outcome_line(record: Json) -> str:
 
 
 def record_view(record: Json, *, details: bool = True) -> RenderableType:
-    """A record for people. ``details`` adds checkpoints, phases, guest time and parameters."""
+    """A record for people. ``details`` adds the reason, checkpoints, phases, guest time and parameters."""
     style = OUTCOME_STYLES.get(record["outcome"], "bold red")
     parts: list[RenderableType] = [Text(outcome_line(record), style=style)]
-    if record["reason"]:
+    if details and record["reason"]:
         parts.append(Text(clean(record["reason"]), style="yellow"))
     identity = f"{record['migration_id']}  epoch {record['epoch']}  {record['started_at']}"
-    hosts = f"{record['source_host']} -> {record['destination_host']}"
+    hosts = f"{record['source_host']} -> {record['destination_host'] or record['peer']}"
     parts.append(Text(clean(f"{identity}  {hosts}"), style="dim"))
     if record["downtime"]:
         parts.append(_downtime(record["downtime"]))
-    if record["devices"]:
-        parts.append(_devices(record["devices"]))
+    devices = [device for device in record["devices"] if device["save_ns"] is not None or device["load_ns"] is not None]
+    if devices:
+        parts.append(_devices(devices))
     if record["rounds"]:
         parts.append(rounds_table(record["rounds"]))
-    parts.append(_memory(record["ram"], record["digest"]))
+    if record["ram"]["transferred_bytes"]:
+        parts.append(_memory(record["ram"], record["digest"]))
     if details:
         if record["checkpoints"]:
             parts.append(_checkpoints(record["checkpoints"]))
@@ -105,17 +109,20 @@ def record_view(record: Json, *, details: bool = True) -> RenderableType:
 
 
 def downtime_bar(downtime: Json, width: int = BAR_WIDTH) -> Text:
-    """The downtime as one bar whose pieces are the parts, in the order they happened; the rest is unattributed."""
+    """The downtime as one bar whose pieces are the parts, in the order they happened; the rest is unattributed.
+
+    Neighbours differ in shade as well as in colour, for those who see none.
+    """
     total = max(1, downtime["measured_ns"])
     bar = Text()
     used = 0
     elapsed = 0
-    for part, color in _colored(downtime["parts"]):
+    for (part, color), shade in zip(_colored(downtime["parts"]), cycle(SHADES), strict=False):
         elapsed += part["ns"]
         end = min(width, max(used, round(elapsed / total * width)))
-        bar.append("█" * (end - used), style=color)
+        bar.append(shade * (end - used), style=color)
         used = end
-    bar.append("░" * (width - used), style="dim")
+    bar.append(UNATTRIBUTED * (width - used), style="dim")
     return bar
 
 
@@ -195,7 +202,8 @@ def _memory(ram: Json, digest: Json) -> Table:
         saved = f"{format_size(row['page_bytes'])} to {format_size(row['wire_bytes'])} in {duration(row['ns'])}"
         _fact(table, row["encoding"], saved)
     if digest["source"] is not None:
-        same = "equal on both sides" if digest["source"] == digest["destination"] else "not compared or different"
+        other = digest["destination"]
+        same = "not compared" if other is None else "equal on both sides" if other == digest["source"] else "different"
         _fact(table, "digest", f"{digest['algorithm']} {digest['source']} ({same})")
     return table
 
@@ -272,8 +280,8 @@ def progress_view(progress: Json, *, rounds: int = 6) -> Panel:
     if progress["throttle_percent"]:
         facts.add_row("throttle", f"{progress['throttle_percent']} %")
     facts.add_row("downtime", _limit_bar(progress))
-    if progress["predicted_parts_ns"]:
-        parts = [f"{clean(name)} {duration(ns)}" for name, ns in progress["predicted_parts_ns"].items()]
+    parts = [f"{clean(name)} {duration(ns)}" for name, ns in progress["predicted_parts_ns"].items() if ns]
+    if parts:
         facts.add_row("of which", ", ".join(parts))
     if progress["decision"]:
         facts.add_row("decision", clean(progress["decision"]))
@@ -372,7 +380,7 @@ def history_table(records: Sequence[Json]) -> RenderableType:
 
 def stats_view(stats: Json) -> RenderableType:
     """``history --stats``."""
-    facts = _facts(f"{stats['migrations']} migrations")
+    facts = _facts(f"Migrations: {stats['migrations']}")
     for outcome, count in sorted(stats["outcomes"].items()):
         _fact(facts, outcome, f"{count} ({count / stats['migrations']:.1%})")
     _fact(facts, "over the limit", stats["limit_violations"])

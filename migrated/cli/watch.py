@@ -58,7 +58,8 @@ def _live(screen: Console, rounds: int) -> Iterator[Update]:
     from migrated.cli.render import progress_view
 
     idle = Text("No migration is running; waiting for one (Ctrl-C ends).", style="dim")
-    with Live(idle, console=screen, auto_refresh=False, vertical_overflow="crop") as live:
+    # The short form makes way for the record; the long one stays to be read.
+    with Live(idle, console=screen, auto_refresh=False, vertical_overflow="crop", transient=not rounds) as live:
 
         def update(found: list[Progress]) -> None:
             views = [progress_view(progress, rounds=rounds) for progress in found]

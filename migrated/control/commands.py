@@ -18,7 +18,7 @@ from migrated.control.schema import (
     parameter_document,
     parameter_values,
 )
-from migrated.history import HistoryQuery
+from migrated.history import HistoryQuery, RecordNotFoundError
 from migrated.progress import Progress
 from migrated.record import Outcome
 
@@ -139,7 +139,11 @@ async def _query_migrate(operations: Operations, arguments: Arguments) -> Any:
         latest = known[-1]
         if latest.status not in qemu.FINISHED:
             return qemu.migration_info(latest, None)
-        return qemu.migration_info(latest, await asyncio.to_thread(operations.record, latest.migration_id))
+        try:
+            record = await asyncio.to_thread(operations.record, latest.migration_id)
+        except (OperationError, RecordNotFoundError):
+            record = None  # not written yet, or the history could not take it; the migration's own figures do
+        return qemu.migration_info(latest, record)
     remembered = await asyncio.to_thread(operations.history, HistoryQuery(last=1, guest=guest))
     return qemu.recorded_info(remembered[0]) if remembered else {}
 
@@ -484,6 +488,8 @@ EVENTS: Final[dict[str, str]] = {
     "MIGRATION_PASS": "A pre-copy round began: 'pass' (from 1), 'guest', 'migration-id'.",
     "STOP": "The vCPUs of a guest stopped: 'guest'.",
     "RESUME": "The vCPUs of a guest run: 'guest'.",
+    "X_MIGRATED_IN_DOUBT": "COMMIT was sent and nobody answers: 'guest', 'migration-id', 'reason'.",
+    "X_MIGRATED_GUEST_GONE": "The VMM of a guest ended: 'guest', 'pid'.",
     EVENTS_LOST: "This client read too slowly and lost 'count' events.",
 }
-"""Every event the control socket itself promises; the daemon may send more, prefixed ``X_MIGRATED_``."""
+"""Every event that the daemon sends."""

@@ -154,7 +154,6 @@ def recorded_info(record: Mapping[str, Any]) -> dict[str, Any]:
         },
         "guest": record["guest"],
         "migration-id": record["migration_id"],
-        "role": record["role"],
         "peer": record["peer"],
         "started-at": record["started_at"],
     }

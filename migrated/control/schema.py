@@ -76,11 +76,14 @@ QEMU_NAMES: Final[dict[str, str]] = {
     "downtime_limit_ms": "downtime-limit",
     "switchover_limit_ms": "switchover-limit",
     "max_bandwidth_bytes_per_s": "max-bandwidth",
+    "max_time_jump_ms": "max-time-jump",
+    "max_time_error_ms": "max-time-error",
     "channels": "multifd-channels",
     "compression": "multifd-compression",
     "compression_level": "multifd-zstd-level",
 }
-"""Where QEMU has the same parameter, its name stands (units are the same); every other one is the field's own name."""
+"""Where QEMU has the same parameter, its name stands (units are the same), and what belongs beside it is named alike;
+every other one is the field's own name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -546,7 +546,7 @@ class IncomingMigration:
         self._env.journal.close_attempt(self.migration_id, "destination")
         self._set_status("completed" if takeover.state is DestinationState.RUNNING else "failed")
         if self.record is not None:
-            self._env.finish(self.record)
+            self._env.finish(self.record, "destination")
 
     def _log_costs(self) -> None:
         takeover, loading = self.takeover, self._loading

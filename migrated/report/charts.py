@@ -56,7 +56,7 @@ class Axis:
         factor, unit = next((f, u) for f, u in _UNITS if step_ns >= f)
         first = -(-self.from_ns // step_ns)
         instants = [index * step_ns for index in range(first, (self.from_ns + self.span_ns) // step_ns + 1)]
-        return step_ns, [(ns, f"{ns / factor:g} {unit}" if ns else "0") for ns in instants]
+        return step_ns, [(ns, f"{grouped(ns // factor)} {unit}" if ns else "0") for ns in instants]
 
 
 def nice_step(rough: float) -> int:
@@ -75,8 +75,10 @@ def tracks(label: str, heads: Sequence[str], rows: Sequence[Track], axis: Axis) 
         axis: shared by all tracks.
     """
     step_ns, ticks = axis.ticks()
-    labels = [el("span", text, class_="tick", style=f"--b:{ns}") for ns, text in ticks]
-    cells = [el("th", head, role="columnheader", scope="col", class_="figure" if i else None) for i, head in enumerate(heads)]
+    labels = [el("span", text, class_=f"tick{_edge(ns, axis)}", style=f"--b:{ns}") for ns, text in ticks]
+    cells = [
+        el("th", head, role="columnheader", scope="col", class_="figure" if i else None) for i, head in enumerate(heads)
+    ]
     cells.append(el("th", *labels, role="columnheader", class_="track axis", aria_label="Position on the time axis"))
     body = [el("tr", *cells, role="row", class_="axis-row"), *(_row(row, heads, axis) for row in rows)]
     span = max(1, axis.span_ns)
@@ -85,11 +87,17 @@ def tracks(label: str, heads: Sequence[str], rows: Sequence[Track], axis: Axis) 
         "div",
         el("table", *body, role="table", aria_label=label),
         el("button", "Show all", type="button", class_="reset", hidden=True),
-        class_="tracks",
+        class_="tracks dense" if len(heads) > 5 else "tracks",
         style=style,
         data_from=axis.from_ns,
         data_span=span,
     )
+
+
+def _edge(ns: int, axis: Axis) -> str:
+    """A label near an end of the axis must not stick out."""
+    share = (ns - axis.from_ns) / max(1, axis.span_ns)
+    return " first" if share < 0.05 else " last" if share > 0.95 else ""
 
 
 def _shift(from_ns: int, span_ns: int, step_ns: int) -> float:
@@ -135,12 +143,18 @@ def magnified(label: str, bars: Sequence[Bar], total_ns: int) -> Markup:
         for index, lens in enumerate(lenses):
             begin_ns, end_ns = lens[0].begin_ns, lens[-1].begin_ns + lens[-1].ns
             left, right = 1000 * index / len(lenses), 1000 * (index + 1) / len(lenses)
-            points = f"{1000 * begin_ns / total_ns:.3f},0 {1000 * end_ns / total_ns:.3f},0 {right:.3f},100 {left:.3f},100"
+            points = (
+                f"{1000 * begin_ns / total_ns:.3f},0 {1000 * end_ns / total_ns:.3f},0 {right:.3f},100 {left:.3f},100"
+            )
             wedges.append(el("polygon", points=points))
             names = ", ".join(bar.what for bar in lens)
-            enlarged = _drawing(f"Enlarged: {names}", [_rect(bar, begin_ns, end_ns - begin_ns) for bar in lens], "lens")
+            enlarged = _drawing(
+                f"The same from {short(begin_ns)} on, enlarged",
+                [_rect(bar, begin_ns, end_ns - begin_ns) for bar in lens],
+                "lens",
+            )
             times = grouped(round(total_ns / (end_ns - begin_ns)))
-            what = f"{short(begin_ns)} to {short(end_ns)}: {short(end_ns - begin_ns)}, {times} times enlarged"
+            what = f"{short(begin_ns)} to {short(end_ns)}, {times} times enlarged: {names}"
             panels.append(el("figure", enlarged, el("figcaption", what)))
         drawing.append(_drawing(None, wedges, "wedges", width=1000))
         drawing.append(el("div", *panels, class_="lenses"))
@@ -161,9 +175,7 @@ def _lenses(bars: Sequence[Bar], total_ns: int) -> list[list[Bar]]:
 
 def _rect(bar: Bar, from_ns: int, span_ns: int) -> Markup:
     left, width = 1000 * (bar.begin_ns - from_ns) / span_ns, 1000 * bar.ns / span_ns
-    return el(
-        "rect", el("title", bar.what), class_=bar.look, x=f"{left:.4f}", y=0, width=f"{width:.4f}", height=100
-    )
+    return el("rect", el("title", bar.what), class_=bar.look, x=f"{left:.4f}", y=0, width=f"{width:.4f}", height=100)
 
 
 def _drawing(label: str | None, shapes: Sequence[Markup], look: str, width: int = 1000) -> Markup:
@@ -221,18 +233,34 @@ def plot(
     for line in series:
         points = [(_x(i, count), scale.at(v)) for i, v in enumerate(line.values) if v is not None]
         if points:
-            shapes.append(el("path", class_=f"line {line.look}", d="M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in points)))
+            shapes.append(
+                el("path", class_=f"line {line.look}", d="M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in points))
+            )
         shapes.extend(el("path", class_=f"dot {line.look}", d=f"M{x:.2f} {y:.2f}h0") for x, y in points)
     for index, number in enumerate(rounds):
         told = [f"{line.name} {form(v)}" for line in series if (v := line.values[index]) is not None]
         what = el("title", f"Round {number}: {', '.join(told)}")
-        shapes.append(el("rect", what, class_="hover", x=f"{1000 * index / count:.2f}", y=0, width=f"{1000 / count:.2f}", height=100))
+        shapes.append(
+            el(
+                "rect",
+                what,
+                class_="hover",
+                x=f"{1000 * index / count:.2f}",
+                y=0,
+                width=f"{1000 / count:.2f}",
+                height=100,
+            )
+        )
     step = max(1, nice_step(count / 8))
     below = [
-        el("span", str(number), style=f"left:{_x(i, count) / 10:.2f}%") for i, number in enumerate(rounds) if i % step == 0
+        el("span", str(number), style=f"left:{_x(i, count) / 10:.2f}%")
+        for i, number in enumerate(rounds)
+        if i % step == 0
     ]
     beside = [el("span", form(tick), style=f"top:{scale.at(tick):.2f}%") for tick in scale.ticks]
-    spoken = f"{title}, {', '.join(line.name for line in series)}, over {count} rounds; the table below has the figures."
+    spoken = (
+        f"{title}, {', '.join(line.name for line in series)}, over {count} rounds; the table below has the figures."
+    )
     return el(
         "figure",
         el("figcaption", el("b", title), el("span", *legend, class_="legend")),
@@ -269,7 +297,9 @@ class Scale:
             least = math.floor(math.log(min(positive), base) + 1e-9)
             most = math.ceil(math.log(top, base) - 1e-9)
             least -= min(values) <= 0
-            return cls(float(base) ** least, float(base) ** most, True, tuple(float(base) ** e for e in range(least, most + 1)))
+            return cls(
+                float(base) ** least, float(base) ** most, True, tuple(float(base) ** e for e in range(least, most + 1))
+            )
         step = nice_step(top / 4) if base == 10 else _binary_step(top / 4)
         count = math.ceil(top / step)
         return cls(0, count * step, False, tuple(float(step * index) for index in range(count + 1)))
@@ -286,4 +316,3 @@ def _binary_step(rough: float) -> int:
     """As :func:`nice_step`, for bytes: 1, 2, 5 ... 500 KiB, MiB and so on."""
     unit = 1 << (10 * max(0, int(math.log2(max(rough, 1)) // 10)))
     return nice_step(rough / unit) * unit
-

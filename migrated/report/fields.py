@@ -1,7 +1,7 @@
 """A record as the report reads it: every leaf has a path, and whatever is shown carries its path and exact value.
 
-``<data data-field="downtime.measured_ns" value="605780316">605.780316</data>`` lets a reader, a script or a test compare
-the page with the record, and ``rest`` tells what no section has shown.
+``<data data-field="downtime.measured_ns" value="605780316">605.780316</data>`` lets a script or a test compare the page
+with the record, and ``rest`` tells what no section has shown.
 """
 
 from __future__ import annotations

@@ -26,9 +26,7 @@ Node: TypeAlias = str | int | Markup | None
 
 def text(value: str | int) -> Markup:
     """Escape a text. Control characters and lone surrogates, which HTML cannot hold, show as U+FFFD."""
-    clean = "".join(
-        c if c.isprintable() or c in _SPACES else " " if c.isspace() else "\ufffd" for c in str(value)
-    )
+    clean = "".join(c if c.isprintable() or c in _SPACES else " " if c.isspace() else "\ufffd" for c in str(value))
     return Markup(escape(clean))
 
 

@@ -140,7 +140,6 @@ class OutgoingLedger:
             migration_id=self.migration_id,
             guest=self.guest,
             epoch=self.epoch,
-            role="source",
             peer=self.peer,
             source_host=self.source_host,
             destination_host=self.destination_host,

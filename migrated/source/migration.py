@@ -431,7 +431,7 @@ class OutgoingMigration:
             env.journal.close_attempt(self.migration_id, "source")
             self._guest.migration_id = None
         self._set_status(_STATUS_OF[outcome])
-        env.finish(record)
+        env.finish(record, "source")
         if self.guest_class:
             env.knowledge.learn(record, self.guest_class)
         self.decided.set()
@@ -460,7 +460,9 @@ class OutgoingMigration:
 
     def _became_doubtful(self, reason: str) -> None:
         self._set_status("in-doubt")
-        self._env.publish("X_MIGRATED_IN_DOUBT", {"migration-id": self.migration_id, "reason": reason})
+        self._env.publish(
+            "X_MIGRATED_IN_DOUBT", {"guest": self.guest_name, "migration-id": self.migration_id, "reason": reason}
+        )
 
     def _set_status(self, status: Status) -> None:
         if self.status != status:

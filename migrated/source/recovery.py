@@ -102,4 +102,4 @@ class RecoveredHandover:
             MigrationParameters.model_validate(facts["parameters"]),
             started_at=facts["started_at"],
         )
-        self._env.finish(ledger.finish(outcome, reason, self._env.take_log(self._attempt.migration_id)))
+        self._env.finish(ledger.finish(outcome, reason, self._env.take_log(self._attempt.migration_id)), "source")

@@ -128,13 +128,16 @@ class Simulation:
 
     def run(self) -> Outcome:
         """Play it to the end."""
-        broken, completed, in_doubt = "", False, False
+        broken, completed = "", False
         try:
             self._plan_faults()
             completed = self._play()
             self._check_end(completed)
         except BrokenRuleError as error:
             broken = str(error)
+        except Exception as error:
+            error.add_note(f"in seed {self.seed} after {self.world.now_ns} ns")
+            raise
         in_doubt = any(line.endswith("in doubt") for line in self.world.lines)
         return Outcome(
             self.seed,

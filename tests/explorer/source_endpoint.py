@@ -78,6 +78,11 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         self._committed_ns = 0
         self._resume_reserve_ns = 0
         self._ever_committed = state is SourceState.COMMITTED
+        self.vmm.on_death = lambda: self.process.wake(self._guest_gone)
+
+    def _guest_gone(self) -> None:
+        if self.machine.state in (SourceState.RUNNING, SourceState.STOPPED):
+            self.take(SourceEvent.FAULT, self.control, "the guest's process is gone")
 
     # Section: negotiation and rounds
 
@@ -217,7 +222,6 @@ class Outgoing(Actor[SourceState, SourceEvent]):
             )
         )
 
-    @property
     def _stopped(self) -> bool:
         return self.machine.state is SourceState.STOPPED and self.vmm.state == "paused"
 
@@ -225,13 +229,13 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         assert self.control is not None
         self._tell_downtime()
         yield MS // 4
-        if not self._stopped:
+        if not self._stopped():
             return
         self._send_round(self.vmm.collect())
         self._tell_downtime()
         for name, (save_ns, _) in self.vmm.devices.items():
             yield lambda go, ns=save_ns: self.vmm.request("devices", ns, lambda: None, go)  # type: ignore[misc]  # bound per device
-            if not self._stopped:
+            if not self._stopped():
                 return
             self._send_state(name, save_ns)
             self._tell_downtime()
@@ -333,9 +337,7 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         match action:
             case Action.STOP_GUEST:
                 yield self.vmm.pause
-                if self.vmm.state == "dead":
-                    self.take(SourceEvent.FAULT, self.control, "the guest's process is gone")
-                else:
+                if self.vmm.state == "paused":
                     self.process.start(self._blackout())
             case Action.RESUME_GUEST:
                 yield lambda go: self.vmm.resume(self.attempt.epoch, go)

@@ -34,6 +34,7 @@ MIB: Final = 1 << 20
 START_TIMEOUT_S: Final = 60.0
 SETTLE_TIMEOUT_S: Final = 30.0
 POLL_S: Final = 0.01
+_LIBUV_THREADS: Final = 4
 
 QUICK_LIMITS: Final = {
     "heartbeat_interval_s": 0.25,
@@ -237,9 +238,7 @@ class Host:
     def log_tail(self, count: int = 40) -> str:
         """The end of the log and of standard error, for people."""
         lines = [
-            " ".join(
-                str(value) for key, value in entry.items() if key not in ("migration_id", "peer", "exception")
-            )
+            " ".join(str(value) for key, value in entry.items() if key not in ("migration_id", "peer", "exception"))
             for entry in self.log()[-count:]
         ]
         with contextlib.suppress(FileNotFoundError):
@@ -275,9 +274,7 @@ class Host:
         """Start a guest. ``arguments`` as QMP names with ``_`` for ``-``."""
         given = {key.replace("_", "-"): value for key, value in arguments.items()}
         return dict(
-            await self.command(
-                "x-migrated-guest-create", {"guest": name, "memory-bytes": memory_mib * MIB, **given}
-            )
+            await self.command("x-migrated-guest-create", {"guest": name, "memory-bytes": memory_mib * MIB, **given})
         )
 
     async def guests(self) -> dict[str, dict[str, Any]]:
@@ -389,8 +386,8 @@ class Host:
         found = [f"host {self.name}: {count} more of {kind}" for kind, count in over.items()]
         if held.mapped_memories:
             found.append(f"host {self.name}: {held.mapped_memories} guest memories are still mapped")
-        # The event loop's executor may have grown to its full size; a thread per migration would pass it soon.
-        allowed = self._baseline.threads + min(32, (os.cpu_count() or 1) + 4)
+        # Executors may have grown to their full size, asyncio's and libuv's; a thread per migration would pass it soon.
+        allowed = self._baseline.threads + min(32, (os.cpu_count() or 1) + 4) + _LIBUV_THREADS
         if held.threads > allowed:
             found.append(f"host {self.name}: {held.threads} threads, at most {allowed} are expected")
         return found
@@ -407,8 +404,12 @@ class Host:
             await until("clean", clean, 10.0)
         except HarnessError:
             found = self.excess(len(guests))
-            strangers = {pid: name for pid, name in self.vmm_pids().items() if pid not in {g["pid"] for g in guests.values()}}
-            return found + [f"host {self.name}: guest process {pid} of {name} has no guest" for pid, name in strangers.items()]
+            strangers = {
+                pid: name for pid, name in self.vmm_pids().items() if pid not in {g["pid"] for g in guests.values()}
+            }
+            return found + [
+                f"host {self.name}: guest process {pid} of {name} has no guest" for pid, name in strangers.items()
+            ]
         return []
 
     def close(self) -> None:

@@ -90,7 +90,6 @@ def make_record(**changes: Any) -> Record:
         "migration_id": "m-0001",
         "guest": "g1",
         "epoch": 1,
-        "role": "source",
         "peer": "127.0.0.1:4460",
         "source_host": "a",
         "destination_host": "b",
@@ -221,8 +220,8 @@ class MemoryDaemon:
         record = make_record(migration_id=migration_id, guest=guest, **changes)
         status = record.outcome if record.outcome in ("completed", "cancelled", "in-doubt") else "failed"
         downtime = record.downtime.measured_ns if record.downtime else None
-        self.store.add(record)
-        self.metrics.observe(record)
+        self.store.add(record, "source")
+        self.metrics.observe(record, "source")
         self.move(migration_id, status=status, reason=record.reason, downtime_ns=downtime, remaining_bytes=0)
         self.ended[migration_id].set_result(record.document())
 

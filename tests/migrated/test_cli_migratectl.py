@@ -255,8 +255,8 @@ def test_history_as_table_json_csv_and_stats(
     served: Any, ctl: Callable[..., Result], record_of: Callable[..., Any]
 ) -> None:
     store = served.memory.store
-    store.add(record_of(migration_id="m1", started_at="2026-03-01T10:00:00+00:00"))
-    store.add(record_of(migration_id="m2", guest="g2", outcome="refused", reason='No, "no".', downtime=None))
+    store.add(record_of(migration_id="m1", started_at="2026-03-01T10:00:00+00:00"), "source")
+    store.add(record_of(migration_id="m2", guest="g2", outcome="refused", reason='No, "no".', downtime=None), "source")
     assert [record["migration_id"] for record in document(ctl("--json", "history"))] == ["m2", "m1"]
     assert [record["migration_id"] for record in document(ctl("--json", "history", "--guest", "g1"))] == ["m1"]
     assert document(ctl("--json", "history", "--since", "2026-03-02")) == []
@@ -275,7 +275,7 @@ def test_history_as_table_json_csv_and_stats(
 
 
 def test_show_has_every_section(served: Any, ctl: Callable[..., Result], record_of: Callable[..., Any]) -> None:
-    served.memory.store.add(record_of())
+    served.memory.store.add(record_of(), "source")
     assert document(ctl("--json", "show", "m-0001")) == record_of().document()
     shown = ctl("show", "m-").stdout
     for section in ("Downtime", "Devices", "Rounds", "Memory", "Checkpoints", "Phases", "Guest time", "Parameters"):
@@ -284,8 +284,20 @@ def test_show_has_every_section(served: Any, ctl: Callable[..., Result], record_
     assert (unknown.exit_code, document(unknown)["error"]) == (1, "DeviceNotFound")
 
 
+def test_report_writes_one_file(
+    served: Any, ctl: Callable[..., Result], record_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    served.memory.store.add(record_of(), "source")
+    file = tmp_path / "report.html"
+    assert document(ctl("--json", "report", "m-", "-o", str(file))) == {"migration_id": "m-0001", "file": str(file)}
+    assert "m-0001" in file.read_text()
+    nowhere = ctl("report", "m-0001", "-o", str(tmp_path / "none" / "report.html"))
+    assert nowhere.exit_code == 1
+    assert "cannot be written" in nowhere.stderr
+
+
 def test_resolve_warns_of_what_it_risks(served: Any, ctl: Callable[..., Result], record_of: Callable[..., Any]) -> None:
-    served.memory.store.add(record_of(outcome="in-doubt"))
+    served.memory.store.add(record_of(outcome="in-doubt"), "source")
     warned = ctl("resolve", "m-0001", "--run-here")
     assert warned.exit_code == 2, "without a terminal there is nobody to ask"
     assert "two copies of it will run" in warned.stderr
@@ -340,7 +352,7 @@ def test_completion_scripts(shell: str) -> None:
 def test_completion_knows_guests_migrations_and_parameters(
     served: Any, ctl: Callable[..., Result], record_of: Callable[..., Any]
 ) -> None:
-    served.memory.store.add(record_of())
+    served.memory.store.add(record_of(), "source")
 
     def complete(words: str, socket: Path = served.socket) -> str:
         count = str(len(words.split(" ")) - 1)

@@ -53,7 +53,7 @@ def test_the_parts_of_a_downtime_and_the_rest_stand_in_the_record(record_of: Cal
 
 def test_the_bar_has_a_piece_for_each_part_in_proportion(downtime_of: Callable[..., Any]) -> None:
     bar = downtime_bar(downtime_of(100_000_000).model_dump(mode="json"), width=100)
-    assert bar.plain == "█" * 99 + "░"
+    assert bar.plain == "█" + "▓" * 79 + "▒" * 19 + "░"
     lengths = [span.end - span.start for span in bar.spans]
     assert lengths == [1, 79, 19, 1]
     styles = [span.style for span in bar.spans]

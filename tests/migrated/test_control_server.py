@@ -211,10 +211,19 @@ async def test_a_migration_from_start_to_end(daemon: Any, control_socket: Path) 
         assert "migrated_migrations_total" in (await client.ask("x-migrated-metrics"))["return"]["text"]
 
 
+async def test_query_migrate_does_not_need_the_record_to_be_written(daemon: Any, control_socket: Path) -> None:
+    daemon.add_guest("g1")
+    async with connected(control_socket) as client:
+        await client.ask("migrate", {"uri": "tcp:a:1"})
+        daemon.move("m-0001", status="completed", downtime_ns=66_000_000)
+        info = (await client.ask("query-migrate"))["return"]
+        assert (info["status"], info["downtime"]) == ("completed", 66)
+
+
 async def test_after_a_restart_query_migrate_tells_the_last_record(
     daemon: Any, control_socket: Path, record_of: Callable[..., Any]
 ) -> None:
-    daemon.store.add(record_of(outcome="cancelled", reason="Cancelled by the operator."))
+    daemon.store.add(record_of(outcome="cancelled", reason="Cancelled by the operator."), "source")
     async with connected(control_socket) as client:
         info = (await client.ask("query-migrate"))["return"]
         assert (info["status"], info["error-desc"]) == ("cancelled", "Cancelled by the operator.")

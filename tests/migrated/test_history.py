@@ -31,19 +31,19 @@ def ids(history: History, **query: Any) -> list[str]:
 
 def test_a_record_comes_back_as_its_document(history: History, record_of: Callable[..., Any]) -> None:
     record = record_of()
-    assert history.add(record)
+    assert history.add(record, "source")
     assert history.get("m-0001") == record.document()
 
 
 def test_a_record_of_the_same_id_replaces_the_earlier_one(history: History, record_of: Callable[..., Any]) -> None:
-    history.add(record_of(outcome="in-doubt"))
-    history.add(record_of(outcome="completed"))
+    history.add(record_of(outcome="in-doubt"), "source")
+    history.add(record_of(outcome="completed"), "source")
     assert [r["outcome"] for r in history.query(HistoryQuery())] == ["completed"]
 
 
 def test_a_unique_beginning_of_an_id_is_enough(history: History, record_of: Callable[..., Any]) -> None:
     for migration_id in ("abc", "abcd", "x%y", "x_y"):
-        history.add(record_of(migration_id=migration_id))
+        history.add(record_of(migration_id=migration_id), "source")
     assert history.get("abc")["migration_id"] == "abc", "an exact id wins over longer ones"
     assert history.get("x%")["migration_id"] == "x%y"
     for unknown in ("", "zz", "%", "xzy"):
@@ -58,7 +58,7 @@ def test_queries_filter_and_come_newest_first(history: History, record_of: Calla
         [("g1", "completed"), ("g2", "aborted"), ("g1", "refused"), ("g1", "completed")], start=10
     ):
         started = f"2026-03-01T{hour}:00:00+00:00"
-        history.add(record_of(migration_id=f"m{hour}", guest=guest, outcome=outcome, started_at=started))
+        history.add(record_of(migration_id=f"m{hour}", guest=guest, outcome=outcome, started_at=started), "source")
     assert ids(history) == ["m13", "m12", "m11", "m10"]
     assert ids(history, last=2) == ["m13", "m12"]
     assert ids(history, guest="g1") == ["m13", "m12", "m10"]
@@ -76,10 +76,10 @@ def test_stats_never_pool_aborted_attempts_with_completed_ones(
         downtime = downtime_of(
             number * ms + 30 * ms, predicted_ns=(number + 30) * ms * 9 // 10, predicted_upper_ns=120 * ms
         )
-        history.add(record_of(migration_id=f"c{number}", downtime=downtime))
+        history.add(record_of(migration_id=f"c{number}", downtime=downtime), "source")
     late = downtime_of(900 * ms, limit_violated=True)
-    history.add(record_of(migration_id="a", outcome="aborted", downtime=late))
-    history.add(record_of(migration_id="r", outcome="refused", downtime=None))
+    history.add(record_of(migration_id="a", outcome="aborted", downtime=late), "source")
+    history.add(record_of(migration_id="r", outcome="refused", downtime=None), "source")
     stats = history.stats(HistoryQuery())
     assert stats["migrations"] == 102
     assert stats["outcomes"] == {"completed": 100, "aborted": 1, "refused": 1}
@@ -100,13 +100,13 @@ def test_stats_of_nothing(history: History) -> None:
 
 def test_what_was_added_is_there_after_a_restart(tmp_path: Path, record_of: Callable[..., Any]) -> None:
     with closing(History(tmp_path)) as first:
-        first.add(record_of())
+        first.add(record_of(), "source")
     with closing(History(tmp_path)) as second:
         assert ids(second) == ["m-0001"]
 
 
 def _add_and_die(directory: Path, record: Any) -> None:
-    History(directory).add(record)
+    History(directory).add(record, "source")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -127,18 +127,18 @@ def test_a_full_disk_is_logged_and_the_daemon_goes_on(
     history: History, record_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     """RLIMIT_FSIZE stands in for a full disk: the file cannot grow, as on ENOSPC."""
-    history.add(record_of(migration_id="before"))
+    history.add(record_of(migration_id="before"), "source")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / f"{FILE_NAME}-wal").stat().st_size, limits[1]))
         with structlog.testing.capture_logs() as logs:
-            assert not history.add(record_of(migration_id="lost"))
+            assert not history.add(record_of(migration_id="lost"), "source")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
     assert (logs[0]["log_level"], logs[0]["migration_id"]) == ("error", "lost")
-    assert history.add(record_of(migration_id="after"))
+    assert history.add(record_of(migration_id="after"), "source")
     assert set(ids(history)) == {"before", "after"}
 
 
@@ -147,7 +147,7 @@ def test_a_damaged_file_is_put_aside_and_a_new_one_begins(tmp_path: Path, record
     with structlog.testing.capture_logs() as logs:
         history = History(tmp_path)
     with closing(history):
-        assert history.add(record_of())
+        assert history.add(record_of(), "source")
         assert ids(history) == ["m-0001"]
     aside = list(tmp_path.glob(f"{FILE_NAME}.damaged-*"))
     assert len(aside) == 1
@@ -167,7 +167,7 @@ def test_an_older_schema_is_brought_up_step_by_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_of: Callable[..., Any]
 ) -> None:
     with closing(History(tmp_path)) as history:
-        history.add(record_of())
+        history.add(record_of(), "source")
     monkeypatch.setattr("migrated.history.SCHEMA", (*SCHEMA, "CREATE TABLE more (x INTEGER);"))
     for _ in range(2):
         with closing(History(tmp_path)) as history:

@@ -32,11 +32,11 @@ def test_finished_attempts_are_counted_by_what_they_were(
     record_of: Callable[..., Any], downtime_of: Callable[..., Any]
 ) -> None:
     metrics = Metrics()
-    metrics.observe(record_of())
-    metrics.observe(record_of(downtime=downtime_of(400_000_000, limit_violated=True)))
-    metrics.observe(record_of(outcome="aborted", reason="Too late.", downtime=downtime_of(100_000_000)))
-    metrics.observe(record_of(outcome="refused", reason="No.", downtime=None, rounds=()))
-    metrics.observe(record_of(outcome="in-doubt", reason="No answer."))
+    metrics.observe(record_of(), "source")
+    metrics.observe(record_of(downtime=downtime_of(400_000_000, limit_violated=True)), "source")
+    metrics.observe(record_of(outcome="aborted", reason="Too late.", downtime=downtime_of(100_000_000)), "source")
+    metrics.observe(record_of(outcome="refused", reason="No.", downtime=None, rounds=()), "source")
+    metrics.observe(record_of(outcome="in-doubt", reason="No answer."), "source")
     found = values(metrics)
     counted = {key[1]: value for key, value in found.items() if key[0] == "migrated_migrations_total"}
     assert counted == {"completed": 2, "aborted": 1, "refused": 1}
@@ -69,7 +69,7 @@ def test_what_runs_now_is_told_and_forgotten_when_it_ends(progress_of: Callable[
 
 def test_they_are_served_over_http_until_stopped(record_of: Callable[..., Any]) -> None:
     metrics = Metrics()
-    metrics.observe(record_of())
+    metrics.observe(record_of(), "source")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -43,7 +43,7 @@ def record_of(
         predicted_bases_ns=prediction.bases_by_name(),
     )  # fmt: skip
     return Record(
-        migration_id="0" * 32, guest=guest, epoch=1, role="source", peer="tcp:h:1", source_host="a",
+        migration_id="0" * 32, guest=guest, epoch=1, peer="tcp:h:1", source_host="a",
         destination_host="b", started_at="2026-01-01T00:00:00+00:00", outcome=outcome, reason=None,
         parameters=MigrationParameters(), total_ns=1, setup_ns=0, downtime=downtime, devices=(), checkpoints=(),
         rounds=(), phases=(), time=None, digest=Digest(algorithm="off", source=None, destination=None),

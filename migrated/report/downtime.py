@@ -1,0 +1,153 @@
+"""The downtime: predicted against actual, part by part, and at QEMU's checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from migrated.report.charts import Axis, Bar, Track, magnified, tracks
+from migrated.report.fields import Fields, exact_ms, short
+from migrated.report.markup import el, join
+from migrated.report.pieces import SIDES, UNATTRIBUTED, Section, chip, legend, note, section, share
+
+CHECKPOINTS: Final = {
+    "src-downtime-start": "the stop is requested",
+    "src-vm-stopped": "the vCPUs stand still",
+    "src-iterable-saved": "last pages and iterable devices are sent",
+    "src-non-iterable-saved": "all device states are sent",
+    "dst-precopy-loadvm-completed": "everything is loaded",
+    "dst-precopy-bh-vm-started": "the vCPUs run",
+    "src-downtime-end": "the guest runs again",
+}
+COUNTS: Final = {
+    "source_reported_ns": "last told by the source",
+    "destination_measured_ns": "counted by the destination at its vote",
+    "hold_ns": "held by the operator",
+}
+"""What the record says about the counting: member, and its name on the page."""
+
+
+def prediction(fields: Fields) -> Section | None:
+    """The downtime against its prediction, its bound and its limit."""
+    downtime = fields["downtime"]
+    if not downtime:
+        return None
+    lower, upper, limit = downtime["lower_ns"], downtime["upper_ns"], downtime["limit_ns"]
+    abort_limit = limit + round(fields["parameters.switchover_limit_ms"] * 1e6)
+    interval = Bar(lower, upper - lower, "interval", f"between {short(lower)} and {short(upper)}")
+    rows = [Track("actual", (fields.ms("downtime.measured_ns"),), (*part_bars(downtime), interval))]
+    for name, title, look in (("predicted_ns", "predicted", "predicted"), ("predicted_upper_ns", "its bound", "bound")):
+        if downtime[name] is not None:
+            bar = Bar(0, downtime[name], look, f"{title} {short(downtime[name])}")
+            rows.append(Track(title, (fields.ms(f"downtime.{name}"),), (bar,)))
+    rows.append(Track("limit", (fields.ms("downtime.limit_ns"),), (Bar(0, limit, "allowed", short(limit)),)))
+    if abort_limit > limit:
+        bar = Bar(0, abort_limit, "allowed", short(abort_limit))
+        rows.append(Track("limit and tolerance", (exact_ms(abort_limit),), (bar,)))
+    for name, title in COUNTS.items():
+        if downtime[name]:
+            bar = Bar(0, downtime[name], "bound", f"{title}: {short(downtime[name])}")
+            rows.append(Track(title, (fields.ms(f"downtime.{name}"),), (bar,)))
+    end_ns = max(upper, abort_limit, *(downtime[name] or 0 for name in ("predicted_ns", "predicted_upper_ns", *COUNTS)))
+    axis = Axis(0, max(1, round(end_ns * 1.04)), (Bar(limit, 0, "limit", f"limit {short(limit)}"),))
+    unbounded = downtime["predicted_ns"] is not None and downtime["predicted_upper_ns"] is None
+    return section(
+        "prediction",
+        "Predicted against actual",
+        tracks("The downtime, its prediction and its limit", ("", "ms"), rows, axis),
+        note("No bound was recorded with the prediction.") if unbounded else None,
+        legend(),
+    )
+
+
+def part_bars(downtime: Any) -> list[Bar]:
+    """The parts of a downtime end to end, and what they leave of it."""
+    bars: list[Bar] = []
+    begin_ns, shaded, before = 0, False, None
+    for part in downtime["parts"]:
+        # Neighbours of one side differ in shade, so that they can be told apart.
+        shaded = part["side"] == before and not shaded
+        before = part["side"]
+        what = f"{part['name']} ({part['side']}): {short(part['ns'])}"
+        bars.append(Bar(begin_ns, part["ns"], part["side"] + (" other" if shaded else ""), what))
+        begin_ns += part["ns"]
+    rest = downtime["unattributed_ns"]
+    if rest > 0:
+        bars.append(Bar(begin_ns, rest, UNATTRIBUTED, f"{UNATTRIBUTED}: {short(rest)}"))
+    return bars
+
+
+def breakdown(fields: Fields) -> Section | None:
+    """Every part of the downtime to the nanosecond, and the short ones enlarged."""
+    downtime = fields["downtime"]
+    if not downtime:
+        return None
+    measured = downtime["measured_ns"]
+    bars = part_bars(downtime)
+    rows = []
+    for path, bar in zip(fields.rows("downtime.parts"), bars, strict=False):
+        side = chip(fields[f"{path}.side"], fields.show(f"{path}.side"))
+        cells = (side, fields.ms(f"{path}.ns"), share(bar.ns, measured))
+        rows.append(Track(fields.show(f"{path}.name"), cells, (bar,)))
+    unattributed = ("", fields.ms("downtime.unattributed_ns"), share(downtime["unattributed_ns"], measured))
+    rows.append(Track(UNATTRIBUTED, unattributed, tuple(bars[len(downtime["parts"]) :]), "rest-row"))
+    total = ("", fields.ms("downtime.measured_ns"), share(measured, measured))
+    rows.append(Track("downtime", total, (Bar(0, measured, "whole", f"downtime: {short(measured)}"),), "sum-row"))
+    marks = tuple(
+        Bar(point["ns"], 0, f"instant {point['side']}", f"{point['name']}: {short(point['ns'])}")
+        for point in fields["checkpoints"]
+    )
+    end_ns = max([measured, *(mark.begin_ns for mark in marks)])
+    sums = {side: sum(part["ns"] for part in downtime["parts"] if part["side"] == side) for side in SIDES}
+    by_side = [el("span", chip(side, side), " ", exact_ms(ns), " ms") for side, ns in sums.items()]
+    return section(
+        "downtime",
+        "The downtime, part by part",
+        el("p", *by_side, class_="by-side"),
+        magnified(f"The downtime of {short(measured)}", bars, measured),
+        tracks(
+            "Parts of the downtime",
+            ("part", "side", "ms", "share"),
+            rows,
+            Axis(0, max(1, round(end_ns * 1.005)), marks),
+        ),
+        note(
+            "Parts and the unattributed rest sum to the downtime, to the nanosecond. Bars stand end to end; gaps between "
+            "the parts are gathered in the rest. Thin lines are QEMU’s checkpoints."
+        ),
+        el("p", "Choose a bar to enlarge its stretch of time.", class_="note scripted", hidden=True),
+    )
+
+
+def checkpoints(fields: Fields) -> Section | None:
+    """QEMU's checkpoints in the order of time."""
+    paths = sorted(fields.rows("checkpoints"), key=lambda path: int(fields[f"{path}.ns"]))
+    if not paths:
+        return None
+    rows = []
+    before_ns = 0
+    for path in paths:
+        point = fields[path]
+        what = f"{point['name']}: {short(point['ns'])}"
+        bars = (
+            Bar(before_ns, point["ns"] - before_ns, "since", what),
+            Bar(point["ns"], 0, f"instant point {point['side']}", what),
+        )
+        side = chip(point["side"], fields.show(f"{path}.side"))
+        cells = (side, fields.ms(f"{path}.ns"), exact_ms(point["ns"] - before_ns))
+        meaning = el("small", CHECKPOINTS.get(point["name"], ""), class_="meaning")
+        rows.append(Track(join([fields.show(f"{path}.name"), meaning]), cells, bars))
+        before_ns = point["ns"]
+    return section(
+        "checkpoints",
+        "QEMU’s checkpoints",
+        tracks(
+            "QEMU's checkpoints",
+            ("checkpoint", "side", "at ms", "since last ms"),
+            rows,
+            Axis(0, max(1, round(before_ns * 1.01))),
+        ),
+        note(
+            "Since the stop was requested. The destination counts with the upper bound of every transit, so its "
+            "checkpoints may lie behind the source’s src-downtime-end by that much."
+        ),
+    )

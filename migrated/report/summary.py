@@ -1,0 +1,116 @@
+"""The first look: what happened, in a sentence and a handful of figures."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from migrated.report.fields import Fields, grouped, percent, short
+from migrated.report.markup import Markup, Node, el, join
+
+OUTCOME_LOOKS: Final = {"completed": "good", "in-doubt": "bad"}
+
+
+def header(fields: Fields) -> Markup:
+    """What happened, in a sentence and a handful of figures."""
+    identity = [
+        el("span", "migration ", fields.show("migration_id")),
+        el("span", "epoch ", fields.show("epoch")),
+        el("span", "began ", fields.show("started_at", fields["started_at"][:19].replace("T", " ")), " UTC"),
+        el("span", fields.show("source_host"), " → ", fields.show("destination_host"), " at ", fields.show("peer")),
+        el("span", "as recorded by the ", fields.show("role")),
+    ]
+    reason = fields["reason"]
+    return el(
+        "header",
+        el("p", "migrated · record of one migration", class_="kicker"),
+        el("h1", fields.show("guest"), " ", badge(fields)),
+        el("p", sentence(fields.document), class_="sentence"),
+        el("p", el("b", "Reason: "), fields.show("reason"), class_="reason") if reason else None,
+        el("p", *identity, class_="identity"),
+        _key_figures(fields),
+    )
+
+
+def badge(fields: Fields) -> Markup:
+    """The outcome, coloured."""
+    late = fields["downtime"] and fields["downtime.limit_violated"] and fields["outcome"] == "completed"
+    look = "warn" if late else OUTCOME_LOOKS.get(fields["outcome"], "warn")
+    return el("span", fields.show("outcome"), ", late" if late else None, class_=f"badge {look}")
+
+
+def sentence(record: Any) -> str:
+    """The outcome in words."""
+    guest, took, downtime = record["guest"], short(record["total_ns"]), record["downtime"]
+    here, there = _hosts(record)
+    match record["outcome"]:
+        case "completed":
+            text = f"{guest} moved from {here} to {there} in {took}"
+            return f"{text} and stood still for {_against_limit(downtime)}." if downtime else f"{text}."
+        case "in-doubt":
+            return (
+                f"{guest} was handed over to {there}, which has not answered since: it is kept stopped on {here} until "
+                "the other host or an operator says which copy runs."
+            )
+        case outcome if downtime:
+            text = "The switchover was given up" if outcome == "aborted" else f"The migration ended as {outcome}"
+            return f"{text}: {guest} runs on where it was, on {here}, after a pause of {_against_limit(downtime)}."
+        case "refused":
+            return f"The migration was refused before the guest was stopped: {guest} ran on, on {here}."
+        case outcome:
+            return f"The migration was {outcome} after {took}, before the guest was stopped: {guest} ran on, on {here}."
+
+
+def _hosts(record: Any) -> tuple[str, str]:
+    """Source and destination, without their control sockets where the hosts alone tell them apart."""
+    here, there = record["source_host"], record["destination_host"] or record["peer"]
+    names = here.partition(" (")[0], there.partition(" (")[0]
+    return names if names[0] != names[1] else (here, there)
+
+
+def _against_limit(downtime: Any) -> str:
+    measured, limit = downtime["measured_ns"], downtime["limit_ns"]
+    if measured > limit:
+        return f"{short(measured)}, {short(measured - limit)} more than the limit of {short(limit)}"
+    return (
+        f"{short(measured)}, {percent(measured / limit)} of the {short(limit)} that it may"
+        if limit
+        else short(measured)
+    )
+
+
+def _key_figures(fields: Fields) -> Markup:
+    figures: list[tuple[str, Node, Node]] = []
+    downtime = fields["downtime"]
+    if downtime:
+        what = "Downtime" if fields["outcome"] in ("completed", "in-doubt") else "Pause"
+        bounds = join(["between ", fields.ms("downtime.lower_ns"), " and ", fields.ms("downtime.upper_ns"), " ms"])
+        figures.append((what, fields.short("downtime.measured_ns"), bounds))
+        used = percent(downtime["measured_ns"] / downtime["limit_ns"]) + " of it used" if downtime["limit_ns"] else None
+        violated = fields.show("downtime.limit_violated", "exceeded" if downtime["limit_violated"] else "kept")
+        figures.append(("Limit", fields.short("downtime.limit_ns"), join([violated, used], ", ")))
+        figures.append(("Predicted", fields.short("downtime.predicted_ns"), _error(downtime)))
+    figures.append(("Total time", fields.short("total_ns"), join([fields.short("setup_ns"), " of it set-up"])))
+    moved = join(
+        ["of ", fields.size("ram.total_bytes"), "; ", fields.size("ram.downtime_bytes"), " while it stood still"]
+    )
+    figures.append(("Moved", fields.size("ram.transferred_bytes"), moved))
+    figures.append(
+        ("Rounds", grouped(len(fields["rounds"])), join([fields.count("ram.dirty_sync_count"), " dirty-log reads"]))
+    )
+    if fields["digest.source"]:
+        figures.append(("Memory digest", _digest_verdict(fields), fields.show("digest.algorithm")))
+    cells = [el("div", el("dt", name), el("dd", value), el("dd", note, class_="note")) for name, value, note in figures]
+    return el("dl", *cells, class_="figures")
+
+
+def _error(downtime: Any) -> str | None:
+    predicted, measured = downtime["predicted_ns"], downtime["measured_ns"]
+    if predicted is None or not measured:
+        return None
+    off = percent(abs(predicted - measured) / measured)
+    return f"{off} too {'high' if predicted > measured else 'low'}" if predicted != measured else "exact"
+
+
+def _digest_verdict(fields: Fields) -> str:
+    source, destination = fields["digest.source"], fields["digest.destination"]
+    return "not compared" if destination is None else "equal" if source == destination else "different"

@@ -1,0 +1,169 @@
+"""Time: the phases of both hosts on one axis, and how the guest's own clocks were carried over."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Final
+
+from migrated.report.charts import Axis, Bar, Track, tracks
+from migrated.report.downtime import part_bars
+from migrated.report.fields import Fields, exact_ms, join_unit, short
+from migrated.report.markup import Markup, join
+from migrated.report.pieces import Section, facts_list, note, section, signed, table
+
+BLANK: Final = ("", "", "")
+
+
+def timeline(fields: Fields) -> Section | None:
+    """Guest, source and destination on one axis from the beginning of the attempt."""
+    phases, total_ns = fields.rows("phases"), fields["total_ns"]
+    if not phases:
+        return None
+    stop_ns = next((fields[f"{path}.begin_ns"] for path in phases if fields[f"{path}.name"] == "Pause"), None)
+    downtime = fields["downtime"] if stop_ns is not None else None
+    log_lines = _log_bars(fields)
+    here = [_phase_track(fields, path) for path in phases]
+    there = _destination_tracks(downtime, stop_ns) if downtime else []
+    rows = [_guest_track(fields, stop_ns, downtime)]
+    for side, host, found in (("source", "source_host", here), ("destination", "destination_host", there)):
+        if log_lines[side]:
+            found.append(Track("log lines", BLANK, tuple(log_lines[side]), "log-row"))
+        if found:
+            rows += [Track(join([f"On the {side}, ", fields.show(host)])), *found]
+    marks = (Bar(stop_ns, 0, "instant", "the stop is requested"),) if downtime else ()
+    skew = fields["time"] and fields["time.wall_clock_skew_ns"]
+    corrected = f", the destination’s corrected by {short(sum(skew) // 2)} of skew." if skew else "."
+    return section(
+        "timeline",
+        "Time line of both hosts",
+        tracks(
+            "Phases of the migration on both hosts",
+            ("", "begin ms", "end ms", "took ms"),
+            rows,
+            Axis(0, max(1, total_ns), marks),
+        ),
+        note(
+            "Phases are on the source’s clock, from the beginning of the attempt. What the destination did while the "
+            "guest stood still is placed by the parts of the downtime, end to end; log lines by their wall clocks",
+            corrected,
+        ),
+    )
+
+
+def _phase_track(fields: Fields, path: str) -> Track:
+    begin_ns, ns = fields[f"{path}.begin_ns"], fields[f"{path}.end_ns"] - fields[f"{path}.begin_ns"]
+    cells = (fields.ms(f"{path}.begin_ns"), fields.ms(f"{path}.end_ns"), exact_ms(ns))
+    bar = Bar(begin_ns, ns, "source", f"{fields[f'{path}.name']}: {short(ns)}")
+    return Track(fields.show(f"{path}.name"), cells, (bar,))
+
+
+def _destination_tracks(downtime: Any, stop_ns: int) -> list[Track]:
+    found = []
+    for bar, part in zip(part_bars(downtime), downtime["parts"], strict=False):
+        if part["side"] == "destination":
+            begin_ns = stop_ns + bar.begin_ns
+            cells = (exact_ms(begin_ns), exact_ms(begin_ns + bar.ns), exact_ms(bar.ns))
+            found.append(Track(part["name"], cells, (Bar(begin_ns, bar.ns, "destination", bar.what),)))
+    return found
+
+
+def _guest_track(fields: Fields, stop_ns: int | None, downtime: Any) -> Track:
+    guest, total_ns = f"guest {fields['guest']}", fields["total_ns"]
+    if stop_ns is None or not downtime:
+        # In doubt, the guest was stopped and nothing is known of when it ran again.
+        stopped = fields["outcome"] == "in-doubt" and stop_ns is not None
+        end_ns = stop_ns if stopped else total_ns
+        bars = [Bar(0, end_ns, "runs-source", "runs on the source")]
+        if stopped:
+            bars.append(Bar(end_ns, total_ns - end_ns, "stopped", "is kept stopped on the source"))
+        return Track(guest, BLANK, tuple(bars), "guest-row")
+    end_ns = stop_ns + downtime["measured_ns"]
+    side = "destination" if fields["outcome"] == "completed" else "source"
+    bars = [
+        Bar(0, stop_ns, "runs-source", "runs on the source"),
+        Bar(stop_ns, end_ns - stop_ns, "stopped", f"stands still for {short(end_ns - stop_ns)}"),
+        Bar(end_ns, max(0, total_ns - end_ns), f"runs-{side}", f"runs on the {side}"),
+    ]
+    return Track(guest, (exact_ms(stop_ns), exact_ms(end_ns), exact_ms(end_ns - stop_ns)), tuple(bars), "guest-row")
+
+
+def _log_bars(fields: Fields) -> dict[str, list[Bar]]:
+    """Log lines as instants on the attempt's axis, per side."""
+    skew = fields["time"] and fields["time.wall_clock_skew_ns"]
+    ahead_ns = {"source": 0, "destination": sum(skew) // 2 if skew else 0}
+    found: dict[str, list[Bar]] = {"source": [], "destination": []}
+    for line in fields["events"]:
+        at_ns, side = since_start_ns(fields, line["at"]), line["side"]
+        if at_ns is not None:
+            found[side].append(Bar(at_ns - ahead_ns[side], 0, f"instant {side}", f"{line['level']}: {line['event']}"))
+    return found
+
+
+def since_start_ns(fields: Fields, at: str) -> int | None:
+    """How long after the beginning a wall clock said ``at``; None when that is no time."""
+    try:
+        passed = datetime.fromisoformat(at) - datetime.fromisoformat(fields["started_at"])
+    except (ValueError, TypeError):
+        return None
+    return round(passed.total_seconds() * 1e6) * 1000
+
+
+def guest_time(fields: Fields) -> Section | None:
+    """The adjustment: the elapsed time with its bounds, time data before and after, and who added what."""
+    if not fields["time"]:
+        return None
+    lower, upper = fields["time.elapsed_lower_ns"], fields["time.elapsed_upper_ns"]
+    facts = [
+        ("policy", fields.show("time.policy")),
+        ("elapsed time known to", join_unit(exact_ms(upper - lower), "ms")),
+        ("round trip of the exchange", join_unit(fields.ms("time.round_trip_ns"), "ms")),
+        ("added to the guest’s TSC", join_unit(fields.count("time.tsc_delta"), "ticks")),
+        ("guest uptime at the export", join_unit(fields.ms("time.guest_uptime_ns"), "ms")),
+        ("guest uptime at the import", join_unit(fields.ms("time.boot_hrtime_delta"), "ms")),
+        ("wall clocks apart, at least", join_unit(fields.ms("time.wall_clock_skew_ns.0"), "ms")),
+        ("wall clocks apart, at most", join_unit(fields.ms("time.wall_clock_skew_ns.1"), "ms")),
+    ]
+    changes = []
+    for path in fields.members("time.before"):
+        name = path.rpartition(".")[2]
+        after = f"time.after.{name}"
+        changes.append((name, fields.count(path), fields.count(after), signed(fields[after] - fields[path])))
+    return section(
+        "time",
+        "Guest time",
+        note("The guest’s clocks were moved on by the time between their export on the source and their import."),
+        _elapsed(fields),
+        facts_list(facts),
+        table("Time data before and after", ("time data", "before", "after", "change"), changes),
+        _stages(fields),
+        note("Stages: Δ itself, the daemon until it wrote to the VMM, and the VMM until its own clock took over."),
+    )
+
+
+def _elapsed(fields: Fields) -> Markup:
+    lower, upper, used = (fields[f"time.elapsed{which}_ns"] for which in ("_lower", "_upper", ""))
+    width = max(1, upper - lower)
+    known = Bar(lower, width, "interval", f"known to {short(width)}")
+    rows = [
+        Track("at least", (fields.ms("time.elapsed_lower_ns"),), (Bar(lower, 0, "instant", "at least"),)),
+        Track("Δ in use", (fields.ms("time.elapsed_ns"),), (known, Bar(used, 0, "limit", "in use"))),
+        Track("at most", (fields.ms("time.elapsed_upper_ns"),), (Bar(upper, 0, "instant", "at most"),)),
+    ]
+    begin_ns = min(lower, used) - width // 5
+    return tracks("Elapsed time", ("", "ms"), rows, Axis(begin_ns, max(upper, used) + width // 5 + 1 - begin_ns))
+
+
+def _stages(fields: Fields) -> Markup:
+    rows = []
+    begin_ns = 0
+    for path in fields.rows("time.stages"):
+        ns = fields[f"{path}.ns"]
+        cells = (
+            fields.ms(f"{path}.ns"),
+            fields.count(f"{path}.tsc_delta", "ticks"),
+            fields.count(f"{path}.boot_hrtime_delta", "ns"),
+        )
+        rows.append(Track(fields.show(f"{path}.name"), cells, (Bar(begin_ns, ns, "destination", short(ns)),)))
+        begin_ns += ns
+    heads = ("stage", "ms", "TSC ticks", "boot_hrtime ns")
+    return tracks("Stages of the adjustment", heads, rows, Axis(0, max(1, round(begin_ns * 1.02))))

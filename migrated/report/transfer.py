@@ -1,0 +1,158 @@
+"""What travelled: memory rounds, devices, encodings and the digest."""
+
+from __future__ import annotations
+
+from migrated.report.charts import Axis, Bar, Series, Track, plot, tracks
+from migrated.report.fields import Fields, rate, short, size
+from migrated.report.markup import Markup, el
+from migrated.report.pieces import Section, chip, facts_list, note, section, share, table
+
+
+def rounds(fields: Fields) -> Section | None:
+    """What each round sent and left, and why the guest was not stopped yet."""
+    paths = fields.rows("rounds")
+    if not paths:
+        return None
+    heads = (
+        "round",
+        "pages scanned",
+        "left dirty",
+        "zero pages",
+        "sent",
+        "time ms",
+        "scan ms",
+        "bandwidth",
+        "dirtied pages/s",
+        "predicted ms",
+        "throttle %",
+        "decision",
+    )
+    rows = [
+        (
+            fields.show(f"{path}.round"),
+            fields.count(f"{path}.scanned_pages", "pages"),
+            fields.count(f"{path}.dirty_pages", "pages"),
+            fields.count(f"{path}.zero_pages", "pages"),
+            fields.size(f"{path}.bytes"),
+            fields.ms(f"{path}.ns"),
+            fields.ms(f"{path}.scan_ns"),
+            fields.rate(f"{path}.bandwidth_bytes_per_s"),
+            fields.count(f"{path}.dirty_rate_pages_per_s", "pages/s"),
+            fields.ms(f"{path}.predicted_downtime_ns"),
+            fields.show(f"{path}.throttle_percent"),
+            el("span", fields.show(f"{path}.decision"), class_="decision"),
+        )
+        for path in paths
+    ]
+    return section("rounds", "Memory rounds", *round_plots(fields), table("Memory rounds", heads, rows, words=(11,)))
+
+
+def round_plots(fields: Fields) -> list[Markup]:
+    """What the rounds sent and left, how fast, and why the guest was not stopped earlier. One round needs no plot."""
+    rounds, page = fields["rounds"], fields["ram.page_size"]
+    if len(rounds) < 2:
+        return []
+    numbers = [row["round"] for row in rounds]
+    limit_ns = round(fields["parameters.downtime_limit_ms"] * 1e6)
+
+    def line(name: str, look: str, key: str, factor: int = 1) -> Series:
+        return Series(name, look, tuple(None if row[key] is None else row[key] * factor for row in rounds))
+
+    plots = [
+        plot(
+            "Sent, and left dirty",
+            [line("sent", "source", "bytes"), line("dirty after it", "link", "dirty_pages", page)],
+            numbers,
+            size,
+            base=16,
+        ),
+        plot(
+            "Bandwidth against dirty rate",
+            [
+                line("bandwidth", "source", "bandwidth_bytes_per_s"),
+                line("dirtied", "link", "dirty_rate_pages_per_s", page),
+            ],
+            numbers,
+            rate,
+            base=16,
+        ),
+        plot(
+            "Predicted downtime",
+            [line("predicted", "destination", "predicted_downtime_ns")],
+            numbers,
+            lambda ns: short(round(ns)),
+            base=10,
+            limit=("limit", limit_ns),
+        ),
+    ]
+    return [el("div", *plots, class_="plots")]
+
+
+def devices(fields: Fields) -> Section | None:
+    """What every device weighed, and took to save and to load."""
+    paths = fields.rows("devices")
+    if not paths:
+        return None
+    rows = []
+    longest = 1
+    for path in paths:
+        device = fields[path]
+        save, load, expected = device["save_ns"], device["load_ns"], device["expected_load_ns"]
+        longest = max(longest, save or 0, load or 0, expected or 0)
+        bars = []
+        if save:
+            bars.append(Bar(0, save, "source upper", f"save {short(save)}"))
+        if load:
+            bars.append(Bar(0, load, "destination lower", f"load {short(load)}"))
+        if expected:
+            bars.append(Bar(expected, 0, "instant expected", f"expected load {short(expected)}"))
+        cells = (
+            fields.show(f"{path}.kind"),
+            fields.size(f"{path}.bytes"),
+            fields.size(f"{path}.precopy_bytes"),
+            fields.ms(f"{path}.save_ns"),
+            fields.ms(f"{path}.load_ns"),
+            fields.ms(f"{path}.expected_load_ns"),
+        )
+        rows.append(Track(fields.show(f"{path}.name"), cells, tuple(bars)))
+    heads = ("device", "kind", "state", "in pre-copy", "SAVE ms", "LOAD ms", "expected LOAD ms")
+    return section(
+        "devices",
+        "Devices",
+        tracks("Devices, what saving and loading them took", heads, rows, Axis(0, round(longest * 1.02) + 1)),
+        note(
+            chip("source", "SAVE"),
+            " on the source and ",
+            chip("destination", "LOAD"),
+            " on the destination; a line marks the load that the destination had expected. Devices are loaded while "
+            "later ones are saved and sent, so the sum of the loads may exceed what they add to the downtime.",
+        ),
+    )
+
+
+def memory(fields: Fields) -> Section:
+    """Totals of the memory transfer, what its encodings gained, and the digests."""
+    facts = [
+        (path.removeprefix("ram."), fields.by_name(path)) for path in fields.members("ram") if path != "ram.encodings"
+    ]
+    digest = [(path, fields.show(path)) for path in fields.members("digest")]
+    heads = ("encoding", "batches", "page bytes", "wire bytes", "on the wire", "time ms")
+    rows = []
+    for path in fields.rows("ram.encodings"):
+        pages = fields[f"{path}.page_bytes"]
+        rows.append(
+            (
+                fields.show(f"{path}.encoding"),
+                fields.count(f"{path}.batches"),
+                fields.size(f"{path}.page_bytes"),
+                fields.size(f"{path}.wire_bytes"),
+                share(fields[f"{path}.wire_bytes"], pages),
+                fields.ms(f"{path}.ns"),
+            )
+        )
+    return section(
+        "memory",
+        "Memory, encodings and digest",
+        facts_list([*facts, *digest]),
+        table("Encodings", heads, rows) if rows else None,
+    )
