@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo "Running all tests; this takes some minutes (make test PYTEST_OPTIONS='-m \"not slow\"' for fewer)." >&2
-	@$(BIN)/python -m pytest -q $(PYTEST_OPTIONS)
+	@$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from migrated.config import Config
 from migrated.control.operations import EventBus, GuestSpec, OperationError
 from migrated.destination.migration import IncomingMigration
 from migrated.destination.recovery import RecoveredTakeover
+from migrated.destination.takeover import Takeover
 from migrated.environment import Environment, host_name
 from migrated.errors import MigrationError, VmmError
 from migrated.guests import Guest, GuestRegistry, UnknownGuestError
@@ -30,7 +31,7 @@ from migrated.journal import Attempt, Journal
 from migrated.learned import keep_knowledge, load_knowledge
 from migrated.link import sockets
 from migrated.link.control import ControlChannel
-from migrated.link.reply import OneAnswer
+from migrated.link.reply import Nobody, OneAnswer
 from migrated.logs import LogCollector
 from migrated.metrics import Metrics
 from migrated.parameters import MigrationParameters
@@ -49,6 +50,8 @@ from protocol.versions import MAJOR, MINOR
 log = structlog.get_logger()
 
 Found = TypeVar("Found")
+
+_TAKEOVERS_KEPT = 64
 
 Role = Literal["source", "destination", "host"]
 """Which directions a daemon takes part in."""
@@ -91,6 +94,8 @@ class MigrationHost:
         self._guest_parameters: dict[str, MigrationParameters] = {}
         self._outgoing: dict[str, OutgoingMigration] = {}
         self._incoming: dict[str, IncomingMigration] = {}
+        self._takeovers: dict[str, Takeover] = {}
+        """Finished take-overs: they answer late questions better than the journal, which may not have been written."""
         self._recovered: dict[str, RecoveredHandover] = {}
         self._recovered_incoming: dict[str, RecoveredTakeover] = {}
         self._last: dict[tuple[str, str], OutgoingMigration | IncomingMigration] = {}
@@ -101,7 +106,11 @@ class MigrationHost:
     async def start(self) -> None:
         """Find the guests that run and finish or undo what the last daemon left open."""
         await self._guests.open()
-        for attempt in self._journal.open_attempts():
+        current, overtaken = self._journal.open_attempts()
+        for attempt in overtaken:
+            log.warning("an attempt that a later one has overtaken is closed", migration_id=attempt.migration_id)
+            self._journal.close_attempt(attempt.migration_id, attempt.role)
+        for attempt in current:
             if attempt.role == "source":
                 self._recover_source(attempt)
             else:
@@ -362,6 +371,7 @@ class MigrationHost:
             control.send(messages.Refuse(code=int(refusal[0]), reason=refusal[1]))
             self._tasks.start(control.close())
             return
+        await self._end_older(hello)
         incoming = IncomingMigration(self._env, control, hello)
         self._incoming[hello.migration_id] = self._last["destination", hello.guest.name] = incoming
         self._tasks.start(self._run_incoming(incoming))
@@ -377,11 +387,26 @@ class MigrationHost:
             return ErrorCode.UNEXPECTED, "this migration id was used before"
         return None
 
+    async def _end_older(self, hello: messages.Hello) -> None:
+        """A newer epoch of a guest is the source's ABORT of an older one whose message was lost."""
+        for incoming in list(self._incoming.values()):
+            takeover = incoming.takeover
+            if incoming.guest_name == hello.guest.name and takeover is not None and takeover.epoch < hello.epoch:
+                incoming.outcome_asked(DestinationEvent.ABORT, Nobody())
+                await takeover.finished.wait()
+        for recovered in self._recovered_incoming.values():
+            if recovered.is_older_than(hello.guest.name, hello.epoch):
+                await recovered.take(DestinationEvent.ABORT, Nobody())
+
     async def _run_incoming(self, incoming: IncomingMigration) -> None:
         try:
             await incoming.run()
         finally:
             self._incoming.pop(incoming.migration_id, None)
+            if incoming.takeover is not None:
+                self._takeovers[incoming.migration_id] = incoming.takeover
+                while len(self._takeovers) > _TAKEOVERS_KEPT:
+                    del self._takeovers[next(iter(self._takeovers))]
 
     async def _outcome_asked(self, ask: messages.OutcomeAsk, sock: socket.socket, agreed: sockets.Agreed) -> None:
         """The source tells its decision again; whoever has the hand-over answers."""
@@ -393,6 +418,8 @@ class MigrationHost:
             incoming.outcome_asked(decision, reply)
         elif recovered is not None:
             await recovered.take(decision, reply)
+        elif (takeover := self._takeovers.get(ask.migration_id)) is not None:
+            await takeover.take(decision, reply, reason="the source keeps its guest")
         else:
             reply.send(self._journaled_answer(ask))
         await reply.deliver(self._config.limits.handshake_timeout_s)

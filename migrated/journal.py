@@ -116,9 +116,15 @@ class Journal:
         """One attempt, None when it is unknown here."""
         return self._attempts.get((migration_id, role))
 
-    def open_attempts(self) -> list[Attempt]:
-        """Attempts that a restarted daemon must finish or undo, oldest first."""
-        return [attempt for attempt in self._attempts.values() if not attempt.closed]
+    def open_attempts(self) -> tuple[list[Attempt], list[Attempt]]:
+        """What a restarted daemon finds open, oldest first: the attempts that it must finish or undo, and those that a
+        later epoch of the same guest has overtaken, in either role: they must not touch the guest any more."""
+        newest: dict[str, int] = {}
+        for attempt in self._attempts.values():
+            newest[attempt.guest] = max(newest.get(attempt.guest, 0), attempt.epoch)
+        found = [attempt for attempt in self._attempts.values() if not attempt.closed]
+        current = [attempt for attempt in found if attempt.epoch == newest[attempt.guest]]
+        return current, [attempt for attempt in found if attempt.epoch != newest[attempt.guest]]
 
     def next_epoch(self, guest: str, known: int) -> int:
         """The number of the guest's next hand-over: above everything journaled here and above ``known``."""

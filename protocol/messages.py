@@ -6,8 +6,8 @@ Control channel (S source, D destination; the whole story is drawn in docs/proto
     S COMMIT -> D RUNNING | DISCARDED     S ABORT -> D DISCARDED          D REPORT, S RECORD
     either side: CLOCK_ASK -> CLOCK_REPLY (also the heartbeat), ERROR
 
-Data channels: S JOIN -> D JOINED, then S PAGES, ZERO_PAGES, DEVICE_STATE, BARRIER. A fresh connection may open with
-OUTCOME_ASK instead: the source tells its decision again and learns what became of it.
+Data channels: S JOIN -> D JOINED, then S EXTENTS, PAGES, ZERO_PAGES, DEVICE_STATE, BARRIER. A fresh connection may
+open with OUTCOME_ASK instead: the source tells its decision again and learns what became of it.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class FrameType(IntEnum):
     ZERO_PAGES = 35
     BARRIER = 36
     DEVICE_STATE = 37
+    EXTENTS = 38
 
 
 class Message(WireModel):
@@ -339,6 +340,14 @@ class ZeroPages(Message):
     runs: Annotated[bytes, Field(min_length=8, max_length=MAX_RUNS_BYTES)]
 
 
+class Extents(Message):
+    """Runs of pages that hold data and will travel in this round, ahead of them. A hint: the destination may populate
+    them meanwhile. Only in round 1, only with the capability ``extents``. No payload."""
+
+    TYPE = FrameType.EXTENTS
+    runs: Annotated[bytes, Field(min_length=8, max_length=MAX_RUNS_BYTES)]
+
+
 class Barrier(Message):
     """End of a round on this channel: no page of a later round was sent before it."""
 
@@ -391,6 +400,7 @@ MESSAGES: tuple[type[Message], ...] = (
     Joined,
     Pages,
     ZeroPages,
+    Extents,
     Barrier,
     DeviceState,
 )

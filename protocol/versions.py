@@ -32,6 +32,7 @@ CAPABILITIES: Final = frozenset(
         "switchover-abort",  # the destination enforces the downtime limit
         "digest-xxh3-frames",  # the running memory digest of protocol/digest.py
         "zero-runs",  # zero pages travel as runs without payload
+        "extents",  # memory that is about to travel is announced, so that it can be populated ahead
         "zstd",  # batches may travel compressed with Zstandard
         "lz4",  # batches may travel compressed with LZ4
         "xor-delta",  # pages may travel as XOR against the page last sent

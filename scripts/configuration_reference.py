@@ -141,16 +141,20 @@ def section_table(section: str, model: type[BaseModel]) -> str:
     return "\n".join([*head, *lines])
 
 
+def models() -> dict[str, type[BaseModel]]:
+    """The sections and their models."""
+    found: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+    return found
+
+
 def sections() -> str:
     """Every section but the parameters of migrations."""
-    chosen = {name: field.annotation for name, field in Config.model_fields.items() if name != "migration"}
-    return "\n\n".join(section_table(name, model) for name, model in chosen.items() if model is not None)
+    return "\n\n".join(section_table(name, model) for name, model in models().items() if name != "migration")
 
 
 def parameters() -> str:
     """The parameters of migrations, with their names elsewhere."""
-    model = Config.model_fields["migration"].annotation
-    assert model is not None
+    model = models()["migration"]
     texts = field_texts(model)
     options = {option.parameter.field: option for option in parameter_options().values()}
     lines = [

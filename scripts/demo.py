@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +33,7 @@ from migrated.cli.session import console
 from migrated.cli.watch import attend, display
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
 from migrated.report import write_report
-from protocol.units import format_rate, format_size, parse_duration_ns, parse_rate, parse_size
+from protocol.units import UnitError, format_rate, format_size, parse_duration_ns, parse_rate, parse_size
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 GUEST: Final = "web"
@@ -64,57 +66,53 @@ class DemoError(Exception):
     """The demo cannot go on; the sentence says why."""
 
 
+@dataclass(frozen=True, slots=True)
 class Host:
-    """One daemon with everything of its own in ``directory``; its log goes to ``log_path``."""
+    """A running daemon: where it takes guests in, and a connection to its control socket."""
 
-    def __init__(self, name: str, directory: Path, log_path: Path) -> None:
-        self.name = name
-        self.address = ""
-        self._directory = directory
-        self._log_path = log_path
-        self._log: asyncio.Task[None] | None = None
-        self._ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    name: str
+    address: str
+    client: ControlClient
 
-    async def start(self) -> None:
-        """Start the daemon and wait until it says that it is ready."""
-        self._directory.mkdir()
-        config = self._directory / "host.toml"
-        profiles = REPOSITORY / "configs" / "guests"
-        config.write_text(CONFIG.format(directory=self._directory, profiles=profiles))
-        command = [sys.executable, "-m", "migrated", "host", "--config", str(config)]
-        # Its environment is ours but for settings of the user's own daemons, which must not reach this one.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MIGRATED_")}
-        self._process = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE, env=environment)
-        self._log = asyncio.create_task(self._keep_log())
-        try:
-            self.address = await asyncio.wait_for(self._ready, START_TIMEOUT_S)
-        except TimeoutError:
-            raise DemoError(f"host {self.name} was not ready in {START_TIMEOUT_S:g} s; see {self._log_path}") from None
-        self.client = await ControlClient.connect(self._directory / "control.sock")
 
-    async def stop(self) -> None:
-        """End the daemon in order, or else by force."""
-        if self._log is None:
-            return
+@contextlib.asynccontextmanager
+async def running_host(name: str, directory: Path, log_path: Path) -> AsyncIterator[Host]:
+    """A daemon with everything of its own in ``directory``; its log goes to ``log_path``."""
+    directory.mkdir()
+    config = directory / "host.toml"
+    config.write_text(CONFIG.format(directory=directory, profiles=REPOSITORY / "configs" / "guests"))
+    # Settings for the user's own daemons must not reach this one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MIGRATED_")}
+    command = [sys.executable, "-m", "migrated", "host", "--config", str(config)]
+    process = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE, env=environment)
+    assert process.stderr is not None
+    ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    logging = asyncio.create_task(keep_log(process.stderr, log_path, ready))
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            address = await ready
+        async with await ControlClient.connect(directory / "control.sock") as client:
+            yield Host(name, address, client)
+    except TimeoutError:
+        raise DemoError(f"host {name} was not ready within {START_TIMEOUT_S:g} s") from None
+    finally:
         with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
-        try:
-            await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
-        except TimeoutError:
-            self._process.kill()
-        await self._log
+            process.terminate()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(logging, STOP_TIMEOUT_S)
 
-    async def _keep_log(self) -> None:
-        assert self._process.stderr is not None
-        with self._log_path.open("wb") as log:
-            async for line in self._process.stderr:
-                log.write(line)
-                with contextlib.suppress(ValueError):
-                    entry = json.loads(line)
-                    if entry["event"] == "ready":
-                        self._ready.set_result(entry["listen"])
-        if not self._ready.done():
-            self._ready.set_exception(DemoError(f"host {self.name} did not start; see {self._log_path}"))
+
+async def keep_log(lines: asyncio.StreamReader, path: Path, ready: asyncio.Future[str]) -> None:
+    """Write a daemon's log to a file until it ends; its line ``ready`` tells the address."""
+    with path.open("wb") as log:
+        async for line in lines:
+            log.write(line)
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if entry["event"] == "ready" and not ready.done():
+                    ready.set_result(entry["listen"])
+    if not ready.done():
+        ready.set_exception(DemoError(f"a daemon did not start; {path} says why"))
 
 
 def say(title: str, text: str = "") -> None:
@@ -125,10 +123,15 @@ def say(title: str, text: str = "") -> None:
         out.print(Text(text))
 
 
-async def move(source: Host, destination: Host, limit_ms: float) -> dict[str, Any]:
+async def move(source: Host, destination: Host, options: argparse.Namespace) -> dict[str, Any]:
     """Migrate the guest with live progress; returns the record of the attempt that completed."""
     for attempt in range(ATTEMPTS):
-        wanted = {"guest": GUEST, "uri": f"tcp:{destination.address}", "downtime-limit": limit_ms * 2**attempt}
+        wanted = {
+            "guest": GUEST,
+            "uri": f"tcp:{destination.address}",
+            "downtime-limit": options.downtime_limit / 1e6 * 2**attempt,
+            "max-bandwidth": options.max_bandwidth,
+        }
         begun = await source.client.command("migrate", wanted)
         with display(as_json=False, stderr=True, rounds=6) as update:
             record: dict[str, Any] = await attend(source.client, GUEST, begun["migration-id"], update)
@@ -149,11 +152,9 @@ async def check(host: Host, other: Host, record: dict[str, Any]) -> None:
     if elsewhere:
         raise DemoError(f"host {other.name} still has a guest: {elsewhere}")
     guest = await host.client.command("x-migrated-guest-show", {"guest": GUEST})
-    downtime = record["downtime"]
-    out.print(
-        f"Stopped for {duration(downtime['measured_ns'])} of {duration(downtime['limit_ns'])}. The guest's own clock "
-        f"saw {duration(guest['stop_gap']['guest_ns'])} between two heartbeats, which it writes every millisecond."
-    )
+    downtime, gap_ns = record["downtime"], guest["stop_gap"]["guest_ns"]
+    out.print(f"Stopped for {duration(downtime['measured_ns'])}; the limit was {duration(downtime['limit_ns'])}.")
+    out.print(f"The guest's own heartbeat, which beats every millisecond, missed {duration(gap_ns)}.")
     verdict = await host.client.command("x-migrated-guest-verify", {"guest": GUEST})
     if not verdict["ok"]:
         raise DemoError(f"the guest is damaged on host {host.name}: {verdict['message']}")
@@ -162,39 +163,35 @@ async def check(host: Host, other: Host, record: dict[str, Any]) -> None:
 
 async def demo(options: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
     """The whole story; returns the records of both moves."""
-    a, b = (Host(name, directory / name, options.output / f"host-{name}.log") for name in ("a", "b"))
-    try:
+    async with contextlib.AsyncExitStack() as stack:
         say("Two hosts", "Two daemons on this machine, each with its own state, control socket and TCP address.")
-        await asyncio.gather(a.start(), b.start())
-        out.print(f"host a takes guests at tcp:{a.address}, host b at tcp:{b.address}")
+        a, b = [
+            await stack.enter_async_context(running_host(name, directory / name, options.output / f"host-{name}.log"))
+            for name in ("a", "b")
+        ]
+        out.print(f"Host a takes guests at tcp:{a.address}, host b at tcp:{b.address}.")
 
         say("A guest")
         spec = {
             "guest": GUEST,
-            "memory-bytes": options.memory_bytes,
+            "memory-bytes": options.memory,
             "profile": options.profile,
             "workload": "hot-cold",
-            "dirty-rate-bytes-per-s": options.dirty_rate_bytes_per_s,
+            "dirty-rate-bytes-per-s": options.dirty_rate,
         }
         guest = await a.client.command("x-migrated-guest-create", spec)
-        out.print(
-            f"{GUEST!r} runs on host a as process {guest['pid']}, with {format_size(guest['memory_bytes'])} of memory. It "
-            f"writes {format_rate(options.dirty_rate_bytes_per_s)}, most of it again and again into a few hot pages."
-        )
+        memory, rate = format_size(guest["memory_bytes"]), format_rate(guest["dirty_rate_bytes_per_s"])
+        out.print(f"{GUEST!r} runs on host a, as process {guest['pid']}, with {memory} of memory.")
+        out.print(f"It writes {rate}, most of it again and again into a few hot pages.")
 
-        say(
-            "There: a -> b",
-            "It runs on while its memory follows in rounds; then it stops, and the budget begins to count.",
-        )
-        there = await move(a, b, options.downtime_limit_ms)
+        say("There: a -> b", "It runs on while its memory follows in rounds; then it stops, and the budget counts.")
+        there = await move(a, b, options)
         await check(b, a, there)
 
         say("And back: b -> a", "Host a has nothing of it any more, so all of its memory moves again.")
-        back = await move(b, a, options.downtime_limit_ms)
+        back = await move(b, a, options)
         await check(a, b, back)
         await a.client.command("x-migrated-guest-destroy", {"guest": GUEST})
-    finally:
-        await asyncio.gather(a.stop(), b.stop())
 
     for title, record in (("Where the downtime went: a -> b", there), ("Where the downtime went: b -> a", back)):
         say(title)
@@ -239,19 +236,26 @@ def _children() -> list[int]:
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
+
+    def option(name: str, metavar: str, parse: Callable[[str], object], default: str, meaning: str) -> None:
+        def value(text: str) -> object:
+            try:
+                return parse(text)
+            except UnitError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        shown = f"{meaning} [{default}]"
+        parser.add_argument(f"--{name}", metavar=metavar, type=value, default=default, help=shown)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
-    option("--memory", dest="memory_bytes", type=parse_size, default="256MiB", help="guest memory [256MiB]")
-    option("--dirty-rate", dest="dirty_rate_bytes_per_s", type=parse_rate, default="50MiB/s", help="[50MiB/s]")
-    option("--profile", default="busy", help="a guest profile of configs/guests, or the path of one [busy]")
+    option("memory", "SIZE", parse_size, "256MiB", "guest memory")
+    option("dirty-rate", "RATE", parse_rate, "100MiB/s", "how fast the guest writes")
+    option("profile", "PROFILE", str, "demo", "a guest profile of configs/guests, or the path of one")
+    option("downtime-limit", "DURATION", parse_duration_ns, "300ms", "the whole budget from stop to run")
     option(
-        "--downtime-limit",
-        dest="downtime_limit_ms",
-        type=lambda text: parse_duration_ns(text) / 1e6,
-        default="300ms",
-        help="the whole budget from stop to run [300ms]",
+        "max-bandwidth", "RATE", parse_rate, "0", "cap, to have more to watch: 120MiB/s is about 1 Gbit/s; 0 is none"
     )
-    option("--output", type=Path, default=Path("run/demo"), help="where records, reports and logs are left [run/demo]")
+    option("output", "DIRECTORY", Path, "run/demo", "where records, reports and logs are left")
     return parser.parse_args()
 
 
@@ -279,7 +283,7 @@ def main() -> int:
         print(json.dumps({"demo": "ok", "migrations": records}))
         return 0
     except (DemoError, CommandError, DaemonUnreachableError, OSError) as error:
-        reason = str(error)
+        reason = str(error).rstrip(".")
     except (KeyboardInterrupt, asyncio.CancelledError):
         reason = "interrupted"
     finally:

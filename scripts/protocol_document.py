@@ -121,6 +121,7 @@ MEANINGS: Final = {
     "Pages.runs": "run table of the pages in the payload",
     "Pages.digest": "XXH3-64 of the decoded pages in the order of the table; not checked without digest",
     "ZeroPages.runs": "run table of pages that are zero now",
+    "Extents.runs": "run table of pages that hold data",
     "Barrier.round": "the round that ends here",
     "DeviceState.order": "counts the device states of the migration from 0, in the order in which they are loaded",
     "DeviceState.name": "as in HELLO's guest",
@@ -174,7 +175,7 @@ DIRECTIONS: Final = {
     "STATE_END": "S → D", "READY": "D → S", "NO": "D → S", "COMMIT": "S → D", "ABORT": "S → D", "RUNNING": "D → S",
     "DISCARDED": "D → S", "OUTCOME_ASK": "S → D, fresh connection", "OUTCOME_OPEN": "D → S", "REPORT": "D → S",
     "RECORD": "S → D", "ERROR": "both", "JOIN": "S → D, data", "JOINED": "D → S, data", "PAGES": "S → D, data",
-    "ZERO_PAGES": "S → D, data", "BARRIER": "S → D, data", "DEVICE_STATE": "S → D, data",
+    "ZERO_PAGES": "S → D, data", "EXTENTS": "S → D, data", "BARRIER": "S → D, data", "DEVICE_STATE": "S → D, data",
 }  # fmt: skip
 PARTS: Final[tuple[type[WireModel], ...]] = (
     GuestDescription, MemoryRegion, DeviceDescription, Limits, TimeRules, DeviceCost, VmTimeData,

@@ -159,7 +159,7 @@ class Vmm:
         with self._life:
             begun = time.monotonic_ns()
             if self.state == "running":
-                return {"step": self.vcpu.step, "ns": 0, "was_running": True}
+                return {"step": self.vcpu.step, "ns": 0, "was_running": True, "running_at_ns": begun}
             if not self.ownership.held:
                 raise VmmError("NotOwner", "This VMM let go of the guest's lock: take it again before it may run.")
             with self._operations.none():
@@ -172,7 +172,8 @@ class Vmm:
                 self._run_log.write("run", step, self.epoch)
                 self.state = "running"
                 self.vcpu.start_running()
-            return {"step": step, "ns": time.monotonic_ns() - begun}
+                running_at = time.monotonic_ns()
+            return {"step": step, "ns": running_at - begun, "running_at_ns": running_at}
 
     def take_lock(self) -> dict[str, Any]:
         """Take the guest's ownership lock. Idempotent."""

@@ -22,6 +22,7 @@ from typing import TypeAlias
 import structlog
 from pydantic import ValidationError
 
+from migrated.destination.decoding import allowed_encodings
 from migrated.destination.loading import ArrivedTime, Loading
 from migrated.destination.pages import ArrivedState, PageReceiver, RoundReceived
 from migrated.destination.takeover import Takeover
@@ -51,6 +52,8 @@ from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, agree_capabil
 log = structlog.get_logger()
 
 _RECORD_S = 5.0
+_VOTE_NS = 2_000_000
+"""The event loop's timers are good to a millisecond, and a vote is journaled before it is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +258,7 @@ class IncomingMigration:
         if differences := hello.guest.differences(built):
             raise RefusedError(f"this host cannot build an equal guest: {'; '.join(differences)}")
         self._memory = await guest.vmm.memory()
-        self._dry = await guest.vmm.dry_run("load")
+        self._dry = await guest.vmm.typical_dry_run("load")
         env.journal.begin(
             self.migration_id,
             hello.epoch,
@@ -269,6 +272,7 @@ class IncomingMigration:
             hello.guest,
             self._digest,
             hello.channels,
+            allowed_encodings(agreed),
             on_round=lambda number, received: self._inbox.put_nowait(RoundArrived(number, received)),
             on_state=self._inbox.put_nowait,
             on_failure=self._channel_failed,
@@ -446,8 +450,9 @@ class IncomingMigration:
         self._loading.add_time(arrived, self._control.offset())
 
     def _reserve_ns(self) -> int:
-        """Upper bound of what follows the vote: the READY leg, the COMMIT leg and the own resume."""
-        return self._control.round_trip_ns() + self._dry.resume_ns
+        """Upper bound of what follows the vote: the READY leg, the COMMIT leg and the own resume; and the vote itself,
+        so that a NO is heard before the source's own deadline."""
+        return _VOTE_NS + self._control.round_trip_ns() + self._dry.resume_ns
 
     def _remaining_ns(self) -> int | None:
         if self._count is None:

@@ -1,13 +1,17 @@
 """Receiving guest memory: one thread per data channel, straight into its place.
 
 Run tables are checked against the memory map before a byte of payload is read, so nothing can be written outside the
-guest. Long runs are received into guest memory, short ones into staging and scattered. A page that stays zero is
-never touched; one that becomes zero again is given back to the host.
+guest. A page that stays zero is never touched; one that becomes zero again is given back to the host.
+
+    plain, long runs, pages that are here      -> received into guest memory
+    anything else -> staging -> decode, hash   -> long runs of new pages written through the file, the rest scattered
+    EXTENTS -> populated by a thread of its own, ahead of the stream, in the first round only
 """
 
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,18 +21,22 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from migrated.errors import LinkLostError, MigrationError
+from migrated.destination.decoding import check_encoding, decode
+from migrated.errors import LinkLostError
 from migrated.link.data import DataChannel
-from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory
+from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, shared_huge_pages
 from protocol import messages
 from protocol.digest import MemoryDigest
-from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
+from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.frames import MAX_PAYLOAD_BYTES, Header
 from protocol.guest import PAGE_SIZE, GuestDescription
-from protocol.pages import Runs, count_pages, indices_of, runs_of, unpack_runs
+from protocol.messages import Encoding
+from protocol.pages import Indices, Runs, count_pages, indices_of, runs_of, unpack_runs
 
 _DIRECT_RUNS: Final = 16
 """Up to this many runs a batch is received directly into guest memory; beyond, staging and one scatter are cheaper."""
+_POPULATED_AT_ONCE: Final = 2048
+"""Pages that are populated between two looks at whether to go on."""
 _SPARE_STATE_BYTES: Final = 16 << 20
 
 
@@ -61,6 +69,7 @@ class PageReceiver:
         description: what the source said of the guest; bounds device states.
         digest: the destination's running digest, None when it is off.
         channels: how many data channels there will be.
+        encodings: that batches may come with.
         on_round: called on the event loop when a round is complete on all channels.
         on_state: called on the event loop with each whole device state.
         on_failure: called on the event loop with the first error of any channel.
@@ -72,6 +81,7 @@ class PageReceiver:
         description: GuestDescription,
         digest: MemoryDigest | None,
         channels: int,
+        encodings: frozenset[Encoding],
         *,
         on_round: Callable[[int, RoundReceived], None],
         on_state: Callable[[ArrivedState], None],
@@ -80,6 +90,7 @@ class PageReceiver:
         self._memory = memory
         self._digest = digest
         self._expected_channels = channels
+        self.encodings = encodings
         self._state_limits = {(d.name, d.kind): 2 * d.state_bytes + _SPARE_STATE_BYTES for d in description.devices}
         self._on_round = on_round
         self._on_state = on_state
@@ -88,7 +99,9 @@ class PageReceiver:
         self._lock = threading.Lock()
         self._rounds: dict[int, RoundReceived] = {}
         self._states: dict[int, ArrivedState] = {}
-        self._present: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
+        self.present: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
+        """Which pages hold data, shape (pages,)."""
+        self.populator = _Populator(memory)
         self._threads: dict[int, threading.Thread] = {}
         self._channels: dict[int, DataChannel] = {}
         self._stopping = False
@@ -111,10 +124,12 @@ class PageReceiver:
     async def stop(self) -> None:
         """End the threads and close the channels; idempotent."""
         self._stopping = True
+        self.populator.end()
         for channel in self._channels.values():
             channel.interrupt()
         for thread in self._threads.values():
             await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(self.populator.join)
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
@@ -124,12 +139,13 @@ class PageReceiver:
         receiver = _ChannelReceiver(self, channel)
         try:
             receiver.receive()
-        except (MigrationError, ProtocolError, OSError, ValueError, MemoryError) as error:
+        except Exception as error:  # whatever ends this thread must end the attempt, which would wait for ever
             if not self._stopping:
                 self._loop.call_soon_threadsafe(self._on_failure, error)
 
     def barrier(self, number: int, received: RoundReceived) -> None:
         """A channel closed a round (called in its thread)."""
+        self.populator.end()
         with self._lock:
             total = self._rounds.setdefault(number, RoundReceived())
             total.normal_pages += received.normal_pages
@@ -188,10 +204,61 @@ class PageReceiver:
         """The running digest."""
         return self._digest
 
-    @property
-    def present(self) -> npt.NDArray[np.bool_]:
-        """Which pages hold data, shape (pages,)."""
-        return self._present
+
+class _Populator:
+    """Puts memory behind pages that are about to come: huge pages where the host has them, else pages without content.
+
+    Attributes:
+        backed: which pages may have memory behind them because of this, shape (pages,).
+        mapped: which of them are best written through the mapping.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.backed: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
+        self.mapped: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
+        self._memory = memory
+        self._huge = shared_huge_pages()
+        self._work: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+        self._ending = False
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def expect(self, runs: Runs) -> None:
+        """Populate these pages soon (called in a channel's thread)."""
+        with self._lock:
+            if self._ending:
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="populate", daemon=True)
+                self._thread.start()
+        for start, count in runs.tolist():
+            if self.backed[start : start + count].any():
+                continue  # once is enough, whatever the peer says
+            self.backed[start : start + count] = True
+            for begin in range(start, start + count, _POPULATED_AT_ONCE):
+                self._work.put((begin, min(_POPULATED_AT_ONCE, start + count - begin)))
+
+    def end(self) -> None:
+        """Leave what is not populated yet to the stream. Does not wait."""
+        with self._lock:
+            self._ending = True
+        self._work.put(None)
+
+    def join(self) -> None:
+        """Wait for the thread, after ``end``."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None and not self._ending:
+            start, count = work
+            if self._huge:
+                done = self._memory.populate_huge(start, count)
+                self.mapped[start : start + count] = done
+            else:
+                done = self._memory.allocate(start, count)
+            if not done:  # no memory, or not on this host: whoever writes finds out
+                return
 
 
 class _ChannelReceiver:
@@ -201,6 +268,7 @@ class _ChannelReceiver:
         self._owner = owner
         self._channel = channel
         self._stage: npt.NDArray[np.uint64] = np.empty((MAX_PAYLOAD_BYTES // PAGE_SIZE, WORDS_PER_PAGE), np.uint64)
+        self._packed = np.empty(MAX_PAYLOAD_BYTES, np.uint8).data
         self._round = 1
         self._received = RoundReceived()
 
@@ -215,6 +283,12 @@ class _ChannelReceiver:
                 case messages.ZeroPages():
                     self._check_round(header)
                     self._take_zero_pages(header, message)
+                case messages.Extents(runs=table):
+                    self._check_round(header)
+                    _check_payload(header, 0)
+                    if self._round != 1:
+                        raise RemoteProtocolError("memory is announced after the first round", ErrorCode.UNEXPECTED)
+                    self._owner.populator.expect(unpack_runs(table, self._owner.memory.pages))
                 case messages.Barrier(round=number):
                     self._check_round(header)
                     _check_payload(header, 0)
@@ -247,26 +321,29 @@ class _ChannelReceiver:
         count = count_pages(runs)
         if count * PAGE_SIZE > MAX_PAYLOAD_BYTES:
             raise RemoteProtocolError(f"a batch of {count} pages is too large", ErrorCode.TOO_LARGE)
+        check_encoding(message.encoding, owner.encodings, header.payload_bytes, count)
         indices = indices_of(runs)
-        _check_payload(header, count * PAGE_SIZE)
-        if len(runs) <= _DIRECT_RUNS:
+        few = len(runs) <= _DIRECT_RUNS
+        if few and message.encoding == "plain" and (owner.present[indices] | owner.populator.mapped[indices]).all():
             batch_hash = self._receive_in_place(runs)
+            self._check_hash(batch_hash, message, indices)
         else:
-            staged = self._stage[:count]
-            self._channel.read_into([staged.data.cast("B")])
-            batch_hash = xxhash.xxh3_64_intdigest(staged.data)
-            owner.memory.words[indices] = staged
+            staged = self._receive_in_staging(header, message, indices)
+            batch_hash = xxhash.xxh3_64_intdigest(staged.data) if owner.digest is not None else 0
+            self._check_hash(batch_hash, message, indices)
+            self._place(runs if few else None, indices, staged)
         if owner.digest is not None:
-            if batch_hash != message.digest:
-                first = int(indices[0])
-                raise RemoteProtocolError(
-                    f"a batch of {count} pages from page {first} on arrived damaged: its digest differs",
-                    ErrorCode.CORRUPT,
-                )
             self._received.digest_delta += owner.digest.set_pages(indices, batch_hash)
         owner.present[indices] = True
         self._received.normal_pages += count
         self._received.payload_bytes += header.payload_bytes
+
+    def _check_hash(self, batch_hash: int, message: messages.Pages, indices: Indices) -> None:
+        if self._owner.digest is not None and batch_hash != message.digest:
+            raise RemoteProtocolError(
+                f"a batch of {len(indices)} pages from page {int(indices[0])} on arrived damaged: its digest differs",
+                ErrorCode.CORRUPT,
+            )
 
     def _receive_in_place(self, runs: Runs) -> int:
         view = self._owner.memory.view
@@ -281,15 +358,49 @@ class _ChannelReceiver:
             hasher.update(place)
         return hasher.intdigest()
 
+    def _receive_in_staging(self, header: Header, message: messages.Pages, indices: Indices) -> npt.NDArray[np.uint64]:
+        """The decoded pages, shape (n, 512)."""
+        staged = self._stage[: len(indices)]
+        if message.encoding == "plain":
+            self._channel.read_into([staged.data.cast("B")])
+            return staged
+        packed = self._packed[: header.payload_bytes]
+        self._channel.read_into([packed])
+        if message.encoding == "xor-lz4":
+            self._take_current(indices, staged)
+        decode(message.encoding, packed, staged)
+        return staged
+
+    def _take_current(self, indices: Indices, staged: npt.NDArray[np.uint64]) -> None:
+        """Copy pages as they are now. What is not here is zero and is not looked at: that would populate it."""
+        words, here = self._owner.memory.words, self._owner.present[indices]
+        if here.all():
+            np.take(words, indices, axis=0, out=staged, mode="clip")
+        else:
+            staged[:] = 0
+            staged[here] = words[indices[here]]
+
+    def _place(self, runs: Runs | None, indices: Indices, staged: npt.NDArray[np.uint64]) -> None:
+        """Put staged pages into guest memory; ``runs`` when they are few."""
+        memory = self._owner.memory
+        if runs is None or self._owner.present[indices].all():
+            memory.words[indices] = staged
+            return
+        view = staged.data.cast("B")
+        done = 0
+        for start, count in runs.tolist():
+            memory.write(start, view[done : done + count * PAGE_SIZE])
+            done += count * PAGE_SIZE
+
     def _take_zero_pages(self, header: Header, message: messages.ZeroPages) -> None:
         owner = self._owner
         _check_payload(header, 0)
         runs = unpack_runs(message.runs, owner.memory.pages)
         indices = indices_of(runs)
-        held = indices[owner.present[indices]]
+        held = indices[owner.present[indices] | owner.populator.backed[indices]]
         if len(held):
             owner.memory.punch(runs_of(held))
-            owner.present[held] = False
+            owner.present[held] = owner.populator.backed[held] = owner.populator.mapped[held] = False
         if owner.digest is not None:
             self._received.digest_delta += owner.digest.set_zero(indices)
         self._received.zero_pages += len(indices)

@@ -64,6 +64,10 @@ class RecoveredTakeover:
         log.info("the incoming migration is settled", state=takeover.state)
         self._env.journal.close_attempt(self._attempt.migration_id, "destination")
 
+    def is_older_than(self, guest: str, epoch: int) -> bool:
+        """Whether an offer of ``epoch`` is of this guest and newer than what is still open here."""
+        return self._attempt.guest == guest and self._attempt.epoch < epoch and not self._takeover.finished.is_set()
+
     async def take(self, decision: DestinationEvent, reply: Reply) -> None:
         """The source tells its decision."""
         try:

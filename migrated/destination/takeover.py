@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import structlog
 
 from migrated.environment import Environment
-from migrated.errors import LinkLostError, VmmError, VmmGoneError
+from migrated.errors import LinkLostError, VmmError
 from migrated.guests import Guest
 from migrated.journal import JournalError
 from migrated.link.reply import Reply
@@ -187,29 +187,53 @@ class Takeover:
             sent_after_ns=now_ns - times.commit_read_ns,
         )
 
-    async def _resume(self) -> DestinationEvent:
-        """Run the guest. RESUME_FAILED only when it is sure that it never ran."""
+    async def _resume(self) -> DestinationEvent | None:
+        """Run the guest.
+
+        Returns:
+            RESUMED; RESUME_FAILED only when it is sure that it never ran and never will; None when neither can be
+            told, so that COMMITTED stands until the source asks again or the daemon is restarted.
+        """
         guest = self._guest
         begin_ns = time.monotonic_ns()
-        if guest is not None:
-            try:
-                await guest.vmm.take_lock()
-                state = (await guest.vmm.status()).state
-                if self._keep_paused and state == "incoming":
-                    await guest.vmm.pause()
-                elif not self._keep_paused and state != "running":
-                    await guest.vmm.resume(self.epoch)
-                self.resume_times = ResumeTimes(self._commit_read_ns, begin_ns, time.monotonic_ns())
-                guest.overlay, guest.migration_id = None, None
-                return DestinationEvent.RESUMED
-            except VmmError as error:
-                self.reason = f"the guest could not be resumed: {error}"
-                if not isinstance(error, VmmGoneError):
-                    # Whatever the VMM did, once its process is gone the guest runs nowhere here.
-                    with contextlib.suppress(VmmError):
-                        await self._env.guests.destroy(guest)
-        else:
+        if guest is None:
             self.reason = "the incoming guest's process ended before it was resumed"
+            return self._after_end()
+        try:
+            running_at_ns = await self._run(guest)
+        except VmmError as error:
+            self.reason = f"the guest could not be resumed: {error}"
+            if await _runs(guest):
+                running_at_ns = time.monotonic_ns()  # the answer was lost, the guest was not
+            else:
+                return await self._make_sure_it_never_runs(guest)
+        if self._commit_read_ns:
+            self.resume_times = ResumeTimes(self._commit_read_ns, begin_ns, running_at_ns)
+        guest.overlay, guest.migration_id = None, None
+        return DestinationEvent.RESUMED
+
+    async def _run(self, guest: Guest) -> int:
+        """Take the guest over. Returns when it ran, or was ours (monotonic, ns)."""
+        await guest.vmm.take_lock()
+        state = (await guest.vmm.status()).state
+        if self._keep_paused:
+            if state == "incoming":
+                await guest.vmm.pause()
+        elif state != "running":
+            return await guest.vmm.resume(self.epoch)
+        return time.monotonic_ns()
+
+    async def _make_sure_it_never_runs(self, guest: Guest) -> DestinationEvent | None:
+        try:
+            await self._env.guests.destroy(guest)
+        except VmmError as error:
+            log.error("the guest could not be resumed, and its process does not end", reason=str(error))
+            return None
+        self._guest = None
+        return self._after_end()
+
+    def _after_end(self) -> DestinationEvent:
+        """The guest's process is gone: its run log tells whether it ran here."""
         if self._env.guests.ever_ran(self._guest_name, self.epoch):
             log.error("the guest ran here and its process has ended", guest=self._guest_name)
             return DestinationEvent.RESUMED
@@ -223,3 +247,10 @@ class Takeover:
             await self._env.guests.destroy(guest)
         except VmmError as error:
             log.error("the discarded guest cannot be destroyed; it stays stopped", reason=str(error))
+
+
+async def _runs(guest: Guest) -> bool:
+    try:
+        return (await guest.vmm.status()).state == "running"
+    except VmmError:
+        return False

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Final
 
 from migrated.clock import HostClock
@@ -132,8 +133,12 @@ class ControlChannel:
                     raise LinkLostError(str(self._failure)) from self._failure
 
     def round_trip_ns(self) -> int:
-        """The longest round trip of the recent exchanges (ns), 0 before the first."""
+        """The longest round trip of the recent exchanges (ns), 0 before the first: for reserves."""
         return max((exchange.delta_ns for exchange in self._exchanges), default=0)
+
+    def typical_round_trip_ns(self) -> int:
+        """The median round trip of the recent exchanges (ns), 0 before the first: for predictions."""
+        return int(median(exchange.delta_ns for exchange in self._exchanges)) if self._exchanges else 0
 
     def offset(self) -> OffsetEstimate | None:
         """What the recent exchanges prove about the peer's raw clock, None when they prove nothing or exclude each

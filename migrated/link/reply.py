@@ -20,6 +20,13 @@ class Reply(Protocol):
         """Send a message. Raises LinkLostError when the peer cannot be reached."""
 
 
+class Nobody:
+    """Takes answers that nobody waits for."""
+
+    def send(self, message: Message, payload: bytes = b"") -> None:
+        """Drop the answer."""
+
+
 class OneAnswer:
     """A fresh connection that asked for an outcome: it gets the first message that is sent to it, and is closed."""
 

@@ -24,8 +24,9 @@ _CORRECTIONS_KEPT: Final = 24
 _SCORES_KEPT: Final = 200
 _KEYS_KEPT: Final = 512
 _ENOUGH_CORRECTIONS: Final = 3
-_COMPONENT_FLOOR_NS: Final = 500_000
-"""Added to truth and base before they are compared, so that microseconds do not make wild ratios."""
+_LARGE_NS: Final = 5_000_000
+"""From this base on a component is corrected by a factor; below, by what it costs beside its base. A factor learned
+on a base of nothing would make nonsense of a large one."""
 _TOTAL_FLOOR_NS: Final = 2_000_000
 _PRIOR_RATIO: Final = 1.8
 """The bound's ratio while too few attempts are known: wide, and said to be."""
@@ -95,10 +96,10 @@ class Knowledge:
 
     def _corrected(self, component: Component, guest: str, kind: str, base_ns: int) -> int:
         for key in _keys(guest, kind):
-            ring = self._corrections.get(f"{key}/{component}")
+            ring = self._corrections.get(_correction_key(key, component, base_ns))
             if ring is not None and len(ring.values) >= _ENOUGH_CORRECTIONS:
-                factor = median(ring.values)
-                return max(0, int((base_ns + _COMPONENT_FLOOR_NS) * factor) - _COMPONENT_FLOOR_NS)
+                learned = median(ring.values)
+                return max(0, int(base_ns * learned if base_ns >= _LARGE_NS else base_ns + learned))
         return base_ns + _PRIOR_OVERHEAD_NS[component]
 
     def _ratio(self, guest: str, kind: str, coverage: float) -> tuple[float, str]:
@@ -155,9 +156,9 @@ class Knowledge:
             base_ns = downtime.predicted_bases_ns.get(component)
             if base_ns is None:
                 continue
-            factor = (truth[component] + _COMPONENT_FLOOR_NS) / (base_ns + _COMPONENT_FLOOR_NS)
+            learned = truth[component] / base_ns if base_ns >= _LARGE_NS else truth[component] - base_ns
             for key in _keys(record.guest, kind):
-                self._ring(self._corrections, f"{key}/{component}", _CORRECTIONS_KEPT).add(factor)
+                self._ring(self._corrections, _correction_key(key, component, base_ns), _CORRECTIONS_KEPT).add(learned)
 
     def _ring(self, rings: dict[str, _Ring], key: str, limit: int) -> _Ring:
         ring = rings.pop(key, None) or _Ring(limit)
@@ -196,6 +197,10 @@ class Knowledge:
                 rings[key] = _Ring(limit, [float(value) for value in values])
         knowledge._aborts = {key: int(count) for key, count in document["aborts"].items()}
         return knowledge
+
+
+def _correction_key(key: str, component: Component, base_ns: int) -> str:
+    return f"{key}/{component}/{'factor' if base_ns >= _LARGE_NS else 'overhead'}"
 
 
 def _keys(guest: str, kind: str) -> Iterator[str]:

@@ -8,7 +8,9 @@ Nothing is fetched, and the page's own policy forbids it; without its script eve
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -17,7 +19,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from migrated.record import Record
-from migrated.report import attempt
+from migrated.report import attempt, comparison
 from migrated.report.fields import Fields
 from migrated.report.markup import Markup, text
 
@@ -50,17 +52,49 @@ def write_report(record: dict[str, Any], path: Path) -> None:
     path.write_text(_page(f"{fields['guest']}: migration {fields['migration_id']}", body), encoding="utf-8")
 
 
+def write_comparison(a: dict[str, Any], b: dict[str, Any], path: Path) -> None:
+    """Write two attempts side by side.
+
+    Args:
+        a: a record document, what is compared with.
+        b: a record document, what is compared.
+        path: the HTML file, replaced when it exists.
+
+    Raises:
+        ReportError: one of them is no record that this version knows.
+        OSError: the file cannot be written.
+    """
+    first, second = _fields(a, "a."), _fields(b, "b.")
+    title = f"{first['guest']} and {second['guest']}: two migrations compared"
+    path.write_text(_page(title, comparison.body(first, second)), encoding="utf-8")
+
+
 def _fields(record: dict[str, Any], prefix: str) -> Fields:
-    """The record with every field that this version knows: older ones lack some that have a default."""
+    """The record in the form of this version: a member that it lacks has its default, one that is unknown is left to
+    the record's JSON. So records of other versions can be shown, as far as they are alike."""
+    known = copy.deepcopy(record)
     try:
-        return Fields(Record.model_validate(record).document(), prefix)
+        try:
+            model = Record.model_validate(known)
+        except ValidationError as error:
+            for problem in error.errors():
+                if problem["type"] == "extra_forbidden":
+                    _remove(known, problem["loc"])
+            model = Record.model_validate(known)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(step) for step in first["loc"]) or "the document"
+        where = ".".join(map(str, first["loc"])) or "the document"
         raise ReportError(
-            f"The document is no record that this version can show ({where}: {first['msg']}): use the version of "
-            "migrated that wrote it."
+            f"The document is no record that this version of migrated can show ({where}: {first['msg']}): use the "
+            "version that wrote it."
         ) from error
+    return Fields(model.document(), prefix, record)
+
+
+def _remove(document: Any, path: Sequence[int | str]) -> None:
+    for step in path[:-1]:
+        document = document[step]
+    del document[path[-1]]
 
 
 def _page(title: str, body: Markup) -> str:

@@ -64,7 +64,7 @@ def further(fields: Fields) -> Section | None:
 def document(fields: Fields) -> Section:
     """The record as it is, to copy."""
     # ASCII only: nothing that a peer wrote can then hide or break anything in the text.
-    document = Markup(escape(json.dumps(fields.document, indent=1)))
+    document = Markup(escape(json.dumps(fields.original, indent=1)))
     return section(
         "record",
         "The record",

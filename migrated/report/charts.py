@@ -19,6 +19,8 @@ TICKS: Final = 5
 ENLARGE_BELOW: Final = 0.03
 """A part with a smaller share of the whole is worth enlarging."""
 MAX_LENSES: Final = 2
+MAX_DOTS: Final = 60
+"""Points of a plot that still get a dot each."""
 _UNITS: Final = ((1_000_000_000, "s"), (1_000_000, "ms"), (1_000, "µs"), (1, "ns"))
 
 
@@ -61,7 +63,7 @@ class Axis:
 
 def nice_step(rough: float) -> int:
     """The least of 1, 2, 5, 10, 20, 50 ... that is not below ``rough``."""
-    power = 10 ** max(0, math.floor(math.log10(max(rough, 1))))
+    power = int(10 ** max(0, math.floor(math.log10(max(rough, 1)))))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
 
 
@@ -111,12 +113,28 @@ def _row(row: Track, heads: Sequence[str], axis: Axis) -> Markup:
         heading = el("th", row.name, role="rowheader", scope="rowgroup", colspan=len(heads) + 1)
         return el("tr", heading, role="row", class_="heading")
     figures = [
-        el("td", cell, role="cell", class_="figure", data_label=head)
+        el(
+            "td",
+            cell,
+            role="cell",
+            class_="figure",
+            data_label=_label(head),
+            data_unit="ms" if cell and _in_ms(head) else None,
+        )
         for head, cell in zip(heads[1:], row.cells, strict=True)
     ]
     bars = [_bar(bar) for bar in (*row.bars, *axis.marks)]
     track = el("td", *bars, role="cell", class_="track")
     return el("tr", name, *figures, track, role="row", class_=row.look or None)
+
+
+def _in_ms(head: str) -> bool:
+    return head.split()[-1:] == ["ms"]
+
+
+def _label(head: str) -> str:
+    """A column's head where it stands beside the figure: the unit comes behind it."""
+    return head.removesuffix("ms").strip() if _in_ms(head) else head
 
 
 def _bar(bar: Bar) -> Markup:
@@ -154,8 +172,8 @@ def magnified(label: str, bars: Sequence[Bar], total_ns: int) -> Markup:
                 "lens",
             )
             times = grouped(round(total_ns / (end_ns - begin_ns)))
-            what = f"{short(begin_ns)} to {short(end_ns)}, {times} times enlarged: {names}"
-            panels.append(el("figure", enlarged, el("figcaption", what)))
+            what = f"{short(begin_ns)} to {short(end_ns)}, {times} times enlarged"
+            panels.append(el("figure", enlarged, el("figcaption", what, el("span", f": {names}", class_="names"))))
         drawing.append(_drawing(None, wedges, "wedges", width=1000))
         drawing.append(el("div", *panels, class_="lenses"))
     return el("div", *drawing, class_="magnified")
@@ -236,7 +254,8 @@ def plot(
             shapes.append(
                 el("path", class_=f"line {line.look}", d="M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in points))
             )
-        shapes.extend(el("path", class_=f"dot {line.look}", d=f"M{x:.2f} {y:.2f}h0") for x, y in points)
+        if len(points) <= MAX_DOTS:
+            shapes.extend(el("path", class_=f"dot {line.look}", d=f"M{x:.2f} {y:.2f}h0") for x, y in points)
     for index, number in enumerate(rounds):
         told = [f"{line.name} {form(v)}" for line in series if (v := line.values[index]) is not None]
         what = el("title", f"Round {number}: {', '.join(told)}")
@@ -290,16 +309,14 @@ class Scale:
 
     @classmethod
     def over(cls, values: Sequence[float], base: int) -> Scale:
-        """A scale that holds all values; on a logarithmic one, 0 lies on the bottom line."""
+        """A scale that holds all values. On a logarithmic one, 0 lies on the bottom line."""
         top = max([*values, 1.0])
-        positive = [value for value in values if value > 0]
+        positive = [max(1.0, value) for value in values if value > 0]
         if positive and top / min(positive) > 30:
-            least = math.floor(math.log(min(positive), base) + 1e-9)
+            least = math.floor(math.log(min(positive), base) + 1e-9) - (min(values) <= 0)
             most = math.ceil(math.log(top, base) - 1e-9)
-            least -= min(values) <= 0
-            return cls(
-                float(base) ** least, float(base) ** most, True, tuple(float(base) ** e for e in range(least, most + 1))
-            )
+            exponents = range(least, most + 1, 1 + (most - least) // 7)
+            return cls(float(base) ** least, float(base) ** most, True, tuple(float(base) ** e for e in exponents))
         step = nice_step(top / 4) if base == 10 else _binary_step(top / 4)
         count = math.ceil(top / step)
         return cls(0, count * step, False, tuple(float(step * index) for index in range(count + 1)))

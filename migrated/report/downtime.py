@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from migrated.prediction.model import COMPONENT_OF, COMPONENTS, Component
 from migrated.report.charts import Axis, Bar, Track, magnified, tracks
-from migrated.report.fields import Fields, exact_ms, short
-from migrated.report.markup import el, join
-from migrated.report.pieces import SIDES, UNATTRIBUTED, Section, chip, legend, note, section, share
+from migrated.report.fields import Fields, exact_ms, join_unit, short
+from migrated.report.markup import Markup, el, join
+from migrated.report.pieces import (
+    SIDES,
+    UNATTRIBUTED,
+    Section,
+    chip,
+    facts_list,
+    legend,
+    note,
+    section,
+    share,
+    zoom_hint,
+)
 
 CHECKPOINTS: Final = {
     "src-downtime-start": "the stop is requested",
@@ -20,14 +32,14 @@ CHECKPOINTS: Final = {
 }
 COUNTS: Final = {
     "source_reported_ns": "last told by the source",
-    "destination_measured_ns": "counted by the destination at its vote",
+    "destination_measured_ns": "destination’s count at its vote",
     "hold_ns": "held by the operator",
 }
 """What the record says about the counting: member, and its name on the page."""
 
 
 def prediction(fields: Fields) -> Section | None:
-    """The downtime against its prediction, its bound and its limit."""
+    """The downtime against its prediction, its bound and its limit, in total and by component."""
     downtime = fields["downtime"]
     if not downtime:
         return None
@@ -43,20 +55,69 @@ def prediction(fields: Fields) -> Section | None:
     if abort_limit > limit:
         bar = Bar(0, abort_limit, "allowed", short(abort_limit))
         rows.append(Track("limit and tolerance", (exact_ms(abort_limit),), (bar,)))
-    for name, title in COUNTS.items():
-        if downtime[name]:
-            bar = Bar(0, downtime[name], "bound", f"{title}: {short(downtime[name])}")
-            rows.append(Track(title, (fields.ms(f"downtime.{name}"),), (bar,)))
-    end_ns = max(upper, abort_limit, *(downtime[name] or 0 for name in ("predicted_ns", "predicted_upper_ns", *COUNTS)))
+    end_ns = max(upper, abort_limit, downtime["predicted_ns"] or 0, downtime["predicted_upper_ns"] or 0)
     axis = Axis(0, max(1, round(end_ns * 1.04)), (Bar(limit, 0, "limit", f"limit {short(limit)}"),))
-    unbounded = downtime["predicted_ns"] is not None and downtime["predicted_upper_ns"] is None
+    counted = [
+        (title, join_unit(fields.ms(f"downtime.{name}"), "ms"))
+        for name, title in COUNTS.items()
+        if downtime[name] is not None
+    ]
     return section(
         "prediction",
         "Predicted against actual",
         tracks("The downtime, its prediction and its limit", ("", "ms"), rows, axis),
-        note("No bound was recorded with the prediction.") if unbounded else None,
         legend(),
+        facts_list(counted),
+        _components(fields),
     )
+
+
+def _components(fields: Fields) -> Markup | None:
+    downtime = fields["downtime"]
+    names = downtime["predicted_parts_ns"]
+    if not names:
+        return None
+    completed = fields["outcome"] == "completed"
+    actual = _actual_components(downtime)
+    rows = []
+    end_ns = 1
+    for component in COMPONENTS:
+        # Memory and device saves run side by side: what is predicted for saves is what they add.
+        parts = [
+            name for name in (("memory", "device-saves") if component == "state" else (component,)) if name in names
+        ]
+        predicted = sum(names[name] for name in parts)
+        shown = join([fields.ms(f"downtime.predicted_parts_ns.{name}") for name in parts], " + ")
+        base = (
+            fields.ms(f"downtime.predicted_bases_ns.{component}") if component in downtime["predicted_bases_ns"] else ""
+        )
+        bars = [Bar(0, predicted, "predicted", f"predicted {short(predicted)}")]
+        if completed:
+            bars.insert(0, Bar(0, actual[component], "took", f"took {short(actual[component])}"))
+        title = join([" and ".join(parts)])
+        cells = (base, shown, exact_ms(actual[component])) if completed else (base, shown)
+        rows.append(Track(title, cells, tuple(bars)))
+        end_ns = max(end_ns, predicted, actual[component] if completed else 0)
+    heads = ("component", "measured before ms", "predicted ms", "actual ms")[: 4 if completed else 3]
+    return join(
+        [
+            tracks("The prediction by component", heads, rows, Axis(0, round(end_ns * 1.04) + 1)),
+            note(
+                "Measured before: what this attempt had measured or tried when it predicted, before past migrations "
+                "corrected it. Frames are predictions" + (", bars are what it took." if completed else ".")
+            ),
+        ]
+    )
+
+
+def _actual_components(downtime: Any) -> dict[Component, int]:
+    """The parts of a downtime as the prediction groups them."""
+    actual = dict.fromkeys(COMPONENTS, 0)
+    for part in downtime["parts"]:
+        if part["name"] != "hold":
+            actual[COMPONENT_OF.get(part["name"], "legs")] += part["ns"]
+    actual["legs"] += downtime["unattributed_ns"]
+    return actual
 
 
 def part_bars(downtime: Any) -> list[Bar]:
@@ -67,7 +128,7 @@ def part_bars(downtime: Any) -> list[Bar]:
         # Neighbours of one side differ in shade, so that they can be told apart.
         shaded = part["side"] == before and not shaded
         before = part["side"]
-        what = f"{part['name']} ({part['side']}): {short(part['ns'])}"
+        what = f"{part['name']}: {short(part['ns'])}"
         bars.append(Bar(begin_ns, part["ns"], part["side"] + (" other" if shaded else ""), what))
         begin_ns += part["ns"]
     rest = downtime["unattributed_ns"]
@@ -91,7 +152,8 @@ def breakdown(fields: Fields) -> Section | None:
     unattributed = ("", fields.ms("downtime.unattributed_ns"), share(downtime["unattributed_ns"], measured))
     rows.append(Track(UNATTRIBUTED, unattributed, tuple(bars[len(downtime["parts"]) :]), "rest-row"))
     total = ("", fields.ms("downtime.measured_ns"), share(measured, measured))
-    rows.append(Track("downtime", total, (Bar(0, measured, "whole", f"downtime: {short(measured)}"),), "sum-row"))
+    what = "downtime" if fields["outcome"] in ("completed", "in-doubt") else "pause"
+    rows.append(Track(what, total, (Bar(0, measured, "whole", f"{what}: {short(measured)}"),), "sum-row"))
     marks = tuple(
         Bar(point["ns"], 0, f"instant {point['side']}", f"{point['name']}: {short(point['ns'])}")
         for point in fields["checkpoints"]
@@ -101,9 +163,9 @@ def breakdown(fields: Fields) -> Section | None:
     by_side = [el("span", chip(side, side), " ", exact_ms(ns), " ms") for side, ns in sums.items()]
     return section(
         "downtime",
-        "The downtime, part by part",
+        f"The {what}, part by part",
         el("p", *by_side, class_="by-side"),
-        magnified(f"The downtime of {short(measured)}", bars, measured),
+        magnified(f"The {what} of {short(measured)}", bars, measured),
         tracks(
             "Parts of the downtime",
             ("part", "side", "ms", "share"),
@@ -111,10 +173,10 @@ def breakdown(fields: Fields) -> Section | None:
             Axis(0, max(1, round(end_ns * 1.005)), marks),
         ),
         note(
-            "Parts and the unattributed rest sum to the downtime, to the nanosecond. Bars stand end to end; gaps between "
-            "the parts are gathered in the rest. Thin lines are QEMU’s checkpoints."
+            "Parts and the unattributed rest sum to the whole, to the nanosecond. Bars stand end to end; gaps "
+            "between the parts are gathered in the rest. Thin lines are QEMU’s checkpoints."
         ),
-        el("p", "Choose a bar to enlarge its stretch of time.", class_="note scripted", hidden=True),
+        zoom_hint(),
     )
 
 

@@ -15,6 +15,8 @@ from protocol.units import format_rate, format_size
 
 THIN: Final = "\u202f"
 """Groups the digits of a number; does not break a line."""
+UNBROKEN: Final = "\u00a0"
+"""Between a number and its unit."""
 NOTHING: Final = "–"
 
 
@@ -36,26 +38,35 @@ def short(ns: int) -> str:
         if abs(ns) >= factor:
             value = ns / factor
             digits = 0 if ns % factor == 0 or abs(value) >= 1000 else 1 if abs(value) >= 100 else 2
-            return f"{value:.{digits}f} {unit}"
-    return f"{ns} ns"
+            return f"{value:.{digits}f}{UNBROKEN}{unit}"
+    return f"{ns}{UNBROKEN}ns"
 
 
 def percent(value: float) -> str:
     """A share for a sentence, with as many digits as it deserves."""
-    return f"{value * 100:.0f} %" if abs(value) >= 0.1 else f"{value * 100:.2g} %" if value else "0 %"
+    return f"{value * 100:.{0 if abs(value) >= 0.1 else 1}f}{UNBROKEN}%"
 
 
 class Fields:
-    """The leaves of one record document. ``prefix`` tells the records of a comparison apart ("a.", "b.")."""
+    """The leaves of one record document.
 
-    def __init__(self, document: Mapping[str, Any], prefix: str = "") -> None:
+    Args:
+        document: the record with every member that this version knows.
+        prefix: tells the records of a comparison apart ("a.", "b.").
+        original: the record as it was given.
+    """
+
+    def __init__(self, document: Mapping[str, Any], prefix: str, original: Mapping[str, Any]) -> None:
         self.document = document
+        self.original = original
         self._prefix = prefix
         self._leaves = dict(_leaves(document, ""))
         self._shown: set[str] = set()
 
     def __getitem__(self, path: str) -> Any:
         """The value at a path such as ``downtime.parts.0.ns``."""
+        if path in self._leaves:
+            return self._leaves[path]
         value: Any = self.document
         for step in path.split("."):
             value = value[int(step)] if isinstance(value, list) else value[step]
@@ -70,8 +81,8 @@ class Fields:
         return [f"{path}.{name}" for name in self[path]]
 
     def rest(self) -> list[str]:
-        """The paths of leaves that nothing has shown."""
-        return [path for path in self._leaves if path not in self._shown]
+        """The paths of leaves that hold something and that nothing has shown."""
+        return [path for path, value in self._leaves.items() if value is not None and path not in self._shown]
 
     def show(self, path: str, shown: Node = None, *, title: str | None = None) -> Markup:
         """The value at ``path``, as ``shown`` or as it is."""
@@ -121,7 +132,7 @@ class Fields:
 
 def join_unit(shown: Markup, unit: str) -> Markup:
     """A number and its unit, on one line."""
-    return Markup(f"{shown} {text(unit)}") if unit else shown
+    return Markup(f"{shown}{UNBROKEN}{text(unit)}") if unit else shown
 
 
 def size(value: float) -> str:
@@ -137,7 +148,7 @@ def rate(value: float) -> str:
 def _spaced(formatted: str) -> str:
     """The number and its unit apart: ``1.33 GiB``."""
     digits = formatted.rstrip("/sBKMGTi")
-    return f"{digits} {formatted[len(digits) :]}"
+    return f"{digits}{UNBROKEN}{formatted[len(digits) :]}"
 
 
 def _plain(value: object) -> str:

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from html import escape
 from typing import Final, TypeAlias
 
-VOID: Final = frozenset({"line", "meta", "path", "polygon", "rect"})
-"""Elements without content that this package uses."""
 _SPACES: Final = "\u00a0\u202f"
 """Spaces that do not break a line, which Python does not count as printable."""
 
@@ -31,7 +29,10 @@ def text(value: str | int) -> Markup:
 
 
 def el(name: str, *children: Node, **attributes: str | int | float | bool | None) -> Markup:
-    """One element. Attribute names lose a trailing ``_``, and ``_`` becomes ``-``; None and False leave one out."""
+    """One element that has a closing tag.
+
+    Attribute names lose a trailing ``_``, and ``_`` becomes ``-``; None and False leave an attribute out.
+    """
     parts = [name]
     for key, value in attributes.items():
         attribute = key.rstrip("_").replace("_", "-")
@@ -39,8 +40,7 @@ def el(name: str, *children: Node, **attributes: str | int | float | bool | None
             parts.append(attribute)
         elif value is not None and value is not False:
             parts.append(f'{attribute}="{text(str(value))}"')
-    opening = f"<{' '.join(parts)}>"
-    return Markup(opening if name in VOID and not children else f"{opening}{join(children)}</{name}>")
+    return Markup(f"<{' '.join(parts)}>{join(children)}</{name}>")
 
 
 def join(children: Iterable[Node], between: str = "") -> Markup:

@@ -11,6 +11,8 @@ from migrated.report.markup import Markup, Node, el, join
 
 SIDES: Final = ("source", "link", "destination")
 UNATTRIBUTED: Final = "unattributed"
+MANY_ROWS: Final = 24
+"""A longer table scrolls within a frame of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,11 @@ def note(*words: Node) -> Markup:
     return el("p", *words, class_="note")
 
 
+def zoom_hint() -> Markup:
+    """What the page's script adds; without it, nothing to see."""
+    return el("p", "Choose a bar to enlarge its stretch of time.", class_="note scripted", hidden=True)
+
+
 def chip(side: str, shown: Node) -> Markup:
     """A side, in its colour and in words."""
     return el("span", shown, class_=f"chip {side}")
@@ -59,22 +66,30 @@ def facts_list(facts: Sequence[tuple[Node, Node]]) -> Markup:
     return el("dl", *(el("div", el("dt", name), el("dd", value)) for name, value in facts), class_="facts")
 
 
-def table(label: str, heads: Sequence[str], rows: Sequence[Sequence[Node]], words: Sequence[int] = ()) -> Markup:
-    """A table that scrolls by itself where the page is too narrow. ``words`` are columns of text besides the first."""
-    align = ["" if index == 0 or index in words else "figure" for index in range(len(heads))]
-    top = el("tr", *(el("th", head, scope="col", class_=look or None) for head, look in zip(heads, align, strict=True)))
-    body = [
-        el(
-            "tr",
-            *(
-                el("th", cell, scope="row") if index == 0 else el("td", cell, class_=look or None)
-                for index, (cell, look) in enumerate(zip(row, align, strict=True))
-            ),
-        )
-        for row in rows
-    ]
+def table(label: str, heads: Sequence[str], rows: Sequence[Sequence[Node]], beneath: Sequence[Node] = ()) -> Markup:
+    """A table of figures that scrolls by itself where the page is too narrow.
+
+    Args:
+        label: what it shows.
+        heads: of the columns; the first column names the row.
+        rows: the cells.
+        beneath: a remark under each row, or nothing.
+    """
+    top = el("tr", *(el("th", head, scope="col", class_="figure" if i else None) for i, head in enumerate(heads)))
+    body = []
+    for index, (name, *cells) in enumerate(rows):
+        body.append(el("tr", el("th", name, scope="row"), *(el("td", cell, class_="figure") for cell in cells)))
+        if beneath:
+            body.append(el("tr", el("td", beneath[index], colspan=len(heads)), class_="remark"))
     inner = el("table", el("thead", top), el("tbody", *body))
-    return el("div", inner, class_="scroll", tabindex=0, role="region", aria_label=label)
+    return el(
+        "div",
+        inner,
+        class_="scroll tall" if len(rows) > MANY_ROWS else "scroll",
+        tabindex=0,
+        role="region",
+        aria_label=label,
+    )
 
 
 def share(part: int, whole: int) -> str:

@@ -17,7 +17,6 @@ def header(fields: Fields) -> Markup:
         el("span", "epoch ", fields.show("epoch")),
         el("span", "began ", fields.show("started_at", fields["started_at"][:19].replace("T", " ")), " UTC"),
         el("span", fields.show("source_host"), " → ", fields.show("destination_host"), " at ", fields.show("peer")),
-        el("span", "as recorded by the ", fields.show("role")),
     ]
     reason = fields["reason"]
     return el(

@@ -9,7 +9,7 @@ from migrated.report.charts import Axis, Bar, Track, tracks
 from migrated.report.downtime import part_bars
 from migrated.report.fields import Fields, exact_ms, join_unit, short
 from migrated.report.markup import Markup, join
-from migrated.report.pieces import Section, facts_list, note, section, signed, table
+from migrated.report.pieces import Section, facts_list, note, section, signed, table, zoom_hint
 
 BLANK: Final = ("", "", "")
 
@@ -19,18 +19,20 @@ def timeline(fields: Fields) -> Section | None:
     phases, total_ns = fields.rows("phases"), fields["total_ns"]
     if not phases:
         return None
-    stop_ns = next((fields[f"{path}.begin_ns"] for path in phases if fields[f"{path}.name"] == "Pause"), None)
-    downtime = fields["downtime"] if stop_ns is not None else None
+    stop_ns: int | None = next(
+        (fields[f"{path}.begin_ns"] for path in phases if fields[f"{path}.name"] == "Pause"), None
+    )
+    downtime = fields["downtime"]
     log_lines = _log_bars(fields)
     here = [_phase_track(fields, path) for path in phases]
-    there = _destination_tracks(downtime, stop_ns) if downtime else []
+    there = _destination_tracks(downtime, stop_ns) if downtime and stop_ns is not None else []
     rows = [_guest_track(fields, stop_ns, downtime)]
     for side, host, found in (("source", "source_host", here), ("destination", "destination_host", there)):
         if log_lines[side]:
             found.append(Track("log lines", BLANK, tuple(log_lines[side]), "log-row"))
         if found:
             rows += [Track(join([f"On the {side}, ", fields.show(host)])), *found]
-    marks = (Bar(stop_ns, 0, "instant", "the stop is requested"),) if downtime else ()
+    marks = (Bar(stop_ns, 0, "instant", "the stop is requested"),) if stop_ns is not None else ()
     skew = fields["time"] and fields["time.wall_clock_skew_ns"]
     corrected = f", the destination’s corrected by {short(sum(skew) // 2)} of skew." if skew else "."
     return section(
@@ -47,6 +49,7 @@ def timeline(fields: Fields) -> Section | None:
             "guest stood still is placed by the parts of the downtime, end to end; log lines by their wall clocks",
             corrected,
         ),
+        zoom_hint(),
     )
 
 
@@ -71,11 +74,10 @@ def _guest_track(fields: Fields, stop_ns: int | None, downtime: Any) -> Track:
     guest, total_ns = f"guest {fields['guest']}", fields["total_ns"]
     if stop_ns is None or not downtime:
         # In doubt, the guest was stopped and nothing is known of when it ran again.
-        stopped = fields["outcome"] == "in-doubt" and stop_ns is not None
-        end_ns = stop_ns if stopped else total_ns
-        bars = [Bar(0, end_ns, "runs-source", "runs on the source")]
-        if stopped:
-            bars.append(Bar(end_ns, total_ns - end_ns, "stopped", "is kept stopped on the source"))
+        runs_ns = stop_ns if stop_ns is not None and fields["outcome"] == "in-doubt" else total_ns
+        bars = [Bar(0, runs_ns, "runs-source", "runs on the source")]
+        if runs_ns < total_ns:
+            bars.append(Bar(runs_ns, total_ns - runs_ns, "stopped", "is kept stopped on the source"))
         return Track(guest, BLANK, tuple(bars), "guest-row")
     end_ns = stop_ns + downtime["measured_ns"]
     side = "destination" if fields["outcome"] == "completed" else "source"

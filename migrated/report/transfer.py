@@ -25,7 +25,6 @@ def rounds(fields: Fields) -> Section | None:
         "dirtied pages/s",
         "predicted ms",
         "throttle %",
-        "decision",
     )
     rows = [
         (
@@ -40,11 +39,13 @@ def rounds(fields: Fields) -> Section | None:
             fields.count(f"{path}.dirty_rate_pages_per_s", "pages/s"),
             fields.ms(f"{path}.predicted_downtime_ns"),
             fields.show(f"{path}.throttle_percent"),
-            el("span", fields.show(f"{path}.decision"), class_="decision"),
         )
         for path in paths
     ]
-    return section("rounds", "Memory rounds", *round_plots(fields), table("Memory rounds", heads, rows, words=(11,)))
+    decisions = [fields.show(f"{path}.decision") for path in paths]
+    return section(
+        "rounds", "Memory rounds", *round_plots(fields), table("Memory rounds", heads, rows, beneath=decisions)
+    )
 
 
 def round_plots(fields: Fields) -> list[Markup]:

@@ -34,7 +34,9 @@ _KNOWN_BYTES: Final = 16 << 20
 """Before this much was sent, socket buffers hide how slow the link is: every encoding asked for is tried."""
 _LOSSES: Final = 4
 _SAMPLE_EVERY: Final = 32
-_NEVER: Final = -1
+_NOBODY: Final = -1
+_NEVER: Final = -2
+"""Older than any round, also for the first one."""
 
 
 @dataclass(slots=True)
@@ -124,8 +126,8 @@ class DeltaCache:
     def __init__(self, capacity_bytes: int) -> None:
         self._slots = max(1, capacity_bytes // PAGE_SIZE)
         self._pages: Pages = np.empty((self._slots, WORDS_PER_PAGE), np.uint64)
-        self._owner: npt.NDArray[np.int64] = np.full(self._slots, _NEVER, np.int64)
-        self._used: npt.NDArray[np.int32] = np.zeros(self._slots, np.int32)
+        self._owner: npt.NDArray[np.int64] = np.full(self._slots, _NOBODY, np.int64)
+        self._used: npt.NDArray[np.int32] = np.full(self._slots, _NEVER, np.int32)
         self._lock = threading.Lock()
 
     def exchange(self, indices: Indices, pages: Pages, round_number: int, delta: Pages) -> npt.NDArray[np.bool_]:
@@ -142,7 +144,7 @@ class DeltaCache:
         """
         slots = indices % self._slots
         with self._lock:
-            hits = self._owner[slots] == indices
+            hits: npt.NDArray[np.bool_] = self._owner[slots] == indices
             rows = np.flatnonzero(hits)
             if len(rows):
                 out = delta[: len(rows)]
@@ -164,8 +166,8 @@ class DeltaCache:
         slots = indices % self._slots
         with self._lock:
             stale = slots[self._owner[slots] == indices]
-            self._owner[stale] = _NEVER
-            self._used[stale] = 0
+            self._owner[stale] = _NOBODY
+            self._used[stale] = _NEVER
 
 
 class BatchEncoder:

@@ -185,16 +185,17 @@ class SourceHandover:
         try:
             if self._was_paused:
                 await guest.vmm.interrupt()
+                running_at_ns = time.monotonic_ns()
             else:
                 await guest.vmm.take_lock()
-                await guest.vmm.resume(self.epoch)
+                running_at_ns = await guest.vmm.resume(self.epoch)
         except VmmError as error:
             log.error("the guest could not be resumed", guest=guest.name, reason=str(error))
             self.reason = f"{self.reason or 'aborted'}; then the guest could not be resumed: {error}"
             return
         finally:
             guest.overlay = None
-        self.resumed_at_ns = time.monotonic_ns()
+        self.resumed_at_ns = running_at_ns
         self._env.publish("RESUME", {"guest": guest.name})
 
     async def _retire(self) -> None:

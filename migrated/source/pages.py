@@ -1,9 +1,10 @@
 """Sending guest memory: one thread per data channel takes batches of a round until none is left.
 
-    runs -> batches -> | gather, zero test, hash, encode, send | x channels -> BARRIER on every channel
+    runs -> batches -> | gather, zero test, encode, hash, send | x channels -> BARRIER on every channel
 
 Pages are read once into a staging buffer; what is hashed is what is sent. A page that the guest writes meanwhile is
-dirty again and travels again in a later round, and only its last version counts.
+dirty again and travels again in a later round, and only its last version counts. In the first round some channel looks
+ahead of the batches for memory that is densely used and announces it, so that the destination can populate it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from migrated.errors import LinkLostError, MigrationError
+from migrated.errors import LinkLostError
 from migrated.link.data import DataChannel
-from migrated.source.encoding import BatchEncoder, EncodingTotals
+from migrated.source.encoding import BatchEncoder, EncodedBatch, EncodingTotals
 from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory
 from protocol import messages
 from protocol.digest import MemoryDigest
@@ -33,6 +34,12 @@ from protocol.pages import RUN_BYTES, Indices, Runs, count_pages, indices_of, pa
 
 BATCH_PAGES: Final = 256
 """Pages per frame: 1 MiB, which stays in a core's cache from the gather to the send."""
+HUGE_PAGES: Final = 512
+"""Pages in a huge page: the grain of announcements."""
+_ANNOUNCED_AT_ONCE: Final = 32
+_LOOK_AHEAD_BATCHES: Final = 128
+_TESTED_WORDS: Final = 8
+"""Words of a page that the look ahead reads: one cache line. Most pages in use show there that they are not zero."""
 _DEVICE_CHUNK_BYTES: Final = 1 << 20
 _MAX_RUNS: Final = MAX_RUNS_BYTES // RUN_BYTES
 
@@ -80,6 +87,7 @@ class PageSender:
         channels: joined data channels, owned from here on.
         digest: the source's running digest, None when it is off.
         encoder_of: makes the encoder of one channel's thread.
+        announce: whether the peer takes EXTENTS.
     """
 
     def __init__(
@@ -88,8 +96,12 @@ class PageSender:
         channels: list[DataChannel],
         digest: MemoryDigest | None,
         encoder_of: Callable[[], BatchEncoder],
+        *,
+        announce: bool = False,
     ) -> None:
         self._memory = memory
+        self._announce = announce
+        self._batch_pages = min(BATCH_PAGES, *(channel.max_payload_bytes // PAGE_SIZE for channel in channels))
         self._channels = channels
         self._digest = digest
         self._loop = asyncio.get_running_loop()
@@ -126,8 +138,11 @@ class PageSender:
         Raises:
             LinkLostError: a channel is gone.
         """
-        jobs: deque[Job] = deque(_page_job(batch, number) for batch in split_runs(runs, BATCH_PAGES))
-        return await self._do(jobs, number, number)
+        batches = split_runs(runs, self._batch_pages)
+        jobs = [_page_job(batch, number) for batch in batches]
+        if self._announce and number == 1:
+            jobs = _looking_ahead(runs, batches, jobs)
+        return await self._do(deque(jobs), number, number)
 
     async def send_device(self, state: messages.DeviceState, data: bytes | bytearray | memoryview) -> Sent:
         """Send one device state in pieces over all channels. ``state`` is the meta of its first piece."""
@@ -218,7 +233,7 @@ class _Worker:
                     barrier = messages.Barrier(round=work.barrier)
                     sent.wire_bytes += self.channel.send(barrier, round_number=work.round_number)
                 self.owner.finished(work, sent)
-            except (MigrationError, OSError, ValueError, MemoryError) as error:
+            except Exception as error:  # whatever ends this thread must end the attempt, which would wait for ever
                 self.owner.failed(work, error)
                 return
             finally:
@@ -234,6 +249,7 @@ class _Worker:
             sent.zero_pages += len(zero_pages)
             if digest is not None:
                 sent.digest_delta += digest.set_zero(zero_pages)
+            self.encoder.zeroed(zero_pages)
             zero_runs = runs_of(zero_pages)
             for begin in range(0, len(zero_runs), _MAX_RUNS):
                 zero = messages.ZeroPages(runs=pack_runs(zero_runs[begin : begin + _MAX_RUNS]))
@@ -241,18 +257,34 @@ class _Worker:
             runs, indices = runs_of(indices[nonzero]), indices[nonzero]
         if not len(indices):
             return
-        batch_hash = xxhash.xxh3_64_intdigest(staged.data) if digest is not None else 0
-        if digest is not None:
-            sent.digest_delta += digest.set_pages(indices, batch_hash)
-        begin_ns = time.perf_counter_ns()
-        encoding, payload = self.encoder.encode(indices, staged)
-        spent_ns = time.perf_counter_ns() - begin_ns
-        message = messages.Pages(encoding=encoding, runs=pack_runs(runs), digest=batch_hash)
-        wire_bytes = self.channel.send(message, payload, round_number)
-        sent.wire_bytes += wire_bytes
         sent.normal_pages += len(indices)
-        totals = sent.encodings.setdefault(encoding, EncodingTotals())
-        totals.add(EncodingTotals(1, len(indices) * PAGE_SIZE, sum(len(view) for view in payload), spent_ns))
+        for batch in self.encoder.encode(indices, staged, round_number, sent.encodings):
+            self._send_batch(batch, runs if batch.indices is indices else runs_of(batch.indices), round_number, sent)
+
+    def _send_batch(self, batch: EncodedBatch, runs: Runs, round_number: int, sent: Sent) -> None:
+        digest = self.owner.digest
+        batch_hash = 0
+        if digest is not None:
+            batch_hash = xxhash.xxh3_64_intdigest(batch.pages.data)
+            sent.digest_delta += digest.set_pages(batch.indices, batch_hash)
+        message = messages.Pages(encoding=batch.encoding, runs=pack_runs(runs), digest=batch_hash)
+        begin_ns = time.perf_counter_ns()
+        wire_bytes = self.channel.send(message, batch.payload, round_number)
+        self.encoder.sent(wire_bytes, time.perf_counter_ns() - begin_ns)
+        sent.wire_bytes += wire_bytes
+
+    def announce(self, granules: Runs, sent: Sent) -> None:
+        """Look at runs of huge pages and announce those in which no page is zero."""
+        words = self.owner.words
+        dense: list[Indices] = []
+        for start, count in granules.tolist():
+            first, pages = start * HUGE_PAGES, count * HUGE_PAGES
+            heads = np.bitwise_or.reduce(words[first : first + pages, :_TESTED_WORDS], axis=1) != 0
+            dense.append(start + np.flatnonzero(heads.reshape(count, HUGE_PAGES).all(axis=1)))
+        found = runs_of(np.concatenate(dense))
+        if len(found):
+            extents = messages.Extents(runs=pack_runs(found * HUGE_PAGES))
+            sent.wire_bytes += self.channel.send(extents, round_number=1)
 
     def _gather(self, runs: Runs, indices: Indices) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
         """Copy the batch into staging. Returns the non-zero pages, shape (n, 512), and which of all pages they are."""
@@ -283,6 +315,30 @@ def _page_job(runs: Runs, round_number: int) -> Job:
         worker.send_pages(runs, round_number, sent)
 
     return job
+
+
+def _announce_job(granules: Runs) -> Job:
+    def job(worker: _Worker, sent: Sent) -> None:
+        worker.announce(granules, sent)
+
+    return job
+
+
+def _looking_ahead(runs: Runs, batches: list[Runs], jobs: list[Job]) -> list[Job]:
+    """Put the announcement of every stretch of memory some batches before its first batch."""
+    first = -(-runs[:, 0] // HUGE_PAGES)
+    counts = runs.sum(axis=1) // HUGE_PAGES - first
+    granules = np.column_stack((first, counts))[counts > 0]
+    stretches = split_runs(granules, _ANNOUNCED_AT_ONCE)
+    batch_starts = [int(batch[0, 0]) for batch in batches]
+    places = np.searchsorted(batch_starts, [int(s[0, 0]) * HUGE_PAGES for s in stretches]) - _LOOK_AHEAD_BATCHES
+    ahead: list[Job] = []
+    done = 0
+    for stretch, place in zip(stretches, np.maximum(places, 0).tolist(), strict=True):
+        ahead += jobs[done:place]
+        done = max(done, place)
+        ahead.append(_announce_job(stretch))
+    return ahead + jobs[done:]
 
 
 def _device_job(state: messages.DeviceState, view: memoryview, offset: int) -> Job:

@@ -218,7 +218,7 @@ class Precopy:
         device_bytes = 0
         for device in transfer.guest.devices:
             if device.kind == "iterable":
-                sending = await transfer.save_device(device.name, device.kind, number)
+                sending = await transfer.save_device(device.name, device.kind, number - 1)  # a VMM counts from 0
                 device_bytes += await sending
         await self._wait_for_progress(self._acknowledged(number))
         ns = time.monotonic_ns() - begin_ns

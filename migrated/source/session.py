@@ -16,7 +16,7 @@ from migrated.link.data import DataChannel
 from migrated.parameters import MigrationParameters
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.model import Bases
-from migrated.source.encoding import BatchEncoder
+from migrated.source.encoding import encoder_factory
 from migrated.source.pages import PageSender
 from migrated.vmm.base import DryRun, Vmm
 from migrated.vmm.dirty_log import DirtyLog
@@ -83,14 +83,22 @@ class Session:
         if status.state == "incoming":
             raise RefusedError(f"guest {description.name!r} is itself waiting for an incoming migration")
         self.was_paused = status.state == "paused"
-        self.dry_save = await self._vmm.dry_run("save")
+        self.dry_save = await self._vmm.typical_dry_run("save")
         agreed = await self._negotiate(description)
         for number in range(self._parameters.channels):
             self.channels.append(await self._join(number, agreed))
         self.memory = await self._vmm.memory()
         self.dirty_log = await self._vmm.start_dirty_log(self._parameters.dirty_tracking)
         digest = MemoryDigest(description.pages) if self._parameters.digest else None
-        self.sender = PageSender(self.memory, self.channels, digest, BatchEncoder)
+        assert self.welcome is not None
+        agreed_on = self.welcome.capabilities
+        self.sender = PageSender(
+            self.memory,
+            self.channels,
+            digest,
+            encoder_factory(self._parameters, agreed_on),
+            announce="extents" in agreed_on,
+        )
         self.sender.pace(self._parameters.max_bandwidth_bytes_per_s)
         self.sender.start()
 
@@ -119,7 +127,7 @@ class Session:
             memory_ns=int(remaining_bytes * 1e9 / rate) if rate else 0,
             save_ns=sum(cost.ns for cost in self.dry_save.devices),
             load_ns=sum(cost.ns for cost in self.welcome.load_costs),
-            legs_ns=2 * self.control.round_trip_ns(),
+            legs_ns=2 * self.control.typical_round_trip_ns(),
             resume_ns=self.welcome.resume_ns,
         )
 

@@ -93,6 +93,7 @@ class Switchover:
         self._control = transfer.control
         self._t0 = 0
         self._holding_since_ns = 0
+        self._state_begin_ns = 0
         self._state_sent_ns = 0
         self._ready_read_ns = 0
         self.phase = "Pause"
@@ -123,6 +124,7 @@ class Switchover:
 
     def _stopped(self) -> None:
         stopped_ns = self._handover.stopped_at_ns
+        self._state_begin_ns = stopped_ns
         self._ledger.part("stop", "source", self._t0, stopped_ns)
         self._ledger.add_phase("Pause", self._t0, stopped_ns)
         self._ledger.checkpoint("src-downtime-start", 0)
@@ -163,7 +165,8 @@ class Switchover:
         end_ns = time.monotonic_ns()
         self._holding_since_ns = 0
         self._ledger.hold_ns = end_ns - begin_ns
-        self._ledger.part("hold", "source", begin_ns, end_ns)
+        self._ledger.part("hold", "source", self._state_begin_ns, end_ns)
+        self._state_begin_ns = end_ns
 
     async def _send_last_state(self) -> None:
         transfer, ledger = self._transfer, self._ledger
@@ -172,6 +175,8 @@ class Switchover:
         transfer.dirty_log.restore(self._pending)
         runs = await transfer.collect()
         scanned_ns = time.monotonic_ns()
+        # From the end of the stop, or of the hold, to here: the first DOWNTIME message.
+        ledger.part("downtime-message", "source", self._state_begin_ns, begin_ns)
         ledger.part("final-dirty-log-read", "source", begin_ns, scanned_ns)
         # Devices are saved while the last pages are on their way.
         pages = asyncio.create_task(self._send_pages(runs))
@@ -196,10 +201,13 @@ class Switchover:
         runs = await transfer.collect()
         rescanned_ns = time.monotonic_ns()
         ledger.part("dirty-log-read-after-saves", "source", saved_ns, rescanned_ns)
+        complete_ns = rescanned_ns
         if len(runs):
-            ledger.part("pages-after-saves", "source", rescanned_ns, await self._send_pages(runs))
-        ledger.checkpoint("src-non-iterable-saved", time.monotonic_ns() - self._t0)
+            complete_ns = await self._send_pages(runs)
+            ledger.part("pages-after-saves", "source", rescanned_ns, complete_ns)
+        ledger.checkpoint("src-non-iterable-saved", complete_ns - self._t0)
         self._end_state()
+        ledger.part("state-end", "source", complete_ns, self._state_sent_ns)
         self.phase = "Finish"
 
     def _end_state(self) -> None:
@@ -207,7 +215,7 @@ class Switchover:
         digest = self._transfer.sender.digest
         self._ledger.source_digest = digest.value if digest is not None else None
         self._ledger.source_reported_ns = elapsed_ns = self._counted_ns()
-        self._state_sent_ns = time.monotonic_ns()
+        self._state_sent_ns = time.monotonic_ns()  # before the write: the answer cannot come earlier
         self._control.send(
             messages.StateEnd(
                 epoch=self._handover.epoch,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from statistics import median
+from typing import Any, Final, Literal
 
 from migrated.vmm.dirty_log import DirtyLog
 from migrated.vmm.memory import GuestMemory
@@ -19,6 +20,8 @@ from protocol.guest_time import VmTimeData
 from protocol.messages import DeviceCost
 
 DeviceKind = Literal["iterable", "non-iterable"]
+_DRY_RUNS: Final = 5
+
 GuestState = Literal["running", "paused", "incoming"]
 DirtyTracking = Literal["auto", "pagemap-scan", "logged"]
 
@@ -91,7 +94,8 @@ class Vmm(ABC):
 
     @abstractmethod
     async def resume(self, epoch: int) -> int:
-        """Run the vCPUs; ends a running save. Returns what it cost (ns)."""
+        """Run the vCPUs; ends a running save. Returns when they ran (CLOCK_MONOTONIC, ns), by the VMM's own stamp: a
+        daemon that was held up afterwards must not count that as downtime."""
 
     @abstractmethod
     async def take_lock(self) -> None:
@@ -124,6 +128,19 @@ class Vmm(ABC):
     @abstractmethod
     async def dry_run(self, side: Literal["save", "load"]) -> DryRun:
         """What a switchover would cost here, without disturbing the guest."""
+
+    async def typical_dry_run(self, side: Literal["save", "load"]) -> DryRun:
+        """The median of a few dry runs, per device and for stop and resume: one odd run must not decide."""
+        runs = [await self.dry_run(side) for _ in range(_DRY_RUNS)]
+        devices = tuple(
+            DeviceCost(name=costs[0].name, kind=costs[0].kind, ns=int(median(cost.ns for cost in costs)))
+            for costs in zip(*(run.devices for run in runs), strict=True)
+        )
+        return DryRun(
+            devices=devices,
+            pause_ns=int(median(run.pause_ns for run in runs)),
+            resume_ns=int(median(run.resume_ns for run in runs)),
+        )
 
     @abstractmethod
     async def throttle(self, percent: int) -> None:

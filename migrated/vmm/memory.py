@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -23,6 +24,8 @@ _MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
+
+_SHMEM_HUGE: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -78,9 +81,28 @@ class GuestMemory:
                 number = ctypes.get_errno()
                 raise OSError(number, f"cannot clear pages {start} to {start + count - 1}: {os.strerror(number)}")
 
-    def advise_huge_pages(self) -> None:
-        """Ask for huge pages where the host allows them for shared memory; without effect elsewhere."""
-        self._mapping.madvise(mmap.MADV_HUGEPAGE)
+    def write(self, first: int, data: memoryview) -> None:
+        """Write whole pages from page ``first`` on, through the file. On pages that hold nothing yet this is twice as
+        fast as through the mapping: the kernel need not zero them first, nor map them here.
+
+        Raises:
+            OSError: the host has no memory for them.
+        """
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], first * PAGE_SIZE + done)
+
+    def allocate(self, start: int, count: int) -> bool:
+        """Put memory behind pages that shall be written, off the critical path. Returns whether the kernel did it."""
+        return not _libc.fallocate(self._fd, _FALLOC_FL_KEEP_SIZE, start * PAGE_SIZE, count * PAGE_SIZE)
+
+    def populate_huge(self, start: int, count: int) -> bool:
+        """Put huge pages behind pages that shall be written, and map them. Returns whether the kernel did it."""
+        try:
+            self._mapping.madvise(mmap.MADV_HUGEPAGE, start * PAGE_SIZE, count * PAGE_SIZE)
+        except OSError:
+            return False
+        return self.populate(start, count, write=True)
 
     def populate(self, start: int, count: int, *, write: bool) -> bool:
         """Map pages ahead of use, off the critical path. Returns whether the kernel did it.
@@ -104,3 +126,11 @@ class GuestMemory:
         del self.words
         self.view.release()
         self._mapping.close()
+
+
+def shared_huge_pages() -> bool:
+    """Whether the host gives huge pages to shared memory that asks for them."""
+    try:
+        return not any(f"[{off}]" in _SHMEM_HUGE.read_text() for off in ("never", "deny"))
+    except OSError:
+        return False

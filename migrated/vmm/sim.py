@@ -118,7 +118,7 @@ class SimVmm(Vmm):
         return int((await self._call("pause", _PAUSE_S)).meta["ns"])
 
     async def resume(self, epoch: int) -> int:
-        return int((await self._call("resume", _PAUSE_S, epoch=epoch)).meta["ns"])
+        return int((await self._call("resume", _PAUSE_S, epoch=epoch)).meta["running_at_ns"])
 
     async def take_lock(self) -> None:
         await self._call("lock", _QUICK_S)

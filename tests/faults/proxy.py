@@ -27,6 +27,8 @@ from protocol.versions import PREFACE_BYTES
 
 CHUNK_BYTES: Final = 256 << 10
 QUEUED_PIECES: Final = 64
+_LOOK_AGAIN_S: Final = 0.05
+"""A stall may begin or be lifted while something waits."""
 
 
 class Way(StrEnum):
@@ -406,8 +408,7 @@ class Proxy:
         """Forward what is in the queue when it is due; the end of a stream arrives like its bytes."""
         while True:
             due, data = await flow.pieces.get()
-            while (wait_s := max(due, self._stalled_until[flow.way]) - time.monotonic()) > 0:
-                await asyncio.sleep(wait_s)
+            await self._until_due(flow.way, due)
             if not data:
                 break
             flow.writer.write(data)
@@ -418,6 +419,13 @@ class Proxy:
         if not flow.dead and flow.way not in self._cut:
             with contextlib.suppress(OSError):
                 flow.writer.write_eof()
+
+    async def _until_due(self, way: Way, due: float) -> None:
+        while True:
+            wait_s = max(due, self._stalled_until[way]) - time.monotonic()
+            if wait_s <= 0:
+                return
+            await asyncio.sleep(min(wait_s, _LOOK_AGAIN_S))
 
     # Section: harm
 

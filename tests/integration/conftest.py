@@ -12,7 +12,7 @@ ROOT = str(Path(__file__).parents[2])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-from tests.integration.harness import Pair
+from tests.integration.harness import Pair  # noqa: E402 - only now it can be found
 
 
 @pytest.fixture(scope="module")

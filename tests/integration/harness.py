@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -33,6 +34,8 @@ ROOT: Final = Path(__file__).parents[2]
 MIB: Final = 1 << 20
 START_TIMEOUT_S: Final = 60.0
 SETTLE_TIMEOUT_S: Final = 30.0
+COMMAND_TIMEOUT_S: Final = 120.0
+"""For one command: a migration may be waited for. Below the time that pytest gives a test, which would end nothing."""
 POLL_S: Final = 0.01
 _LIBUV_THREADS: Final = 4
 
@@ -266,9 +269,13 @@ class Host:
 
         Raises:
             CommandError, DaemonUnreachableError: as the client raises them.
+            HarnessError: no answer came in time.
         """
-        async with await ControlClient.connect(self.socket) as client:
-            return await client.command(name, arguments)
+        try:
+            async with asyncio.timeout(COMMAND_TIMEOUT_S), await ControlClient.connect(self.socket) as client:
+                return await client.command(name, arguments)
+        except TimeoutError as error:
+            raise HarnessError(f"host {self.name} did not answer {name} within {COMMAND_TIMEOUT_S:g} s") from error
 
     async def create_guest(self, name: str = "g1", memory_mib: int = 64, **arguments: Any) -> dict[str, Any]:
         """Start a guest. ``arguments`` as QMP names with ``_`` for ``-``."""
@@ -396,21 +403,18 @@ class Host:
         """What is left behind when nothing runs: descriptors, mappings, threads, guest processes without a guest, open
         attempts. Empty when all is well; waits a while for what is still being let go."""
         guests = await self.guests()
+        known = {guest["pid"] for guest in guests.values()}
+
+        def found() -> list[str]:
+            strangers = [f"{name} (pid {pid})" for pid, name in self.vmm_pids().items() if pid not in known]
+            return self.excess(len(guests)) + [f"host {self.name}: no guest has process {one}" for one in strangers]
 
         async def clean() -> bool:
-            return not self.excess(len(guests)) and set(self.vmm_pids()) == {g["pid"] for g in guests.values()}
+            return not found()
 
-        try:
+        with contextlib.suppress(HarnessError):
             await until("clean", clean, 10.0)
-        except HarnessError:
-            found = self.excess(len(guests))
-            strangers = {
-                pid: name for pid, name in self.vmm_pids().items() if pid not in {g["pid"] for g in guests.values()}
-            }
-            return found + [
-                f"host {self.name}: guest process {pid} of {name} has no guest" for pid, name in strangers.items()
-            ]
-        return []
+        return found()
 
     def close(self) -> None:
         """End the daemon and every guest process of this host."""
@@ -590,7 +594,7 @@ def check_runs(logs: dict[str, list[dict[str, Any]]], deaths: dict[int, int]) ->
         key=lambda run: run.begin_ns,
     )
     found: list[str] = []
-    for earlier, later in zip(runs, runs[1:], strict=False):
+    for earlier, later in itertools.pairwise(runs):
         names = f"{earlier.host}/{earlier.pid} and then {later.host}/{later.pid}"
         if earlier.end_ns is None or earlier.end_ns > later.begin_ns:
             found.append(f"two copies ran at once: {names}: {earlier} {later}")

@@ -298,5 +298,5 @@ def test_parts_are_attributed_to_components() -> None:
     knowledge = Knowledge()
     knowledge.learn(record_of(predict(knowledge), truth_of(1.0)), "class")
     corrections = knowledge.document()["corrections"]
-    assert corrections["class:class/state"][0] == pytest.approx(1.0, abs=0.01)
-    assert corrections["class:class/device-loads"][0] == pytest.approx(1.0, abs=0.01)
+    assert corrections["class:class/state/factor"][0] == pytest.approx(1.0, abs=0.01)
+    assert corrections["class:class/device-loads/factor"][0] == pytest.approx(1.0, abs=0.01)

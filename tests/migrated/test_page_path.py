@@ -1,0 +1,589 @@
+"""The way of pages between two memories: real channels over socket pairs, real memfds, real threads.
+
+source memfd -> PageSender -> socket pair x channels -> PageReceiver -> destination memfd
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import lz4.block
+import numpy as np
+import numpy.typing as npt
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from migrated.destination.decoding import allowed_encodings
+from migrated.destination.pages import ArrivedState, PageReceiver, RoundReceived
+from migrated.errors import LinkLostError, MigrationError
+from migrated.link.data import DataChannel
+from migrated.link.sockets import Agreed
+from migrated.source import pages as source_pages
+from migrated.source.encoding import BatchEncoder, DeltaCache, EncodingTotals, LinkSpeed
+from migrated.source.pages import PageSender, Sent
+from migrated.vmm import memory as memory_module
+from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory
+from protocol import messages
+from protocol.digest import MemoryDigest
+from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
+from protocol.frames import MAX_PAYLOAD_BYTES
+from protocol.guest import PAGE_SIZE, DeviceDescription, GuestDescription, MemoryRegion
+from protocol.messages import Encoding
+from protocol.pages import NO_RUNS, Runs, pack_runs, runs_of
+from protocol.versions import CAPABILITIES, MAJOR
+
+WAIT_S = 30.0
+MIB_PAGES = 256
+HUGE = source_pages.HUGE_PAGES
+
+
+class Memory:
+    """A guest's memory and a second look at its file."""
+
+    def __init__(self, pages: int) -> None:
+        fd = os.memfd_create("page-path", os.MFD_CLOEXEC)
+        os.ftruncate(fd, pages * PAGE_SIZE)
+        self.file = os.dup(fd)
+        self.guest = GuestMemory(fd, pages)
+
+    def content(self) -> bytes:
+        return os.pread(self.file, self.guest.pages * PAGE_SIZE, 0)
+
+    def backed_pages(self) -> int:
+        return os.fstat(self.file).st_blocks * 512 // PAGE_SIZE
+
+    def close(self) -> None:
+        self.guest.release()
+        os.close(self.file)
+
+
+def description_of(pages: int) -> GuestDescription:
+    return GuestDescription(
+        name="g1",
+        uuid="00000000-0000-0000-0000-0000000000a1",
+        machine="sim",
+        page_size=PAGE_SIZE,
+        memory=(MemoryRegion(name="ram", guest_address=0, size_bytes=pages * PAGE_SIZE, offset_pages=0),),
+        devices=(DeviceDescription(name="disk", kind="non-iterable", state_bytes=1 << 20),),
+        vcpus=1,
+        guest_freq=2_000_000_000,
+    )
+
+
+class Path:
+    """Both ends over socket pairs. ``channels`` are the source's ends, for tests that send frames by hand."""
+
+    def __init__(
+        self, pages: int, channels: int = 2, *, digest: bool = True, capabilities: frozenset[str] = CAPABILITIES
+    ) -> None:
+        self.source, self.destination = Memory(pages), Memory(pages)
+        self.source_digest = MemoryDigest(pages) if digest else None
+        self.destination_digest = MemoryDigest(pages) if digest else None
+        self.rounds: asyncio.Queue[tuple[int, RoundReceived]] = asyncio.Queue()
+        self.states: asyncio.Queue[ArrivedState] = asyncio.Queue()
+        self.failures: asyncio.Queue[Exception] = asyncio.Queue()
+        self.receiver = PageReceiver(
+            self.destination.guest,
+            description_of(pages),
+            self.destination_digest,
+            channels,
+            allowed_encodings(capabilities),
+            on_round=lambda number, received: self.rounds.put_nowait((number, received)),
+            on_state=self.states.put_nowait,
+            on_failure=self.failures.put_nowait,
+        )
+        self.channels: list[DataChannel] = []
+        for number in range(channels):
+            near, far = socket.socketpair()
+            self.channels.append(DataChannel(near, number, Agreed(MAJOR, MAX_PAYLOAD_BYTES)))
+            self.receiver.add_channel(DataChannel(far, number, Agreed(MAJOR, MAX_PAYLOAD_BYTES)))
+        self.sender: PageSender | None = None
+        self.number = 0
+
+    def send_with(self, encoder_of: Callable[[], BatchEncoder] = BatchEncoder, *, announce: bool = False) -> None:
+        self.sender = PageSender(self.source.guest, self.channels, self.source_digest, encoder_of, announce=announce)
+        self.sender.start()
+
+    async def round(self, runs: Runs) -> tuple[Sent, RoundReceived]:
+        """Send a round and wait until it has arrived, as the two stories do."""
+        assert self.sender is not None
+        self.number += 1
+        sent = await self.sender.send_round(self.number, runs)
+        async with asyncio.timeout(WAIT_S):
+            arrived = asyncio.ensure_future(self.rounds.get())
+            failed = asyncio.ensure_future(self.failures.get())
+            await asyncio.wait({arrived, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            arrived.cancel()
+            raise failed.result()
+        failed.cancel()
+        number, received = arrived.result()
+        assert number == self.number
+        if self.destination_digest is not None:
+            self.destination_digest.add(received.digest_delta)
+        return sent, received
+
+    async def failure(self) -> Exception:
+        async with asyncio.timeout(WAIT_S):
+            return await self.failures.get()
+
+    def assert_equal(self) -> None:
+        assert self.destination.content() == self.source.content()
+        if self.source_digest is not None and self.destination_digest is not None:
+            assert self.destination_digest.value == self.source_digest.value
+
+    async def close(self) -> None:
+        if self.sender is not None:
+            await self.sender.stop()
+        for channel in self.channels:
+            channel.interrupt()
+        await self.receiver.stop()
+        for channel in self.channels:
+            channel.close()
+        self.source.close()
+        self.destination.close()
+
+
+@contextlib.asynccontextmanager
+async def path(pages: int, channels: int = 2, **options: Any) -> AsyncIterator[Path]:
+    made = Path(pages, channels, **options)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not condition():
+            assert time.monotonic() < deadline
+            os.sched_yield()
+
+    await asyncio.to_thread(wait)
+
+
+def noise(count: int, seed: int) -> npt.NDArray[np.uint64]:
+    return np.random.default_rng(seed).integers(1, 1 << 63, (count, WORDS_PER_PAGE), np.uint64)
+
+
+def run(start: int, count: int) -> Runs:
+    return np.array([[start, count]], np.int64)
+
+
+def slow_link() -> LinkSpeed:
+    """A link on which every saved byte counts."""
+    link = LinkSpeed()
+    link.add(64 << 20, 1 << 40)
+    return link
+
+
+# Section: what arrives is what was sent
+
+PAGES = 700
+writes = st.tuples(
+    st.sampled_from(["noise", "text", "touch", "zero", "stride"]),
+    st.integers(0, PAGES - 1),
+    st.integers(1, 400),
+    st.integers(0, 1000),
+)
+
+
+def write(memory: GuestMemory, kind: str, start: int, count: int, seed: int) -> npt.NDArray[np.int64]:
+    """Write pages as a guest would. Returns their numbers."""
+    pages = np.arange(start, min(start + count, PAGES))
+    if kind == "stride":
+        pages = pages[::3]
+    if kind == "zero":
+        memory.words[pages] = 0
+    elif kind == "text":
+        memory.words[pages] = 0
+        memory.words[pages, seed % WORDS_PER_PAGE] = seed + 1
+    elif kind == "touch":
+        memory.words[pages, seed % WORDS_PER_PAGE] ^= np.uint64(seed + 1)
+    else:
+        memory.words[pages] = noise(len(pages), seed)
+    return pages
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rounds=st.lists(st.lists(writes, min_size=1, max_size=5), min_size=1, max_size=5),
+    channels=st.integers(1, 3),
+    compression=st.sampled_from(["plain", "zstd", "lz4"]),
+    cache_pages=st.one_of(st.none(), st.integers(1, 800)),
+    digest=st.booleans(),
+    announce=st.booleans(),
+)
+async def test_any_rounds_in_any_encoding_leave_equal_memories(
+    rounds: list[list[tuple[str, int, int, int]]],
+    channels: int,
+    compression: Encoding,
+    cache_pages: int | None,
+    digest: bool,
+    announce: bool,
+) -> None:
+    cache = DeltaCache(cache_pages * PAGE_SIZE) if cache_pages is not None else None
+    async with path(PAGES, channels, digest=digest) as both:
+        both.send_with(lambda: BatchEncoder(compression, 1, cache, slow_link()), announce=announce)
+        for changes in rounds:
+            dirty = np.unique(np.concatenate([write(both.source.guest, *change) for change in changes]))
+            sent, received = await both.round(runs_of(dirty))
+            assert sent.normal_pages + sent.zero_pages == len(dirty)
+            assert (received.normal_pages, received.zero_pages) == (sent.normal_pages, sent.zero_pages)
+            both.assert_equal()
+
+
+async def test_the_record_of_encodings_adds_up() -> None:
+    async with path(PAGES, 2) as both:
+        cache = DeltaCache(PAGES * PAGE_SIZE)
+        both.send_with(lambda: BatchEncoder("lz4", 1, cache, slow_link()))
+        memory = both.source.guest
+        memory.words[:] = noise(PAGES, 1)
+        first, _ = await both.round(run(0, PAGES))
+        memory.words[:, 7] += np.uint64(1)
+        second, received = await both.round(run(0, PAGES))
+        both.assert_equal()
+        assert first.encodings["plain"].page_bytes == PAGES * PAGE_SIZE
+        assert second.encodings["xor-lz4"].page_bytes == PAGES * PAGE_SIZE
+        assert second.encodings["xor-lz4"].wire_bytes == received.payload_bytes
+        assert second.wire_bytes * 20 < first.wire_bytes
+        assert both.sender is not None
+        total = EncodingTotals()
+        for totals in both.sender.encodings.values():
+            total.add(totals)
+        assert total.page_bytes == 2 * PAGES * PAGE_SIZE
+        assert total.wire_bytes <= first.wire_bytes + second.wire_bytes
+
+
+async def test_a_round_without_pages_is_closed_like_any_other() -> None:
+    async with path(16, 3) as both:
+        both.send_with()
+        sent, received = await both.round(NO_RUNS)
+        assert (sent.normal_pages, received.normal_pages, received.barriers) == (0, 0, 3)
+
+
+async def test_a_peer_that_takes_small_payloads_gets_small_batches() -> None:
+    async with path(PAGES, 1) as both:
+        small = Agreed(MAJOR, 16 * PAGE_SIZE)
+        near, far = socket.socketpair()
+        both.channels[0].close()
+        both.channels = [DataChannel(near, 0, small)]
+        receiving = DataChannel(far, 0, Agreed(MAJOR, MAX_PAYLOAD_BYTES))
+        both.send_with()
+        both.source.guest.words[:100] = noise(100, 1)
+        assert both.sender is not None
+        sending = asyncio.ensure_future(both.sender.send_round(1, run(0, 100)))
+
+        def read_all() -> list[int]:
+            sizes = []
+            while True:
+                header, message = receiving.read_header()
+                if isinstance(message, messages.Barrier):
+                    return sizes
+                sizes.append(header.payload_bytes)
+                receiving.read_into([memoryview(bytearray(header.payload_bytes))])
+
+        sizes = await asyncio.to_thread(read_all)
+        await sending
+        receiving.close()
+        assert max(sizes) == 16 * PAGE_SIZE
+        assert sum(sizes) == 100 * PAGE_SIZE
+
+
+# Section: memory that is not used stays unused
+
+
+@pytest.mark.parametrize("announce", [False, True])
+async def test_holes_and_zero_pages_take_no_memory_on_the_destination(announce: bool) -> None:
+    async with path(8 * HUGE, 2) as both:
+        memory = both.source.guest
+        both.send_with(announce=announce)
+        memory.words[HUGE + 5 : 3 * HUGE] = noise(2 * HUGE - 5, 1)
+        memory.words[4 * HUGE : 5 * HUGE] = 0  # touched, all zero
+        memory.words[6 * HUGE : 6 * HUGE + 9 : 2] = noise(5, 2)
+        assert both.source.backed_pages() == 3 * HUGE - 5 + 5
+        sent, _ = await both.round(memory.data_runs())
+        assert (sent.normal_pages, sent.zero_pages) == (2 * HUGE - 5 + 5, HUGE)
+        both.assert_equal()
+        assert both.destination.backed_pages() == 2 * HUGE - 5 + 5
+
+
+async def test_a_page_that_becomes_zero_is_given_back() -> None:
+    async with path(PAGES, 1) as both:
+        both.send_with()
+        both.source.guest.words[:300] = noise(300, 1)
+        await both.round(run(0, 300))
+        both.source.guest.words[100:200] = 0
+        await both.round(run(0, 300))
+        both.assert_equal()
+        assert both.destination.backed_pages() == 200
+
+
+async def test_announced_memory_that_turns_out_zero_is_given_back() -> None:
+    async with path(2 * HUGE, 1) as both:
+        channel = both.channels[0]
+        channel.send(messages.Extents(runs=pack_runs(run(0, 2 * HUGE))), round_number=1)
+        await until(lambda: both.destination.backed_pages() == 2 * HUGE)  # a thread of its own populates it
+        channel.send(messages.ZeroPages(runs=pack_runs(run(0, HUGE))), round_number=1)
+        channel.send(messages.Barrier(round=1), round_number=1)
+        async with asyncio.timeout(WAIT_S):
+            await both.rounds.get()
+        assert both.destination.backed_pages() == HUGE
+        assert not any(both.destination.content())
+
+
+@pytest.mark.parametrize("huge", [False, True])
+async def test_announced_memory_arrives_right_with_and_without_huge_pages(
+    huge: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("migrated.destination.pages.shared_huge_pages", lambda: huge)
+    async with path(8 * HUGE, 2) as both:
+        both.send_with(announce=True)
+        both.source.guest.words[3 : 7 * HUGE] = noise(7 * HUGE - 3, 1)
+        await both.round(both.source.guest.data_runs())
+        both.assert_equal()
+        both.source.guest.words[::5, 9] += np.uint64(1)
+        await both.round(runs_of(np.arange(0, 8 * HUGE, 5)))
+        both.assert_equal()
+
+
+def test_every_stretch_is_announced_before_its_batches_and_only_whole_huge_pages() -> None:
+    runs = np.array([[3, 20_000], [30_000, 400], [40_960, 1024], [90_000, 5_000]], np.int64)
+    batches = source_pages.split_runs(runs, 256)
+    jobs: list[Any] = [("batch", int(batch[0, 0])) for batch in batches]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source_pages, "_announce_job", lambda granules: ("announce", granules * HUGE))
+        order = source_pages._looking_ahead(runs, batches, jobs)
+    assert [job for job in order if job[0] == "batch"] == jobs
+    announced = np.concatenate([extents for kind, extents in order if kind == "announce"])
+    assert not (announced % HUGE).any()
+    inside = [
+        any(start >= first and start + count <= first + pages for first, pages in runs.tolist())
+        for start, count in announced.tolist()
+    ]
+    assert all(inside)
+    assert announced[:, 1].sum() == (19_968 - 512) + 1024 + 4_608
+    seen: list[int] = []
+    for kind, value in order:
+        if kind == "announce":
+            assert not any(first >= value[0, 0] for first in seen), "a stretch is announced after its own batches"
+        else:
+            seen.append(value)
+
+
+def test_whether_the_host_has_shared_huge_pages(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = tmp_path / "shmem_enabled"
+    monkeypatch.setattr(memory_module, "_SHMEM_HUGE", setting)
+    assert not memory_module.shared_huge_pages()
+    for text, huge in (
+        ("always within_size advise [never] deny force", False),
+        ("always within_size advise never [deny] force", False),
+        ("always within_size [advise] never deny force", True),
+        ("[always] within_size advise never deny force", True),
+    ):
+        setting.write_text(text)
+        assert memory_module.shared_huge_pages() is huge
+
+
+# Section: device states
+
+
+async def test_a_device_state_arrives_whole_over_several_channels() -> None:
+    data = np.random.default_rng(1).bytes(5 * 1024 * 1024 + 17)
+    async with path(16, 3) as both:
+        both.send_with()
+        assert both.sender is not None
+        state = messages.DeviceState(
+            order=0, name="disk", kind="non-iterable", final=True, offset=0, total_bytes=len(data),
+            digest=xxhash.xxh3_64_intdigest(data), save_ns=1,
+        )  # fmt: skip
+        await both.sender.send_device(state, data)
+        async with asyncio.timeout(WAIT_S):
+            arrived = await both.states.get()
+        assert bytes(arrived.data) == data
+
+
+# Section: what a broken or hostile source sends
+
+
+def pages_message(runs: Runs, encoding: Encoding = "plain", digest: int = 0) -> messages.Pages:
+    return messages.Pages(encoding=encoding, runs=pack_runs(runs), digest=digest)
+
+
+def content_of(count: int) -> bytes:
+    return noise(count, 1).tobytes()
+
+
+def lz4_of(content: bytes) -> bytes:
+    packed: bytes = lz4.block.compress(content, store_size=False)
+    return packed
+
+
+BOMB = lz4_of(bytes(64 << 20))
+HOSTILE: dict[str, tuple[messages.Message, bytes, ErrorCode, str]] = {
+    "a page outside the guest": (
+        pages_message(run(15, 2)), content_of(2), ErrorCode.TOO_LARGE, "outside the guest's memory",
+    ),
+    "overlapping runs": (
+        pages_message(np.array([[0, 4], [3, 2]])), content_of(6), ErrorCode.MALFORMED, "overlap",
+    ),
+    "descending runs": (
+        pages_message(np.array([[8, 1], [3, 1]])), content_of(2), ErrorCode.MALFORMED, "overlap or descend",
+    ),
+    "an empty run": (
+        pages_message(np.array([[1, 1], [2, 0]])), content_of(1), ErrorCode.MALFORMED, "empty run",
+    ),
+    "a run table of a broken length": (
+        messages.Pages(encoding="plain", runs=b"123456789", digest=0), content_of(1), ErrorCode.MALFORMED, "run table",
+    ),
+    "a payload that is too short": (
+        pages_message(run(0, 2)), content_of(1), ErrorCode.MALFORMED, "payload bytes, expected",
+    ),
+    "a payload that is too long": (
+        pages_message(run(0, 1)), content_of(2), ErrorCode.MALFORMED, "payload bytes, expected",
+    ),
+    "a batch with another digest": (
+        pages_message(run(0, 2), digest=1), content_of(2), ErrorCode.CORRUPT, "arrived damaged",
+    ),
+    "garbage instead of lz4": (
+        pages_message(run(0, 2), "lz4"), b"\xff" * 999, ErrorCode.CORRUPT, "cannot be decoded",
+    ),
+    "garbage instead of zstd": (
+        pages_message(run(0, 2), "zstd"), b"\xff" * 999, ErrorCode.CORRUPT, "cannot be decoded",
+    ),
+    "short content": (
+        pages_message(run(0, 16), "lz4"), lz4_of(bytes(PAGE_SIZE)), ErrorCode.CORRUPT, "expected 65536",
+    ),
+    "a decompression bomb": (
+        pages_message(run(0, 16), "lz4"), BOMB[: 16 * PAGE_SIZE - 1], ErrorCode.CORRUPT, "cannot be decoded",
+    ),
+    "a difference with another digest": (
+        pages_message(run(0, 2), "xor-lz4", 1), lz4_of(bytes(2 * PAGE_SIZE)), ErrorCode.CORRUPT, "arrived damaged",
+    ),
+    "an encoded batch that is not smaller": (
+        pages_message(run(0, 1), "lz4"), content_of(1), ErrorCode.MALFORMED, "fewer than",
+    ),
+    "zero pages with a payload": (
+        messages.ZeroPages(runs=pack_runs(run(0, 1))), b"x", ErrorCode.MALFORMED, "payload bytes",
+    ),
+    "zero pages outside the guest": (
+        messages.ZeroPages(runs=pack_runs(run(16, 1))), b"", ErrorCode.TOO_LARGE, "outside the guest's memory",
+    ),
+    "announced memory outside the guest": (
+        messages.Extents(runs=pack_runs(run(0, 17))), b"", ErrorCode.TOO_LARGE, "outside the guest's memory",
+    ),
+    "a barrier of another round": (messages.Barrier(round=2), b"", ErrorCode.MALFORMED, "barrier for round 2"),
+    "a message of the control channel": (messages.Commit(epoch=1), b"", ErrorCode.UNEXPECTED, "does not belong"),
+    "the state of an unknown device": (
+        messages.DeviceState(
+            order=0, name="nic", kind="iterable", final=True, offset=0, total_bytes=1, digest=0, save_ns=0
+        ),
+        b"x", ErrorCode.MALFORMED, "which the guest lacks",
+    ),
+    "a damaged device state": (
+        messages.DeviceState(
+            order=0, name="disk", kind="non-iterable", final=True, offset=0, total_bytes=1, digest=0, save_ns=0
+        ),
+        b"x", ErrorCode.CORRUPT, "arrived damaged",
+    ),
+    "a device state beyond what was announced": (
+        messages.DeviceState(
+            order=0, name="disk", kind="non-iterable", final=True, offset=0, total_bytes=1 << 31, digest=0, save_ns=0
+        ),
+        b"x", ErrorCode.TOO_LARGE, "were announced",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile_frames_are_named_errors_and_write_nothing(name: str) -> None:
+    message, payload, code, words = HOSTILE[name]
+    async with path(16, 1) as both:
+        round_number = 0 if isinstance(message, messages.DeviceState) else 1
+        both.channels[0].send(message, [memoryview(payload)], round_number)
+        failure = await both.failure()
+        assert isinstance(failure, RemoteProtocolError)
+        assert failure.code is code
+        assert words in str(failure)
+        assert both.destination.backed_pages() == 0
+        assert os.fstat(both.destination.file).st_size == 16 * PAGE_SIZE
+
+
+@pytest.mark.parametrize("encoding", ["zstd", "lz4", "xor-lz4"])
+async def test_an_encoding_that_was_not_agreed_on_is_refused(encoding: Encoding) -> None:
+    async with path(16, 1, capabilities=frozenset({"zero-runs"})) as both:
+        both.channels[0].send(pages_message(run(0, 2), encoding), [memoryview(b"x" * 99)], 1)
+        failure = await both.failure()
+        assert isinstance(failure, RemoteProtocolError)
+        assert failure.code is ErrorCode.UNEXPECTED
+        assert "not agreed on" in str(failure)
+
+
+async def test_a_batch_beyond_the_largest_payload_is_refused() -> None:
+    async with path(2048, 1) as both:
+        both.channels[0].send(pages_message(run(0, 1025), "lz4"), [memoryview(b"x" * 99)], 1)
+        failure = await both.failure()
+        assert isinstance(failure, RemoteProtocolError)
+        assert failure.code is ErrorCode.TOO_LARGE
+
+
+async def test_memory_announced_after_the_first_round_is_refused() -> None:
+    async with path(16, 1) as both:
+        both.channels[0].send(messages.Barrier(round=1), round_number=1)
+        both.channels[0].send(messages.Extents(runs=pack_runs(run(0, 1))), round_number=2)
+        failure = await both.failure()
+        assert isinstance(failure, RemoteProtocolError)
+        assert failure.code is ErrorCode.UNEXPECTED
+
+
+async def test_a_difference_to_a_page_that_never_travelled_is_one_to_zero() -> None:
+    """The protocol says so; and looking at such a page must not populate its neighbours."""
+    page = np.zeros(WORDS_PER_PAGE, np.uint64)
+    page[3] = 5
+    async with path(16, 1) as both:
+        message = pages_message(run(4, 1), "xor-lz4", xxhash.xxh3_64_intdigest(page.tobytes()))
+        both.channels[0].send(message, [memoryview(lz4_of(page.tobytes()))], 1)
+        both.channels[0].send(messages.Barrier(round=1), round_number=1)
+        async with asyncio.timeout(WAIT_S):
+            await both.rounds.get()
+        assert both.destination.content() == bytes(4 * PAGE_SIZE) + page.tobytes() + bytes(11 * PAGE_SIZE)
+        assert both.destination.backed_pages() == 1
+
+
+# Section: the end of a channel
+
+
+async def test_a_lost_channel_ends_the_round_with_a_sentence() -> None:
+    async with path(4096, 2) as both:
+        both.send_with()
+        both.source.guest.words[:] = noise(1, 1)
+        both.channels[1].interrupt()
+        assert both.sender is not None
+        with pytest.raises((LinkLostError, MigrationError), match="data channel 1"):
+            await both.sender.send_round(1, run(0, 4096))
+        failure = await both.failure()
+        assert isinstance(failure, MigrationError | ProtocolError)
+        with pytest.raises(LinkLostError):
+            await both.sender.send_round(2, run(0, 1))
+
+
+async def test_stopping_twice_leaves_no_thread_and_no_view() -> None:
+    both = Path(4096, 2)
+    both.send_with(announce=True)
+    both.source.guest.words[:] = noise(1, 1)
+    await both.round(run(0, 4096))
+    assert both.sender is not None
+    await both.sender.stop()
+    await both.receiver.stop()
+    await both.close()
