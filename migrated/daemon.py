@@ -15,13 +15,13 @@ from typing import Final
 import structlog
 import uvloop
 
-from migrated.config import Config
+from migrated.config import Config, ConfigError
 from migrated.control.server import ControlServer, ControlSocketError
 from migrated.history import HistoryError
 from migrated.host import MigrationHost, Role
 from migrated.journal import JournalError
 from migrated.link.listener import Listener
-from migrated.logs import LogCollector, configure
+from migrated.logs import LogCollector, configure, set_level
 from migrated.notify import Notifier
 from migrated.tasks import TaskSet
 
@@ -33,14 +33,23 @@ _SWITCH_INTERVAL_S: Final = 0.0005
 """How long a thread may keep the interpreter from another: data threads and the event loop share it."""
 _FIRST_INHERITED_FD: Final = 3
 _TRACK_S: Final = 1.0
+_RELOADED: Final = frozenset({"migration", "log"})
+"""Sections that a reload takes over (of [log] the level); a change of any other needs a restart."""
 
 
 class StartError(Exception):
     """The daemon cannot start; the sentence says why and what to do."""
 
 
-def run_daemon(config: Config, role: Role) -> int:
-    """Run a daemon until it is told to stop. Returns the exit status."""
+def run_daemon(config: Config, role: Role, read_again: Callable[[], Config]) -> int:
+    """Run a daemon until it is told to stop.
+
+    Args:
+        read_again: reads the configuration anew, for a reload (SIGHUP).
+
+    Returns:
+        The exit status.
+    """
     try:
         collector = configure(config.log.level, config.log.format, file=config.log.file)
     except OSError as error:
@@ -48,14 +57,14 @@ def run_daemon(config: Config, role: Role) -> int:
         return EXIT_FAILED
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
-        uvloop.run(_serve(config, role, collector))
+        uvloop.run(_serve(config, role, collector, read_again))
     except (StartError, ControlSocketError, JournalError, HistoryError) as error:
         log.error("the daemon cannot start", reason=str(error))
         return EXIT_FAILED
     return EXIT_OK
 
 
-async def _serve(config: Config, role: Role, collector: LogCollector) -> None:
+async def _serve(config: Config, role: Role, collector: LogCollector, read_again: Callable[[], Config]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -83,6 +92,7 @@ async def _serve(config: Config, role: Role, collector: LogCollector) -> None:
         tasks.start(_track(host))
         gc.collect()
         gc.freeze()  # what a daemon starts with stays: the collector need not look at it again
+        loop.add_signal_handler(signal.SIGHUP, lambda: tasks.start(_reload(host, config, read_again, notifier)))
         where = f", listening on {listener.address}" if listener.address is not None else ""
         notifier.ready(f"serving {config.control.socket}{where}")
         log.info("ready", role=role, control=str(config.control.socket), listen=str(listener.address or "-"))
@@ -92,6 +102,25 @@ async def _serve(config: Config, role: Role, collector: LogCollector) -> None:
             task.cancel()
         log.info("stopping")
         notifier.stopping("finishing what is under way")
+
+
+async def _reload(host: MigrationHost, begun: Config, read_again: Callable[[], Config], notifier: Notifier) -> None:
+    """Take over what may change while the daemon runs; running migrations keep what they began with."""
+    notifier.reloading()
+    try:
+        config = await asyncio.to_thread(read_again)
+    except ConfigError as error:
+        log.error("the configuration was not reloaded: it has problems", problems=str(error).splitlines())
+    else:
+        host.set_defaults(config.migration)
+        set_level(config.log.level)
+        ignored = [
+            name
+            for name in Config.model_fields
+            if name not in _RELOADED and getattr(config, name) != getattr(begun, name)
+        ]
+        log.info("the configuration was reloaded", taken=sorted(_RELOADED), needs_restart=ignored)
+    notifier.ready("serving")
 
 
 def _on_signal(stop: asyncio.Event) -> None:

@@ -314,6 +314,10 @@ class MigrationHost:
             if migration.guest_name == guest:
                 migration.set_parameters(self._guest_parameters[guest])
 
+    def set_defaults(self, parameters: MigrationParameters) -> None:
+        """The configuration was reloaded: what guests without parameters of their own use from now on."""
+        self._defaults = parameters
+
     async def estimate(self, guest: str, uri: str, overrides: dict[str, object]) -> dict[str, Any]:
         one = self._idle_guest(guest)
         target = _target(uri)
@@ -453,8 +457,10 @@ class MigrationHost:
     # Section: what happened
 
     def progress(self, guest: str | None) -> list[Progress]:
-        chosen = [m for (_, name), m in self._last.items() if guest is None or name == guest]
-        return sorted((m.progress() for m in chosen), key=lambda progress: progress.started_at)
+        known = [*(recovered.progress() for recovered in self._recovered.values())]
+        known += [migration.progress() for migration in self._last.values()]
+        chosen = [progress for progress in known if guest is None or progress.guest == guest]
+        return sorted(chosen, key=lambda progress: progress.started_at)
 
     def history(self, query: HistoryQuery) -> list[dict[str, Any]]:
         return self._from_history(lambda: self._history.query(query))

@@ -24,6 +24,9 @@ MAX_MIGRATIONS: Final = 64
 _CONTEXT: Final = frozenset({"migration_id", "guest", "role", "peer", "timestamp", "level", "event", "exc_info"})
 
 
+Level = Literal["debug", "info", "warning", "error"]
+
+
 class LogCollector:
     """Keeps the last lines of each migration, so that its record can carry them. Any thread may log."""
 
@@ -87,13 +90,24 @@ class _StandardLibraryHandler(logging.Handler):
         )
 
 
-def _at_least(level: int) -> Processor:
-    def drop(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-        if logging.getLevelNamesMapping()[event["level"].upper()] < level:
+class _AtLeast:
+    """Drops what is below the level in force."""
+
+    def __init__(self) -> None:
+        self.level = logging.INFO
+
+    def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        if logging.getLevelNamesMapping()[event["level"].upper()] < self.level:
             raise structlog.DropEvent
         return event
 
-    return drop
+
+_shown = _AtLeast()
+
+
+def set_level(level: Level) -> None:
+    """Change what is shown from now on."""
+    _shown.level = logging.getLevelNamesMapping()[level.upper()]
 
 
 def _open_for_life(path: Path) -> TextIO:
@@ -103,7 +117,7 @@ def _open_for_life(path: Path) -> TextIO:
 
 
 def configure(
-    level: Literal["debug", "info", "warning", "error"] = "info",
+    level: Level = "info",
     format: Literal["console", "json"] = "console",  # noqa: A002 - the key's name in the configuration
     *,
     file: Path | None = None,
@@ -122,6 +136,7 @@ def configure(
     """
     if stream is None:
         stream = sys.stderr if file is None else _open_for_life(file)
+    set_level(level)
     collector = LogCollector()
     writer = _LineWriter(stream)
     render: list[Processor]
@@ -137,7 +152,7 @@ def configure(
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             collector,
-            _at_least(logging.getLevelNamesMapping()[level.upper()]),
+            _shown,
             *render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),

@@ -1,7 +1,7 @@
 """What the benchmark is laid beside: the bare socket, iperf3 and stock QEMU, each on the same machine in the same run.
 
-As a program it is one bare pair: ``bench_rivals.py raw SIZE_MIB`` prints GiB/s of ``sendall`` in one process to ``recv_into`` in
-another, into fresh shared memory that asks for huge pages as the daemons' does.
+As a program it is one bare pair: ``bench_rivals.py raw SIZE_MIB`` prints GiB/s of ``sendall`` in one process to
+``recv_into`` in another, into fresh shared memory that asks for huge pages as the daemons' does.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class QemuSource:
     async def _qemu(self, name: str, backend: str, incoming: str | None = None) -> AsyncIterator[_Qmp]:
         path = self._directory / f"{name}.qmp"
         command = [
-            QEMU, "-machine", "pc,memory-backend=ram", "-m", str(self._size_mib), "-nodefaults", "-display", "none", "-S",
+            QEMU, "-machine", "pc,memory-backend=ram", "-m", str(self._size_mib), "-S", "-nodefaults", "-display", "none",
             "-object", f"{backend},id=ram,size={self._size_mib}M", "-qmp", f"unix:{path},server=on,wait=off",
             *(("-incoming", incoming) if incoming else ()),
         ]  # fmt: skip

@@ -74,4 +74,4 @@ def _run(path: Path, role: Literal["source", "destination", "host"]) -> None:
         sys.exit(EXIT_BAD_CONFIG)
     from migrated.daemon import run_daemon
 
-    sys.exit(run_daemon(config, role))
+    sys.exit(run_daemon(config, role, lambda: load_config(path)))

@@ -6,6 +6,7 @@ No COMMIT in the journal: the guest is ours, and runs again. COMMIT without an a
 from __future__ import annotations
 
 import contextlib
+from datetime import UTC, datetime
 
 import structlog
 
@@ -15,6 +16,7 @@ from migrated.guests import Guest
 from migrated.journal import Attempt
 from migrated.link.sockets import parse_uri
 from migrated.parameters import MigrationParameters
+from migrated.progress import Progress, Status
 from migrated.record import Outcome
 from migrated.source.handover import SourceHandover
 from migrated.source.ledger import OutgoingLedger
@@ -39,6 +41,8 @@ class RecoveredHandover:
         self._attempt = attempt
         self._guest = guest
         self._tasks = TaskSet()
+        self._parameters = MigrationParameters.model_validate(attempt.facts["parameters"])
+        self._started = datetime.fromisoformat(attempt.facts["started_at"])
         host, port = parse_uri(attempt.facts["peer"])
         asker = OutcomeAsker(host, port, env.config.limits, attempt.migration_id, attempt.epoch)
         self._handover = SourceHandover(
@@ -87,6 +91,42 @@ class RecoveredHandover:
         await self._handover.take(SourceEvent.RESOLVE_RUN_HERE if run_here else SourceEvent.RESOLVE_DISCARD, None)
         return True
 
+    def progress(self) -> Progress:
+        """A snapshot for an operator: what the journal still knows."""
+        attempt, parameters = self._attempt, self._parameters
+        status: Status = "in-doubt"
+        if self._handover.finished.is_set():
+            status = "completed" if self._handover.state is SourceState.RETIRED else "failed"
+        return Progress(
+            migration_id=attempt.migration_id,
+            guest=attempt.guest,
+            role="source",
+            peer=attempt.facts["peer"],
+            status=status,
+            phase=str(self._handover.state),
+            started_at=attempt.facts["started_at"],
+            elapsed_ns=max(0, int((datetime.now(UTC) - self._started).total_seconds() * 1e9)),
+            setup_ns=0,
+            round=0,
+            total_bytes=self._guest.memory_bytes if self._guest is not None else 0,
+            transferred_bytes=0,
+            remaining_bytes=0,
+            normal_pages=0,
+            zero_pages=0,
+            bandwidth_bytes_per_s=0.0,
+            dirty_rate_pages_per_s=0.0,
+            predicted_downtime_ns=None,
+            predicted_upper_ns=None,
+            predicted_parts_ns={},
+            downtime_limit_ns=int((parameters.downtime_limit_ms + parameters.switchover_limit_ms) * 1e6),
+            downtime_ns=None,
+            throttle_percent=0,
+            decision="taken up again after a restart of the daemon",
+            destination=attempt.facts["peer"],
+            reason=self._handover.reason,
+            rounds=(),
+        )
+
     async def close(self) -> None:
         """Stop asking; the journal keeps what is open."""
         await self._handover.close()
@@ -99,7 +139,7 @@ class RecoveredHandover:
             self._attempt.epoch,
             facts["peer"],
             self._env.host,
-            MigrationParameters.model_validate(facts["parameters"]),
+            self._parameters,
             started_at=facts["started_at"],
         )
         self._env.finish(ledger.finish(outcome, reason, self._env.take_log(self._attempt.migration_id)), "source")

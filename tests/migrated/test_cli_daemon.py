@@ -36,8 +36,9 @@ def test_each_role_starts_with_its_configuration(role: str, tmp_path: Path, monk
     file.write_text(f'[control]\nsocket = "{tmp_path}/c.sock"\n')
     started: list[Any] = []
 
-    def run(config: Any, role: str) -> int:
+    def run(config: Any, role: str, read_again: Any) -> int:
         started.append((config.control.socket, role))
+        assert read_again() == config
         return 7
 
     monkeypatch.setattr("migrated.daemon.run_daemon", run)

@@ -151,7 +151,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 768, 1200])
+@pytest.mark.parametrize("width", [360, 768, 1025, 1200])
 @pytest.mark.parametrize("name", ["completed", "aborted", "refused", "comparison"])
 def test_it_fits_and_stays_at_home(
     browser: Browser, pages: dict[str, Path], name: str, width: int, scheme: str
