@@ -29,6 +29,8 @@ Role = Literal["source", "destination"]
 KEPT_ATTEMPTS: Final = 2000
 """Attempts kept when the journal is rewritten at start; a late COMMIT for an older one is answered as unknown."""
 
+_SYNC_DELAY_S: Final = 0.2
+
 log = structlog.get_logger()
 
 
@@ -68,6 +70,7 @@ class Journal:
         self._attempts: dict[tuple[str, Role], Attempt] = {}
         self._epochs: dict[str, int] = {}
         self._syncs: set[asyncio.Future[None]] = set()
+        self._sync_timer: asyncio.TimerHandle | None = None
         self.torn_lines = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -132,6 +135,8 @@ class Journal:
 
     def close(self) -> None:
         """Flush to the disk and close."""
+        if self._sync_timer is not None:
+            self._sync_timer.cancel()
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 os.fdatasync(self._fd)
@@ -153,13 +158,17 @@ class Journal:
         self._sync_later()
 
     def _sync_later(self) -> None:
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            return
-        future = loop.run_in_executor(None, _sync, self._fd)
-        self._syncs.add(future)
-        future.add_done_callback(self._syncs.discard)
+        """Flush to the disk in a while: outside the downtime window, and once for decisions that come together."""
+        if self._sync_timer is None:
+            with contextlib.suppress(RuntimeError):  # no loop: a tool reads the journal
+                self._sync_timer = asyncio.get_running_loop().call_later(_SYNC_DELAY_S, self._sync_now)
+
+    def _sync_now(self) -> None:
+        self._sync_timer = None
+        if self._fd >= 0:
+            future = asyncio.get_running_loop().run_in_executor(None, _sync, self._fd)
+            self._syncs.add(future)
+            future.add_done_callback(self._syncs.discard)
 
     def _apply(self, entry: dict[str, Any]) -> None:
         key = (entry["migration_id"], entry["role"])

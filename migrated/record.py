@@ -152,6 +152,14 @@ class TimeSummary(RecordModel):
     stages: tuple[TimeStage, ...]
 
 
+class GuestGap(RecordModel):
+    """What the guest itself saw of the blackout: the gap between two of its heartbeats, on its own TSC, and on the
+    host's monotonic clock where both hosts are one (meaningless elsewhere)."""
+
+    guest_ns: int
+    host_ns: int | None
+
+
 class Digest(RecordModel):
     """The memory digests of both sides, hexadecimal; ``None`` where it was off or never computed."""
 
@@ -192,6 +200,7 @@ class Record(RecordModel):
     phases: tuple[Phase, ...]
     time: TimeSummary | None
     digest: Digest
+    guest_gap: GuestGap | None = None
     events: tuple[LogLine, ...] = ()
 
     def document(self) -> dict[str, Any]:
@@ -213,6 +222,7 @@ class DestinationHalf(RecordModel):
     reserve_ns: int = 0
     time: TimeSummary | None = None
     digest: str | None = None
+    guest_gap: GuestGap | None = None
     reason: str | None = None
     events: Annotated[tuple[LogLine, ...], Field(max_length=4096)] = ()
 

@@ -76,6 +76,8 @@ class MemoryDigest:
 
     def set_zero(self, pages: Indices) -> int:
         """Record that these pages are zero now. Returns what the digest changes by."""
+        if not self.entries[pages].any():
+            return 0
         return self._replace(pages, np.zeros(len(pages), np.uint64))
 
     def _replace(self, pages: Indices, new: Entries) -> int:

@@ -6,12 +6,14 @@
 Every repetition runs every case once, so that what disturbs the machine disturbs all of them; figures are medians, and
 what counts is their ratios. Two real daemons move simulated guests over loopback, driven through the control socket.
 
-    BENCH_SIZE_MIB   guest memory of the bulk cases (1024)      BENCH_OUT   also write the JSON there, and a plot beside it
-    BENCH_REPEATS    repetitions (5)                            BENCH_CASES comma list of cases (all)
+    BENCH_SIZE_MIB   guest memory of the bulk cases (1024)
+    BENCH_REPEATS    repetitions (5)
+    BENCH_CASES      comma list of cases (all)
+    BENCH_OUT        also write the JSON there, and a plot beside it
     BENCH_HUGE_PAGES 0: leave the host's setting for huge pages of shared memory alone, do not measure with them (1)
 
 On a virtual machine the first touch of memory that the host has not backed yet is ten times slower, and free memory
-may be given back to the host within seconds: before every sample as much memory is touched and freed as the sample uses.
+may be given back to the host within seconds: before every sample as much memory is touched and freed as it uses.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,10 +39,10 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-import bench_rivals as rivals
-from bench_plot import plot
+import bench_rivals as rivals  # noqa: E402 - beside this file
+from bench_plot import plot  # noqa: E402
 
-from tests.integration.harness import Host, Pair
+from tests.integration.harness import Host, Pair, until  # noqa: E402 - in the checkout
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -147,9 +150,11 @@ class Bench:
             path.write_text("[guest]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
             await self.pair.a.create_guest(name, memory_mib, profile=str(path))
             self._where[name] = self.pair.a
-            while (await self.pair.a.guest(name)).get("booting"):
-                await asyncio.sleep(0.05)
+            await until(f"{name} booted", partial(self._booted, name), 120.0)
         return self._where[name]
+
+    async def _booted(self, name: str) -> bool:
+        return not (await self.pair.a.guest(name))["booting"]
 
     async def move(self, name: str, **parameters: Any) -> dict[str, Any]:
         """Migrate a guest to the other host. Returns the record."""
@@ -238,7 +243,9 @@ class Bench:
         )  # fmt: skip
         warm(self.size_mib)
         # Too little for an eighth of memory, enough for what is dirtied while that moves.
-        record = await self.move("scattered", downtime_limit=30, timeout=20, on_timeout="force", switchover_abort=False)
+        record = await self.move(
+            "scattered", downtime_limit=30, timeout_s=20, on_timeout="force", switchover_abort=False
+        )
         second = record["rounds"][1]
         payload = second["bytes"] / GIB / (second["ns"] / 1e9)
         self.case("scattered", "GiB/s").samples.append(payload)
@@ -264,14 +271,14 @@ class Bench:
         await self._capped("delta-capped", {"xor_delta": True, "xor_delta_cache_bytes": 2 * HOT_PAGES * PAGE})
 
     async def _capped(self, name: str, encoding: dict[str, Any]) -> None:
-        """64 bytes change in each of 20,000 hot pages all the time, over a link of 100 MB/s; the sample is the time that the
-        attempt's traffic takes on that link. What does not converge in 10 s is stopped by force."""
+        """64 bytes change in each of 20,000 hot pages all the time, over a link of 100 MB/s; the sample is the time
+        that the attempt's traffic takes on that link. What does not converge in 10 s is stopped by force."""
         await self.guest(
             name, 256, touched=f"{2 * HOT_PAGES * PAGE}", workload="delta", working_set_pages=HOT_PAGES + 1,
             hot_pages=HOT_PAGES, dirty_rate=f"{200 * MIB}/s",
         )  # fmt: skip
         record = await self.move(
-            name, max_bandwidth=CAP_BYTES_PER_S, downtime_limit=300, timeout=10, on_timeout="force",
+            name, max_bandwidth=CAP_BYTES_PER_S, downtime_limit=300, timeout_s=10, on_timeout="force",
             switchover_abort=False, **encoding,
         )  # fmt: skip
         traffic = record["ram"]["transferred_bytes"]
@@ -298,7 +305,8 @@ class Bench:
             case.note(**{part["name"]: part["ns"] / 1e6 for part in downtime["parts"]})
 
     async def loop_lag(self) -> None:
-        """How long the sending daemon's control socket takes to answer while bulk runs: the loop's lag and two more wakes."""
+        """How long the sending daemon's control socket takes to answer while bulk runs: the loop's lag, and the wake
+        of the asking thread."""
         here = await self.guest("random", self.size_mib, touched="100%")
         warm(self.size_mib)
         pinger = Pinger(here.socket)
@@ -471,7 +479,8 @@ def table(cases: dict[str, Case]) -> str:
 
 def machine() -> dict[str, Any]:
     """What the figures hold for."""
-    model = next((l.partition(":")[2].strip() for l in Path("/proc/cpuinfo").open() if l.startswith("model name")), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
         "cpu": model or platform.machine(),
         "cpus": os.cpu_count(),

@@ -11,6 +11,11 @@ ROW: Final = 26
 LEFT: Final = 190
 RIGHT: Final = 90
 TOP: Final = 44
+LOOKS: Final = 'role="img" aria-label="Throughput per case in GiB/s" font-family="sans-serif" font-size="12"'
+STYLE: Final = (
+    "text{fill:#222}.ours{fill:#2a6fb0}.other{fill:#9aa4ad}.dot{fill:#111;fill-opacity:.55}"
+    "@media(prefers-color-scheme:dark){text{fill:#ddd}.dot{fill:#fff}.other{fill:#6b757d}}"
+)
 OURS: Final = ("random", "zero", "scattered")
 
 
@@ -26,11 +31,9 @@ def plot(result: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, {result['size_mib']} MiB over loopback"
     )
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="Throughput per case in GiB/s" font-family="sans-serif" font-size="12">',
-        "<style>text{fill:#222}.ours{fill:#2a6fb0}.other{fill:#9aa4ad}.dot{fill:#111;fill-opacity:.55}"
-        "@media(prefers-color-scheme:dark){text{fill:#ddd}.dot{fill:#fff}.other{fill:#6b757d}}</style>",
-        f'<text x="8" y="16" font-size="13">Throughput (GiB/s): median as bar, every sample as a dot</text>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" {LOOKS}>',
+        f"<style>{STYLE}</style>",
+        '<text x="8" y="16" font-size="13">Throughput (GiB/s): median as bar, every sample as a dot</text>',
         f'<text x="8" y="32">{escape(heading)}</text>',
     ]
     for index, (case, suffix) in enumerate(rows):

@@ -170,7 +170,8 @@ class QemuSource:
     async def _qemu(self, name: str, backend: str, incoming: str | None = None) -> AsyncIterator[_Qmp]:
         path = self._directory / f"{name}.qmp"
         command = [
-            QEMU, "-machine", "pc,memory-backend=ram", "-m", str(self._size_mib), "-S", "-nodefaults", "-display", "none",
+            QEMU, "-machine", "pc,memory-backend=ram", "-m", str(self._size_mib), "-S", "-nodefaults",
+            "-display", "none",
             "-object", f"{backend},id=ram,size={self._size_mib}M", "-qmp", f"unix:{path},server=on,wait=off",
             *(("-incoming", incoming) if incoming else ()),
         ]  # fmt: skip

@@ -40,6 +40,9 @@ class Answer:
     fds: tuple[int, ...] = ()
 
 
+_DEVICES: Final = "a list of [name, kind, bytes]"
+
+
 class Arguments:
     """The arguments of one request; every one that is not asked for is an error."""
 
@@ -92,6 +95,19 @@ class Arguments:
             raise VmmError("InvalidArgument", f"The argument {name} of operation {self._op} must be true or false.")
         return value
 
+    def devices(self, name: str) -> list[tuple[str, str, int]]:
+        """A list of devices: (name, kind, bytes of state)."""
+        value = self._take(name, _DEVICES)
+        found: list[tuple[str, str, int]] = []
+        if isinstance(value, list | tuple):
+            for item in value:
+                match item:
+                    case (str(device), str(kind), int(size)) if size >= 0:
+                        found.append((device, kind, size))
+            if len(found) == len(value):
+                return found
+        raise VmmError("InvalidArgument", f"The argument {name} of operation {self._op} must be {_DEVICES}.")
+
     def any(self, name: str) -> object:
         """Whatever it is; the operation checks it."""
         return self._take(name, "a value")
@@ -128,6 +144,8 @@ class ApiServer:
             "time-import": self._time_import,
             "device-save": self._device_save,
             "device-load": self._device_load,
+            "devices-save": self._devices_save,
+            "devices-load": self._devices_load,
             "interrupt": self._interrupt,
             "throttle": self._throttle,
             "timer-arm": self._timer_arm,
@@ -184,6 +202,14 @@ class ApiServer:
     def _device_load(self, arguments: Arguments) -> Callable[[], Answer]:
         name, kind, final = arguments.text("name"), arguments.choice("kind", KINDS), arguments.flag("final")
         return lambda: Answer(self._vmm.load_device(name, kind, final, memoryview(arguments.payload)))
+
+    def _devices_save(self, arguments: Arguments) -> Callable[[], Answer]:
+        keys = [(name, kind) for name, kind, _ in arguments.devices("devices")]
+        return lambda: Answer(*self._vmm.save_devices(keys))
+
+    def _devices_load(self, arguments: Arguments) -> Callable[[], Answer]:
+        states = arguments.devices("devices")
+        return lambda: Answer(self._vmm.load_devices(states, memoryview(arguments.payload)))
 
     def _interrupt(self, arguments: Arguments) -> Callable[[], Answer]:
         return lambda: Answer(self._vmm.interrupt())

@@ -312,6 +312,26 @@ class Vmm:
             wait_until(begun + cost_ns, interrupt)
         return {"ns": time.monotonic_ns() - begun, "bytes": len(piece), "memory_written": written}, piece
 
+    def save_devices(self, keys: list[tuple[str, str]]) -> tuple[dict[str, Any], bytearray]:
+        """The final states of several devices, one after the other, as one payload. Raises as ``save_device``."""
+        saved, payload = [], bytearray()
+        for name, kind in keys:
+            meta, piece = self.save_device(name, kind, None)
+            saved.append(meta)
+            payload += piece
+        return {"saved": saved}, payload
+
+    def load_devices(self, states: list[tuple[str, str, int]], payload: memoryview) -> dict[str, Any]:
+        """Load the final states of several devices (name, kind, bytes), in order. Raises as ``load_device``, and
+        InvalidArgument when the payload is not as long as they say."""
+        if sum(size for _, _, size in states) != len(payload):
+            raise VmmError("InvalidArgument", "The payload of devices-load is not as long as its states.")
+        loaded, offset = [], 0
+        for name, kind, size in states:
+            loaded.append(self.load_device(name, kind, True, payload[offset : offset + size]))
+            offset += size
+        return {"loaded": loaded}
+
     def _write_for(self, device: Device) -> bool:
         pages = device.config.writes_pages
         if pages:

@@ -430,21 +430,30 @@ def show(session: Session, migration_id: str) -> None:
 
 
 @main.command()
-@migration_argument
+@click.argument("migration_id", required=False, metavar="MIGRATION_ID")
+@click.option("--compare", nargs=2, metavar="A B", help="Lay the records of two attempts side by side.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE.html")
 @with_session
-def report(session: Session, migration_id: str, output: Path) -> None:
-    """Write the record of one attempt as a self-contained HTML file."""
-    from migrated.report import ReportError, write_report
+def report(session: Session, migration_id: str | None, compare: tuple[str, str] | None, output: Path) -> None:
+    """Write the record of one attempt, or of two, as a self-contained HTML file."""
+    if (migration_id is None) == (compare is None):
+        raise click.UsageError("Give either one MIGRATION_ID or --compare A B.")
+    from migrated.report import ReportError, write_comparison, write_report
 
-    record = session.call("x-migrated-show", {"migration-id": migration_id})
+    wanted = (migration_id,) if compare is None else compare
+    records = [session.call("x-migrated-show", {"migration-id": one}) for one in wanted]
     try:
-        write_report(record, output)
+        if compare is None:
+            write_report(records[0], output)
+        else:
+            write_comparison(records[0], records[1], output)
     except ReportError as error:
         session.fail(str(error), EXIT_FAILED, "ReportError")
     except OSError as error:
         session.fail(f"The report cannot be written to {output}: {error.strerror}.", EXIT_FAILED, "OSError")
-    session.say({"migration_id": record["migration_id"], "file": str(output)}, f"Report written to {output}.")
+    ids = [record["migration_id"] for record in records]
+    told = {"migration_id": ids[0]} if compare is None else {"compared": ids}
+    session.say({**told, "file": str(output)}, f"Report written to {output}.")
 
 
 @main.command()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import structlog
@@ -18,7 +19,7 @@ from migrated.clock import HostClock
 from migrated.destination.pages import ArrivedState
 from migrated.errors import MigrationError
 from migrated.record import TimeSummary
-from migrated.vmm.base import Vmm
+from migrated.vmm.base import DeviceState, Vmm
 from protocol import messages
 from protocol.clock import ExportExchange, OffsetEstimate
 from protocol.guest_time import (
@@ -32,6 +33,9 @@ from protocol.guest_time import (
 from protocol.messages import TimeRules
 
 log = structlog.get_logger()
+
+_CHEAP_NS = 300_000
+"""Loads expected to cost less are asked for together: the call would cost more than the load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ class Loading:
         devices: (name, kind) of every device that must have its final state loaded.
         rules: how guest time is carried over.
         clock: this host's clocks.
-        offset: called for what is known of the source's raw clock.
+        load_costs: what loading each device is expected to cost here (ns), by name and kind.
     """
 
     def __init__(
@@ -71,8 +75,10 @@ class Loading:
         devices: set[tuple[str, str]],
         rules: TimeRules,
         clock: HostClock,
+        load_costs: Mapping[tuple[str, str], int],
     ) -> None:
         self.done = Loaded()
+        self._load_costs = load_costs
         self._vmm = vmm
         self._devices = devices
         self._rules = rules
@@ -117,24 +123,42 @@ class Loading:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
-            await self._load(state)
-            self.done.states += 1
+            await self._load([state, *self._cheap_followers(state)])
         await self._import_time()  # also when the guest has no devices at all
         missing = self._devices - self.done.final_devices
         if missing:
             names = ", ".join(f"{name} ({kind})" for name, kind in sorted(missing))
             raise MigrationError(f"the final state of {names} never arrived")
 
-    async def _load(self, state: ArrivedState) -> None:
+    def _cheap_followers(self, first: ArrivedState) -> list[ArrivedState]:
+        """States that can be loaded in the same call: they are here, next in order, as final, and as cheap."""
+        if not self._groupable(first) or not self._complete.done():
+            return []
+        found: list[ArrivedState] = []
+        while (state := self._states.get(first.meta.order + 1 + len(found))) is not None and self._groupable(state):
+            found.append(self._states.pop(state.meta.order))
+        return found
+
+    def _groupable(self, state: ArrivedState) -> bool:
         meta = state.meta
-        if meta.final:
+        cheap = self._load_costs.get((meta.name, meta.kind), 0) < _CHEAP_NS
+        return meta.final and meta.kind == "non-iterable" and cheap
+
+    async def _load(self, states: list[ArrivedState]) -> None:
+        meta = states[0].meta
+        if not meta.final:
+            await self._vmm.load_device(meta.name, meta.kind, states[0].data, False)
+        else:
             await self._import_time()
             if meta.kind == "non-iterable":
                 await asyncio.shield(self._complete)
-        ns = await self._vmm.load_device(meta.name, meta.kind, state.data, meta.final)
-        if meta.final:
-            self.done.load_ns[f"{meta.name}/{meta.kind}"] = ns
-            self.done.final_devices.add((meta.name, meta.kind))
+            costs = await self._vmm.load_devices(
+                [DeviceState(state.meta.name, state.meta.kind, state.data) for state in states]
+            )
+            for state, ns in zip(states, costs, strict=True):
+                self.done.load_ns[f"{state.meta.name}/{state.meta.kind}"] = ns
+                self.done.final_devices.add((state.meta.name, state.meta.kind))
+        self.done.states += len(states)
 
     async def _import_time(self) -> None:
         """Adjust the guest's time to this host and import it, once."""

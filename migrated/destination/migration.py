@@ -34,7 +34,7 @@ from migrated.link.control import ControlChannel, Received
 from migrated.link.data import DataChannel
 from migrated.link.reply import Reply
 from migrated.progress import Progress, Status
-from migrated.record import Checkpoint, DestinationHalf, DowntimePart, LogLine, Record
+from migrated.record import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine, Record
 from migrated.tasks import TaskSet
 from migrated.vmm.base import DryRun
 from migrated.vmm.memory import GuestMemory
@@ -281,7 +281,13 @@ class IncomingMigration:
             env, self.migration_id, hello.epoch, self.guest_name, guest, keep_paused=hello.guest_paused
         )
         self.takeover.make_ready = self._make_ready
-        self._loading = Loading(guest.vmm, {(d.name, d.kind) for d in hello.guest.devices}, hello.time_rules, env.clock)
+        self._loading = Loading(
+            guest.vmm,
+            {(d.name, d.kind) for d in hello.guest.devices},
+            hello.time_rules,
+            env.clock,
+            {(cost.name, cost.kind): cost.ns for cost in self._dry.devices},
+        )
         self._loading_task = self._tasks.start(self._load())
         self._control.send(
             messages.Welcome(
@@ -542,7 +548,7 @@ class IncomingMigration:
             self._env.publish("RESUME", {"guest": self.guest_name})
         else:
             log.warning("the incoming guest was discarded", reason=takeover.reason)
-        half = self._half()
+        half = self._half(await self._guest_gap())
         with contextlib.suppress(LinkLostError):
             self._control.send(messages.Report(), half.model_dump_json().encode())
             with contextlib.suppress(TimeoutError):
@@ -571,7 +577,16 @@ class IncomingMigration:
             f"(limit was {abort_limit_ns(self._hello.limits) / 1e6:.0f}ms)"
         )
 
-    def _half(self) -> DestinationHalf:
+    async def _guest_gap(self) -> GuestGap | None:
+        """What the guest saw of the blackout, once it beat again."""
+        if self.takeover is None or self.takeover.state is not DestinationState.RUNNING or self._guest is None:
+            return None
+        with contextlib.suppress(VmmError, KeyError, TypeError, ValidationError):
+            gap = (await self._guest.vmm.status()).detail["stop_gap"]
+            return GuestGap(guest_ns=gap["guest_ns"], host_ns=gap["host_ns"])
+        return None
+
+    def _half(self, guest_gap: GuestGap | None) -> DestinationHalf:
         takeover, loading = self.takeover, self._loading
         assert takeover is not None
         assert loading is not None
@@ -597,6 +612,7 @@ class IncomingMigration:
             reserve_ns=self._reserve_ns(),
             time=loading.done.time,
             digest=f"{self._digest.value:016x}" if self._digest is not None else None,
+            guest_gap=guest_gap,
             reason=takeover.reason,
             events=tuple(LogLine(side="destination", **line) for line in self._env.take_log(self.migration_id)),
         )

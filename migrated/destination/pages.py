@@ -24,7 +24,7 @@ import xxhash
 from migrated.destination.decoding import check_encoding, decode
 from migrated.errors import LinkLostError
 from migrated.link.data import DataChannel
-from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, shared_huge_pages
+from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, drop_views, shared_huge_pages
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.errors import ErrorCode, RemoteProtocolError
@@ -140,6 +140,7 @@ class PageReceiver:
         try:
             receiver.receive()
         except Exception as error:  # whatever ends this thread must end the attempt, which would wait for ever
+            drop_views(error)
             if not self._stopping:
                 self._loop.call_soon_threadsafe(self._on_failure, error)
 

@@ -70,6 +70,7 @@ class Takeover:
         self._lock = asyncio.Lock()
         self._commit_read_ns = 0
         self._keep_paused = keep_paused
+        self._transitions: list[tuple[int, DestinationState, DestinationEvent, DestinationState]] = []
         if state in (DestinationState.RUNNING, DestinationState.DISCARDED):
             self.finished.set()
 
@@ -110,14 +111,22 @@ class Takeover:
                 self.reason, self.cause = reason, cause
             actions = self._machine.take(event)
             if before is not self._machine.state:
-                log.debug("hand-over", state=self._machine.state, was=before, because=event)
+                self._transitions.append((time.monotonic_ns(), before, event, self._machine.state))
             await self._carry_out(actions, reply)
             if self._machine.state in (DestinationState.RUNNING, DestinationState.DISCARDED):
+                self._log_transitions()
                 self.finished.set()
             resume = Action.RESUME_GUEST in actions and self._machine.state is DestinationState.COMMITTED
             follow_up = await self._resume() if resume else None
         if follow_up is not None:
             await self.take(follow_up, reply, reason=self.reason)
+
+    def _log_transitions(self) -> None:
+        """Say what happened, now that no guest waits: a log that blocks must not cost downtime."""
+        begin_ns = self._transitions[0][0] if self._transitions else 0
+        for at_ns, before, event, state in self._transitions:
+            log.debug("hand-over", after_ms=round((at_ns - begin_ns) / 1e6, 3), state=state, was=before, because=event)
+        self._transitions.clear()
 
     async def _carry_out(self, actions: tuple[Action, ...], reply: Reply | None) -> None:
         unproved = False
@@ -214,7 +223,8 @@ class Takeover:
 
     async def _run(self, guest: Guest) -> int:
         """Take the guest over. Returns when it ran, or was ours (monotonic, ns)."""
-        await guest.vmm.take_lock()
+        if self._env.config.lock.directory is not None:
+            await guest.vmm.take_lock()
         state = (await guest.vmm.status()).state
         if self._keep_paused:
             if state == "incoming":

@@ -15,7 +15,9 @@ from typing import Final
 from migrated.report.fields import grouped, short
 from migrated.report.markup import Markup, Node, el
 
-TICKS: Final = 5
+TICKS: Final = (5, 3)
+"""About how many ticks an axis has, if their labels fit, else."""
+MAX_TICK_CHARACTERS: Final = 45
 ENLARGE_BELOW: Final = 0.03
 """A part with a smaller share of the whole is worth enlarging."""
 MAX_LENSES: Final = 2
@@ -53,12 +55,16 @@ class Axis:
     marks: tuple[Bar, ...] = field(default=())
 
     def ticks(self) -> tuple[int, list[tuple[int, str]]]:
-        """The distance of the ticks, and each with its label; all in one unit."""
-        step_ns = nice_step(self.span_ns / TICKS)
-        factor, unit = next((f, u) for f, u in _UNITS if step_ns >= f)
-        first = -(-self.from_ns // step_ns)
-        instants = [index * step_ns for index in range(first, (self.from_ns + self.span_ns) // step_ns + 1)]
-        return step_ns, [(ns, f"{grouped(ns // factor)} {unit}" if ns else "0") for ns in instants]
+        """The distance of the ticks, and each with its label; all in one unit. Fewer where the labels are long."""
+        for count in TICKS:
+            step_ns = nice_step(self.span_ns / count)
+            factor, unit = next((f, u) for f, u in _UNITS if step_ns >= f)
+            first = -(-self.from_ns // step_ns)
+            instants = [index * step_ns for index in range(first, (self.from_ns + self.span_ns) // step_ns + 1)]
+            labels = [f"{grouped(ns // factor)} {unit}" if ns else "0" for ns in instants]
+            if sum(map(len, labels)) <= MAX_TICK_CHARACTERS:
+                break
+        return step_ns, list(zip(instants, labels, strict=True))
 
 
 def nice_step(rough: float) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from migrated.report.charts import Axis, Bar, Series, Track, magnified, plot, tracks
 from migrated.report.downtime import part_bars
 from migrated.report.fields import Fields, exact_ms, grouped, join_unit, percent, rate, short, size
-from migrated.report.markup import Markup, Node, el, join
+from migrated.report.markup import Markup, Node, breakable, el, join
 from migrated.report.pieces import Section, contents, legend, note, section, table
 from migrated.report.summary import badge, sentence
 
@@ -196,7 +196,7 @@ def _aligned(a: Fields, b: Fields, path: str, keys: tuple[str, ...], member: str
             )
             for fields, found in zip((a, b), sides, strict=True)
         ]
-        yield _row(join([key[0], el("small", *key[1:-1], class_="meaning")]), ends[0], ends[1])
+        yield _row(join([breakable(key[0]), el("small", *key[1:-1], class_="meaning")]), ends[0], ends[1])
 
 
 def _row(name: Node, first: tuple[Fields, str, Any], second: tuple[Fields, str, Any], look: str = "") -> Track:

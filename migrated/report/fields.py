@@ -121,7 +121,13 @@ class Fields:
 
     def by_name(self, path: str) -> Markup:
         """A value in the form that the unit at the end of its name asks for."""
-        forms = {"_bytes_per_s": self.rate, "_bytes": self.size, "_ns": self.ms, "_pages": self.count}
+        forms = {
+            "_bytes_per_s": self.rate,
+            "_bytes": self.size,
+            "_ns": self.ms,
+            "_pages": self.count,
+            "_second": self.count,
+        }
         value = self[path]
         if isinstance(value, int | float) and not isinstance(value, bool):
             for suffix, form in forms.items():

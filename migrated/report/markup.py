@@ -43,6 +43,11 @@ def el(name: str, *children: Node, **attributes: str | int | float | bool | None
     return Markup(f"<{' '.join(parts)}>{join(children)}</{name}>")
 
 
+def breakable(name: str) -> Markup:
+    """A long name that may be broken behind its slashes."""
+    return Markup(text(name).replace("/", "/<wbr>"))
+
+
 def join(children: Iterable[Node], between: str = "") -> Markup:
     """Children in a row; None is nothing."""
     separator = str(text(between)) if between else ""

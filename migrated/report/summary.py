@@ -67,14 +67,13 @@ def _hosts(record: Any) -> tuple[str, str]:
 
 
 def _against_limit(downtime: Any) -> str:
-    measured, limit = downtime["measured_ns"], downtime["limit_ns"]
-    if measured > limit:
-        return f"{short(measured)}, {short(measured - limit)} more than the limit of {short(limit)}"
-    return (
-        f"{short(measured)}, {percent(measured / limit)} of the {short(limit)} that it may"
-        if limit
-        else short(measured)
-    )
+    """How long the guest stood still, and what share of the limit that is. What the operator held does not count."""
+    held, limit = downtime["hold_ns"], downtime["limit_ns"]
+    counted = downtime["measured_ns"] - held
+    shown = short(downtime["measured_ns"]) + (f" ({short(held)} of it held by the operator)" if held else "")
+    if counted > limit:
+        return f"{shown}, {short(counted - limit)} more than the limit of {short(limit)}"
+    return f"{shown}, {percent(counted / limit)} of the {short(limit)} that it may" if limit else shown
 
 
 def _key_figures(fields: Fields) -> Markup:
@@ -84,7 +83,11 @@ def _key_figures(fields: Fields) -> Markup:
         what = "Downtime" if fields["outcome"] in ("completed", "in-doubt") else "Pause"
         bounds = join(["between ", fields.ms("downtime.lower_ns"), " and ", fields.ms("downtime.upper_ns"), " ms"])
         figures.append((what, fields.short("downtime.measured_ns"), bounds))
-        used = percent(downtime["measured_ns"] / downtime["limit_ns"]) + " of it used" if downtime["limit_ns"] else None
+        used = (
+            percent((downtime["measured_ns"] - downtime["hold_ns"]) / downtime["limit_ns"]) + " of it used"
+            if downtime["limit_ns"]
+            else None
+        )
         violated = fields.show("downtime.limit_violated", "exceeded" if downtime["limit_violated"] else "kept")
         figures.append(("Limit", fields.short("downtime.limit_ns"), join([violated, used], ", ")))
         figures.append(("Predicted", fields.short("downtime.predicted_ns"), _error(downtime)))
@@ -103,11 +106,11 @@ def _key_figures(fields: Fields) -> Markup:
 
 
 def _error(downtime: Any) -> str | None:
-    predicted, measured = downtime["predicted_ns"], downtime["measured_ns"]
-    if predicted is None or not measured:
+    predicted, counted = downtime["predicted_ns"], downtime["measured_ns"] - downtime["hold_ns"]
+    if predicted is None or counted <= 0:
         return None
-    off = percent(abs(predicted - measured) / measured)
-    return f"{off} too {'high' if predicted > measured else 'low'}" if predicted != measured else "exact"
+    off = percent(abs(predicted - counted) / counted)
+    return f"{off} too {'high' if predicted > counted else 'low'}" if predicted != counted else "exact"
 
 
 def _digest_verdict(fields: Fields) -> str:

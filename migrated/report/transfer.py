@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from migrated.report.charts import Axis, Bar, Series, Track, plot, tracks
 from migrated.report.fields import Fields, rate, short, size
-from migrated.report.markup import Markup, el
+from migrated.report.markup import Markup, breakable, el
 from migrated.report.pieces import Section, chip, facts_list, note, section, share, table
 
 
@@ -115,7 +115,7 @@ def devices(fields: Fields) -> Section | None:
             fields.ms(f"{path}.load_ns"),
             fields.ms(f"{path}.expected_load_ns"),
         )
-        rows.append(Track(fields.show(f"{path}.name"), cells, tuple(bars)))
+        rows.append(Track(fields.show(f"{path}.name", breakable(device["name"])), cells, tuple(bars)))
     heads = ("device", "kind", "state", "in pre-copy", "SAVE ms", "LOAD ms", "expected LOAD ms")
     return section(
         "devices",

@@ -76,6 +76,7 @@ class SourceHandover:
         self._lock = asyncio.Lock()
         self._tasks = TaskSet()
         self._on_doubt = on_doubt
+        self._transitions: list[tuple[int, SourceState, SourceEvent, SourceState]] = []
 
     @property
     def state(self) -> SourceState:
@@ -104,12 +105,20 @@ class SourceHandover:
                 self.decided_at_ns = time.monotonic_ns()
             actions = self._machine.take(event)
             if before is not self._machine.state:
-                log.debug("hand-over", state=self._machine.state, was=before, because=event)
+                self._transitions.append((time.monotonic_ns(), before, event, self._machine.state))
             await self._carry_out(actions, reply)
             if self._machine.state in (SourceState.RETIRED, SourceState.ABORTED):
                 self.in_doubt = False
+                self._log_transitions()
                 self.finished.set()
         return Action.REFUSE not in actions
+
+    def _log_transitions(self) -> None:
+        """Say what happened, now that no guest waits: a log that blocks must not cost downtime."""
+        begin_ns = self._transitions[0][0] if self._transitions else 0
+        for at_ns, before, event, state in self._transitions:
+            log.debug("hand-over", after_ms=round((at_ns - begin_ns) / 1e6, 3), state=state, was=before, because=event)
+        self._transitions.clear()
 
     async def _carry_out(self, actions: tuple[Action, ...], reply: ControlChannel | None) -> None:
         for action in actions:
@@ -169,7 +178,7 @@ class SourceHandover:
     async def _release_lock(self) -> None:
         """COMMIT is journaled: the destination may take the guest's lock. Before COMMIT leaves, so that it finds it
         free."""
-        if self._guest is not None:
+        if self._guest is not None and self._env.config.lock.directory is not None:
             try:
                 await self._guest.vmm.release_lock()
             except VmmError as error:
@@ -187,7 +196,8 @@ class SourceHandover:
                 await guest.vmm.interrupt()
                 running_at_ns = time.monotonic_ns()
             else:
-                await guest.vmm.take_lock()
+                if self._env.config.lock.directory is not None:
+                    await guest.vmm.take_lock()
                 running_at_ns = await guest.vmm.resume(self.epoch)
         except VmmError as error:
             log.error("the guest could not be resumed", guest=guest.name, reason=str(error))

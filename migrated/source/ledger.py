@@ -187,6 +187,7 @@ class OutgoingLedger:
                 source=None if self.source_digest is None else f"{self.source_digest:016x}",
                 destination=self.half.digest,
             ),
+            guest_gap=self.half.guest_gap,
             events=tuple(sorted(lines, key=lambda line: line.at)),
         )
 

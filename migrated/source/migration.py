@@ -289,7 +289,14 @@ class OutgoingMigration:
         )  # fmt: skip
         await session.measure()
         self._transfer = Transfer(
-            self._guest.vmm, description, session.memory, session.dirty_log, session.sender, session.control, ledger
+            self._guest.vmm,
+            description,
+            session.memory,
+            session.dirty_log,
+            session.sender,
+            session.control,
+            ledger,
+            {(cost.name, cost.kind): cost.ns for cost in session.dry_save.devices},
         )
         return self._transfer
 

@@ -1,10 +1,11 @@
 """Sending guest memory: one thread per data channel takes batches of a round until none is left.
 
-    runs -> batches -> | gather, zero test, encode, hash, send | x channels -> BARRIER on every channel
+    runs -> stretches -> | zero test, batches -> gather, encode, hash, send | x channels -> BARRIER on every channel
 
 Pages are read once into a staging buffer; what is hashed is what is sent. A page that the guest writes meanwhile is
-dirty again and travels again in a later round, and only its last version counts. In the first round some channel looks
-ahead of the batches for memory that is densely used and announces it, so that the destination can populate it.
+dirty again and travels again in a later round, and only its last version counts; one that it wrote between the collect
+and the reading is cleared in the dirty log just before it is read, so it does not travel twice. In the first round some
+channel looks ahead for memory that is densely used and announces it, so that the destination can populate it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -25,7 +26,7 @@ import xxhash
 from migrated.errors import LinkLostError
 from migrated.link.data import DataChannel
 from migrated.source.encoding import BatchEncoder, EncodedBatch, EncodingTotals
-from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory
+from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, drop_views
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.guest import PAGE_SIZE
@@ -37,9 +38,13 @@ BATCH_PAGES: Final = 256
 HUGE_PAGES: Final = 512
 """Pages in a huge page: the grain of announcements."""
 _ANNOUNCED_AT_ONCE: Final = 32
-_LOOK_AHEAD_BATCHES: Final = 128
+_LOOK_AHEAD_PAGES: Final = 32768
 _TESTED_WORDS: Final = 8
 """Words of a page that the look ahead reads: one cache line. Most pages in use show there that they are not zero."""
+_STRETCH_PAGES: Final = 2048
+"""Most pages that a channel takes at a time: few frames for zero pages, and still work for every channel."""
+_LONG_RUNS: Final = 8
+"""A stretch of up to this many runs is tested in place and batch by batch; beyond, pages are gathered first."""
 _DEVICE_CHUNK_BYTES: Final = 1 << 20
 _MAX_RUNS: Final = MAX_RUNS_BYTES // RUN_BYTES
 
@@ -50,6 +55,8 @@ class Sent:
 
     normal_pages: int = 0
     zero_pages: int = 0
+    postponed_pages: int = 0
+    """Pages that were dirty again before they were read, and did not travel twice for that."""
     wire_bytes: int = 0
     digest_delta: int = 0
     encodings: dict[str, EncodingTotals] = field(default_factory=dict)
@@ -58,10 +65,19 @@ class Sent:
         """Sum up."""
         self.normal_pages += other.normal_pages
         self.zero_pages += other.zero_pages
+        self.postponed_pages += other.postponed_pages
         self.wire_bytes += other.wire_bytes
         self.digest_delta += other.digest_delta
         for name, totals in other.encodings.items():
             self.encodings.setdefault(name, EncodingTotals()).add(totals)
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingState:
+    """One device state to send. ``meta`` is that of its first piece."""
+
+    meta: messages.DeviceState
+    data: bytes | bytearray | memoryview
 
 
 Job: TypeAlias = Callable[["_Worker", Sent], None]
@@ -87,6 +103,7 @@ class PageSender:
         channels: joined data channels, owned from here on.
         digest: the source's running digest, None when it is off.
         encoder_of: makes the encoder of one channel's thread.
+        clear_dirty: clears a run of pages (first, number) in the dirty log and returns how many were dirty.
         announce: whether the peer takes EXTENTS.
     """
 
@@ -96,12 +113,14 @@ class PageSender:
         channels: list[DataChannel],
         digest: MemoryDigest | None,
         encoder_of: Callable[[], BatchEncoder],
+        clear_dirty: Callable[[int, int], int],
         *,
         announce: bool = False,
     ) -> None:
+        self.clear_dirty = clear_dirty
         self._memory = memory
         self._announce = announce
-        self._batch_pages = min(BATCH_PAGES, *(channel.max_payload_bytes // PAGE_SIZE for channel in channels))
+        self.batch_pages = min(BATCH_PAGES, *(channel.max_payload_bytes // PAGE_SIZE for channel in channels))
         self._channels = channels
         self._digest = digest
         self._loop = asyncio.get_running_loop()
@@ -138,17 +157,20 @@ class PageSender:
         Raises:
             LinkLostError: a channel is gone.
         """
-        batches = split_runs(runs, self._batch_pages)
-        jobs = [_page_job(batch, number) for batch in batches]
+        share = total_pages(runs) // (4 * len(self._channels))
+        stretches = split_runs(runs, min(max(share, self.batch_pages), _STRETCH_PAGES))
+        jobs = [_page_job(stretch, number) for stretch in stretches]
         if self._announce and number == 1:
-            jobs = _looking_ahead(runs, batches, jobs)
+            jobs = _looking_ahead(runs, stretches, jobs)
         return await self._do(deque(jobs), number, number)
 
-    async def send_device(self, state: messages.DeviceState, data: bytes | bytearray | memoryview) -> Sent:
-        """Send one device state in pieces over all channels. ``state`` is the meta of its first piece."""
-        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-        pieces = range(0, len(view), _DEVICE_CHUNK_BYTES) if len(view) else (0,)
-        jobs: deque[Job] = deque(_device_job(state, view, offset) for offset in pieces)
+    async def send_devices(self, states: Sequence[OutgoingState]) -> Sent:
+        """Send device states in pieces over all channels."""
+        jobs: deque[Job] = deque()
+        for state in states:
+            view = memoryview(state.data).cast("B") if len(state.data) else memoryview(b"")
+            pieces = range(0, len(view), _DEVICE_CHUNK_BYTES) if len(view) else (0,)
+            jobs.extend(_device_job(state.meta, view, offset) for offset in pieces)
         return await self._do(jobs, None, 0)
 
     async def _do(self, jobs: deque[Job], barrier: int | None, round_number: int) -> Sent:
@@ -234,29 +256,64 @@ class _Worker:
                     sent.wire_bytes += self.channel.send(barrier, round_number=work.round_number)
                 self.owner.finished(work, sent)
             except Exception as error:  # whatever ends this thread must end the attempt, which would wait for ever
+                drop_views(error)
                 self.owner.failed(work, error)
                 return
             finally:
                 del work
 
     def send_pages(self, runs: Runs, round_number: int, sent: Sent) -> None:
-        """Read, classify, hash, encode and send one batch."""
-        indices = indices_of(runs)
-        staged, nonzero = self._gather(runs, indices)
-        zero_pages = indices[~nonzero]
-        digest = self.owner.digest
-        if len(zero_pages):
-            sent.zero_pages += len(zero_pages)
-            if digest is not None:
-                sent.digest_delta += digest.set_zero(zero_pages)
-            self.encoder.zeroed(zero_pages)
-            zero_runs = runs_of(zero_pages)
-            for begin in range(0, len(zero_runs), _MAX_RUNS):
-                zero = messages.ZeroPages(runs=pack_runs(zero_runs[begin : begin + _MAX_RUNS]))
-                sent.wire_bytes += self.channel.send(zero, round_number=round_number)
-            runs, indices = runs_of(indices[nonzero]), indices[nonzero]
-        if not len(indices):
+        """Read, classify, encode, hash and send a stretch."""
+        if len(runs) > _LONG_RUNS:
+            for batch in split_runs(runs, self.owner.batch_pages):
+                self._send_scattered(batch, round_number, sent)
             return
+        words = self.owner.words
+        for start, count in runs.tolist():
+            sent.postponed_pages += self.owner.clear_dirty(start, count)
+            # Tested in place: zero memory is then never copied.
+            nonzero = np.bitwise_or.reduce(words[start : start + count], axis=1) != 0
+            kept = np.array([[start, count]], np.int64)
+            if not nonzero.all():
+                self._send_zero(start + np.flatnonzero(~nonzero), round_number, sent)
+                kept = runs_of(start + np.flatnonzero(nonzero))
+            for batch in split_runs(kept, self.owner.batch_pages):
+                indices = indices_of(batch)
+                staged = self.stage[: len(indices)]
+                if len(batch) == 1:
+                    first = int(batch[0, 0])
+                    np.copyto(staged, words[first : first + len(indices)])
+                else:
+                    np.take(words, indices, axis=0, out=staged, mode="clip")
+                self._send_content(batch, indices, staged, round_number, sent)
+
+    def _send_scattered(self, runs: Runs, round_number: int, sent: Sent) -> None:
+        """Send a batch of many runs."""
+        indices = indices_of(runs)
+        staged = self.stage[: len(indices)]
+        np.take(self.owner.words, indices, axis=0, out=staged, mode="clip")
+        nonzero = np.bitwise_or.reduce(staged, axis=1) != 0
+        if not nonzero.all():
+            self._send_zero(indices[~nonzero], round_number, sent)
+            indices = indices[nonzero]
+            np.compress(nonzero, staged, axis=0, out=self.spare[: len(indices)])
+            runs, staged = runs_of(indices), self.spare[: len(indices)]
+        if len(indices):
+            self._send_content(runs, indices, staged, round_number, sent)
+
+    def _send_zero(self, pages: Indices, round_number: int, sent: Sent) -> None:
+        sent.zero_pages += len(pages)
+        if self.owner.digest is not None:
+            sent.digest_delta += self.owner.digest.set_zero(pages)
+        self.encoder.zeroed(pages)
+        runs = runs_of(pages)
+        for begin in range(0, len(runs), _MAX_RUNS):
+            zero = messages.ZeroPages(runs=pack_runs(runs[begin : begin + _MAX_RUNS]))
+            sent.wire_bytes += self.channel.send(zero, round_number=round_number)
+
+    def _send_content(
+        self, runs: Runs, indices: Indices, staged: npt.NDArray[np.uint64], round_number: int, sent: Sent
+    ) -> None:
         sent.normal_pages += len(indices)
         for batch in self.encoder.encode(indices, staged, round_number, sent.encodings):
             self._send_batch(batch, runs if batch.indices is indices else runs_of(batch.indices), round_number, sent)
@@ -286,29 +343,6 @@ class _Worker:
             extents = messages.Extents(runs=pack_runs(found * HUGE_PAGES))
             sent.wire_bytes += self.channel.send(extents, round_number=1)
 
-    def _gather(self, runs: Runs, indices: Indices) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
-        """Copy the batch into staging. Returns the non-zero pages, shape (n, 512), and which of all pages they are."""
-        words = self.owner.words
-        if len(runs) == 1:
-            # A long run is tested in place: zero memory is then never copied.
-            start, count = runs[0].tolist()
-            source = words[start : start + count]
-            nonzero = np.bitwise_or.reduce(source, axis=1) != 0
-            staged = self.stage[: int(nonzero.sum())]
-            if len(staged) == count:
-                np.copyto(staged, source)
-            elif len(staged):
-                np.take(words, indices[nonzero], axis=0, out=staged, mode="clip")
-            return staged, nonzero
-        staged = self.stage[: len(indices)]
-        np.take(words, indices, axis=0, out=staged, mode="clip")
-        nonzero = np.bitwise_or.reduce(staged, axis=1) != 0
-        kept = int(nonzero.sum())
-        if kept < len(indices):
-            np.compress(nonzero, staged, axis=0, out=self.spare[:kept])
-            staged = self.spare[:kept]
-        return staged, nonzero
-
 
 def _page_job(runs: Runs, round_number: int) -> Job:
     def job(worker: _Worker, sent: Sent) -> None:
@@ -324,20 +358,21 @@ def _announce_job(granules: Runs) -> Job:
     return job
 
 
-def _looking_ahead(runs: Runs, batches: list[Runs], jobs: list[Job]) -> list[Job]:
-    """Put the announcement of every stretch of memory some batches before its first batch."""
+def _looking_ahead(runs: Runs, stretches: list[Runs], jobs: list[Job]) -> list[Job]:
+    """Put the announcement of memory some stretches before the one that sends it."""
     first = -(-runs[:, 0] // HUGE_PAGES)
     counts = runs.sum(axis=1) // HUGE_PAGES - first
-    granules = np.column_stack((first, counts))[counts > 0]
-    stretches = split_runs(granules, _ANNOUNCED_AT_ONCE)
-    batch_starts = [int(batch[0, 0]) for batch in batches]
-    places = np.searchsorted(batch_starts, [int(s[0, 0]) * HUGE_PAGES for s in stretches]) - _LOOK_AHEAD_BATCHES
+    pieces = split_runs(np.column_stack((first, counts))[counts > 0], _ANNOUNCED_AT_ONCE)
+    begins = [int(stretch[0, 0]) for stretch in stretches]
+    # The stretch that holds a piece's first page is the last one that begins at or before it.
+    places = np.searchsorted(begins, [int(piece[0, 0]) * HUGE_PAGES for piece in pieces], side="right") - 1
+    lead = -(-_LOOK_AHEAD_PAGES // total_pages(stretches[0])) if stretches else 0
     ahead: list[Job] = []
     done = 0
-    for stretch, place in zip(stretches, np.maximum(places, 0).tolist(), strict=True):
+    for piece, place in zip(pieces, np.maximum(places - lead, 0).tolist(), strict=True):
         ahead += jobs[done:place]
         done = max(done, place)
-        ahead.append(_announce_job(stretch))
+        ahead.append(_announce_job(piece))
     return ahead + jobs[done:]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -21,16 +21,17 @@ from migrated.prediction.decision import Decider, Observation, Verdict, limit_of
 from migrated.prediction.model import Prediction
 from migrated.record import RoundRow
 from migrated.source.ledger import OutgoingLedger
-from migrated.source.pages import PageSender, Sent
-from migrated.vmm.base import Vmm
+from migrated.source.pages import OutgoingState, PageSender, Sent
+from migrated.vmm.base import SavedDevice, Vmm
 from migrated.vmm.dirty_log import DirtyLog
 from migrated.vmm.memory import GuestMemory
 from protocol import messages
-from protocol.guest import PAGE_SIZE, GuestDescription
+from protocol.guest import PAGE_SIZE, DeviceDescription, GuestDescription
 from protocol.pages import Runs, count_pages
 
 log = structlog.get_logger()
 
+_QUICK_SCAN_NS = 1_000_000
 _IDLE_PAUSE_S = 0.05
 """Pause before the next round when the last one was so short that nothing can have changed."""
 
@@ -46,6 +47,8 @@ class Transfer:
     sender: PageSender
     control: ControlChannel
     ledger: OutgoingLedger
+    save_costs: Mapping[tuple[str, str], int]
+    """What saving each device is expected to cost (ns), by name and kind."""
     round: int = 0
     state_order: int = 0
     scan_ns: int = 0
@@ -53,7 +56,10 @@ class Transfer:
     async def collect(self) -> Runs:
         """Read and clear the dirty log, off the event loop."""
         begin_ns = time.monotonic_ns()
-        runs = await asyncio.to_thread(self.dirty_log.collect)
+        if 0 < self.scan_ns < _QUICK_SCAN_NS:
+            runs = self.dirty_log.collect()  # shorter than the way to a thread and back
+        else:
+            runs = await asyncio.to_thread(self.dirty_log.collect)
         self.scan_ns = time.monotonic_ns() - begin_ns
         self.ledger.dirty_syncs += 1
         return runs
@@ -69,29 +75,41 @@ class Transfer:
         self.control.send(messages.RoundEnd(round=self.round, pages=sent.normal_pages, zero_pages=sent.zero_pages))
         self.ledger.normal_pages += sent.normal_pages
         self.ledger.zero_pages += sent.zero_pages
+        self.ledger.postponed_pages += sent.postponed_pages
         return sent
 
-    async def save_device(self, name: str, kind: str, round_number: int | None) -> Awaitable[int]:
-        """Save one device and begin to send its state.
+    async def send_iteration(self, device: DeviceDescription, iteration: int) -> int:
+        """Save what an iterable device has new in a round (counted from 0) and send it. Returns its bytes."""
+        saved = await self.vmm.save_device(device.name, device.kind, iteration)
+        if not len(saved.state):
+            return 0
+        self.ledger.devices[device.name, device.kind].precopy_bytes += len(saved.state)
+        await self.sender.send_devices([self._state(device, saved, final=False)])
+        return len(saved.state)
+
+    async def save_final(self, devices: Sequence[DeviceDescription]) -> asyncio.Future[int]:
+        """Save the final states of some devices and begin to send them.
 
         Returns:
-            What ends when the state was handed to the kernel, with its bytes (0: nothing to send). The next device
-            can be saved meanwhile.
+            What ends when they were handed to the kernel, with their bytes. The next devices can be saved meanwhile.
         """
-        description = next(d for d in self.guest.devices if (d.name, d.kind) == (name, kind))
-        saved = await self.vmm.save_device(name, description.kind, round_number)
-        figures = self.ledger.devices[name, kind]
-        final = round_number is None
-        if final:
-            figures.save_ns, figures.final_bytes = saved.ns, len(saved.state)
-        elif not len(saved.state):
-            return _nothing()
-        else:
-            figures.precopy_bytes += len(saved.state)
-        state = messages.DeviceState(
+        saved = await self.vmm.save_devices([(device.name, device.kind) for device in devices])
+        states = []
+        for device, one in zip(devices, saved, strict=True):
+            figures = self.ledger.devices[device.name, device.kind]
+            figures.save_ns, figures.final_bytes = one.ns, len(one.state)
+            states.append(self._state(device, one, final=True))
+        return asyncio.ensure_future(self._send_states(states))
+
+    async def _send_states(self, states: list[OutgoingState]) -> int:
+        await self.sender.send_devices(states)
+        return sum(len(state.data) for state in states)
+
+    def _state(self, device: DeviceDescription, saved: SavedDevice, *, final: bool) -> OutgoingState:
+        meta = messages.DeviceState(
             order=self.state_order,
-            name=name,
-            kind=description.kind,
+            name=device.name,
+            kind=device.kind,
             final=final,
             offset=0,
             total_bytes=len(saved.state),
@@ -99,15 +117,7 @@ class Transfer:
             save_ns=saved.ns,
         )
         self.state_order += 1
-        return asyncio.ensure_future(self._send_state(state, saved.state))
-
-    async def _send_state(self, state: messages.DeviceState, data: bytes | bytearray | memoryview) -> int:
-        await self.sender.send_device(state, data)
-        return len(data)
-
-
-async def _nothing() -> int:
-    return 0
+        return OutgoingState(meta, saved.state)
 
 
 class Precopy:
@@ -218,12 +228,12 @@ class Precopy:
         device_bytes = 0
         for device in transfer.guest.devices:
             if device.kind == "iterable":
-                sending = await transfer.save_device(device.name, device.kind, number - 1)  # a VMM counts from 0
-                device_bytes += await sending
+                device_bytes += await transfer.send_iteration(device, number - 1)
         await self._wait_for_progress(self._acknowledged(number))
         ns = time.monotonic_ns() - begin_ns
         acknowledged_bytes = sent.wire_bytes + device_bytes
-        self.bandwidth.add(acknowledged_bytes, ns)
+        # What is left is counted in pages: where encodings gain, they move faster than their bytes.
+        self.bandwidth.add(max(sent.wire_bytes, sent.normal_pages * PAGE_SIZE) + device_bytes, ns)
         ledger = transfer.ledger
         ledger.precopy_bytes += acknowledged_bytes
         ledger.precopy_pages += sent.normal_pages + sent.zero_pages

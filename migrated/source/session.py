@@ -97,6 +97,7 @@ class Session:
             self.channels,
             digest,
             encoder_factory(self._parameters, agreed_on),
+            self.dirty_log.clear,
             announce="extents" in agreed_on,
         )
         self.sender.pace(self._parameters.max_bandwidth_bytes_per_s)

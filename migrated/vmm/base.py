@@ -9,6 +9,7 @@ through the objects named here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final, Literal
@@ -43,6 +44,15 @@ class SavedDevice:
 
     state: bytes | bytearray | memoryview
     ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """The final state of one device, to be loaded."""
+
+    name: str
+    kind: DeviceKind
+    data: bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +130,14 @@ class Vmm(ABC):
     @abstractmethod
     async def save_device(self, name: str, kind: DeviceKind, round_number: int | None) -> SavedDevice:
         """Save a device: what an iterable one has new in a round, or (``None``) its final state."""
+
+    async def save_devices(self, devices: Sequence[tuple[str, DeviceKind]]) -> list[SavedDevice]:
+        """Save the final states of several devices in order; a driver may do it in one call."""
+        return [await self.save_device(name, kind, None) for name, kind in devices]
+
+    async def load_devices(self, states: Sequence[DeviceState]) -> list[int]:
+        """Load the final states of several devices in order. Returns what each cost (ns)."""
+        return [await self.load_device(state.name, state.kind, state.data, True) for state in states]
 
     @abstractmethod
     async def load_device(self, name: str, kind: DeviceKind, state: bytes | bytearray | memoryview, final: bool) -> int:

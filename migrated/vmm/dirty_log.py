@@ -1,6 +1,7 @@
 """Finding the pages that a running guest wrote: two dirty logs behind one interface.
 
     collect() -> runs written since the last collect, and cleared in the same step
+    clear(run) -> how many pages of a run were written, and cleared in the same step: it is about to be read anyway
     restore(runs)  puts pages back that were collected and could not be sent
 
 ``PagemapScanLog`` lets the kernel track (userfaultfd asynchronous write protection, collected with the PAGEMAP_SCAN
@@ -56,6 +57,11 @@ class DirtyLog(ABC):
             self._restored.append(runs)
 
     @abstractmethod
+    def clear(self, start: int, count: int) -> int:
+        """Clear the pages of a run that will be read after this. Returns how many had been written since the last
+        collect. Several threads may call it at once for different runs, but not beside ``collect``."""
+
+    @abstractmethod
     def _collect(self) -> Runs: ...
 
     @abstractmethod
@@ -84,19 +90,34 @@ class PagemapScanLog(DirtyLog):
         self._end = address + pages * PAGE_SIZE
         self._vector: npt.NDArray[np.uint64] = np.zeros((_VECTOR_REGIONS, 3), np.uint64)
 
+    def clear(self, start: int, count: int) -> int:
+        vector: npt.NDArray[np.uint64] = np.empty((min(count, _VECTOR_REGIONS), 3), np.uint64)
+        begin = self._start + start * PAGE_SIZE
+        edges = self._scan(begin, begin + count * PAGE_SIZE, vector)
+        return sum(int((piece[:, 1] - piece[:, 0]).sum()) for piece in edges) // PAGE_SIZE
+
     def _collect(self) -> Runs:
+        pieces = self._scan(self._start, self._end, self._vector)
+        if not pieces:
+            return NO_RUNS
+        edges = (np.concatenate(pieces) - np.uint64(self._start)) // np.uint64(PAGE_SIZE)
+        runs = edges.astype(np.int64)
+        runs[:, 1] -= runs[:, 0]
+        return runs
+
+    def _scan(self, begin: int, end: int, vector: npt.NDArray[np.uint64]) -> list[npt.NDArray[np.uint64]]:
+        """Get and clear what was written between two addresses: pieces of (first, end) addresses, shape (n, 2)."""
         pieces: list[npt.NDArray[np.uint64]] = []
-        position = self._start
-        while position < self._end:
+        while begin < end:
             argument = bytearray(
                 _SCAN_ARGUMENT.pack(
                     _SCAN_ARGUMENT.size,
                     _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC,
-                    position,
-                    self._end,
+                    begin,
+                    end,
                     0,
-                    self._vector.ctypes.data,
-                    len(self._vector),
+                    vector.ctypes.data,
+                    len(vector),
                     0,  # no limit on pages
                     0,  # no inverted categories
                     _PAGE_IS_WRITTEN,
@@ -106,14 +127,9 @@ class PagemapScanLog(DirtyLog):
             )
             filled = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument, True)
             if filled:
-                pieces.append(self._vector[:filled, :2].copy())
-            position = _SCAN_ARGUMENT.unpack(argument)[4]
-        if not pieces:
-            return NO_RUNS
-        edges = (np.concatenate(pieces) - np.uint64(self._start)) // np.uint64(PAGE_SIZE)
-        runs = edges.astype(np.int64)
-        runs[:, 1] -= runs[:, 0]
-        return runs
+                pieces.append(vector[:filled, :2].copy())
+            begin = _SCAN_ARGUMENT.unpack(argument)[4]
+        return pieces
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -139,6 +155,12 @@ class ByteMapLog(DirtyLog):
         self._fd = fd
         self._mapping = mmap.mmap(fd, pages)
         self._map: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
+
+    def clear(self, start: int, count: int) -> int:
+        part = self._map[start : start + count]
+        dirty = np.flatnonzero(part)
+        part[dirty] = 0
+        return len(dirty)
 
     def _collect(self) -> Runs:
         dirty = np.flatnonzero(self._map)

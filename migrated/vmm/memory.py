@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import traceback
 from pathlib import Path
 from typing import Final
 
@@ -126,6 +127,19 @@ class GuestMemory:
         del self.words
         self.view.release()
         self._mapping.close()
+
+
+def drop_views(error: BaseException) -> None:
+    """Make the frames that an error came through let go of their variables: a view of guest memory among them would
+    keep the memory mapped for as long as somebody keeps the error."""
+    pending: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while pending:
+        one = pending.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            pending += (one.__cause__, one.__context__)
 
 
 def shared_huge_pages() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from migrated.errors import VmmError, VmmGoneError
 from migrated.vmm import spawn
-from migrated.vmm.base import DeviceKind, DirtyTracking, DryRun, SavedDevice, TimeImport, Vmm, VmmStatus
+from migrated.vmm.base import DeviceKind, DeviceState, DirtyTracking, DryRun, SavedDevice, TimeImport, Vmm, VmmStatus
 from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog
 from migrated.vmm.memory import GuestMemory
 from protocol.guest import PAGE_SIZE, GuestDescription
@@ -140,6 +141,21 @@ class SimVmm(Vmm):
     async def save_device(self, name: str, kind: DeviceKind, round_number: int | None) -> SavedDevice:
         reply = await self._call("device-save", _DEVICE_S, name=name, kind=kind, round=round_number)
         return SavedDevice(state=reply.payload, ns=reply.meta["ns"])
+
+    async def save_devices(self, devices: Sequence[tuple[str, DeviceKind]]) -> list[SavedDevice]:
+        wanted = [(name, kind, 0) for name, kind in devices]
+        reply = await self._call("devices-save", _DEVICE_S, devices=wanted)
+        view, offset, saved = memoryview(reply.payload), 0, []
+        for meta in reply.meta["saved"]:
+            saved.append(SavedDevice(state=view[offset : offset + meta["bytes"]], ns=meta["ns"]))
+            offset += meta["bytes"]
+        return saved
+
+    async def load_devices(self, states: Sequence[DeviceState]) -> list[int]:
+        described = [(state.name, state.kind, len(state.data)) for state in states]
+        payload = b"".join(state.data for state in states)
+        reply = await self._call("devices-load", _DEVICE_S, payload, devices=described)
+        return [int(meta["ns"]) for meta in reply.meta["loaded"]]
 
     async def load_device(self, name: str, kind: DeviceKind, state: bytes | bytearray | memoryview, final: bool) -> int:
         reply = await self._call("device-load", _DEVICE_S, state, name=name, kind=kind, final=final)

@@ -1,8 +1,32 @@
-"""Makes the repository's root importable, so that the proxy can be imported as a module."""
+"""Pairs of daemons with fault proxies, and the check after every test that nothing was left behind."""
+
+from __future__ import annotations
 
 import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = str(Path(__file__).parents[2])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
+
+from tests.faults.faulty import FaultyPair  # noqa: E402 - only now it can be found
+
+
+@pytest.fixture(scope="module")
+def faulty_hosts() -> Iterator[FaultyPair]:
+    """Two hosts behind proxies that the tests of a module share. A killed daemon is started again by its test."""
+    with FaultyPair() as pair:
+        yield pair
+
+
+@pytest.fixture
+async def faulty(faulty_hosts: FaultyPair) -> AsyncIterator[FaultyPair]:
+    """The shared hosts, without guests and faults; whatever the test leaves behind in the daemons fails it."""
+    yield faulty_hosts
+    print(faulty_hosts.log_tail())  # noqa: T201 - shown when the test failed
+    await faulty_hosts.recover()
+    await faulty_hosts.remove_guests()
+    assert await faulty_hosts.leftovers() == []

@@ -18,7 +18,7 @@ from vmm_sim.config import GuestConfig, build_config, read_profile
 MS = 1_000_000
 FORCED = {"timeout_s": 0.2, "on_timeout": "force"}
 """Past the gate, which would not let the guest stop."""
-SCHEDULER_NS = 60 * MS
+SCHEDULER_NS = 100 * MS
 """What a busy machine may add to any one figure; medians are held to less."""
 TRACES = (
     "qemu-33g-one-vf",
@@ -74,7 +74,7 @@ async def test_a_load_is_cut_short_at_the_limit_and_a_larger_limit_completes(
         # The guest saw no more than what the record says.
         assert guest["stop_gap"]["host_ns"] <= downtime["measured_ns"] + SCHEDULER_NS
     with capsys.disabled():
-        print(
+        print(  # noqa: T201 - the precision is a figure to look at
             f"\n5 aborts at 100 ms: NO after its deadline by {[round(ms, 2) for ms in late_ms]} ms, "
             f"guest let run {[round(ms, 2) for ms in over_ms]} ms from the limit "
         )
@@ -123,29 +123,34 @@ async def test_a_trace_runs_as_a_guest(pair: Pair, profile: str) -> None:
     """With the thread's limit (QEMU's default where it names none) it is refused, and aborted in time when it is
     forced; with a generous one the record shows what every device of the trace costs."""
     config = config_of(profile)
-    await pair.a.create_guest("g1", 64, profile=profile)
-    record = await pair.a.migrate("g1", pair.b, downtime_limit=300)
-    if record["outcome"] != "completed":
-        assert record["outcome"] in ("refused", "aborted", "failed"), record["reason"]
-        assert "limit" in record["reason"]
-        downtime = assert_aborted(await pair.a.migrate("g1", pair.b, downtime_limit=300, **FORCED))
-        pause_ns = downtime["measured_ns"] - config.resume_us * 1000
-        assert pause_ns <= 300 * MS + SCHEDULER_NS, "the guest runs again within the limit plus its resume"
-        assert (await pair.a.verify())["ok"]
-        record = await pair.a.migrate("g1", pair.b, downtime_limit=20_000)
-        assert record["outcome"] == "completed", record["reason"]
-    downtime = record["downtime"]
-    assert downtime["limit_violated"] == (downtime["measured_ns"] > downtime["limit_ns"])
-    assert pair.double_runs() == []
-    rows = {(row["name"], row["kind"]): row for row in record["devices"]}
-    for device in config.devices:
-        row = rows[device.name, device.kind]
-        for cost_us, measured_ns in ((device.save_us, row["save_ns"]), (device.load_us, row["load_ns"])):
-            assert cost_us * 1000 <= measured_ns <= cost_us * 1000 + SCHEDULER_NS, (device.name, device.kind)
+    name = profile[:16]  # costs are learned per guest
     costs_us = config.stop_us + config.resume_us + sum(device.save_us + device.load_us for device in config.devices)
     # Loads of iterable devices overlap saves; nothing else may.
-    overlap_us = sum(device.load_us for device in config.devices if device.kind == "iterable")
-    assert downtime["measured_ns"] >= (costs_us - overlap_us) * 1000
+    least_ns = 1000 * (costs_us - sum(device.load_us for device in config.devices if device.kind == "iterable"))
+    await pair.a.create_guest(name, 64, profile=profile)
+    record = await pair.a.migrate(name, pair.b, downtime_limit=300, timeout_s=1)
+    if least_ns > 300 * MS:
+        assert record["outcome"] == "refused", record["reason"]
+        assert "limit" in record["reason"]
+        downtime = assert_aborted(await pair.a.migrate(name, pair.b, downtime_limit=300, **FORCED))
+        assert downtime["measured_ns"] <= 300 * MS + config.resume_us * 1000 + SCHEDULER_NS
+        assert (await pair.a.verify(name))["ok"]
+    if record["outcome"] != "completed":
+        record = await pair.a.migrate(name, pair.b, downtime_limit=20_000, **FORCED)
+    assert record["outcome"] == "completed", record["reason"]
+    downtime = record["downtime"]
+    assert downtime["limit_violated"] == (downtime["measured_ns"] > downtime["limit_ns"])
+    assert downtime["measured_ns"] >= least_ns
+    assert (await pair.b.verify(name))["ok"]
+    assert pair.double_runs(name) == []
+    rows = {(row["name"], row["kind"]): row for row in record["devices"]}
+    over_ns: list[int] = []
+    for device in config.devices:
+        row = rows[device.name, device.kind]
+        over_ns += [row["save_ns"] - device.save_us * 1000, row["load_ns"] - device.load_us * 1000]
+    assert min(over_ns) >= 0, "no device is cheaper than in the trace"
+    assert statistics.median(over_ns) <= 5 * MS
+    assert max(over_ns) <= SCHEDULER_NS
 
 
 async def test_the_record_of_an_abort_is_on_both_hosts(pair: Pair) -> None:

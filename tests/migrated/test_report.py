@@ -19,8 +19,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from migrated.record import Record
-from migrated.report import ReportError, attempt, write_comparison, write_report
+from migrated.prediction import model
+from migrated.record import (
+    Checkpoint,
+    DeviceRow,
+    Digest,
+    Downtime,
+    LogLine,
+    Phase,
+    Ram,
+    Record,
+    RoundRow,
+    TimeSummary,
+)
+from migrated.report import ReportError, attempt, downtime, write_comparison, write_report
 from migrated.report.appendix import further
 from migrated.report.charts import Axis, Scale
 from migrated.report.fields import Fields, exact_ms, grouped, percent, rate, short, size
@@ -41,7 +53,7 @@ def load(name: str) -> dict[str, Any]:
 class Page(HTMLParser):
     """A parsed page: its fields, its tags, and its texts by the id of the section. Checks that tags are balanced."""
 
-    VOID = frozenset({"meta"})
+    VOID = frozenset({"meta", "wbr"})
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -367,6 +379,13 @@ def test_hosts_of_one_name_are_told_apart_by_their_sockets() -> None:
     assert "from vm to vm2 in" in sentence(record)
 
 
+def test_what_the_operator_held_does_not_count_against_the_limit(tmp_path: Path) -> None:
+    record = load("late")
+    record["downtime"] |= {"measured_ns": 1_090_000_000, "hold_ns": 1_000_000_000, "limit_violated": False}
+    assert "1.09\u00a0s (1\u00a0s of it held by the operator), 90\u00a0% of the 100\u00a0ms" in sentence(record)
+    assert "kept, 90\u00a0% of it used" in page_of(record, tmp_path / "report.html").texts["header"]
+
+
 def test_in_doubt_shows_a_guest_that_is_kept_stopped(tmp_path: Path) -> None:
     record = load("completed") | {"outcome": "in-doubt", "downtime": None, "time": None}
     page = page_of(record, tmp_path / "report.html")
@@ -419,6 +438,11 @@ def test_a_scale_holds_its_values_in_order(values: list[float], base: int) -> No
     assert 2 <= len(scale.ticks) <= 8
 
 
+def test_parts_are_grouped_as_the_prediction_groups_them() -> None:
+    assert downtime.COMPONENTS == model.COMPONENTS
+    assert downtime.COMPONENT_OF == model.COMPONENT_OF
+
+
 # --- colours ----------------------------------------------------------------------------------------------------------
 
 
@@ -439,3 +463,29 @@ def test_colours_stand_out(scheme: str, tmp_path: Path) -> None:
             first, second = luminance(colors[name]), luminance(colors[ground])
             contrast = (max(first, second) + 0.05) / (min(first, second) + 0.05)
             assert contrast >= 4.5, f"{name} on {ground}: {contrast:.2f}"
+
+
+# --- the documentation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("heading", "kind"),
+    [
+        ("record", Record),
+        ("downtime", Downtime),
+        ("devices", DeviceRow),
+        ("checkpoints", Checkpoint),
+        ("rounds", RoundRow),
+        ("ram", Ram),
+        ("phases", Phase),
+        ("time", TimeSummary),
+        ("digest", Digest),
+        ("events", LogLine),
+    ],
+)
+def test_every_member_of_a_record_is_documented(heading: str, kind: type[BaseModel]) -> None:
+    """The first table under the heading of docs/record.md has exactly the members of the model."""
+    document = (Path(__file__).parents[2] / "docs" / "record.md").read_text(encoding="utf-8")
+    table = document.partition(f"\n## {heading}\n")[2].partition("|---|---|\n")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(kind.model_fields)

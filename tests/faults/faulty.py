@@ -1,0 +1,81 @@
+"""Two hosts with a fault proxy in front of each, and the way back from every fault."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from typing import Any
+
+from migrated.control.client import CommandError
+from tests.faults.proxy import Fault, Proxy
+from tests.integration.harness import HarnessError, Host, Pair, until
+
+FIRE_TIMEOUT_S = 20.0
+
+
+class FaultyPair(Pair):
+    """A pair with short time-outs whose hosts reach each other through proxies."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(quick=True, **options)
+        self._proxies: dict[str, Proxy] = {}
+
+    def start(self) -> None:
+        super().start()
+        for host in self.hosts:
+            proxy = self._proxies[host.name] = Proxy("127.0.0.1", host.port)
+            proxy.start()
+
+    def close(self) -> None:
+        for proxy in self._proxies.values():
+            proxy.stop()
+        super().close()
+
+    def way_to(self, host: Host) -> Proxy:
+        """The proxy in front of a host."""
+        return self._proxies[host.name]
+
+    async def fired(self, fault: Fault, source: Host, migration_id: str) -> bool:
+        """Wait until a fault has happened. Returns False when the migration ended without it."""
+
+        async def happened() -> str | None:
+            if fault.fired_at_ns:
+                return "fired"
+            if not source.running:
+                return None  # killed by the fault, which is about to say so
+            with contextlib.suppress(CommandError):
+                record = await source.record(migration_id)
+                return "ended" if record is not None else None
+            return None
+
+        return await until("the fault", happened, FIRE_TIMEOUT_S) == "fired"
+
+    async def recover(self) -> None:
+        """Everything works again: the network, daemons that were killed, processes that were stopped."""
+        for host in self.hosts:
+            self.way_to(host).heal()
+        self.let_go_on()
+        for host in self.hosts:
+            if not host.running:
+                await asyncio.to_thread(host.restart)
+
+    def let_go_on(self) -> None:
+        """Continue every process that was stopped."""
+        for host in self.hosts:
+            for pid in [*([host.pid] if host.running else []), *host.vmm_pids()]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    async def check_retry(self, name: str, at: Host) -> list[str]:
+        """What stands against another migration of the guest, right after a failure or a success of the last."""
+        to = self.other(at)
+        record = await at.migrate(name, self.way_to(to).uri, downtime_limit=20_000, timeout_s=0.1, on_timeout="force")
+        if record["outcome"] != "completed":
+            return [f"the next migration is {record['outcome']}: {record['reason']}"]
+        try:
+            await self.settled(name)
+        except HarnessError as error:
+            return [f"after the next migration: {error}"]
+        return [] if (await to.verify(name))["ok"] else ["the guest does not verify after the next migration"]
