@@ -24,6 +24,7 @@ import json
 import mmap
 import os
 import platform
+import signal
 import socket
 import statistics
 import sys
@@ -274,7 +275,7 @@ class Bench:
         """64 bytes change in each of 20,000 hot pages all the time, over a link of 100 MB/s; the sample is the time
         that the attempt's traffic takes on that link. What does not converge in 10 s is stopped by force."""
         await self.guest(
-            name, 256, touched=f"{2 * HOT_PAGES * PAGE}", workload="delta", working_set_pages=HOT_PAGES + 1,
+            name, 256, touched=f"{(HOT_PAGES + 64) * PAGE}", workload="delta", working_set_pages=HOT_PAGES + 1,
             hot_pages=HOT_PAGES, dirty_rate=f"{200 * MIB}/s",
         )  # fmt: skip
         record = await self.move(
@@ -420,6 +421,10 @@ def missing(name: str, size_mib: int) -> str | None:
 async def measure(names: list[str], size_mib: int, repeats: int, skipped: dict[str, str]) -> dict[str, Case]:
     """Run the cases, interleaved. What fails is named in ``skipped`` and tried no more."""
     bench = Bench(size_mib, repeats)
+    task = asyncio.current_task()
+    assert task is not None
+    # Told to end, it must not leave daemons and busy guests behind.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         bench.pair.start()
         for repeat in range(repeats):

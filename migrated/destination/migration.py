@@ -29,6 +29,7 @@ from migrated.destination.takeover import Takeover
 from migrated.environment import Environment
 from migrated.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.guests import Guest
+from migrated.journal import JournalError
 from migrated.link import sockets
 from migrated.link.control import ControlChannel, Received
 from migrated.link.data import DataChannel
@@ -158,7 +159,7 @@ class IncomingMigration:
         try:
             try:
                 await self._welcome()
-            except (RefusedError, VmmError, ProtocolError, TimeAdjustError, ValueError) as error:
+            except (MigrationError, ProtocolError, TimeAdjustError, JournalError, ValueError) as error:
                 await self._refuse(error)
                 return
             assert self.takeover is not None
@@ -171,6 +172,8 @@ class IncomingMigration:
             log.exception("the incoming migration failed unexpectedly")
             if self.takeover is not None and self.takeover.state is DestinationState.LOADING:
                 await self.takeover.take(DestinationEvent.FAULT, self._control, reason="internal error")
+                self._env.journal.close_attempt(self.migration_id, "destination")
+            self._set_status("failed")
         finally:
             await self._clean_up()
 
@@ -241,7 +244,7 @@ class IncomingMigration:
         """Build the empty guest and take the offer.
 
         Raises:
-            RefusedError, VmmError, ProtocolError, TimeAdjustError: it cannot be taken; nothing is kept.
+            RefusedError, VmmError, ProtocolError, TimeAdjustError, JournalError: it cannot be taken; nothing is kept.
         """
         hello, env = self._hello, self._env
         agreed = agree_capabilities(
@@ -289,7 +292,7 @@ class IncomingMigration:
             {(cost.name, cost.kind): cost.ns for cost in self._dry.devices},
         )
         self._loading_task = self._tasks.start(self._load())
-        self._control.send(
+        self._tell(
             messages.Welcome(
                 token=self._token,
                 capabilities=tuple(sorted(agreed)),
@@ -445,7 +448,7 @@ class IncomingMigration:
     def _ask_time(self) -> None:
         nonce = secrets.randbits(63)
         self._asked[nonce] = self._env.clock.hrtime_ns()
-        self._control.send(messages.TimeAsk(nonce=nonce))
+        self._tell(messages.TimeAsk(nonce=nonce))
 
     def _hear_time(self, data: messages.TimeData, received: Received) -> None:
         asked_at_ns = self._asked.pop(data.nonce, None)
@@ -628,6 +631,11 @@ class IncomingMigration:
         except ValidationError as error:
             log.warning("the source's record cannot be read", reason=str(error))
         self._record_arrived.set()
+
+    def _tell(self, message: messages.Message) -> None:
+        """Send a message while the channel stands; its loss is an event of its own."""
+        with contextlib.suppress(LinkLostError):
+            self._control.send(message)
 
     def _channel_failed(self, error: Exception) -> None:
         # Once everything arrived the data channels have done their work, and their end means nothing.

@@ -128,6 +128,8 @@ class PagemapScanLog(DirtyLog):
             filled = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument, True)
             if filled:
                 pieces.append(vector[:filled, :2].copy())
+            if filled < len(vector):
+                break  # all was walked, although the kernel may name an earlier end: where its own buffer was full last
             begin = _SCAN_ARGUMENT.unpack(argument)[4]
         return pieces
 
@@ -157,15 +159,16 @@ class ByteMapLog(DirtyLog):
         self._map: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
 
     def clear(self, start: int, count: int) -> int:
-        part = self._map[start : start + count]
-        dirty = np.flatnonzero(part)
-        part[dirty] = 0
-        return len(dirty)
+        return len(self._take(self._map[start : start + count]))
 
     def _collect(self) -> Runs:
-        dirty = np.flatnonzero(self._map)
-        self._map[dirty] = 0
-        return runs_of(dirty.astype(np.int64))
+        return runs_of(self._take(self._map).astype(np.int64))
+
+    def _take(self, part: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+        # A copy is searched: the guest goes on writing the map itself, and numpy gives up on one that changes.
+        dirty = np.flatnonzero(part != 0)
+        part[dirty] = 0
+        return dirty
 
     def close(self) -> None:
         if self._fd < 0:

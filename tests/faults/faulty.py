@@ -8,7 +8,7 @@ import os
 import signal
 from typing import Any
 
-from migrated.control.client import CommandError
+from migrated.control.client import CommandError, DaemonUnreachableError
 from tests.faults.proxy import Fault, Proxy
 from tests.integration.harness import HarnessError, Host, Pair, until
 
@@ -45,7 +45,7 @@ class FaultyPair(Pair):
                 return "fired"
             if not source.running:
                 return None  # killed by the fault, which is about to say so
-            with contextlib.suppress(CommandError):
+            with contextlib.suppress(CommandError, DaemonUnreachableError):
                 record = await source.record(migration_id)
                 return "ended" if record is not None else None
             return None

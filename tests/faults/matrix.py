@@ -21,7 +21,7 @@ from typing import Final, Literal
 from protocol.messages import FrameType
 from tests.faults.faulty import FaultyPair
 from tests.faults.proxy import Action, AtFrame, Call, Corrupt, Cut, Duplicate, Reset, Stall, Truncate, Way
-from tests.integration.harness import HarnessError, Host
+from tests.integration.harness import CommandError, DaemonUnreachableError, HarnessError, Host
 
 Place = Literal["source", "destination", "nowhere"]
 
@@ -29,6 +29,7 @@ BLACKOUT_S: Final = 1.5
 """How long a cut, a stall or a stopped process lasts: longer than heartbeats and the limit allow."""
 RESTART_S: Final = 0.2
 PARAMETERS: Final = {"downtime_limit": 1_000, "timeout_s": 0.1, "on_timeout": "force"}
+LOG_LINES: Final = 16
 TRIES: Final = 3
 """A busy machine may miss the limit before a migration comes to the step."""
 
@@ -164,8 +165,8 @@ async def judge(cell: Cell, pair: FaultyPair, guest: str = "g1") -> Judged:
     try:
         async with asyncio.timeout(90):
             await _run(cell, pair, guest, judged)
-    except (HarnessError, TimeoutError) as error:
-        judged.violations.append(f"{error or 'it took more than 90 s'}\n{pair.log_tail()}")
+    except (HarnessError, CommandError, DaemonUnreachableError, TimeoutError) as error:
+        judged.violations.append(f"{error or 'it took more than 90 s'}\n{pair.log_tail(LOG_LINES)}")
         await _start_over(pair)
     judged.seconds = time.monotonic() - begin
     return judged
@@ -206,7 +207,7 @@ async def _run(cell: Cell, pair: FaultyPair, guest: str, judged: Judged) -> None
         completed = record["outcome"] == "completed"
         if record["outcome"] == "in-doubt":
             violations.append("the record still says in doubt")
-        if completed == (judged.place == "source"):
+        if (judged.place == "destination") != completed and judged.place != "nowhere":
             violations.append(f"the record says {record['outcome']}, the guest is {judged.place}")
         if not completed and not record["reason"]:
             violations.append("the record names no cause")
@@ -223,7 +224,7 @@ async def _run(cell: Cell, pair: FaultyPair, guest: str, judged: Judged) -> None
         violations += pair.double_runs(guest)
     violations += await pair.leftovers()
     if violations:
-        violations[-1] += f"\n{pair.log_tail()}"
+        violations[-1] += f"\n{pair.log_tail(LOG_LINES)}"
 
 
 async def _start_over(pair: FaultyPair) -> None:

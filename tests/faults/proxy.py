@@ -15,11 +15,11 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from protocol.frames import HEADER, HEADER_BYTES
 from protocol.messages import FrameType
@@ -198,7 +198,7 @@ class Proxy:
         self._rate: dict[Way, float] = dict.fromkeys(BOTH, 0.0)
         self._flows: dict[int, tuple[_Flow, _Flow]] = {}
         self._connections = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._open = 0
         self._changed = threading.Condition()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
@@ -242,16 +242,7 @@ class Proxy:
 
     def heal(self) -> None:
         """The network works again: every fault is lifted, and connections that lost bytes are reset."""
-
-        def lift() -> None:
-            if self._cut:
-                self._reset_all()
-            self._cut.clear()
-            self._faults.clear()
-            for way in BOTH:
-                self._stalled_until[way] = self._delay_s[way] = self._rate[way] = 0.0
-
-        self._call(lift)
+        self._call(self._lift)
 
     def wait_fired(self, fault: Fault, timeout_s: float) -> bool:
         """Wait until a fault has happened. Returns False when it has not in time."""
@@ -289,23 +280,29 @@ class Proxy:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
         server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
         self.port = server.sockets[0].getsockname()[1]
         self._started.set()
         await self._end.wait()
         server.close()
+        self._lift()
         self._reset_all()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        await self._idle.wait()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         number, self._connections = self._connections, self._connections + 1
+        self._open += 1
+        self._idle.clear()
+        try:
+            await self._serve_connection(number, reader, writer)
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._idle.set()
+
+    async def _serve_connection(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if not number:
             for fault in self._faults:
                 if isinstance(fault.at, AtTime) and not fault.fired_at_ns:
@@ -467,6 +464,14 @@ class Proxy:
                 function()
             case _:
                 raise ValueError(f"{type(action).__name__} acts on a frame: place it with AtFrame")
+
+    def _lift(self) -> None:
+        if self._cut:
+            self._reset_all()
+        self._cut.clear()
+        self._faults.clear()
+        for way in BOTH:
+            self._stalled_until[way] = self._delay_s[way] = self._rate[way] = 0.0
 
     def _reset_all(self) -> None:
         for flows in self._flows.values():

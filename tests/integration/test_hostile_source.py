@@ -1,0 +1,186 @@
+"""A source that lies: hand-made frames against a real destination daemon. Whatever comes, the destination answers with
+a reason or hangs up, keeps nothing, and takes the next honest guest.
+
+    hostile:  HELLO  JOIN  (empty round)  DOWNTIME  <- TIME_ASK  TIME_DATA with nonsense  -> NO | ERROR
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import time
+from typing import Any
+
+import msgpack
+import pytest
+
+from migrated.link import sockets
+from protocol import messages
+from protocol.frames import HEADER_BYTES, check_meta, pack_header, unpack_header
+from protocol.guest import GuestDescription
+from protocol.messages import FrameType
+from tests.integration.harness import Pair
+from vmm_sim.client import VmmClient
+
+U64 = (1 << 64) - 1
+I64 = (1 << 63) - 1
+GOOD = {"guest_freq": 2_100_000_000, "guest_tsc": 1, "hrtime": 10**12, "hres_sec": 1, "hres_ns": 0, "boot_hrtime": 0}
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "frequency 0": {"guest_freq": 0},
+    "frequency beyond u64": {"guest_freq": U64 + 0},
+    "another frequency": {"guest_freq": 3_000_000_000},
+    "nanoseconds out of range": {"hres_ns": 10**9},
+    "boot in the future": {"boot_hrtime": I64},
+    "uptime overflow": {"hrtime": I64, "boot_hrtime": -(1 << 63)},
+    "negative hrtime": {"hrtime": -1},
+    "a float": {"guest_tsc": 1.5},
+    "NaN": {"hrtime": float("nan")},
+    "infinity": {"hres_sec": float("inf")},
+    "a text": {"boot_hrtime": "0"},
+    "a truth value": {"guest_freq": True},
+    "nothing": {"guest_tsc": None},
+    "an extra field": {"extra": 1},
+    "a missing field": {"guest_tsc": ...},
+}
+
+
+class Hostile:
+    """One connection, frame by frame, with metas that no model has checked."""
+
+    def __init__(self, sock: socket.socket, agreed: sockets.Agreed) -> None:
+        self.sock = sock
+        self.version = agreed.version
+        self.sequence = 0
+
+    async def send(self, kind: FrameType, meta: dict[str, Any], round_number: int = 0) -> None:
+        packed = msgpack.packb(meta, use_bin_type=True)
+        head = pack_header(self.version, kind, packed, 0, self.sequence, round_number)
+        self.sequence += 1
+        await asyncio.get_running_loop().sock_sendall(self.sock, head + packed)
+
+    async def receive(self) -> messages.Message:
+        """The next message that is no clock ask."""
+        while True:
+            head = await sockets.read_exactly(self.sock, HEADER_BYTES)
+            header = unpack_header(head, self.version, 1 << 20)
+            meta = await sockets.read_exactly(self.sock, header.meta_bytes)
+            check_meta(head, meta, header)
+            await sockets.read_exactly(self.sock, header.payload_bytes)
+            message = messages.decode(header.type, meta)
+            if isinstance(message, messages.ClockAsk):
+                now = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+                await self.send(FrameType.CLOCK_REPLY, {"nonce": message.nonce, "t2_ns": now, "t3_ns": now})
+                continue
+            return message
+
+
+async def describe(pair: Pair) -> dict[str, Any]:
+    """A guest's description, from a real VMM on host a."""
+    await pair.a.create_guest("victim", 16, workload="idle")
+    vmm: VmmClient = await pair.a.vmm("victim")
+    reply = await vmm.call("describe")
+    await vmm.close()
+    await pair.a.command("x-migrated-guest-destroy", {"guest": "victim"})
+    return GuestDescription.model_validate(reply.meta["description"]).model_dump()
+
+
+async def open_session(pair: Pair, description: dict[str, Any]) -> tuple[Hostile, Hostile]:
+    """As an honest source would, up to an acknowledged empty round."""
+    migration_id = secrets.token_hex(16)
+    control = Hostile(*await sockets.connect("127.0.0.1", pair.b.port, 5.0, 5.0))
+    hello = {
+        "migration_id": migration_id,
+        "epoch": 1,
+        "guest": description,
+        "guest_paused": False,
+        "capabilities": ["zero-runs", "switchover-abort"],
+        "required": ["zero-runs"],
+        "limits": {"downtime_limit_ns": 10**10, "switchover_limit_ns": 0, "switchover_abort": True},
+        "time_rules": {"policy": "midpoint", "max_time_jump_ns": 0, "max_time_error_ns": 0},
+        "channels": 1,
+        "host": "hostile",
+    }
+    await control.send(FrameType.HELLO, hello)
+    welcome = await control.receive()
+    assert isinstance(welcome, messages.Welcome), welcome
+    data = Hostile(*await sockets.connect("127.0.0.1", pair.b.port, 5.0, 5.0))
+    await data.send(FrameType.JOIN, {"migration_id": migration_id, "token": welcome.token, "channel": 0})
+    assert isinstance(await data.receive(), messages.Joined)
+    await data.send(FrameType.BARRIER, {"round": 1}, round_number=1)
+    await control.send(FrameType.ROUND_END, {"round": 1, "pages": 0, "zero_pages": 0})
+    assert isinstance(await control.receive(), messages.RoundDone)
+    return control, data
+
+
+async def answer_to(control: Hostile) -> messages.Message | None:
+    """NO or ERROR, or None when the destination just hung up."""
+    try:
+        async with asyncio.timeout(20):
+            while True:
+                message = await control.receive()
+                if isinstance(message, messages.No | messages.Error | messages.Refuse):
+                    return message
+    except (ConnectionError, OSError):
+        return None
+    except Exception as error:
+        if "closed" in str(error):
+            return None
+        raise
+
+
+async def honest_again(pair: Pair) -> None:
+    """The destination kept nothing and takes the next guest."""
+    await pair.a.create_guest("honest", 16, workload="idle")
+    record = await pair.a.migrate("honest", pair.b)
+    assert record["outcome"] == "completed", record["reason"]
+    assert (await pair.b.verify("honest"))["ok"]
+    await pair.b.command("x-migrated-guest-destroy", {"guest": "honest"})
+
+
+async def test_hostile_time_data_is_refused_by_name_and_never_crashes(pair: Pair) -> None:
+    description = await describe(pair)
+    for name, changes in HOSTILE.items():
+        control, data = await open_session(pair, description)
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+        await control.send(FrameType.DOWNTIME, {"epoch": 1, "source_downtime_ns": 0, "sent_at_ns": now})
+        ask = await control.receive()
+        assert isinstance(ask, messages.TimeAsk), name
+        stamp = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+        lie = {**GOOD, "guest_freq": description["guest_freq"], "hrtime": stamp, **changes}
+        lie = {key: value for key, value in lie.items() if value is not ...}
+        await control.send(FrameType.TIME_DATA, {"nonce": ask.nonce, "time": lie, "t2_ns": stamp, "t3_ns": stamp})
+        await control.send(
+            FrameType.STATE_END,
+            {"epoch": 1, "last_round": 1, "devices": 0, "digest": 0, "source_downtime_ns": 0, "sent_at_ns": stamp},
+        )
+        answer = await answer_to(control)
+        assert answer is not None, name
+        assert isinstance(answer, messages.No | messages.Error), name
+        control.sock.close()
+        data.sock.close()
+    await honest_again(pair)
+
+
+@pytest.mark.parametrize(
+    ("kind", "meta"),
+    [
+        (FrameType.COMMIT, {"epoch": 1}),
+        (FrameType.COMMIT, {"epoch": 2}),
+        (FrameType.READY, {"epoch": 1, "digest": 0, "elapsed_ns": 0, "completing_ns": 0}),
+        (FrameType.RUNNING, {"epoch": 1, "resumed_after_ns": 0, "sent_after_ns": 0}),
+        (FrameType.DOWNTIME, {"epoch": 1, "source_downtime_ns": -1, "sent_at_ns": 0}),
+        (FrameType.TIME_DATA, {"nonce": 7, "time": GOOD, "t2_ns": 0, "t3_ns": 0}),
+    ],
+)
+async def test_messages_out_of_turn_never_start_the_guest(pair: Pair, kind: FrameType, meta: dict[str, Any]) -> None:
+    description = await describe(pair)
+    control, data = await open_session(pair, description)
+    await control.send(kind, meta)
+    answer = await answer_to(control)
+    assert answer is None or isinstance(answer, messages.No | messages.Error)
+    control.sock.close()
+    data.sock.close()
+    assert not [entry for entry in pair.b.run_log("victim") if entry["event"] == "run"]
+    await honest_again(pair)

@@ -1,0 +1,143 @@
+"""The daemon's side of both dirty logs: what a collect and a clear return while a guest goes on writing.
+
+guest thread   w w   w w w   w   w w         (its own mapping, tracked)
+daemon           collect  clear  collect     every write is in exactly one answer after it, runs ascend
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from migrated.vmm import dirty_log
+from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog
+from protocol.pages import Runs, indices_of
+from vmm_sim.errors import VmmError
+from vmm_sim.memory import GuestMemory
+from vmm_sim.tracking import LoggedTracking, PagemapTracking, start_tracking
+
+PAGES = 8192
+
+
+class Tracked:
+    """A guest's memory with a tracker on, and the daemon's log of it."""
+
+    def __init__(self, mode: str) -> None:
+        self.memory = GuestMemory(PAGES * 4096)
+        self.memory.words[:] = 1
+        self.tracking = start_tracking(
+            self.memory, "logged" if mode == "logged" else "pagemap-scan", present_only=mode == "present-only"
+        )
+        assert isinstance(self.tracking, PagemapTracking | LoggedTracking)
+        fd = os.dup(self.tracking.fd)
+        self.log: DirtyLog = (
+            ByteMapLog(fd, PAGES)
+            if mode == "logged"
+            else PagemapScanLog(fd, self.memory.address, PAGES, self.tracking.present_only)
+        )
+
+    def write(self, *pages: int) -> None:
+        index = np.array(pages, np.int64)
+        self.memory.write_words(index, np.zeros((len(index), 1), np.int64), np.ones((len(index), 1), np.uint64))
+
+
+@pytest.fixture(params=["pagemap-scan", "present-only", "logged"])
+def tracked(request: pytest.FixtureRequest) -> Iterator[Tracked]:
+    try:
+        made = Tracked(request.param)
+    except VmmError as error:
+        pytest.skip(f"this kernel has no asynchronous write protection, or we may not use it: {error}")
+    yield made
+    made.log.close()
+    made.tracking.close()
+
+
+def ascend(runs: Runs) -> bool:
+    return bool((runs[1:, 0] >= runs.sum(axis=1)[:-1]).all())
+
+
+def test_a_page_is_collected_once_until_it_is_written_again(tracked: Tracked) -> None:
+    tracked.log.collect()
+    tracked.write(3, 4, 5, 100)
+    assert tracked.log.collect().tolist() == [[3, 3], [100, 1]]
+    assert tracked.log.collect().tolist() == []
+    tracked.write(4)
+    assert tracked.log.collect().tolist() == [[4, 1]]
+
+
+def test_a_run_that_is_cleared_is_not_collected_and_nothing_else_is_touched(tracked: Tracked) -> None:
+    tracked.log.collect()
+    tracked.write(9, 10, 12, 19, 20)
+    assert tracked.log.clear(10, 10) == 3
+    assert tracked.log.clear(10, 10) == 0
+    assert tracked.log.collect().tolist() == [[9, 1], [20, 1]]
+    tracked.write(12)
+    assert tracked.log.collect().tolist() == [[12, 1]]
+
+
+def test_what_is_put_back_is_collected_again(tracked: Tracked) -> None:
+    tracked.log.collect()
+    tracked.write(7, 8)
+    collected = tracked.log.collect()
+    tracked.write(8, 9)
+    tracked.log.restore(collected)
+    assert tracked.log.collect().tolist() == [[7, 3]]
+
+
+def test_runs_ascend_and_nothing_is_lost_while_the_guest_writes(tracked: Tracked) -> None:
+    """Many short runs, written all the time: more than the kernel gathers at once."""
+    tracked.log.collect()
+    ending = threading.Event()
+    written: set[int] = set()
+
+    def guest() -> None:
+        generator = np.random.default_rng(1)
+        while not ending.is_set():
+            pages = generator.integers(0, PAGES, 256)
+            tracked.memory.words[pages, 1] += np.uint64(1)
+            tracked.memory._mark(pages)
+            written.update(pages.tolist())
+
+    thread = threading.Thread(target=guest)
+    thread.start()
+    found: set[int] = set()
+    try:
+        for turn in range(30):
+            runs = tracked.log.collect()
+            assert ascend(runs), runs
+            found.update(indices_of(runs).tolist())
+            if turn % 3 == 0:
+                tracked.log.clear(0, PAGES // 4)
+    finally:
+        ending.set()
+        thread.join()
+    found.update(indices_of(tracked.log.collect()).tolist())
+    assert {page for page in written if page >= PAGES // 4} == {page for page in found if page >= PAGES // 4}
+
+
+def test_a_scan_ends_where_the_kernel_names_an_earlier_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux names the place where its own buffer was full last, also when it went on to the end."""
+    calls: list[int] = []
+
+    def ioctl(_fd: int, _request: int, argument: bytearray, _mutate: bool) -> int:
+        fields = list(struct.unpack("=12Q", argument))
+        calls.append(fields[2])
+        edges = np.array([[fields[2] + 4096, fields[2] + 8192, 2]], np.uint64)
+        target = (np.ctypeslib.ctypes.c_uint64 * 3).from_address(fields[5])
+        target[:] = edges[0].tolist()
+        fields[4] = fields[2] + 4096
+        argument[:] = struct.pack("=12Q", *fields)
+        return 1
+
+    monkeypatch.setattr(dirty_log.fcntl, "ioctl", ioctl)
+    log = PagemapScanLog(os.open(os.devnull, os.O_RDONLY), 1 << 20, 64, True)
+    try:
+        assert log.collect().tolist() == [[1, 1]]
+        assert calls == [1 << 20]
+    finally:
+        log.close()
