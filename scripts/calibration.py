@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 import tomllib
@@ -36,7 +37,8 @@ WORKLOADS: Final = ("idle", "sequential", "random", "hot-cold", "phased")
 PROFILES: Final = ("plain", "cloud-hypervisor-small", "propolis-lab", "qemu-33g-one-vf", "busy")
 MEMORY_MIB: Final = 48
 FORCED_SHARE: Final = 0.25
-GUESTS: Final = 15
+GUESTS: Final = 4
+"""Guests that run at once: more would measure how they disturb each other."""
 
 
 @dataclass(slots=True)
@@ -127,7 +129,7 @@ async def campaign(pair: Pair, count: int, seed: int, prefix: str, say: Callable
     while len(outcomes) < count:
         subjects = [await create(pair, draw, created + number, prefix) for number in range(GUESTS)]
         created += GUESTS
-        for _ in range(min(count - len(outcomes), GUESTS * 8)):
+        for _ in range(min(count - len(outcomes), GUESTS * 6)):
             subject = draw.choice(subjects)
             outcome = await attempt(pair, subject, draw)
             outcomes.append(outcome)
@@ -255,10 +257,11 @@ def figures(training: list[Outcome], counted: list[Outcome]) -> dict[str, Any]:
 
 def _fixed_part(training: list[Outcome]) -> float:
     """What a downtime of the training had beside its memory (median, ns)."""
-    rests = []
-    for outcome in training:
-        if (actual := actual_ns(outcome)) is not None and outcome.record["rounds"]:
-            rests.append(actual - BASELINES["qemu"](outcome.record, 0.0))
+    rests = [
+        actual - BASELINES["qemu"](outcome.record, 0.0)
+        for outcome in training
+        if (actual := actual_ns(outcome)) is not None and outcome.record["rounds"]
+    ]
     return max(0.0, median(rests)) if rests else 0.0
 
 
@@ -374,6 +377,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(environment.get("CALIBRATE_SEED", "1")))
     parser.add_argument("--plots", type=Path, help="write plots into this directory")
     parser.add_argument("--records", type=Path, help="write every counted record into this file, one JSON line each")
+    # An end from outside must not leave daemons and guests behind: it becomes an exception that undoes everything.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print(json.dumps(asyncio.run(run(parser.parse_args()))))
 
 
