@@ -88,6 +88,7 @@ class GuestRegistry:
             self._command += ["--lock-directory", str(lock.directory)]
         self._guests: dict[str, Guest] = {}
         self._starting: set[str] = set()
+        self._ending: dict[str, asyncio.Event] = {}
         self.on_gone: Callable[[Guest], None] = lambda _guest: None
         """Called when a guest's process ended by itself."""
 
@@ -141,7 +142,7 @@ class GuestRegistry:
             RefusedError: the name is taken.
             VmmError: the VMM does not start.
         """
-        path = self._claim(name)
+        path = await self._claim(name)
         try:
             command = [*self._command, "--name", name, "--api-socket", str(path), *arguments]
             return await self._start(command, path)
@@ -160,7 +161,7 @@ class GuestRegistry:
                 raise RefusedError(
                     f"the guest with uuid {description.uuid} is already on the destination, as {guest.name!r}"
                 )
-        path = self._claim(description.name)
+        path = await self._claim(description.name)
         try:
             guest = await self._start(incoming_command(self._command, description, path), path)
             guest.overlay = "incoming"
@@ -177,7 +178,12 @@ class GuestRegistry:
             VmmError: the process does not end.
         """
         self._forget(guest)
-        await guest.vmm.destroy()
+        ended = self._ending[guest.name] = asyncio.Event()
+        try:
+            await guest.vmm.destroy()
+        finally:
+            del self._ending[guest.name]
+            ended.set()
 
     def ever_ran(self, name: str, epoch: int) -> bool:
         """Whether a guest of this name ran on this host in this epoch, by the run log that its VMM wrote first."""
@@ -192,7 +198,10 @@ class GuestRegistry:
                     return True
         return False
 
-    def _claim(self, name: str) -> Path:
+    async def _claim(self, name: str) -> Path:
+        """Reserve a name; one whose process is just ending becomes free first."""
+        while (ending := self._ending.get(name)) is not None:
+            await ending.wait()
         path = self._config.directory / f"{name}.sock"
         if name in self._guests or name in self._starting:
             raise RefusedError(f"a guest named {name!r} is already on this host; choose another name or destroy it")

@@ -7,7 +7,8 @@ destination's share crosses the wire as a ``DestinationHalf`` and is merged by t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +18,23 @@ from protocol.guest_time import TimeStage, VmTimeData
 
 Outcome = Literal["completed", "aborted", "cancelled", "failed", "refused", "in-doubt"]
 Side = Literal["source", "destination", "link"]
+
+
+Component = Literal["stop", "dirty-log", "state", "device-loads", "legs", "resume"]
+COMPONENTS: Final[tuple[Component, ...]] = ("stop", "dirty-log", "state", "device-loads", "legs", "resume")
+
+COMPONENT_OF: Final[Mapping[str, Component]] = {
+    "stop": "stop",
+    "final-dirty-log-read": "dirty-log",
+    "dirty-log-read-after-saves": "dirty-log",
+    "final-pages": "state",
+    "device-saves": "state",
+    "pages-after-saves": "state",
+    "last-pages-leg": "state",
+    "device-loads": "device-loads",
+    "resume": "resume",
+}
+"""Which component of a prediction a part of a downtime belongs to; everything else is ``legs``."""
 
 
 class RecordModel(BaseModel):

@@ -30,7 +30,8 @@ def _parse(text: str, units: dict[str, int], bare_unit: int | None, forms: str) 
     if match is None or factor is None:
         raise UnitError(f"{text!r} is not {forms}.")
     digits = match[2] or ""
-    value, rest = divmod(int(match[1] + digits) * factor, 10 ** len(digits))
+    scale: int = 10 ** len(digits)
+    value, rest = divmod(int(match[1] + digits) * factor, scale)
     if rest or value > MAX_VALUE:
         raise UnitError(f"{text!r} is too fine or too large: use {forms} that is a whole number below 2^63.")
     return value

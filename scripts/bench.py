@@ -8,6 +8,7 @@ what counts is their ratios. Two real daemons move simulated guests over loopbac
 
     BENCH_SIZE_MIB   guest memory of the bulk cases (1024)
     BENCH_REPEATS    repetitions (5)
+    BENCH_SWITCHOVERS of each of the downtime cases, over all repetitions (100)
     BENCH_CASES      comma list of cases (all)
     BENCH_OUT        also write the JSON there, and a plot beside it
     BENCH_HUGE_PAGES 0: leave the host's setting for huge pages of shared memory alone, do not measure with them (1)
@@ -50,7 +51,7 @@ GIB: Final = 1 << 30
 PAGE: Final = 4096
 SHMEM_HUGE: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 CHANNELS: Final = (1, 2)
-SWITCHOVERS: Final = 100
+SWITCHOVERS: Final = int(os.environ.get("BENCH_SWITCHOVERS", "100"))
 CAP_BYTES_PER_S: Final = 100_000_000
 HOT_PAGES: Final = 20_000
 FINAL_PAGES: Final = 2_000

@@ -245,10 +245,7 @@ def figures(training: list[Outcome], counted: list[Outcome]) -> dict[str, Any]:
         "would_refuse": len(would_refuse),
         "first_time_coverage_pct": percent(sum(firsts), len(firsts)),
         "first_times": len(firsts),
-        "outcomes": {
-            name: sum(o.record["outcome"] == name for o in counted)
-            for name in ("completed", "aborted", "refused", "failed")
-        },  # fmt: skip
+        "outcomes": Counter(o.record["outcome"] for o in counted),
         "late": [_explain(o) for o in late],
         "aborted": [_explain(o) for o in aborted],
         "baselines": baselines,
@@ -335,8 +332,9 @@ def _bound(points: list[tuple[float, float, float]]) -> str:
     step = 880 / max(1, len(ratios))
     body = [f'<line x1="40" y1="{240 - 200 / top:.1f}" x2="920" y2="{240 - 200 / top:.1f}"/>']
     body += [
-        f'<circle class="{"hit" if r <= 1 else "miss"}" cx="{40 + i * step:.1f}" cy="{240 - 200 * r / top:.1f}" r="2.5"/>'
-        for i, r in enumerate(ratios)
+        f'<circle class="{"hit" if ratio <= 1 else "miss"}" cx="{40 + number * step:.1f}" '
+        f'cy="{240 - 200 * ratio / top:.1f}" r="2.5"/>'
+        for number, ratio in enumerate(ratios)
     ]
     body.append('<text x="40" y="260">attempts in order</text>')
     body.append('<text x="40" y="20">actual downtime over its bound (line: 1)</text>')

@@ -297,6 +297,8 @@ class _Client:
             events = [encode(event.document()) for event in self._events.pending()] if self._negotiated else []
             replies = list(self._replies)
             self._replies.clear()
+            if self._writer.transport.is_closing():
+                raise ConnectionResetError  # writing to it would be a RuntimeError under uvloop
             self._writer.write(b"".join([*events, *(reply for reply, _ in replies)]))
             await self._writer.drain()
             for _, slot in replies:

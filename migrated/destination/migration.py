@@ -134,6 +134,7 @@ class IncomingMigration:
         self._rounds_arrived: dict[int, RoundReceived] = {}
         self._state_end: messages.StateEnd | None = None
         self._state_end_read_ns = 0
+        self._arrived_ns = 0
         self._loaded_ns = 0
         self._checked_ns = 0
         self._counted_ns: int | None = None
@@ -428,6 +429,7 @@ class IncomingMigration:
         """Let loading finish once STATE_END and the last round are both here."""
         if self._state_end is not None and self._rounds >= self._state_end.last_round:
             assert self._loading is not None
+            self._arrived_ns = self._arrived_ns or time.monotonic_ns()
             self._loading.all_arrived(self._state_end.devices)
 
     # Section: the blackout
@@ -596,8 +598,12 @@ class IncomingMigration:
         parts: list[DowntimePart] = []
         checkpoints: list[Checkpoint] = []
         if self._loaded_ns and self._state_end_read_ns:
-            loaded_ns = max(self._loaded_ns, self._state_end_read_ns)
-            parts.append(_part("device-loads", loaded_ns - self._state_end_read_ns))
+            # Pages may still be on their way when the end of state, on its own channel, is here.
+            arrived_ns = max(self._arrived_ns, self._state_end_read_ns)
+            loaded_ns = max(self._loaded_ns, arrived_ns)
+            in_flight_ns = arrived_ns - self._state_end_read_ns
+            parts.append(DowntimePart(name="last-pages-leg", side="link", ns=in_flight_ns))
+            parts.append(_part("device-loads", loaded_ns - arrived_ns))
             checkpoints.append(self._checkpoint("dst-precopy-loadvm-completed", loaded_ns))
             if self._checked_ns:
                 parts.append(_part("digest-check", self._checked_ns - loaded_ns))

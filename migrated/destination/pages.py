@@ -110,8 +110,12 @@ class PageReceiver:
         """Begin to receive from a joined channel, owned from here on.
 
         Raises:
-            RemoteProtocolError: the channel number is taken or was not announced.
+            RemoteProtocolError: the channel number is taken or was not announced, or the migration is ending.
         """
+        if self._stopping:
+            raise RemoteProtocolError(
+                f"data channel {channel.number} joins a migration that is ending", ErrorCode.UNEXPECTED
+            )
         if channel.number in self._channels or channel.number >= self._expected_channels:
             raise RemoteProtocolError(
                 f"data channel {channel.number} joined twice or was not announced", ErrorCode.UNEXPECTED

@@ -99,7 +99,7 @@ class ControlChannel:
         """
         if self._failure is not None:
             raise LinkLostError(str(self._failure)) from self._failure
-        if self._writer is None or self._closed:
+        if self._writer is None or self._closed or self._writer.transport.is_closing():
             raise LinkLostError(f"the control channel to {self.peer} is closed")
         meta = messages.encode(message)
         head = pack_header(self._agreed.version, message.TYPE, meta, len(payload), next(self._sequence))

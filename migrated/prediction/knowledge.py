@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any, Final
 
-from migrated.prediction.model import COMPONENT_OF, COMPONENTS, Bases, Component, Prediction
-from migrated.record import Record
+from migrated.prediction.model import Bases, Prediction
+from migrated.record import COMPONENT_OF, COMPONENTS, Component, Record
 from protocol.guest import GuestDescription
 
 _CORRECTIONS_KEPT: Final = 24
@@ -28,8 +28,16 @@ _LARGE_NS: Final = 5_000_000
 """From this base on a component is corrected by a factor; below, by what it costs beside its base. A factor learned
 on a base of nothing would make nonsense of a large one."""
 _TOTAL_FLOOR_NS: Final = 2_000_000
-_PRIOR_RATIO: Final = 1.8
-"""The bound's ratio while too few attempts are known: wide, and said to be."""
+_PRIOR_RATIO: Final[Mapping[Component, float]] = {
+    "stop": 1.3,
+    "dirty-log": 2.0,
+    "state": 1.8,
+    "device-loads": 1.2,
+    "legs": 2.5,
+    "resume": 1.5,
+}
+"""How far each component may be off while too few attempts are known: devices were tried, memory is an estimate."""
+_PRIOR_FLOOR_NS: Final = 5_000_000
 _ABORT_PENALTY: Final = 1.25
 """Each aborted switchover in a row makes the guest's next bound that much wider."""
 _ALL: Final = "*"
@@ -88,7 +96,7 @@ class Knowledge:
             component: self._corrected(component, guest, kind, bases.of(component)) for component in COMPONENTS
         }
         total_ns = sum(components.values())
-        ratio, basis = self._ratio(guest, kind, coverage)
+        ratio, basis = self._ratio(guest, kind, coverage, components)
         upper_ns = max(total_ns, int((total_ns + _TOTAL_FLOOR_NS) * ratio) - _TOTAL_FLOOR_NS)
         state_base = max(1, bases.of("state"))
         memory_ns = components["state"] * min(bases.memory_ns, state_base) // state_base
@@ -102,7 +110,7 @@ class Knowledge:
                 return max(0, int(base_ns * learned if base_ns >= _LARGE_NS else base_ns + learned))
         return base_ns + _PRIOR_OVERHEAD_NS[component]
 
-    def _ratio(self, guest: str, kind: str, coverage: float) -> tuple[float, str]:
+    def _ratio(self, guest: str, kind: str, coverage: float, components: Mapping[Component, int]) -> tuple[float, str]:
         """The conformal ratio and a phrase that says what it rests on."""
         penalty = _ABORT_PENALTY ** min(self._aborts.get(guest, 0), 6)
         needed = math.ceil(coverage / (1 - coverage))
@@ -117,7 +125,9 @@ class Knowledge:
                 return sorted(ring.values)[rank - 1] * penalty, f"{count} attempts of {whose}"
             largest = max(largest, *ring.values)
         seen = len(self._scores[_ALL].values) if _ALL in self._scores else 0
-        return max(_PRIOR_RATIO, largest) * penalty, f"wide: only {seen} attempts known, {needed} needed"
+        prior_ns = _PRIOR_FLOOR_NS + sum(ns * _PRIOR_RATIO[component] for component, ns in components.items())
+        prior = (prior_ns + _TOTAL_FLOOR_NS) / (sum(components.values()) + _TOTAL_FLOOR_NS)
+        return max(prior, largest) * penalty, f"wide: only {seen} attempts known, {needed} needed"
 
     # Section: learning
 

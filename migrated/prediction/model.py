@@ -10,22 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
 
-Component = Literal["stop", "dirty-log", "state", "device-loads", "legs", "resume"]
-COMPONENTS: Final[tuple[Component, ...]] = ("stop", "dirty-log", "state", "device-loads", "legs", "resume")
-
-COMPONENT_OF: Final[Mapping[str, Component]] = {
-    "stop": "stop",
-    "final-dirty-log-read": "dirty-log",
-    "dirty-log-read-after-saves": "dirty-log",
-    "final-pages": "state",
-    "device-saves": "state",
-    "pages-after-saves": "state",
-    "device-loads": "device-loads",
-    "resume": "resume",
-}
-"""Which component a part of a record belongs to; everything else is ``legs``."""
+from migrated.record import COMPONENTS, Component
 
 
 @dataclass(frozen=True, slots=True)

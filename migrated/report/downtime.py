@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from migrated.record import COMPONENT_OF, COMPONENTS
 from migrated.report.charts import Axis, Bar, Track, magnified, tracks
 from migrated.report.fields import Fields, exact_ms, join_unit, short
 from migrated.report.markup import Markup, el, join
@@ -29,19 +30,6 @@ CHECKPOINTS: Final = {
     "dst-precopy-bh-vm-started": "the vCPUs run",
     "src-downtime-end": "the guest runs again",
 }
-COMPONENTS: Final = ("stop", "dirty-log", "state", "device-loads", "legs", "resume")
-COMPONENT_OF: Final = {
-    "stop": "stop",
-    "final-dirty-log-read": "dirty-log",
-    "dirty-log-read-after-saves": "dirty-log",
-    "final-pages": "state",
-    "device-saves": "state",
-    "pages-after-saves": "state",
-    "device-loads": "device-loads",
-    "resume": "resume",
-}
-"""How the prediction groups the parts; everything else is ``legs``. A record does not say it, and the report knows
-records only, so a test holds this equal to what the predictor learns from."""
 COUNTS: Final = {
     "source_reported_ns": "last told by the source",
     "destination_measured_ns": "destination’s count at its vote",
@@ -124,7 +112,7 @@ def _components(fields: Fields) -> Markup | None:
 
 def _actual_components(downtime: Any) -> dict[str, int]:
     """The parts of a downtime as the prediction groups them."""
-    actual = dict.fromkeys(COMPONENTS, 0)
+    actual: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
     for part in downtime["parts"]:
         if part["name"] != "hold":
             actual[COMPONENT_OF.get(part["name"], "legs")] += part["ns"]

@@ -33,6 +33,10 @@ from protocol.budget import DowntimeInterval, Part, Side
 from protocol.digest import ALGORITHM
 from protocol.guest import PAGE_SIZE, DeviceDescription
 
+_ROUNDS_KEPT = 1000
+_COMPLETING = ("last-pages-leg", "device-loads", "digest-check")
+"""What the destination tells of the time from STATE_END to its vote."""
+
 
 @dataclass(slots=True)
 class DeviceFigures:
@@ -71,7 +75,7 @@ class OutgoingLedger:
     downtime_bytes: int = 0
     precopy_pages: int = 0
     downtime_pages: int = 0
-    round_bytes: int = 0
+    round_count: int = 0
     prediction: Prediction | None = None
     source_digest: int | None = None
     source_reported_ns: int | None = None
@@ -98,6 +102,13 @@ class OutgoingLedger:
     def add_phase(self, name: str, begin_ns: int, end_ns: int) -> None:
         """A phase between two instants."""
         self.phases.append(Phase(name=name, begin_ns=begin_ns - self.began_ns, end_ns=end_ns - self.began_ns))
+
+    def add_round(self, row: RoundRow) -> None:
+        """Keep a round. So that a record can be sent, every second one of the older half goes when there are many."""
+        self.rounds.append(row)
+        self.round_count += 1
+        if len(self.rounds) > _ROUNDS_KEPT:
+            del self.rounds[1 : _ROUNDS_KEPT // 2 : 2]
 
     def part(self, name: str, side: Side, begin_ns: int, end_ns: int) -> None:
         """A part of the downtime between two instants of the source's clock."""
@@ -210,7 +221,7 @@ def _refined(parts: list[Part], details: tuple[DowntimePart, ...]) -> Iterator[P
     The pieces are durations of the destination's clock that lie inside the part; what they leave is the part's rest.
     """
     inside = {
-        "completing": [piece for piece in details if piece.name in ("device-loads", "digest-check")],
+        "completing": [piece for piece in details if piece.name in _COMPLETING],
         "resume": [piece for piece in details if piece.name == "commit-journal"],
     }
     for part in parts:
@@ -219,5 +230,5 @@ def _refined(parts: list[Part], details: tuple[DowntimePart, ...]) -> Iterator[P
         if spent_ns > part.ns:
             pieces, spent_ns = [], 0
         for piece in pieces:
-            yield Part(piece.name, "destination", piece.ns)
+            yield Part(piece.name, piece.side, piece.ns)
         yield Part(part.name, part.side, part.ns - spent_ns)

@@ -218,7 +218,7 @@ class OutgoingMigration:
             started_at=ledger.started_at,
             elapsed_ns=end_ns - ledger.began_ns,
             setup_ns=ledger.setup_ns,
-            round=len(ledger.rounds),
+            round=ledger.round_count,
             total_bytes=ledger.memory_pages * PAGE_SIZE,
             transferred_bytes=self._sent_bytes(),
             remaining_bytes=0 if self.status == "completed" else remaining,
@@ -430,7 +430,7 @@ class OutgoingMigration:
         record = ledger.finish(outcome, reason, env.take_log(self.migration_id))
         self.record = record
         if self._session.control is not None:
-            with contextlib.suppress(LinkLostError):
+            with contextlib.suppress(LinkLostError, ProtocolError):
                 self._session.control.send(messages.Record(), json.dumps(record.document()).encode())
             await self._session.close()
         await self._tasks.stop()
@@ -485,7 +485,7 @@ class OutgoingMigration:
 
     def _say_round(self, sentence: str, prediction: Prediction) -> None:
         self._prediction = prediction
-        number = len(self._ledger.rounds)
+        number = self._ledger.round_count
         log.debug("round", round=number, decision=sentence)
         if number:
             self._env.publish(

@@ -32,6 +32,9 @@ from protocol.pages import Runs, count_pages
 log = structlog.get_logger()
 
 _QUICK_SCAN_NS = 1_000_000
+_EAGER_ROUNDS = 40
+_LONG_PAUSE_S = 0.5
+"""After so many rounds nothing changes from one moment to the next."""
 _IDLE_PAUSE_S = 0.05
 """Pause before the next round when the last one was so short that nothing can have changed."""
 
@@ -178,7 +181,7 @@ class Precopy:
                 transfer.dirty_log.restore(runs)
                 raise MigrationError(verdict.sentence)
             if row.ns < _IDLE_PAUSE_S * 1e9:
-                await asyncio.sleep(_IDLE_PAUSE_S)
+                await asyncio.sleep(_IDLE_PAUSE_S if transfer.round < _EAGER_ROUNDS else _LONG_PAUSE_S)
 
     async def _judge(self, row: RoundRow, dirty_pages: int, elapsed_s: float) -> Verdict:
         """Decide after a round, write it down, and throttle if that is the decision."""
@@ -192,7 +195,7 @@ class Precopy:
         )
         ledger = self._transfer.ledger
         ledger.prediction = prediction
-        ledger.rounds.append(
+        ledger.add_round(
             row.model_copy(
                 update={
                     "dirty_pages": dirty_pages,

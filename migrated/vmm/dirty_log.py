@@ -21,6 +21,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from migrated.errors import VmmError
 from protocol.guest import PAGE_SIZE
 from protocol.pages import NO_RUNS, Runs, indices_of, runs_of
 
@@ -125,7 +126,12 @@ class PagemapScanLog(DirtyLog):
                     _PAGE_IS_WRITTEN,
                 )
             )
-            filled = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument, True)
+            try:
+                filled = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument, True)
+            except OSError as error:
+                raise VmmError(
+                    f"the pages that the guest wrote cannot be read ({error.strerror}); has its process ended?"
+                ) from error
             if filled:
                 pieces.append(vector[:filled, :2].copy())
             if filled < len(vector):

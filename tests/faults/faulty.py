@@ -45,9 +45,10 @@ class FaultyPair(Pair):
                 return "fired"
             if not source.running:
                 return None  # killed by the fault, which is about to say so
-            with contextlib.suppress(CommandError, DaemonUnreachableError):
-                record = await source.record(migration_id)
-                return "ended" if record is not None else None
+            # The daemon may be the one that the fault stops: it answers later, or never.
+            with contextlib.suppress(CommandError, DaemonUnreachableError, TimeoutError):
+                async with asyncio.timeout(1.0):
+                    return "ended" if await source.record(migration_id) is not None else None
             return None
 
         return await until("the fault", happened, FIRE_TIMEOUT_S) == "fired"

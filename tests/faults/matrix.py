@@ -106,7 +106,11 @@ def _after_commit(step: Step, otherwise: set[Place]) -> set[Place]:
     return {"destination", "nowhere"} if step.phase == "committed" else otherwise
 
 
-ALL_CELLS: Final = tuple(itertools.starmap(Cell, itertools.product(STEPS, FAULTS)))
+ALL_CELLS: Final = tuple(
+    cell
+    for cell in itertools.starmap(Cell, itertools.product(STEPS, FAULTS))
+    if not (cell.step.name == "hello" and cell.fault.endswith("-destination-vmm"))  # it does not exist yet
+)
 
 
 @dataclass(slots=True)
@@ -166,8 +170,9 @@ async def judge(cell: Cell, pair: FaultyPair, guest: str = "g1") -> Judged:
         async with asyncio.timeout(90):
             await _run(cell, pair, guest, judged)
     except (HarnessError, CommandError, DaemonUnreachableError, TimeoutError) as error:
-        judged.violations.append(f"{error or 'it took more than 90 s'}\n{pair.log_tail(LOG_LINES)}")
-        await _start_over(pair)
+        judged.violations.append(f"{str(error) or 'it took more than 90 s'}\n{pair.log_tail(LOG_LINES)}")
+    if judged.violations:
+        await _start_over(pair)  # so that the next cell is judged by itself
     judged.seconds = time.monotonic() - begin
     return judged
 
@@ -177,6 +182,7 @@ async def _run(cell: Cell, pair: FaultyPair, guest: str, judged: Judged) -> None
         source = await pair.settled(guest)
         if source is None:
             source = pair.a
+            pair.forget_runs()
             await source.create_guest(guest, 16, profile="small")
         destination = pair.other(source)
         proxy = pair.way_to(destination)

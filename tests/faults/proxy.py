@@ -358,7 +358,7 @@ class Proxy:
         body_bytes = meta_bytes + payload_bytes
         if fault is not None and isinstance(fault.action, Corrupt | Truncate | Duplicate):
             whole = head + await flow.reader.readexactly(body_bytes)
-            self._fire(fault)
+            self._fire(fault, time.monotonic_ns())
             await self._damage(flow, fault.action, whole)
             return
         if fault is not None:
@@ -439,12 +439,13 @@ class Proxy:
         return min(waiting, key=lambda place: place[0], default=None)
 
     def _strike(self, fault: Fault) -> None:
-        self._fire(fault)
+        at_ns = time.monotonic_ns()
         self._do(fault.action)
+        self._fire(fault, at_ns)  # whoever waits for the fault finds it done
 
-    def _fire(self, fault: Fault) -> None:
+    def _fire(self, fault: Fault, at_ns: int) -> None:
         with self._changed:
-            fault.fired_at_ns = time.monotonic_ns()
+            fault.fired_at_ns = at_ns
             self._changed.notify_all()
 
     def _do(self, action: Action) -> None:

@@ -46,7 +46,7 @@ QUICK_LIMITS: Final = {
     "outcome_retry_s": 0.2,
     "tcp_user_timeout_s": 2.0,
     "connect_timeout_s": 2.0,
-    "handshake_timeout_s": 3.0,
+    "handshake_timeout_s": 15.0,
     "round_timeout_s": 5.0,
     "stop_timeout_s": 1.0,
 }
@@ -104,6 +104,16 @@ def is_alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return status.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """A log entry for people, with the frames of its exceptions."""
+    hidden = ("migration_id", "peer", "exception")
+    text = " ".join(str(value) for key, value in entry.items() if key not in hidden)
+    for raised in entry.get("exception", ()):
+        frames = " < ".join(f"{frame['filename']}:{frame['lineno']}" for frame in raised["frames"][::-1])
+        text += f"\n    {raised['exc_type']}: {raised['exc_value']} at {frames}"
+    return text
 
 
 class Host:
@@ -239,10 +249,7 @@ class Host:
 
     def log_tail(self, count: int = 40) -> str:
         """The end of the log and of standard error, for people."""
-        lines = [
-            " ".join(str(value) for key, value in entry.items() if key not in ("migration_id", "peer", "exception"))
-            for entry in self.log()[-count:]
-        ]
+        lines = [_line(entry) for entry in self.log()[-count:]]
         with contextlib.suppress(FileNotFoundError):
             lines += (self.directory / "stderr").read_text(errors="replace").splitlines()[-count:]
         return f"-- host {self.name}\n" + "\n".join(lines)
@@ -250,7 +257,7 @@ class Host:
     def bugs(self) -> list[str]:
         """What no fault may cause, since the last call: unexpected exceptions, and anything on standard error."""
         found = [
-            f"host {self.name}: {entry['event']}: {json.dumps(entry.get('exception', entry))[:2000]}"
+            f"host {self.name}: {_line(entry)}"
             for entry in self.log(self._log_mark)
             if entry["event"] in _BUG_EVENTS or "logger" in entry
         ]
@@ -478,15 +485,16 @@ class Pair:
         """The one host that has the guest once no migration of it is open on either side, None when it is gone."""
 
         async def at_rest() -> tuple[Host | None] | None:
+            having: list[Host] = []
             try:
-                having = [host for host in self.hosts if name in await host.guests()]
                 for host in self.hosts:
-                    guest = (await host.guests()).get(name)
-                    progress = await host.progress(name)
-                    if guest is not None and (guest["migration_id"] or guest["state"] not in ("running", "paused")):
-                        return None
+                    guest, progress = (await host.guests()).get(name), await host.progress(name)
                     if progress is not None and progress["status"] not in ("completed", "failed", "cancelled"):
                         return None
+                    if guest is not None:
+                        if guest["migration_id"] or guest["state"] not in ("running", "paused"):
+                            return None
+                        having.append(host)
             except (CommandError, DaemonUnreachableError):
                 return None  # a guest's process has just ended, or a daemon is starting
             return (having[0] if having else None,) if len(having) <= 1 else None
@@ -508,6 +516,11 @@ class Pair:
                 return not await host.guests()
 
             await until(f"host {host.name} without guests", empty)
+        self.forget_runs()
+
+    def forget_runs(self) -> None:
+        """Remove the run logs: the next guest of a name is another guest."""
+        for host in self.hosts:
             for path in (host.directory / "guests").glob("*.runlog"):
                 path.unlink()
 

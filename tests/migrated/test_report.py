@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from migrated.prediction import model
 from migrated.record import (
     Checkpoint,
     DeviceRow,
@@ -32,7 +31,7 @@ from migrated.record import (
     RoundRow,
     TimeSummary,
 )
-from migrated.report import ReportError, attempt, downtime, write_comparison, write_report
+from migrated.report import ReportError, attempt, write_comparison, write_report
 from migrated.report.appendix import further
 from migrated.report.charts import Axis, Scale
 from migrated.report.fields import Fields, exact_ms, grouped, percent, rate, short, size
@@ -436,11 +435,6 @@ def test_a_scale_holds_its_values_in_order(values: list[float], base: int) -> No
     assert all(-1e-6 <= height <= 100 + 1e-6 for height in heights)
     assert heights == sorted(heights, reverse=True)
     assert 2 <= len(scale.ticks) <= 8
-
-
-def test_parts_are_grouped_as_the_prediction_groups_them() -> None:
-    assert downtime.COMPONENTS == model.COMPONENTS
-    assert downtime.COMPONENT_OF == model.COMPONENT_OF
 
 
 # --- colours ----------------------------------------------------------------------------------------------------------
