@@ -89,3 +89,8 @@ class MigrationParameters(BaseModel):
     """Most throttling (%)."""
     pause_before_switchover: bool = False
     """Stop the guest, then wait for ``continue`` before the switchover (QEMU's pause-before-switchover)."""
+
+
+def limit_of(parameters: MigrationParameters) -> int:
+    """What a switchover must stay under (ns)."""
+    return int((parameters.downtime_limit_ms + parameters.switchover_limit_ms) * 1e6)

@@ -302,7 +302,8 @@ class Bench:
         await self.guest(name, self.size_mib, touched="25%", **profile)
         case = self.case(name, "ms")
         for _ in range(-(-SWITCHOVERS // self.repeats)):
-            downtime = (await self.move(name, downtime_limit=300))["downtime"]
+            record = await self.move(name, downtime_limit=300, timeout_s=10, on_timeout="force", switchover_abort=False)
+            downtime = record["downtime"]
             case.samples.append(downtime["measured_ns"] / 1e6)
             case.note(**{part["name"]: part["ns"] / 1e6 for part in downtime["parts"]})
 

@@ -110,18 +110,22 @@ def iperf3(seconds: int = 2) -> float:
     """GiB/s of one iperf3 stream over loopback."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
-    server = subprocess.Popen(["iperf3", "-s", "-1", "-B", "127.0.0.1", "-p", port], stdout=subprocess.DEVNULL)
+    listen = ["iperf3", "-s", "-1", "-B", "127.0.0.1", "-p", port, "--forceflush"]
+    server = subprocess.Popen(listen, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
     try:
+        while "listening" not in (line := server.stdout.readline()):
+            if not line:
+                raise RivalError("the iperf3 server ended before it listened")
         client = ["iperf3", "-c", "127.0.0.1", "-p", port, "-t", str(seconds), "-J"]
-        for _ in range(100):
-            done = subprocess.run(client, capture_output=True, text=True, check=False)
-            if not done.returncode:
-                return float(json.loads(done.stdout)["end"]["sum_received"]["bits_per_second"]) / 8 / GIB
-            time.sleep(0.05)  # it does not say when it listens
-        raise RivalError(f"iperf3 failed: {done.stdout.strip()[-300:]}")
+        done = subprocess.run(client, capture_output=True, text=True, check=False)
+        try:
+            return float(json.loads(done.stdout)["end"]["sum_received"]["bits_per_second"]) / 8 / GIB
+        except (ValueError, KeyError) as error:
+            raise RivalError(f"iperf3 failed: {done.stdout.strip()[-300:]}") from error
     finally:
         server.terminate()
-        server.wait()
+        server.communicate()
 
 
 # Section: QEMU

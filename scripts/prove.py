@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The safety argument, runnable part by part: ``prove.py explorer | simulator``.
+"""The safety argument, runnable part by part: ``prove.py explorer | simulator | matrix | soak | aborts``.
 
 Progress goes to stderr; the last line on stdout is one JSON object with the part's counts. Exit code 1 when anything
 was violated or a mutant got away.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from scripts import prove_aborts, prove_matrix, soak
 from tests.explorer.explorer import Model, explore
 from tests.explorer.mutants import MUTANTS
 from tests.explorer.simulator import simulate
@@ -75,6 +76,9 @@ def main() -> int:
         "--stories", action="store_true", help="tell what happened in every seed, not only in bad ones"
     )
     simulator.set_defaults(prove=prove_simulator)
+    prove_matrix.add_arguments(parts.add_parser("matrix", help="every step x every fault over real daemons and guests"))
+    soak.add_arguments(parts.add_parser("soak", help="migrations back and forth with random faults"))
+    prove_aborts.add_arguments(parts.add_parser("aborts", help="how precisely an abort gives the guest back"))
     options = parser.parse_args()
     prove: Callable[[argparse.Namespace], tuple[dict[str, int], bool]] = options.prove
     counts, held = prove(options)

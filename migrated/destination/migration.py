@@ -167,6 +167,9 @@ class IncomingMigration:
             self._tasks.start(self._listen())
             while not self.takeover.finished.is_set():
                 await self._handle(await self._inbox.get())
+            while not self._inbox.empty():
+                if isinstance(item := self._inbox.get_nowait(), OutcomeAsked):
+                    await self._handle(item)  # who asked just before the end is not left without an answer
             await self._report()
         except Exception:
             # A bug must not cost more than this attempt. In READY only the source decides: it asks the journal.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from migrated.parameters import MigrationParameters
+from migrated.parameters import MigrationParameters, limit_of
 from migrated.prediction.bandwidth import DirtyCurve
 from migrated.prediction.model import Prediction
 from protocol.guest import PAGE_SIZE
@@ -150,8 +150,3 @@ class Decider:
             f"dirties {dirtied:.1f} MiB and {seen.bandwidth_bytes_per_s * max(0, budget_ns) / 1e9 / (1 << 20):.1f} MiB "
             f"move; {explained}; raise --downtime-limit, allow --auto-converge, or use --on-timeout force",
         )
-
-
-def limit_of(parameters: MigrationParameters) -> int:
-    """What a switchover must stay under (ns)."""
-    return int((parameters.downtime_limit_ms + parameters.switchover_limit_ms) * 1e6)

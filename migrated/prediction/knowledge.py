@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any, Final
 
+from migrated.parameters import limit_of
 from migrated.prediction.model import Bases, Prediction
 from migrated.record import COMPONENT_OF, COMPONENTS, Component, Record
 from protocol.guest import GuestDescription
@@ -40,6 +41,7 @@ _PRIOR_RATIO: Final[Mapping[Component, float]] = {
 _PRIOR_FLOOR_NS: Final = 5_000_000
 _ABORT_PENALTY: Final = 1.25
 """Each aborted switchover in a row makes the guest's next bound that much wider."""
+_MOST_PENALTIES: Final = 3
 _ALL: Final = "*"
 
 _PRIOR_OVERHEAD_NS: Final[Mapping[Component, int]] = {
@@ -112,7 +114,7 @@ class Knowledge:
 
     def _ratio(self, guest: str, kind: str, coverage: float, components: Mapping[Component, int]) -> tuple[float, str]:
         """The conformal ratio and a phrase that says what it rests on."""
-        penalty = _ABORT_PENALTY ** min(self._aborts.get(guest, 0), 6)
+        penalty = _ABORT_PENALTY ** min(self._aborts.get(guest, 0), _MOST_PENALTIES)
         needed = math.ceil(coverage / (1 - coverage))
         largest = 0.0
         for key, whose in zip(_keys(guest, kind), ("this guest", "guests like it", "all guests"), strict=True):
@@ -146,7 +148,9 @@ class Knowledge:
             self._aborts.pop(record.guest, None)
             self._learn_components(record, kind)
         elif record.outcome == "aborted":
-            self._aborts[record.guest] = self._aborts.get(record.guest, 0) + 1
+            if downtime.predicted_upper_ns is not None and downtime.predicted_upper_ns < limit_of(record.parameters):
+                # The bound let it pass and was wrong; a forced stop says nothing about the bound.
+                self._aborts[record.guest] = self._aborts.get(record.guest, 0) + 1
             if score <= 1:
                 return  # right-censored below the prediction: it tells nothing
         else:

@@ -17,9 +17,8 @@ import numpy.typing as npt
 from migrated.environment import Environment
 from migrated.errors import LinkLostError, MigrationError
 from migrated.guests import Guest
-from migrated.parameters import MigrationParameters
+from migrated.parameters import MigrationParameters, limit_of
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
-from migrated.prediction.decision import limit_of
 from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
 from migrated.source.session import Session

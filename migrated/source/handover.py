@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from typing import Final
 
 import structlog
 
@@ -23,6 +24,10 @@ from protocol import messages
 from protocol.handover import Action, Decision, SourceEvent, SourceState, source_machine
 
 log = structlog.get_logger()
+
+_ENDS_DOUBT = (SourceEvent.DISCARDED, SourceEvent.RESOLVE_RUN_HERE)
+"""What gives the guest back after COMMIT; its reason is the attempt's."""
+OPERATOR_KEEPS: Final = "the operator resolved the doubt: the guest runs here"
 
 
 class SourceHandover:
@@ -99,7 +104,7 @@ class SourceHandover:
         """
         async with self._lock:
             before = self._machine.state
-            if reason is not None and before in (SourceState.RUNNING, SourceState.STOPPED):
+            if reason is not None and (before in (SourceState.RUNNING, SourceState.STOPPED) or event in _ENDS_DOUBT):
                 self.reason = self.reason or reason
             if event is SourceEvent.READY_IN_TIME and before is SourceState.STOPPED:
                 self.decided_at_ns = time.monotonic_ns()

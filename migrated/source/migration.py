@@ -24,13 +24,13 @@ from migrated.errors import CancelledByOperatorError, LinkLostError, MigrationEr
 from migrated.guests import Guest
 from migrated.journal import JournalError
 from migrated.link.control import ControlChannel
-from migrated.parameters import MigrationParameters
+from migrated.parameters import MigrationParameters, limit_of
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
 from migrated.progress import Progress, Status
 from migrated.record import DestinationHalf, Outcome, Record
-from migrated.source.handover import SourceHandover
+from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import DeviceFigures, OutgoingLedger
 from migrated.source.outcome import OutcomeAsker
 from migrated.source.precopy import Precopy, Transfer
@@ -171,7 +171,7 @@ class OutgoingMigration:
         if self._handover is None or not self._handover.in_doubt:
             return False
         event = SourceEvent.RESOLVE_RUN_HERE if run_here else SourceEvent.RESOLVE_DISCARD
-        await self._handover.take(event, None)
+        await self._handover.take(event, None, OPERATOR_KEEPS if run_here else None)
         await self._settled.wait()
         return True
 
@@ -203,7 +203,7 @@ class OutgoingMigration:
     def progress(self) -> Progress:
         """A snapshot for an operator."""
         ledger, precopy = self._ledger, self._precopy
-        limit_ns = int((self.parameters.downtime_limit_ms + self.parameters.switchover_limit_ms) * 1e6)
+        limit_ns = limit_of(self.parameters)
         remaining = precopy.remaining_pages * PAGE_SIZE if precopy is not None else 0
         if precopy is not None and not ledger.rounds:
             remaining = max(0, (ledger.memory_pages - ledger.sparse_pages) * PAGE_SIZE - self._sent_bytes())

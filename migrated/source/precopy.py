@@ -15,9 +15,9 @@ import xxhash
 
 from migrated.errors import LinkLostError, MigrationError, RefusedError
 from migrated.link.control import ControlChannel
-from migrated.parameters import MigrationParameters
+from migrated.parameters import MigrationParameters, limit_of
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
-from migrated.prediction.decision import Decider, Observation, Verdict, limit_of
+from migrated.prediction.decision import Decider, Observation, Verdict
 from migrated.prediction.model import Prediction
 from migrated.record import RoundRow
 from migrated.source.ledger import OutgoingLedger

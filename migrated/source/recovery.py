@@ -15,10 +15,10 @@ from migrated.errors import VmmError
 from migrated.guests import Guest
 from migrated.journal import Attempt
 from migrated.link.sockets import parse_uri
-from migrated.parameters import MigrationParameters
+from migrated.parameters import MigrationParameters, limit_of
 from migrated.progress import Progress, Status
 from migrated.record import Outcome
-from migrated.source.handover import SourceHandover
+from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.outcome import OutcomeAsker
 from migrated.tasks import TaskSet
@@ -88,7 +88,8 @@ class RecoveredHandover:
         """End it by the operator's word. Returns False when it is not in doubt."""
         if not self._handover.in_doubt:
             return False
-        await self._handover.take(SourceEvent.RESOLVE_RUN_HERE if run_here else SourceEvent.RESOLVE_DISCARD, None)
+        event = SourceEvent.RESOLVE_RUN_HERE if run_here else SourceEvent.RESOLVE_DISCARD
+        await self._handover.take(event, None, OPERATOR_KEEPS if run_here else None)
         return True
 
     def progress(self) -> Progress:
@@ -118,7 +119,7 @@ class RecoveredHandover:
             predicted_downtime_ns=None,
             predicted_upper_ns=None,
             predicted_parts_ns={},
-            downtime_limit_ns=int((parameters.downtime_limit_ms + parameters.switchover_limit_ms) * 1e6),
+            downtime_limit_ns=limit_of(parameters),
             downtime_ns=None,
             throttle_percent=0,
             decision="taken up again after a restart of the daemon",

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from typing import Any
 
 from migrated.control.client import CommandError, DaemonUnreachableError
@@ -13,6 +14,7 @@ from tests.faults.proxy import Fault, Proxy
 from tests.integration.harness import HarnessError, Host, Pair, until
 
 FIRE_TIMEOUT_S = 20.0
+LAST_FRAMES_S = 0.5
 
 
 class FaultyPair(Pair):
@@ -39,17 +41,21 @@ class FaultyPair(Pair):
 
     async def fired(self, fault: Fault, source: Host, migration_id: str) -> bool:
         """Wait until a fault has happened. Returns False when the migration ended without it."""
+        ended_at: float | None = None
 
         async def happened() -> str | None:
+            nonlocal ended_at
             if fault.fired_at_ns:
                 return "fired"
-            if not source.running:
-                return None  # killed by the fault, which is about to say so
+            if fault.struck:
+                return None  # it takes a moment until a killed process is gone
             # The daemon may be the one that the fault stops: it answers later, or never.
             with contextlib.suppress(CommandError, DaemonUnreachableError, TimeoutError):
                 async with asyncio.timeout(1.0):
-                    return "ended" if await source.record(migration_id) is not None else None
-            return None
+                    if ended_at is None and await source.record(migration_id) is not None:
+                        ended_at = time.monotonic()
+            # What was sent last may still be on its way through the proxy.
+            return "ended" if ended_at is not None and time.monotonic() - ended_at > LAST_FRAMES_S else None
 
         return await until("the fault", happened, FIRE_TIMEOUT_S) == "fired"
 

@@ -86,8 +86,10 @@ class Cell:
         """Where the guest may be in the end (docs/handover.md, what each failure means)."""
         step, fault = self.step, self.fault
         if fault == "kill-source-vmm":
-            # A guest whose own VMM dies is lost like in any crash, unless it is the other host's already.
-            return frozenset({"destination"} if step.phase in ("running",) else _after_commit(step, {"nowhere"}))
+            # A guest whose own VMM dies is lost like in any crash, unless all of it was on its way already.
+            if step.phase == "running":
+                return frozenset({"destination"})
+            return frozenset({"nowhere"} if step.phase in ("negotiation", "rounds") else {"nowhere", "destination"})
         if fault == "kill-destination-vmm":
             return frozenset({"nowhere"} if step.phase == "running" else {"source"})
         if step.phase == "running":
@@ -99,11 +101,6 @@ class Cell:
         if fault.startswith("stop-") or fault == "stall":
             return frozenset({"source", "destination"})  # late, but perhaps in time
         return frozenset({"source"})
-
-
-def _after_commit(step: Step, otherwise: set[Place]) -> set[Place]:
-    """COMMIT was journaled before the source's VMM died: the destination runs the guest, or gave it up before."""
-    return {"destination", "nowhere"} if step.phase == "committed" else otherwise
 
 
 ALL_CELLS: Final = tuple(
@@ -172,7 +169,7 @@ async def judge(cell: Cell, pair: FaultyPair, guest: str = "g1") -> Judged:
     except (HarnessError, CommandError, DaemonUnreachableError, TimeoutError) as error:
         judged.violations.append(f"{str(error) or 'it took more than 90 s'}\n{pair.log_tail(LOG_LINES)}")
     if judged.violations:
-        await _start_over(pair)  # so that the next cell is judged by itself
+        await start_over(pair)  # so that the next cell is judged by itself
     judged.seconds = time.monotonic() - begin
     return judged
 
@@ -233,7 +230,7 @@ async def _run(cell: Cell, pair: FaultyPair, guest: str, judged: Judged) -> None
         violations[-1] += f"\n{pair.log_tail(LOG_LINES)}"
 
 
-async def _start_over(pair: FaultyPair) -> None:
+async def start_over(pair: FaultyPair) -> None:
     """After a cell that could not be judged: new daemons, no guests."""
     await pair.recover()
     for host in pair.hosts:

@@ -152,11 +152,13 @@ class Fault:
     """An action at a point; it happens once.
 
     Attributes:
-        fired_at_ns: when it happened (CLOCK_MONOTONIC), 0 before.
+        struck: whether it began to happen.
+        fired_at_ns: when it happened (CLOCK_MONOTONIC), 0 until it is done.
     """
 
     at: Point
     action: Action
+    struck: bool = False
     fired_at_ns: int = 0
 
 
@@ -440,6 +442,7 @@ class Proxy:
 
     def _strike(self, fault: Fault) -> None:
         at_ns = time.monotonic_ns()
+        fault.struck = True
         self._do(fault.action)
         self._fire(fault, at_ns)  # whoever waits for the fault finds it done
 

@@ -1,15 +1,19 @@
-"""After COMMIT without an answer the attempt is in doubt: told loudly, and ended by the peer, its journal or an operator.
+"""After COMMIT without an answer the attempt is in doubt: told loudly, ended by the peer, its journal or an operator.
 
 source  STOPPED -> COMMITTED --x (lost) ...... OUTCOME? on fresh connections ......> answer: RETIRED | ABORTED
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
+from migrated.cli.migratectl import main
 from protocol.messages import FrameType
 from tests.faults.faulty import FaultyPair
 from tests.faults.proxy import AtFrame, Call, Cut, Way
@@ -156,6 +160,7 @@ async def test_an_operator_runs_it_here_after_the_other_host_gave_up(doubtful: F
     await doubtful.b.until_status("g1", "failed")
     record = await doubtful.a.command("x-migrated-resolve", {"migration-id": migration_id, "action": "run-here"})
     assert record["outcome"] == "aborted"
+    assert "operator" in record["reason"]
     assert (await doubtful.a.guest())["state"] == "running"
     doubtful.way_to(doubtful.b).heal()
     assert await doubtful.settled() is doubtful.a
@@ -192,6 +197,23 @@ async def test_a_shared_lock_fences_an_operator_who_is_wrong(doubtful: FaultyPai
         await doubtful.a.command("x-migrated-guest-resume", {"guest": "g1"})
     assert (await doubtful.b.guest())["state"] == "running"
     assert doubtful.double_runs() == []
+
+
+async def test_migratectl_says_in_doubt_and_resolves_with_a_warning(doubtful: FaultyPair) -> None:
+    def migratectl(*arguments: str) -> Result:
+        return CliRunner().invoke(main, ["--socket", str(doubtful.a.socket), *arguments], input="yes\n")
+
+    proxy = doubtful.way_to(doubtful.b)
+    proxy.arm(AtFrame(FrameType.RUNNING), Cut((Way.TO_SOURCE,)))
+    ran = await asyncio.to_thread(migratectl, "--json", "migrate", "g1", proxy.uri, "--downtime-limit", "20s")
+    assert ran.exit_code == 4
+    record = json.loads(ran.stdout)
+    assert record["outcome"] == "in-doubt"
+    ran = await asyncio.to_thread(migratectl, "resolve", record["migration_id"], "--discard")
+    assert ran.exit_code == 0
+    assert "destroys the last copy" in ran.output
+    assert await doubtful.a.guests() == {}
+    assert (await doubtful.b.verify())["ok"]
 
 
 async def test_resolve_is_only_for_what_is_in_doubt(doubtful: FaultyPair) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -606,12 +605,14 @@ def check_runs(logs: dict[str, list[dict[str, Any]]], deaths: dict[int, int]) ->
         key=lambda run: run.begin_ns,
     )
     found: list[str] = []
-    for earlier, later in itertools.pairwise(runs):
-        names = f"{earlier.host}/{earlier.pid} and then {later.host}/{later.pid}"
-        if earlier.end_ns is None or earlier.end_ns > later.begin_ns:
-            found.append(f"two copies ran at once: {names}: {earlier} {later}")
-        elif earlier.end_step is not None and earlier.end_step != later.begin_step:
-            found.append(f"steps {earlier.end_step} to {later.begin_step} were lost or repeated: {names}")
+    longest: RunInterval | None = None  # of those that began before: the one that ended last
+    for earlier, later in zip([None, *runs], runs, strict=False):
+        if longest is not None and (longest.end_ns is None or longest.end_ns > later.begin_ns):
+            found.append(f"two copies ran at once: {longest} and {later}")
+        elif earlier is not None and earlier.end_step is not None and earlier.end_step != later.begin_step:
+            found.append(f"steps were lost or repeated: {earlier} and then {later}")
+        if longest is None or (longest.end_ns is not None and (later.end_ns is None or later.end_ns > longest.end_ns)):
+            longest = later
     return found
 
 

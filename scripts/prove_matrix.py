@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""The fault matrix over real daemons and guests: ``prove_matrix.py [--lanes 3] [PATTERN ...]``.
+
+Every step of a migration x every fault (``tests/faults/matrix.py``). A pattern names cells by a part of
+``step/fault``; without one all cells run. Progress goes to stderr; the last line on stdout is one JSON object:
+``{"cells", "violations"}``. Exit code 1 when anything was violated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.faults.matrix import ALL_CELLS, Cell, run_matrix
+
+LANES = 3
+
+
+def say(text: str) -> None:
+    """Tell a person."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def chosen(patterns: list[str]) -> list[Cell]:
+    """The cells whose name has one of the patterns in it; all without a pattern."""
+    return [cell for cell in ALL_CELLS if not patterns or any(pattern in str(cell) for pattern in patterns)]
+
+
+def prove_matrix(options: argparse.Namespace) -> tuple[dict[str, int], bool]:
+    """Run the cells. Returns the counts and whether all held."""
+    # Daemons and guests must not outlive a run that is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    begin = time.monotonic()
+    judged = asyncio.run(run_matrix(chosen(options.patterns), options.lanes, say))
+    violations = sum(len(one.violations) for one in judged)
+    say(f"matrix: {len(judged)} cells, {violations} violations, {time.monotonic() - begin:.0f} s")
+    return {"cells": len(judged), "violations": violations}, not violations
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``prove_matrix``."""
+    parser.add_argument("--lanes", type=int, default=LANES, help="pairs of hosts side by side")
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="part of a cell's name, for example commit/cut")
+    parser.set_defaults(prove=prove_matrix)
+
+
+def main() -> int:
+    """Run the matrix."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    options = parser.parse_args()
+    counts, held = prove_matrix(options)
+    print(json.dumps(counts))
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""The core of the fault matrix; ``scripts/prove.py matrix`` runs the whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.faulty import FaultyPair
+from tests.faults.matrix import ALL_CELLS, FAULTS, STEPS, Cell, judge
+
+KILLS = tuple(fault for fault in FAULTS if fault.startswith("kill-"))
+AROUND = ("cut", "reset", "duplicate", "kill-source-daemon", "kill-destination-daemon", "stop-source-daemon")
+STEP = {step.name: step for step in STEPS}
+CORE = (
+    # every process killed, in the rounds and between the stop and READY
+    *(Cell(STEP[name], fault) for name in ("round-end", "state-end") for fault in KILLS),
+    # every fault at the decision itself
+    *(Cell(STEP["commit"], fault) for fault in FAULTS),
+    # the first word of the blackout, the vote and the answer
+    *(Cell(STEP[name], fault) for name in ("downtime", "ready", "running") for fault in AROUND),
+)
+
+
+@pytest.mark.parametrize("cell", CORE, ids=str)
+async def test_one_whole_guest_is_left(faulty: FaultyPair, cell: Cell) -> None:
+    judged = await judge(cell, faulty)
+    assert judged.violations == [], str(judged)
+
+
+def test_every_step_and_every_fault_is_in_the_matrix() -> None:
+    assert {cell.step for cell in ALL_CELLS} == set(STEPS)
+    assert {cell.fault for cell in ALL_CELLS} == set(FAULTS)
+    assert len(set(map(str, ALL_CELLS))) == len(ALL_CELLS) == len(STEPS) * len(FAULTS) - 2
