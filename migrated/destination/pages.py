@@ -216,13 +216,14 @@ class _Populator:
     Attributes:
         backed: which pages may have memory behind them because of this, shape (pages,).
         mapped: which of them are best written through the mapping.
+        huge: whether to ask for huge pages.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
         self.backed: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
         self.mapped: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
         self._memory = memory
-        self._huge = shared_huge_pages()
+        self.huge = shared_huge_pages()
         self._work: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._ending = False
         self._thread: threading.Thread | None = None
@@ -257,7 +258,7 @@ class _Populator:
     def _run(self) -> None:
         while (work := self._work.get()) is not None and not self._ending:
             start, count = work
-            if self._huge:
+            if self.huge:
                 done = self._memory.populate_huge(start, count)
                 self.mapped[start : start + count] = done
             else:

@@ -201,7 +201,7 @@ async def test_a_shared_lock_fences_an_operator_who_is_wrong(doubtful: FaultyPai
 
 async def test_migratectl_says_in_doubt_and_resolves_with_a_warning(doubtful: FaultyPair) -> None:
     def migratectl(*arguments: str) -> Result:
-        return CliRunner().invoke(main, ["--socket", str(doubtful.a.socket), *arguments], input="yes\n")
+        return CliRunner().invoke(main, ["--socket", str(doubtful.a.socket), *arguments])
 
     proxy = doubtful.way_to(doubtful.b)
     proxy.arm(AtFrame(FrameType.RUNNING), Cut((Way.TO_SOURCE,)))
@@ -210,8 +210,11 @@ async def test_migratectl_says_in_doubt_and_resolves_with_a_warning(doubtful: Fa
     record = json.loads(ran.stdout)
     assert record["outcome"] == "in-doubt"
     ran = await asyncio.to_thread(migratectl, "resolve", record["migration_id"], "--discard")
+    assert ran.exit_code == 2
+    assert "destroys the last copy" in ran.stderr
+    assert (await doubtful.a.guests())["g1"]["state"] == "in-doubt"
+    ran = await asyncio.to_thread(migratectl, "resolve", record["migration_id"], "--discard", "--yes")
     assert ran.exit_code == 0
-    assert "destroys the last copy" in ran.output
     assert await doubtful.a.guests() == {}
     assert (await doubtful.b.verify())["ok"]
 
