@@ -167,6 +167,7 @@ class Precopy:
         transfer, began_ns = self._transfer, time.monotonic_ns()
         # The first collect arms the tracking; everything that holds data travels anyway.
         await transfer.collect()
+        transfer.scan_ns = 0  # arming walks everything once: it tells nothing about what a scan costs
         self._refuse_hopeless()
         runs = transfer.memory.data_runs()
         transfer.ledger.sparse_pages = transfer.memory.pages - count_pages(runs)
