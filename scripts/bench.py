@@ -107,15 +107,6 @@ def quantile(samples: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, int(np.ceil(q * len(ordered))) - 1))]
 
 
-def warm(size_mib: int) -> None:
-    """Have the host back as much memory as the next sample touches."""
-    child = os.fork()
-    if child == 0:
-        np.frombuffer(mmap.mmap(-1, size_mib * MIB), np.uint8)[::PAGE] = 1
-        os._exit(0)
-    os.waitpid(child, 0)
-
-
 class Bench:
     """The daemons, the guests that stay over all repetitions, and the cases.
 
@@ -184,7 +175,7 @@ class Bench:
         """One migration with each number of channels; the sample is that of the number that is best so far."""
         await self.guest(name, self.size_mib, touched="100%", **profile)
         for channels in CHANNELS:
-            warm(self.size_mib)
+            rivals.warm(self.size_mib)
             record = await self.move(name, multifd_channels=channels)
             case.note(**{f"channels={channels}": self.size_mib * MIB / GIB / moving_s(record)})
         best = max(CHANNELS, key=lambda channels: statistics.median(case.details[f"channels={channels}"]))
@@ -193,7 +184,6 @@ class Bench:
     # Section: cases. Each takes one sample (or several) into its row.
 
     async def raw(self) -> None:
-        warm(self.size_mib)
         self.case("raw", "GiB/s").samples.append(await asyncio.to_thread(rivals.raw, self.size_mib))
 
     async def iperf3(self) -> None:
@@ -211,7 +201,7 @@ class Bench:
     async def _rival(self, name: str, content: str, channels: int) -> None:
         if content not in self._qemu:
             self._qemu[content] = rivals.QemuSource(self.pair.directory, self.size_mib, content)
-        warm(self.size_mib)
+        rivals.warm(self.size_mib)
         self.case(name, "GiB/s").samples.append(await self._qemu[content].migrate(channels))
 
     async def random(self) -> None:
@@ -229,7 +219,7 @@ class Bench:
     async def _whole(self, name: str, memory_mib: int, **profile: Any) -> None:
         """Total time, setup and all."""
         await self.guest(name, memory_mib, **profile)
-        warm(self.size_mib // 4)
+        rivals.warm(self.size_mib // 4)
         record = await self.move(name)
         case = self.case(name, "s")
         case.samples.append(record["total_ns"] / 1e9)
@@ -243,7 +233,7 @@ class Bench:
             "scattered", self.size_mib, touched="100%", workload="stride", stride=8, working_set_pages=pages - 1,
             dirty_rate=f"{rate}/s",
         )  # fmt: skip
-        warm(self.size_mib)
+        rivals.warm(self.size_mib)
         # Too little for an eighth of memory, enough for what is dirtied while that moves.
         record = await self.move(
             "scattered", downtime_limit=30, timeout_s=20, on_timeout="force", switchover_abort=False
@@ -259,7 +249,7 @@ class Bench:
             "final", self.size_mib, workload="stride", stride=8, working_set_pages=8 * FINAL_PAGES,
             dirty_rate=f"{64 * MIB}/s",
         )  # fmt: skip
-        warm(self.size_mib // 2)
+        rivals.warm(self.size_mib // 2)
         record = await self.move("final")
         parts = {part["name"]: part["ns"] / 1e6 for part in record["downtime"]["parts"]}
         case = self.case("final-round", "ms")
@@ -311,7 +301,7 @@ class Bench:
         """How long the sending daemon's control socket takes to answer while bulk runs: the loop's lag, and the wake
         of the asking thread."""
         here = await self.guest("random", self.size_mib, touched="100%")
-        warm(self.size_mib)
+        rivals.warm(self.size_mib)
         pinger = Pinger(here.socket)
         pinger.start()
         try:

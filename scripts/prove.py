@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The safety argument, runnable part by part: ``prove.py explorer | simulator | matrix | soak | aborts``.
+"""The safety argument, runnable part by part: ``prove.py explorer | simulator | matrix | soak | aborts | all``.
 
 Progress goes to stderr; the last line on stdout is one JSON object with the part's counts. Exit code 1 when anything
 was violated or a mutant got away.
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -61,8 +63,24 @@ def prove_simulator(options: argparse.Namespace) -> tuple[dict[str, int], bool]:
     return {"seeds": options.seeds, "violations": broken}, not broken
 
 
+def prove_all(parser: argparse.ArgumentParser) -> tuple[dict[str, Any], bool]:
+    """Every part, the long ones last. Returns their counts by name and whether all held."""
+    sizes = {
+        "simulator": ["--seeds", os.environ.get("PROVE_SEEDS", "5000")],
+        "soak": ["--migrations", os.environ.get("PROVE_SOAK", "200")],
+    }
+    counts: dict[str, Any] = {}
+    all_held = True
+    for part in ("explorer", "simulator", "aborts", "soak", "matrix"):
+        say(f"-- {part}")
+        options = parser.parse_args([part, *sizes.get(part, [])])
+        counts[part], held = options.prove(options)
+        all_held &= held
+    return counts, all_held
+
+
 def main() -> int:
-    """Run one part."""
+    """Run one part, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parts = parser.add_subparsers(required=True)
     explorer = parts.add_parser("explorer", help="all interleavings of the hand-over, and its mutants")
@@ -79,6 +97,8 @@ def main() -> int:
     prove_matrix.add_arguments(parts.add_parser("matrix", help="every step x every fault over real daemons and guests"))
     soak.add_arguments(parts.add_parser("soak", help="migrations back and forth with random faults"))
     prove_aborts.add_arguments(parts.add_parser("aborts", help="how precisely an abort gives the guest back"))
+    everything = parts.add_parser("all", help="all of it; PROVE_SEEDS and PROVE_SOAK in the environment set the sizes")
+    everything.set_defaults(prove=lambda _options: prove_all(parser))
     options = parser.parse_args()
     prove: Callable[[argparse.Namespace], tuple[dict[str, int], bool]] = options.prove
     counts, held = prove(options)
