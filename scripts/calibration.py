@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
