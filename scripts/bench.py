@@ -315,9 +315,11 @@ FINAL_PARTS: Final = frozenset(
         "final-pages",
         "dirty-log-read-after-saves",
         "pages-after-saves",
+        "last-pages-leg",
         "state-end-and-ready-legs",
     }
 )
+"""Parts of a downtime that pass while the last pages are on their way, until the destination is known to have them."""
 
 
 class Pinger(threading.Thread):

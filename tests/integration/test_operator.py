@@ -144,8 +144,8 @@ async def test_nothing_is_held_so_nothing_can_go_on(pair: Pair) -> None:
 
 
 async def test_a_second_migration_of_the_same_guest_is_refused_and_the_first_goes_on(pair: Pair) -> None:
-    await pair.a.create_guest("g1", 64)
-    migration_id = await pair.a.begin_migration("g1", pair.b, downtime_limit=20_000, **SLOW)
+    await pair.a.create_guest("g1", 32)
+    migration_id = await pair.a.begin_migration("g1", pair.b, downtime_limit=20_000, max_bandwidth=8 << 20)
     with pytest.raises(CommandError, match=migration_id):
         await pair.a.begin_migration("g1", pair.b)
     for command in ("x-migrated-guest-pause", "x-migrated-guest-resume", "x-migrated-guest-destroy"):
