@@ -21,7 +21,6 @@ from protocol.pages import NO_RUNS, Runs
 
 WORDS_PER_PAGE: Final = PAGE_SIZE // 8
 
-_MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
@@ -58,7 +57,6 @@ class GuestMemory:
         self._mapping = mmap.mmap(fd, size)
         self.words: npt.NDArray[np.uint64] = np.frombuffer(self._mapping, np.uint64).reshape(pages, WORDS_PER_PAGE)
         self.view = memoryview(self._mapping)
-        self._address = self.words.ctypes.data
 
     def data_runs(self) -> Runs:
         """Runs of pages that have memory behind them, shape (n, 2); the rest was never touched or was given back."""
@@ -98,22 +96,11 @@ class GuestMemory:
         return not _libc.fallocate(self._fd, _FALLOC_FL_KEEP_SIZE, start * PAGE_SIZE, count * PAGE_SIZE)
 
     def populate_huge(self, start: int, count: int) -> bool:
-        """Put huge pages behind pages that shall be written, and map them. Returns whether the kernel did it."""
+        """Put huge pages behind pages that shall be written, and map them, off the critical path. Returns whether the
+        kernel did it."""
         try:
-            self._mapping.madvise(mmap.MADV_HUGEPAGE, start * PAGE_SIZE, count * PAGE_SIZE)
-        except OSError:
-            return False
-        return self.populate(start, count, write=True)
-
-    def populate(self, start: int, count: int, *, write: bool) -> bool:
-        """Map pages ahead of use, off the critical path. Returns whether the kernel did it.
-
-        With ``write`` memory is allocated (never do this over holes that shall stay holes); without, only pages that
-        have data should be named, since a hole would be filled.
-        """
-        advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
-        try:
-            self._mapping.madvise(advice, start * PAGE_SIZE, count * PAGE_SIZE)
+            for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_WRITE):
+                self._mapping.madvise(advice, start * PAGE_SIZE, count * PAGE_SIZE)
         except OSError:
             return False
         return True
