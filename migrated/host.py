@@ -270,7 +270,8 @@ class MigrationHost:
         migration = self._outgoing.get(migration_id)
         if migration is not None:
             await migration.decided.wait()
-            assert migration.record is not None
+            if migration.record is None:
+                raise OperationError(f"migration {migration_id} ended without a record; the daemon's log says why")
             return migration.record.document()
         return await asyncio.to_thread(self.record, migration_id)
 

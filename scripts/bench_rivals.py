@@ -60,7 +60,7 @@ def warm(size_mib: int) -> None:
     """Have the host back a little more memory than the next sample touches, without keeping it."""
     child = os.fork()
     if child == 0:
-        np.frombuffer(mmap.mmap(-1, (size_mib + size_mib // 4) * MIB), np.uint8)[::4096] = 1
+        np.frombuffer(shared_memory((size_mib + size_mib // 4) * MIB), np.uint8)[::4096] = 1
         os._exit(0)
     os.waitpid(child, 0)
 

@@ -81,6 +81,7 @@ class SourceHandover:
         self._lock = asyncio.Lock()
         self._tasks = TaskSet()
         self._on_doubt = on_doubt
+        self._asking: asyncio.Task[None] | None = None
         self._transitions: list[tuple[int, SourceState, SourceEvent, SourceState]] = []
 
     @property
@@ -116,7 +117,14 @@ class SourceHandover:
                 self.in_doubt = False
                 self._log_transitions()
                 self.finished.set()
+                self._stop_asking()
         return Action.REFUSE not in actions
+
+    def _stop_asking(self) -> None:
+        """Nothing is in doubt any more: an operator may have settled what the destination never answered."""
+        if self._asking is not None and self._asking is not asyncio.current_task():
+            self._asking.cancel()
+        self._asking = None
 
     def _log_transitions(self) -> None:
         """Say what happened, now that no guest waits: a log that blocks must not cost downtime."""
@@ -242,7 +250,7 @@ class SourceHandover:
         log.error("the migration is in doubt", reason=why)
         if self._on_doubt is not None:
             self._on_doubt(why)
-        self._tasks.start(self._settle())
+        self._asking = self._tasks.start(self._settle())
 
     async def _settle(self) -> None:
         """Ask until the destination tells the outcome."""

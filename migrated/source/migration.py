@@ -140,7 +140,13 @@ class OutgoingMigration:
         self._phase = "Finish"
         await self._abandon(reason)
         await self._clean_up()
-        record = await self._conclude(outcome, reason)
+        try:
+            record = await self._conclude(outcome, reason)
+        except Exception:
+            log.exception("the migration's record could not be written")
+            self._guest.migration_id = None
+            self.decided.set()
+            raise
         if outcome == "in-doubt":
             self._settling.start(self._settle())
         return record
