@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from migrated.cli.migratectl import main
-from tests.integration.harness import ROOT, Host, Pair
+from tests.integration.harness import ROOT, Host, Pair, until
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 
@@ -68,6 +68,11 @@ async def pair(hosts: Pair) -> AsyncIterator[Pair]:
     """The hosts of the module with a running guest g1 on a, which no test may disturb."""
     if "g1" not in await hosts.a.guests():
         await hosts.a.create_guest("g1", 16)
+
+        async def booted() -> bool:
+            return not (await hosts.a.guest())["booting"]
+
+        await until("guest g1 booted", booted)
     yield hosts
     print(hosts.log_tail())  # noqa: T201 - shown when the test failed
     assert await hosts.leftovers() == []
