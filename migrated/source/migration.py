@@ -373,8 +373,10 @@ class OutgoingMigration:
             self._env.config.limits,
             self._env.clock,
             self._hold,
+            lambda: self._set_status("pre-switchover"),
         )
-        self._set_status("pre-switchover" if self._hold is not None else "device")
+        if self._hold is None:
+            self._set_status("device")
         # From here on an operator's cancel is an event of the hand-over, not a cancellation of this task.
         await self._switchover.run()
         if self._handover.state is SourceState.RETIRED:

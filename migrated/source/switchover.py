@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -70,6 +70,7 @@ class Switchover:
         bounds: bounds of waits.
         clock: this host's clocks.
         hold: set when the operator lets a held switchover go on; None without pause-before-switchover.
+        on_hold: called when the guest is stopped and held.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Switchover:
         bounds: LimitsConfig,
         clock: HostClock,
         hold: asyncio.Event | None,
+        on_hold: Callable[[], None],
     ) -> None:
         self._transfer = transfer
         self._handover = handover
@@ -93,6 +95,7 @@ class Switchover:
         self._bounds = bounds
         self._clock = clock
         self._hold = hold
+        self._on_hold = on_hold
         self._ledger = transfer.ledger
         self._control = transfer.control
         self._t0 = 0
@@ -164,6 +167,7 @@ class Switchover:
         if self._hold is None:
             return
         self.phase = "pre-switchover"
+        self._on_hold()
         self._holding_since_ns = begin_ns = time.monotonic_ns()
         await self._hold.wait()
         end_ns = time.monotonic_ns()
