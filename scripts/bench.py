@@ -49,7 +49,7 @@ MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 PAGE: Final = 4096
 SHMEM_HUGE: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-CHANNELS: Final = (1, 2)
+CHANNELS: Final = (1, 2, 3)
 SWITCHOVERS: Final = int(os.environ.get("BENCH_SWITCHOVERS", "100"))
 CAP_BYTES_PER_S: Final = 100_000_000
 HOT_PAGES: Final = 20_000
@@ -135,8 +135,10 @@ class Bench:
     # Section: guests
 
     async def guest(self, name: str, memory_mib: int, **profile: Any) -> Host:
-        """The host on which a guest is, which is started the first time it is asked for."""
-        if name not in self._where:
+        """The host on which a guest runs, which is started the first time it is asked for. See ``rest``."""
+        if name in self._where:
+            await self._where[name].command("x-migrated-guest-resume", {"guest": name})
+        else:
             path = self.pair.directory / f"{name}.toml"
             values = {"workload": "idle", **profile}
             path.write_text("[guest]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
@@ -147,6 +149,15 @@ class Bench:
 
     async def _booted(self, name: str) -> bool:
         return not (await self.pair.a.guest(name))["booting"]
+
+    async def stop(self, name: str) -> None:
+        """Stop the vCPUs of a guest."""
+        await self._where[name].command("x-migrated-guest-pause", {"guest": name})
+
+    async def rest(self) -> None:
+        """Stop all guests: those of one case must not take time from the next."""
+        for name in self._where:
+            await self.stop(name)
 
     async def move(self, name: str, **parameters: Any) -> dict[str, Any]:
         """Migrate a guest to the other host. Returns the record."""
@@ -171,11 +182,13 @@ class Bench:
             await self.drop(name)
 
     async def _bulk(self, case: Case, name: str, **profile: Any) -> None:
-        """One migration with each number of channels; the sample is that of the number that is best so far."""
+        """One migration of a stopped guest, as QEMU's is, with each number of channels; the sample is that of the number
+        that is best so far."""
         for channels in CHANNELS:
             if profile.get("content") == "zero" and name in self._where:
                 await self.drop(name)  # zero pages arrive as memory that was never touched: they travel once
             await self.guest(name, self.size_mib, touched="100%", **profile)
+            await self.stop(name)
             rivals.warm(self.size_mib)
             record = await self.move(name, multifd_channels=channels)
             case.note(**{f"channels={channels}": self.size_mib * MIB / GIB / moving_s(record)})
@@ -430,6 +443,7 @@ async def measure(names: list[str], size_mib: int, repeats: int, skipped: dict[s
                 begin = time.monotonic()
                 try:
                     await CASES[name](bench)
+                    await bench.rest()
                 except Exception as error:  # one case must not cost the others
                     skipped[name] = f"failed: {error}"
                     bench.cases.pop(name, None)

@@ -57,10 +57,10 @@ def fill_random(memory: mmap.mmap | np.memmap[Any, Any], size_bytes: int) -> Non
 
 
 def warm(size_mib: int) -> None:
-    """Have the host back a little more memory than the next sample touches, without keeping it."""
+    """Have the host back half as much memory again as the next sample touches, without keeping it."""
     child = os.fork()
     if child == 0:
-        np.frombuffer(shared_memory((size_mib + size_mib // 4) * MIB), np.uint8)[::4096] = 1
+        np.frombuffer(shared_memory((size_mib + size_mib // 2) * MIB), np.uint8)[::4096] = 1
         os._exit(0)
     os.waitpid(child, 0)
 

@@ -38,7 +38,7 @@ from migrated.progress import Progress, Status
 from migrated.record import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine, Record
 from migrated.tasks import TaskSet
 from migrated.vmm.base import DryRun
-from migrated.vmm.memory import GuestMemory
+from migrated.vmm.memory import GuestMemory, shared_huge_pages
 from protocol import messages
 from protocol.budget import DowntimeCount, abort_limit_ns, destination_remaining_ns
 from protocol.clock import ClockError
@@ -251,8 +251,10 @@ class IncomingMigration:
             RefusedError, VmmError, ProtocolError, TimeAdjustError, JournalError: it cannot be taken; nothing is kept.
         """
         hello, env = self._hello, self._env
+        # Announcements serve to populate huge pages; small ones cost less where their content is written.
+        ours = CAPABILITIES if shared_huge_pages() else CAPABILITIES - {"extents"}
         agreed = agree_capabilities(
-            frozenset(hello.capabilities), CAPABILITIES, frozenset(hello.required) | REQUIRED_CAPABILITIES
+            frozenset(hello.capabilities), ours, frozenset(hello.required) | REQUIRED_CAPABILITIES
         )
         if hello.guest.memory_bytes > env.config.limits.max_memory_bytes:
             raise RefusedError(
@@ -316,7 +318,7 @@ class IncomingMigration:
         with contextlib.suppress(LinkLostError):
             self._control.send(messages.Refuse(code=int(code), reason=str(error)[:2000]))
         if self._memory is not None:
-            self._memory.release()
+            await asyncio.to_thread(self._memory.release)
             self._memory = None
         if self._guest is not None:
             with contextlib.suppress(VmmError):
@@ -664,7 +666,7 @@ class IncomingMigration:
         await self._control.close()
         await self._tasks.stop()
         if self._memory is not None:
-            self._memory.release()
+            await asyncio.to_thread(self._memory.release)
             self._memory = None
 
     def _set_status(self, status: Status) -> None:

@@ -5,7 +5,7 @@ guest. A page that stays zero is never touched; one that becomes zero again is g
 
     plain, long runs, pages that are here      -> received into guest memory
     anything else -> staging -> decode, hash   -> long runs of new pages written through the file, the rest scattered
-    EXTENTS -> populated by a thread of its own, ahead of the stream, in the first round only
+    EXTENTS -> huge pages, populated by a thread of its own, ahead of the stream, in the first round only
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import xxhash
 from migrated.destination.decoding import check_encoding, decode
 from migrated.errors import LinkLostError
 from migrated.link.data import DataChannel
-from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, drop_views, shared_huge_pages
+from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, drop_views
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.errors import ErrorCode, RemoteProtocolError
@@ -211,19 +211,18 @@ class PageReceiver:
 
 
 class _Populator:
-    """Puts memory behind pages that are about to come: huge pages where the host has them, else pages without content.
+    """Puts huge pages behind memory that is about to come. Without huge pages there is nothing to gain: a small page
+    costs less where its content is written than twice, here and there.
 
     Attributes:
         backed: which pages may have memory behind them because of this, shape (pages,).
-        mapped: which of them are best written through the mapping.
-        huge: whether to ask for huge pages.
+        mapped: which of them have it: they are best written through the mapping.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
         self.backed: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
         self.mapped: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
         self._memory = memory
-        self.huge = shared_huge_pages()
         self._work: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._ending = False
         self._thread: threading.Thread | None = None
@@ -258,13 +257,9 @@ class _Populator:
     def _run(self) -> None:
         while (work := self._work.get()) is not None and not self._ending:
             start, count = work
-            if self.huge:
-                done = self._memory.populate_huge(start, count)
-                self.mapped[start : start + count] = done
-            else:
-                done = self._memory.allocate(start, count)
-            if not done:  # no memory, or not on this host: whoever writes finds out
-                return
+            if not self._memory.populate_huge(start, count):
+                return  # no memory, or not on this host: whoever writes finds out
+            self.mapped[start : start + count] = True
 
 
 class _ChannelReceiver:

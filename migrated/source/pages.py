@@ -40,7 +40,7 @@ HUGE_PAGES: Final = 512
 _ANNOUNCED_AT_ONCE: Final = 32
 _LOOK_AHEAD_PAGES: Final = 32768
 _TESTED_WORDS: Final = 8
-"""Words of a page that the look ahead reads: one cache line. Most pages in use show there that they are not zero."""
+"""Words of a page that are looked at first: one cache line. Most pages in use show there that they are not zero."""
 _STRETCH_PAGES: Final = 2048
 """Most pages that a channel takes at a time: few frames for zero pages, and still work for every channel."""
 _LEAST_PAGES: Final = 128
@@ -273,8 +273,7 @@ class _Worker:
         words = self.owner.words
         for start, count in runs.tolist():
             sent.postponed_pages += self.owner.clear_dirty(start, count)
-            # Tested in place: zero memory is then never copied.
-            nonzero = np.bitwise_or.reduce(words[start : start + count], axis=1) != 0
+            nonzero = _nonzero(words[start : start + count])
             kept = np.array([[start, count]], np.int64)
             if not nonzero.all():
                 self._send_zero(start + np.flatnonzero(~nonzero), round_number, sent)
@@ -294,7 +293,7 @@ class _Worker:
         indices = indices_of(runs)
         staged = self.stage[: len(indices)]
         np.take(self.owner.words, indices, axis=0, out=staged, mode="clip")
-        nonzero = np.bitwise_or.reduce(staged, axis=1) != 0
+        nonzero = _nonzero(staged)
         if not nonzero.all():
             self._send_zero(indices[~nonzero], round_number, sent)
             indices = indices[nonzero]
@@ -338,12 +337,31 @@ class _Worker:
         dense: list[Indices] = []
         for start, count in granules.tolist():
             first, pages = start * HUGE_PAGES, count * HUGE_PAGES
-            heads = np.bitwise_or.reduce(words[first : first + pages, :_TESTED_WORDS], axis=1) != 0
+            heads = _nonzero_heads(words[first : first + pages])
             dense.append(start + np.flatnonzero(heads.reshape(count, HUGE_PAGES).all(axis=1)))
         found = runs_of(np.concatenate(dense))
         if len(found):
             extents = messages.Extents(runs=pack_runs(found * HUGE_PAGES))
             sent.wire_bytes += self.channel.send(extents, round_number=1)
+
+
+def _nonzero_heads(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which pages show in their first cache line that they are not zero; ``words`` has shape (n, 512)."""
+    return np.bitwise_or.reduce(words[:, :_TESTED_WORDS], axis=1) != 0
+
+
+def _nonzero(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which pages are not zero. They are read in place: zero memory is never copied, memory in use only where it is
+    needed. ``words`` has shape (n, 512)."""
+    found = _nonzero_heads(words)
+    if found.all():
+        return found
+    unknown = runs_of(np.flatnonzero(~found))
+    if len(unknown) > _LONG_RUNS:
+        return np.bitwise_or.reduce(words, axis=1) != 0
+    for start, count in unknown.tolist():
+        found[start : start + count] = np.bitwise_or.reduce(words[start : start + count], axis=1) != 0
+    return found
 
 
 def _page_job(runs: Runs, round_number: int) -> Job:

@@ -146,7 +146,7 @@ class Session:
                 with contextlib.suppress(VmmError):
                     await self._vmm.stop_dirty_log()
         if self.memory is not None:
-            self.memory.release()
+            await asyncio.to_thread(self.memory.release)
 
     async def close(self) -> None:
         """Close the control channel, last of all."""

@@ -388,6 +388,7 @@ class Switchover:
         ledger.parts.append(Part("resume", "destination", running.resumed_after_ns))
         ledger.checkpoint("src-downtime-end", interval.measured_ns)
         ledger.interval = interval
+        ledger.ended_ns = self._t0 + interval.measured_ns
 
     def _aborted(self) -> None:
         """The downtime of an abort: the guest ran again here."""
@@ -400,6 +401,7 @@ class Switchover:
         pause_ns = handover.resumed_at_ns - self._t0
         ledger.checkpoint("src-downtime-end", pause_ns)
         ledger.interval = DowntimeInterval(pause_ns, pause_ns)
+        ledger.ended_ns = handover.resumed_at_ns
 
 
 def _grouped(devices: list[DeviceDescription], costs_ns: list[int]) -> Iterator[list[DeviceDescription]]:

@@ -379,12 +379,13 @@ async def test_announced_memory_that_turns_out_zero_is_given_back() -> None:
         assert not any(both.destination.content())
 
 
-@pytest.mark.parametrize("huge", [False, True])
-async def test_announced_memory_arrives_right_with_and_without_huge_pages(
-    huge: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("possible", [False, True])
+async def test_announced_memory_arrives_right_whether_or_not_it_can_be_populated(
+    possible: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("migrated.destination.pages.shared_huge_pages", lambda: huge)
     async with path(8 * HUGE, 2) as both:
+        if not possible:
+            monkeypatch.setattr(both.destination.guest, "populate_huge", lambda *_run: False)
         both.send_with(announce=True)
         both.source.guest.words[3 : 7 * HUGE] = noise(7 * HUGE - 3, 1)
         await both.round(both.source.guest.data_runs())
@@ -408,13 +409,12 @@ async def test_only_huge_pages_without_a_zero_page_are_announced(monkeypatch: py
 
 async def test_memory_that_is_announced_again_is_populated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async with path(4 * HUGE, 1) as both:
-        allocated: list[tuple[int, int]] = []
-        monkeypatch.setattr(both.destination.guest, "allocate", lambda *run: allocated.append(run) or True)
-        both.receiver.populator.huge = False
+        populated: list[tuple[int, int]] = []
+        monkeypatch.setattr(both.destination.guest, "populate_huge", lambda *run: populated.append(run) or True)
         for start in (0, 0, 0, 1):
             both.channels[0].send(messages.Extents(runs=pack_runs(run(start * HUGE, HUGE))), round_number=1)
-        await until(lambda: (HUGE, HUGE) in allocated)
-        assert allocated == [(0, HUGE), (HUGE, HUGE)]
+        await until(lambda: (HUGE, HUGE) in populated)
+        assert populated == [(0, HUGE), (HUGE, HUGE)]
 
 
 async def test_memory_is_written_whole_also_when_the_kernel_takes_less_at_a_time(
