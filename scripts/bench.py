@@ -182,8 +182,8 @@ class Bench:
             await self.drop(name)
 
     async def _bulk(self, case: Case, name: str, **profile: Any) -> None:
-        """One migration of a stopped guest, as QEMU's is, with each number of channels; the sample is that of the number
-        that is best so far."""
+        """One migration of a stopped guest, as QEMU's is, with each number of channels; the sample is that of the
+        number that is best so far."""
         for channels in CHANNELS:
             if profile.get("content") == "zero" and name in self._where:
                 await self.drop(name)  # zero pages arrive as memory that was never touched: they travel once

@@ -128,7 +128,6 @@ class PageSender:
         self._loop = asyncio.get_running_loop()
         self._workers = [_Worker(self, channel, encoder_of()) for channel in channels]
         self._failure: Exception | None = None
-        self._current: _Work | None = None
         self._lock = threading.Lock()
         self.encodings: dict[str, EncodingTotals] = {}
 
@@ -178,9 +177,10 @@ class PageSender:
     async def _do(self, jobs: deque[Job], barrier: int | None, round_number: int) -> Sent:
         if self._failure is not None:
             raise LinkLostError(str(self._failure)) from self._failure
-        work = _Work(jobs, barrier, round_number, self._loop.create_future(), len(self._workers))
-        self._current = work
-        for worker in self._workers:
+        # A barrier goes over every channel; without one, waking more threads than there are jobs only costs time.
+        workers = self._workers if barrier is not None else self._workers[: max(1, len(jobs))]
+        work = _Work(jobs, barrier, round_number, self._loop.create_future(), len(workers))
+        for worker in workers:
             worker.inbox.put(work)
         sent = await work.done
         if self._digest is not None:
@@ -345,9 +345,15 @@ class _Worker:
             sent.wire_bytes += self.channel.send(extents, round_number=1)
 
 
+def _any_bit(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which rows are not all zero."""
+    found: npt.NDArray[np.bool_] = np.bitwise_or.reduce(words, axis=1) != 0
+    return found
+
+
 def _nonzero_heads(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
     """Which pages show in their first cache line that they are not zero; ``words`` has shape (n, 512)."""
-    return np.bitwise_or.reduce(words[:, :_TESTED_WORDS], axis=1) != 0
+    return _any_bit(words[:, :_TESTED_WORDS])
 
 
 def _nonzero(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -358,9 +364,9 @@ def _nonzero(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         return found
     unknown = runs_of(np.flatnonzero(~found))
     if len(unknown) > _LONG_RUNS:
-        return np.bitwise_or.reduce(words, axis=1) != 0
+        return _any_bit(words)
     for start, count in unknown.tolist():
-        found[start : start + count] = np.bitwise_or.reduce(words[start : start + count], axis=1) != 0
+        found[start : start + count] = _any_bit(words[start : start + count])
     return found
 
 
