@@ -128,6 +128,13 @@ class StateConfig(Section):
     directory: DirectoryPath = Path("/var/lib/migrated")
 
 
+class HistoryConfig(Section):
+    """``[history]``: records of past attempts, in the state directory."""
+
+    max_records: int = Field(default=10_000, ge=1, le=1_000_000)
+    """How many are kept; beyond them the oldest go, but for those in doubt."""
+
+
 class ListenConfig(Section):
     """``[listen]``: where a destination takes migrations."""
 
@@ -214,6 +221,7 @@ class Config(Section):
 
     control: ControlConfig = ControlConfig()
     state: StateConfig = StateConfig()
+    history: HistoryConfig = HistoryConfig()
     listen: ListenConfig = ListenConfig()
     vmm: VmmConfig = Field(default_factory=VmmConfig)
     limits: LimitsConfig = LimitsConfig()

@@ -15,6 +15,7 @@ from typing import Final
 import structlog
 import uvloop
 
+from migrated.activation import ActivationError, inherited_socket
 from migrated.config import Config, ConfigError
 from migrated.control.server import ControlServer, ControlSocketError
 from migrated.history import HistoryError
@@ -31,7 +32,6 @@ EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 _SWITCH_INTERVAL_S: Final = 0.0005
 """How long a thread may keep the interpreter from another: data threads and the event loop share it."""
-_FIRST_INHERITED_FD: Final = 3
 _TRACK_S: Final = 1.0
 _RELOADED: Final = frozenset({"migration", "log"})
 """Sections that a reload takes over (of [log] the level); a change of any other needs a restart."""
@@ -58,7 +58,7 @@ def run_daemon(config: Config, role: Role, read_again: Callable[[], Config]) -> 
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         uvloop.run(_serve(config, role, collector, read_again))
-    except (StartError, ControlSocketError, JournalError, HistoryError) as error:
+    except (StartError, ActivationError, ControlSocketError, JournalError, HistoryError) as error:
         log.error("the daemon cannot start", reason=str(error))
         return EXIT_FAILED
     return EXIT_OK
@@ -70,6 +70,10 @@ async def _serve(config: Config, role: Role, collector: LogCollector, read_again
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stop)
     notifier = Notifier.from_environment()
+    inherited = inherited_socket()
+    if inherited is not None and role == "source":
+        log.warning("the socket from the service manager is not used: a source takes no guests in")
+        inherited.close()
     tasks = TaskSet()
     # The control socket comes first: its lock keeps a second daemon away from the same journal and guests.
     host = MigrationHost(config, role, collector)
@@ -82,7 +86,7 @@ async def _serve(config: Config, role: Role, collector: LogCollector, read_again
         await host.start()
         listener = Listener(host.connected, config.limits.tcp_user_timeout_s)
         if role != "source":
-            await _listen(listener, config)
+            await _listen(listener, config, inherited)
             undo(listener.stop)
         stop_metrics = _serve_metrics(host, config)
         if stop_metrics is not None:
@@ -94,8 +98,8 @@ async def _serve(config: Config, role: Role, collector: LogCollector, read_again
         gc.freeze()  # what a daemon starts with stays: the collector need not look at it again
         loop.add_signal_handler(signal.SIGHUP, lambda: tasks.start(_reload(host, config, read_again, notifier)))
         where = f", listening on {listener.address}" if listener.address is not None else ""
-        notifier.ready(f"serving {config.control.socket}{where}")
         log.info("ready", role=role, control=str(config.control.socket), listen=str(listener.address or "-"))
+        notifier.ready(f"serving {config.control.socket}{where}")
         waiting = [asyncio.create_task(event.wait()) for event in (stop, host.stopping)]
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:
@@ -130,8 +134,7 @@ def _on_signal(stop: asyncio.Event) -> None:
     stop.set()
 
 
-async def _listen(listener: Listener, config: Config) -> None:
-    inherited = _inherited_socket()
+async def _listen(listener: Listener, config: Config, inherited: socket.socket | None) -> None:
     try:
         await listener.start(config.listen.address, inherited)
     except OSError as error:
@@ -139,13 +142,6 @@ async def _listen(listener: Listener, config: Config) -> None:
             f"cannot listen on {config.listen.address}: {error.strerror or error}; is another daemon running there? "
             "Set [listen] address to a free one"
         ) from error
-
-
-def _inherited_socket() -> socket.socket | None:
-    """The listening socket that the service manager passed, if it passed one (socket activation)."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
-        return None
-    return socket.socket(fileno=_FIRST_INHERITED_FD)
 
 
 def _serve_metrics(host: MigrationHost, config: Config) -> Callable[[], None] | None:

@@ -57,7 +57,7 @@ class RecordNotFoundError(Exception):
 
 
 class HistoryQuery(BaseModel):
-    """Which records, newest first. ``last`` None means all; ``since`` compares with ``started_at``."""
+    """Which records, newest first: those with ``since`` <= ``started_at`` < ``until``. ``last`` None means all."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -65,18 +65,23 @@ class HistoryQuery(BaseModel):
     guest: str | None = None
     outcome: Outcome | None = None
     since: AwareDatetime | None = None
+    until: AwareDatetime | None = None
 
 
 class History:
     """The store. Every method may be called from any thread; none is for the event loop while guests are stopped."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, max_records: int | None = None) -> None:
         """Open or create ``history.sqlite`` in ``directory``.
+
+        Args:
+            max_records: how many records ``add`` leaves, None for all.
 
         Raises:
             HistoryError: the file cannot be opened, or a newer version of migrated wrote it.
         """
         self.path = directory / FILE_NAME
+        self._max_records = max_records
         self._lock = threading.Lock()
         try:
             self._connection = _open(self.path)
@@ -94,6 +99,8 @@ class History:
 
     def add(self, record: Record, role: Literal["source", "destination"]) -> bool:
         """Store a record, replacing an earlier one of the same migration id. ``role`` is this host's part in it.
+
+        Beyond ``max_records`` the oldest go, but for those in doubt: somebody still has to decide them.
 
         Returns:
             False when it could not be stored (full disk, read-only file system); the reason is logged.
@@ -115,6 +122,12 @@ class History:
         try:
             with self._lock, self._connection:
                 self._connection.execute(f"REPLACE INTO records VALUES ({', '.join('?' * len(row))})", row)
+                if self._max_records is not None:
+                    self._connection.execute(
+                        "DELETE FROM records WHERE outcome != 'in-doubt' AND rowid IN "
+                        "(SELECT rowid FROM records ORDER BY started_at_us DESC, rowid DESC LIMIT -1 OFFSET ?)",
+                        (self._max_records,),
+                    )
         except sqlite3.Error as error:
             log.error(
                 "The record cannot be stored in the history; make room or mend the file system",
@@ -188,6 +201,9 @@ class History:
         if query.since is not None:
             conditions.append("started_at_us >= ?")
             values.append(_microseconds(query.since))
+        if query.until is not None:
+            conditions.append("started_at_us < ?")
+            values.append(_microseconds(query.until))
         where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
         values.append(-1 if query.last is None else query.last)
         return self._rows(

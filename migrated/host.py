@@ -76,7 +76,7 @@ class MigrationHost:
         self._guests = GuestRegistry(config.vmm, config.clock, config.lock)
         self._guests.on_gone = self._guest_gone
         self._journal = Journal(config.state.directory)
-        self._history = History(config.state.directory)
+        self._history = History(config.state.directory, config.history.max_records)
         self.metrics = Metrics()
         self._knowledge = load_knowledge(config.state.directory)
         self._env = Environment(

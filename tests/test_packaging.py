@@ -1,4 +1,5 @@
-"""What is shipped: a wheel with exactly the three packages, complete and importable, and three commands that start."""
+"""What is shipped: a wheel with exactly the three packages, complete and importable, three commands that start, and
+their manual pages."""
 
 from __future__ import annotations
 
@@ -39,8 +40,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_exactly_the_three_packages(wheel: zipfile.ZipFile) -> None:
-    metadata = f"{PROJECT['name']}-{PROJECT['version']}.dist-info"
-    assert {name.split("/")[0] for name in wheel.namelist()} == PACKAGES | {metadata}
+    release = f"{PROJECT['name']}-{PROJECT['version']}"
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert tops == PACKAGES | {f"{release}.dist-info", f"{release}.data"}
+
+
+def test_the_wheel_installs_every_manual_page(wheel: zipfile.ZipFile) -> None:
+    share = f"{PROJECT['name']}-{PROJECT['version']}.data/data/share/"
+    shipped = {name.removeprefix(share): wheel.read(name) for name in wheel.namelist() if ".data/" in name}
+    pages = {path.name: path.read_bytes() for path in (REPOSITORY / "docs" / "man").iterdir()}
+    assert shipped == {f"man/man{name[-1]}/{name}": text for name, text in pages.items()}
+    assert len(pages) == 3
 
 
 def test_the_wheel_is_complete(wheel: zipfile.ZipFile) -> None:
@@ -50,7 +60,7 @@ def test_the_wheel_is_complete(wheel: zipfile.ZipFile) -> None:
         for path in (REPOSITORY / package).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    shipped = {name for name in wheel.namelist() if name.split("/")[0] in PACKAGES}
     assert shipped == files
     assert {f"{package}/py.typed" for package in PACKAGES} <= shipped
 

@@ -30,6 +30,7 @@ from migrated.cli.session import EXIT_FAILED, EXIT_IN_DOUBT, Session, default_so
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
 
 OUTCOMES: Final = ("completed", "aborted", "cancelled", "failed", "refused", "in-doubt")
+TIME: Final = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d %H:%M:%S"])
 WORKLOADS_HELP: Final = "What the guest's vCPUs do: idle, sequential, random, hot-cold, phased, fill and more."
 COMPLETION_TIMEOUT_S: Final = 2.0
 
@@ -134,10 +135,10 @@ def guest() -> None:
 @guest.command()
 @click.argument("name")
 @click.option("--memory", type=SIZE, required=True, help="Size of its memory.")
-@click.option("--workload", help=WORKLOADS_HELP)
+@click.option("--workload", metavar="WORKLOAD", help=WORKLOADS_HELP)
 @click.option("--dirty-rate", type=RATE, help="How fast it writes memory.")
-@click.option("--profile", help="A guest profile: its name, or the path of its file.")
-@click.option("--seed", type=click.IntRange(min=0), help="Seed of its memory content and of its costs.")
+@click.option("--profile", metavar="PROFILE", help="A guest profile: its name, or the path of its file.")
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of its memory content and of its costs.")
 @click.option("--paused", is_flag=True, help="Leave its vCPUs stopped.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="A further option of the VMM.")
 @with_session
@@ -286,9 +287,10 @@ def status(session: Session, name: str | None) -> None:
     def view() -> Any:
         from rich.console import Group
 
-        render = _render()
-        migrations = [render.progress_view(progress) for progress in found["migrations"]]
-        return Group(render.guests_table(found["guests"]), *migrations)
+        from migrated.cli.live import progress_view
+
+        migrations = [progress_view(progress) for progress in found["migrations"]]
+        return Group(_render().guests_table(found["guests"]), *migrations)
 
     session.show(found, view)
 
@@ -303,7 +305,7 @@ def watch(session: Session, name: str | None, follow: bool) -> None:
     from migrated.cli.watch import watch as watch_migrations
 
     async def work(client: ControlClient) -> None:
-        with display(as_json=session.json, stderr=False, rounds=8) as update:
+        with display(as_json=session.json, stderr=False, full_screen=True) as update:
             await watch_migrations(client, name, update, follow=follow)
 
     session.run(work)
@@ -368,19 +370,34 @@ def continue_(session: Session, name: str) -> None:
 
 
 @main.command()
-@click.option("--last", type=click.IntRange(1, 1000), help="Only the newest so many [default: 20, with --stats all].")
-@click.option("--guest", "name", help="Only this guest.", shell_complete=_complete_guest)
+@click.option(
+    "--last",
+    type=click.IntRange(1, 1000),
+    metavar="N",
+    help="Only the newest so many [default: 20, with --stats all].",
+)
+@click.option("--guest", "name", metavar="NAME", help="Only this guest.", shell_complete=_complete_guest)
 @click.option("--outcome", type=click.Choice(OUTCOMES), help="Only this outcome.")
 @click.option(
     "--since",
-    type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d %H:%M:%S"]),
-    help="Only attempts that began at this time or later; local time unless an offset is given.",
+    type=TIME,
+    metavar="TIME",
+    help="Only attempts that began at this time or later: 2026-03-01, 2026-03-01T10:00:00, or with an offset behind "
+    "it (+0100); else local time.",
 )
+@click.option("--until", type=TIME, metavar="TIME", help="Only attempts that began before this time.")
 @click.option("--stats", is_flag=True, help="Percentiles of downtime, total time and prediction error instead.")
 @click.option("--csv", "as_csv", is_flag=True, help="As comma-separated values.")
 @with_session
 def history(
-    session: Session, last: int | None, name: str | None, outcome: str | None, since: Any, stats: bool, as_csv: bool
+    session: Session,
+    last: int | None,
+    name: str | None,
+    outcome: str | None,
+    since: Any,
+    until: Any,
+    stats: bool,
+    as_csv: bool,
 ) -> None:
     """Past attempts, newest first."""
     if as_csv and (stats or session.json):
@@ -390,6 +407,7 @@ def history(
         "guest": name,
         "outcome": outcome,
         "since": since.astimezone().isoformat() if since else None,
+        "until": until.astimezone().isoformat() if until else None,
     }
     arguments = {key: value for key, value in given.items() if value is not None}
     found = session.call("x-migrated-history-stats" if stats else "x-migrated-history", arguments)
@@ -430,9 +448,16 @@ def show(session: Session, migration_id: str) -> None:
 
 
 @main.command()
-@click.argument("migration_id", required=False, metavar="MIGRATION_ID")
+@click.argument("migration_id", required=False, metavar="[MIGRATION_ID]", shell_complete=_complete_migration)
 @click.option("--compare", nargs=2, metavar="A B", help="Lay the records of two attempts side by side.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE.html")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="FILE.html",
+    help="The file to write.",
+)
 @with_session
 def report(session: Session, migration_id: str | None, compare: tuple[str, str] | None, output: Path) -> None:
     """Write the record of one attempt, or of two, as a self-contained HTML file."""
@@ -478,7 +503,7 @@ def resolve(session: Session, migration_id: str, run_here: bool, discard: bool, 
 
 
 @main.command()
-@click.option("--count", type=click.IntRange(min=1), help="End after so many events.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after so many events.")
 @with_session
 def events(session: Session, count: int | None) -> None:
     """Every event as it happens, one per line, until interrupted."""

@@ -8,8 +8,6 @@ from typing import Any, Final
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -50,15 +48,6 @@ def rate(bytes_per_s: float) -> str:
     return format_rate(round(bytes_per_s))
 
 
-def sparkline(values: Sequence[float], width: int = 40) -> str:
-    """The last ``width`` values as a line of bars, the highest bar for the largest of them."""
-    values = values[-width:]
-    top = max(values, default=0)
-    if top <= 0:
-        return SPARKS[0] * len(values)
-    return "".join(SPARKS[min(len(SPARKS) - 1, int(value / top * len(SPARKS)))] for value in values)
-
-
 # --- one finished attempt ---------------------------------------------------------------------------------------------
 
 
@@ -94,7 +83,7 @@ def record_view(record: Json, *, details: bool = True) -> RenderableType:
     if devices:
         parts.append(_devices(devices))
     if record["rounds"]:
-        parts.append(rounds_table(record["rounds"]))
+        parts.append(_rounds(record["rounds"]))
     if record["ram"]["transferred_bytes"]:
         parts.append(_memory(record["ram"], record["digest"]))
     if details:
@@ -168,13 +157,10 @@ def _devices(devices: Sequence[Json]) -> Table:
     return table
 
 
-def rounds_table(rounds: Sequence[Json], last: int | None = None) -> Table:
-    """Pre-copy rounds; ``last`` limits it to the newest."""
-    shown = rounds if last is None else rounds[-last:]
-    table = _table(
-        "Rounds", "#>", "dirty pages>", "zero>", "sent>", "time>", "bandwidth>", "dirtied/s>", "predicted>", "decision"
-    )
-    for row in shown:
+def _rounds(rounds: Sequence[Json]) -> RenderableType:
+    table = _table("Rounds", "#>", "dirty pages>", "zero>", "sent>", "time>", "bandwidth>", "dirtied/s>", "predicted>")
+    decisions = _facts("Decisions")
+    for row in rounds:
         table.add_row(
             str(row["round"]),
             str(row["dirty_pages"]),
@@ -184,9 +170,9 @@ def rounds_table(rounds: Sequence[Json], last: int | None = None) -> Table:
             rate(row["bandwidth_bytes_per_s"]),
             f"{row['dirty_rate_pages_per_s']:.0f}",
             duration(row["predicted_downtime_ns"]),
-            clean(row["decision"]),
         )
-    return table
+        _fact(decisions, f"round {row['round']}", row["decision"])
+    return Group(table, decisions)
 
 
 def _memory(ram: Json, digest: Json) -> Table:
@@ -266,75 +252,11 @@ def progress_line(progress: Json) -> str:
     return clean(", ".join(parts))
 
 
-def progress_view(progress: Json, *, rounds: int = 6) -> Panel:
-    """One migration for a live display; ``rounds`` is how many of the newest rounds to list (0 for the short form)."""
-    total, remaining = max(1, progress["total_bytes"]), progress["remaining_bytes"]
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim")
-    facts.add_column(ratio=1)
-    bar = Table.grid(padding=(0, 1))
-    bar.add_row(ProgressBar(total, max(0, total - remaining), width=30), f"{format_size(remaining)} left")
-    facts.add_row("memory", bar)
-    moved = f"{format_size(progress['transferred_bytes'])} at {rate(progress['bandwidth_bytes_per_s'])}"
-    facts.add_row("sent", f"{moved}; dirtied {progress['dirty_rate_pages_per_s']:.0f} pages/s")
-    if progress["throttle_percent"]:
-        facts.add_row("throttle", f"{progress['throttle_percent']} %")
-    facts.add_row("downtime", _limit_bar(progress))
-    parts = [f"{clean(name)} {duration(ns)}" for name, ns in progress["predicted_parts_ns"].items() if ns]
-    if parts:
-        facts.add_row("of which", ", ".join(parts))
-    if progress["decision"]:
-        facts.add_row("decision", clean(progress["decision"]))
-    if progress["destination"]:
-        facts.add_row("peer says", clean(progress["destination"]))
-    facts.add_row("elapsed", _elapsed(progress))
-    body: list[RenderableType] = [facts]
-    if progress["reason"]:
-        body.append(Text(clean(progress["reason"]), style="yellow"))
-    if rounds and progress["rounds"]:
-        facts.add_row("dirty", sparkline([row["dirty_pages"] for row in progress["rounds"]]))
-        facts.add_row("bandwidth", sparkline([row["bandwidth_bytes_per_s"] for row in progress["rounds"]]))
-        body.append(rounds_table(progress["rounds"], rounds))
-    arrow = "->" if progress["role"] == "source" else "<-"
-    status = Text(clean(f"{progress['guest']} {arrow} {progress['peer']}  "))
-    status.append(progress["status"], style=STATUS_STYLES.get(progress["status"], "cyan"))
-    status.append(f"  {clean(progress['phase'])}  round {progress['round']}")
-    return Panel(
-        Group(*body), title=status, title_align="left", subtitle=clean(progress["migration_id"]), box=box.ROUNDED
-    )
-
-
 def _prediction(progress: Json) -> str:
     text = duration(progress["predicted_downtime_ns"])
     if progress["predicted_upper_ns"] is not None:
         text += f" (bound {duration(progress['predicted_upper_ns'])})"
     return f"{text} of {duration(progress['downtime_limit_ns'])}"
-
-
-def _limit_bar(progress: Json) -> Text:
-    """The predicted downtime as a bar against its limit: ``=`` up to the prediction, ``-`` up to its bound."""
-    limit = progress["downtime_limit_ns"]
-    if progress["downtime_ns"] is not None:
-        return Text(f"{duration(progress['downtime_ns'])} of {duration(limit)}", style="bold")
-    predicted = progress["predicted_downtime_ns"]
-    if predicted is None:
-        return Text(f"not predicted yet; limit {duration(limit)}")
-    upper = progress["predicted_upper_ns"] or predicted
-    fits = upper <= limit
-    scale = 20 / max(1, limit)
-    inner = min(40, round(predicted * scale))
-    outer = max(inner, min(40, round(upper * scale)))
-    cells = ("=" * inner + "-" * (outer - inner)).ljust(20)
-    bar = Text(cells[:20] + "|" + cells[20:], style="green" if fits else "red")
-    return bar.append(f" predicted {_prediction(progress)}", style="")
-
-
-def _elapsed(progress: Json) -> str:
-    text = duration(progress["elapsed_ns"])
-    bandwidth = progress["bandwidth_bytes_per_s"]
-    if progress["status"] == "active" and bandwidth > 0:
-        text += f", at least {duration(round(progress['remaining_bytes'] / bandwidth * 1e9))} to go"
-    return text
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from migrated.cli.session import console
-from migrated.control.client import ControlClient
+from migrated.control.client import CommandError, ControlClient
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-INTERVAL_S: Final = 0.25
+INTERVAL_S: Final = 0.5
 ROUNDS_ASKED: Final = 40
-"""Newest rounds asked for: what the curves show."""
+"""Newest rounds asked for: more than a screen has room for."""
 FINISHED: Final = ("completed", "cancelled", "failed")
 
 Progress = dict[str, Any]
@@ -26,50 +26,82 @@ Update = Callable[[list[Progress]], None]
 
 
 @contextmanager
-def display(*, as_json: bool, stderr: bool, rounds: int) -> Iterator[Update]:
+def display(*, as_json: bool, stderr: bool, rounds: int = ROUNDS_ASKED, full_screen: bool = False) -> Iterator[Update]:
     """Where snapshots of migrations go: JSON lines, a live view on a terminal, or plain lines.
 
     Args:
         stderr: show on standard error, as standard output is for the result.
-        rounds: newest rounds in the live view; 0 for the short form.
+        rounds: 0 for the short form of the live view.
+        full_screen: take the whole terminal while it lasts, and leave the last view when it ends.
     """
     if as_json:
-        yield _json_lines
+        yield JsonLines()
         return
     screen = console(stderr=stderr)
-    if screen.is_terminal:
-        with _live(screen, rounds) as update:
-            yield update
-    else:
+    if not screen.is_terminal:
         yield PlainLines(lambda line: click.echo(line, err=stderr))
-
-
-def _json_lines(found: list[Progress]) -> None:
-    for progress in found:
-        click.echo(json.dumps(progress))
+        return
+    with _full_screen(screen) if full_screen else _inline(screen, short=not rounds) as update:
+        yield update
 
 
 @contextmanager
-def _live(screen: Console, rounds: int) -> Iterator[Update]:
-    from rich.console import Group
+def _inline(console: Console, *, short: bool) -> Iterator[Update]:
+    """Below what the terminal shows already. The short form makes way for the record; the long one stays."""
     from rich.live import Live
-    from rich.text import Text
 
-    from migrated.cli.render import progress_view
+    from migrated.cli.live import Screen
 
-    idle = Text("No migration is running; waiting for one (Ctrl-C ends).", style="dim")
-    # The short form makes way for the record; the long one stays to be read.
-    with Live(idle, console=screen, auto_refresh=False, vertical_overflow="crop", transient=not rounds) as live:
+    view = Screen(short=short)
+    with Live(view, console=console, auto_refresh=False, vertical_overflow="crop", transient=short) as live:
 
         def update(found: list[Progress]) -> None:
-            views = [progress_view(progress, rounds=rounds) for progress in found]
-            live.update(Group(*views) if views else idle, refresh=True)
+            view.take(found)
+            live.refresh()
 
         yield update
 
 
+@contextmanager
+def _full_screen(console: Console) -> Iterator[Update]:
+    """On the terminal's second screen, which alone is sound when its size changes; the last view goes on the first."""
+    from rich.live import Live
+
+    from migrated.cli.live import Screen
+
+    view, seen = Screen(hint="Ctrl-C leaves; migrations go on."), False
+    try:
+        with Live(view, console=console, auto_refresh=False, screen=True) as live:
+
+            def update(found: list[Progress]) -> None:
+                nonlocal seen
+                seen = seen or bool(found)
+                view.take(found)
+                live.refresh()
+
+            yield update
+    finally:
+        if seen:
+            console.print(view.without_hint())
+
+
+class JsonLines:
+    """Writes every snapshot as a line; one that has ended, with its record, once."""
+
+    def __init__(self) -> None:
+        self._ended: set[str] = set()
+
+    def __call__(self, found: list[Progress]) -> None:
+        """Take one snapshot."""
+        for progress in found:
+            if progress["migration_id"] not in self._ended:
+                click.echo(json.dumps(progress))
+            if "record" in progress:
+                self._ended.add(progress["migration_id"])
+
+
 class PlainLines:
-    """Writes a line whenever a migration's status, round or decision has changed."""
+    """Writes a line whenever a migration's status, round or decision has changed, and its outcome."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
@@ -77,43 +109,70 @@ class PlainLines:
 
     def __call__(self, found: list[Progress]) -> None:
         """Take one snapshot."""
-        from migrated.cli.render import progress_line
+        from migrated.cli.render import outcome_line, progress_line
 
         for progress in found:
-            state = (progress["status"], progress["round"], progress["decision"])
-            if self._seen.get(progress["migration_id"]) != state:
-                self._seen[progress["migration_id"]] = state
+            record = progress.get("record")
+            state = (progress["status"], progress["round"], progress["decision"], record is not None)
+            if self._seen.get(progress["migration_id"]) == state:
+                continue
+            self._seen[progress["migration_id"]] = state
+            if record is None:
                 self._write(progress_line(progress))
+            else:
+                reason = f": {record['reason']}" if record["reason"] else ""
+                self._write(f"{outcome_line(record)}{reason}")
 
 
 async def attend(client: ControlClient, guest: str, migration_id: str, update: Update | None) -> Any:
     """Show a migration until it has ended or is in doubt, and return its record."""
     ended = asyncio.create_task(client.command("x-migrated-wait", {"migration-id": migration_id}, oob=True))
+    asked = {"guest": guest, "rounds": ROUNDS_ASKED}
     try:
-        while not ended.done():
-            if update is not None:
-                found = await client.command("x-migrated-status", {"guest": guest, "rounds": ROUNDS_ASKED})
-                update([progress for progress in found if progress["migration_id"] == migration_id])
-            await asyncio.wait({ended}, timeout=INTERVAL_S if update else None)
-        return ended.result()
+        while update is not None:
+            found = await client.command("x-migrated-status", asked)
+            shown = [progress for progress in found if progress["migration_id"] == migration_id]
+            update(shown)
+            await asyncio.wait({ended}, timeout=INTERVAL_S)
+            if ended.done():
+                update([progress | {"record": ended.result()} for progress in shown])
+                break
+        return await ended
     finally:
         ended.cancel()
 
 
 async def watch(client: ControlClient, guest: str | None, update: Update, *, follow: bool) -> None:
-    """Show running migrations until all that were seen have ended, or for ever with ``follow``.
+    """Show migrations until all that ran have ended, or for ever with ``follow``.
 
-    Those that ended stay in view. When nothing runs, it waits for the first.
+    Those that ended stay in view, with their ``record``. What had ended before is not shown; when nothing runs, it
+    waits for the first.
     """
     asked: dict[str, Any] = {"rounds": ROUNDS_ASKED} | ({"guest": guest} if guest else {})
-    seen: set[str] = set()
+    before: set[str] | None = None
+    records: dict[str, Any] = {}
     while True:
         found = await client.command("x-migrated-status", asked)
-        seen.update(p["migration_id"] for p in found if p["status"] not in FINISHED)
-        shown = [p for p in found if p["migration_id"] in seen]
+        if before is None:
+            before = {p["migration_id"] for p in found if p["status"] in FINISHED}
+        shown = [p for p in found if p["migration_id"] not in before]
+        for progress in shown:
+            if progress["status"] in FINISHED:
+                progress |= await _record_of(client, progress["migration_id"], records)
         update(shown)
         # One in doubt may stay so for days; what it needs is a person, not a longer look.
         running = [p for p in shown if p["status"] not in (*FINISHED, "in-doubt")]
-        if seen and not running and not follow:
+        if shown and not running and not follow:
             return
         await asyncio.sleep(INTERVAL_S)
+
+
+async def _record_of(client: ControlClient, migration_id: str, known: dict[str, Any]) -> Progress:
+    """``record`` of one that has ended; nothing when it has none, as after a restart with a full disk."""
+    if migration_id not in known:
+        try:
+            known[migration_id] = {"record": await client.command("x-migrated-wait", {"migration-id": migration_id})}
+        except CommandError:
+            known[migration_id] = {}
+    found: Progress = known[migration_id]
+    return found

@@ -248,7 +248,7 @@ async def _wait(operations: Operations, arguments: Arguments) -> Any:
 def _query(arguments: Arguments, **defaults: object) -> HistoryQuery:
     try:
         return HistoryQuery.model_validate(
-            defaults | {name: arguments[name] for name in ("last", "guest", "outcome", "since") if name in arguments}
+            defaults | {name: arguments[name] for name in HISTORY_QUERY if name in arguments}
         )
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
@@ -285,11 +285,13 @@ async def _metrics(operations: Operations, _arguments: Arguments) -> Any:
     return {"text": (await asyncio.to_thread(operations.metrics_text)).decode()}
 
 
+HISTORY_QUERY: Final = ("last", "guest", "outcome", "since", "until")
 CHANNELS: Final = Argument("channels", "array", "QEMU's other form of the destination: one 'main' inet channel.")
 HISTORY_FILTER: Final = (
     Argument("guest", "string", "Only this guest."),
     Argument("outcome", "string", "Only this outcome.", values=get_args(Outcome)),
     Argument("since", "string", "Only attempts that began at this ISO 8601 time with offset, or later."),
+    Argument("until", "string", "Only attempts that began before this ISO 8601 time with offset."),
 )
 LAST: Final = Argument("last", "integer", "Only the newest so many.")
 

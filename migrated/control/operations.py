@@ -21,6 +21,8 @@ ErrorKind = Literal["GenericError", "CommandNotFound", "DeviceNotActive", "Devic
 """QMP's error classes (qapi/error.json)."""
 
 EVENTS_KEPT: Final = 1024
+WAKE_S: Final = 0.005
+HELD_S: Final = 0.5
 """Events kept for one subscriber that does not read."""
 EVENTS_LOST: Final = "X_MIGRATED_EVENTS_LOST"
 
@@ -87,13 +89,17 @@ class Subscription:
         """Events this reader never saw, over its life."""
 
     def put(self, event: Event) -> None:
-        """Add an event; never waits."""
+        """Add an event without telling the reader, as ``wake`` does; never waits."""
         if len(self._events) == self._capacity:
             self._events.popleft()
             self._lost += 1
             self.dropped += 1
         self._events.append(event)
-        self.arrived.set()
+
+    def wake(self) -> None:
+        """Tell the reader that there is something to take."""
+        if self._events:
+            self.arrived.set()
 
     def pending(self) -> list[Event]:
         """Take everything there is, oldest first, without waiting."""
@@ -116,10 +122,20 @@ class Subscription:
 
 
 class EventBus:
-    """Hands events to every subscriber. Publish from the event loop's thread only; it never waits."""
+    """Hands events to every subscriber. Publish from the event loop's thread only; it never waits.
+
+    Subscribers are woken a moment later, and not while a guest is stopped for its switchover, for at most HELD_S:
+    writing to twenty clients would take longer than the rest of a short downtime, and the event of the last round comes
+    just before it. Events keep their time and their order.
+    """
 
     def __init__(self) -> None:
         self._subscriptions: set[Subscription] = set()
+        self._stopped: set[object] = set()
+        """Migrations whose guest is stopped."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._held = False
+        """Whether the timer is that of a hold."""
 
     def subscribe(self, capacity: int = EVENTS_KEPT) -> Subscription:
         """Receive every event published from now on; close the subscription when done."""
@@ -136,6 +152,24 @@ class EventBus:
         event = _stamped(name, data or {})
         for subscription in self._subscriptions:
             subscription.put(event)
+        if name == "MIGRATION":
+            migration = event.data.get("migration-id")
+            if event.data.get("status") == "device":
+                self._stopped.add(migration)
+            else:
+                self._stopped.discard(migration)
+        hold = bool(self._stopped)
+        if self._timer is None or hold != self._held:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._held = hold
+            self._timer = asyncio.get_running_loop().call_later(HELD_S if hold else WAKE_S, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._stopped.clear()
+        for subscription in self._subscriptions:
+            subscription.wake()
 
 
 def _stamped(name: str, data: dict[str, Any]) -> Event:

@@ -20,7 +20,7 @@ import struct
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import structlog
 
@@ -32,7 +32,8 @@ from migrated.history import HistoryError, RecordNotFoundError
 
 MAX_CLIENTS: Final = 128
 MAX_IN_FLIGHT: Final = 8
-"""In-band commands of one client that are read and not yet answered; and out-of-band ones likewise (qmp-spec.rst)."""
+"""In-band commands of one client that are read and whose reply is not written; and out-of-band ones likewise
+(qmp-spec.rst)."""
 READ_BYTES: Final = 1 << 16
 FLUSH_TIMEOUT_S: Final = 2.0
 """How long a closing server waits for commands to finish and clients to take their last replies."""
@@ -40,6 +41,9 @@ OOB: Final = "oob"
 SOCKET_UMASK: Final = 0o117
 
 log = structlog.get_logger()
+
+
+_Band = Literal["in-band", "out-of-band"] | None
 
 
 class ControlSocketError(Exception):
@@ -164,8 +168,10 @@ class _Client:
         self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._oob_tasks: set[asyncio.Task[None]] = set()
         self._waiting: set[asyncio.Task[bytes]] = set()
-        self._replies: deque[tuple[bytes, bool]] = deque()
-        """Encoded replies, and whether each gives an in-band slot back once it is written."""
+        self._oob_open = 0
+        """Out-of-band commands that are read and whose reply is not written."""
+        self._replies: deque[tuple[bytes, _Band]] = deque()
+        """Encoded replies, and what each gives back once it is written."""
         self._events = operations.events.subscribe()
         self._wake = self._events.arrived
         self._ended = False
@@ -175,7 +181,7 @@ class _Client:
         """Serve until the client leaves, or ``finish`` was called and everything is answered."""
         version = version_document(self._operations)
         greeting = {"version": {"qemu": version["qemu"], "package": version["package"]}, "capabilities": [OOB]}
-        self._push(encode({"QMP": greeting}), slot=False)
+        self._push(encode({"QMP": greeting}), None)
         self._reading = asyncio.create_task(self._read())
         writing = asyncio.create_task(self._write())
         executing = asyncio.create_task(self._execute())
@@ -216,7 +222,8 @@ class _Client:
 
     async def _dispatch(self, value: bytes | Malformed) -> None:
         request = _request(value, oob_allowed=self._oob_enabled)
-        if isinstance(request, _Request) and request.oob and len(self._oob_tasks) < MAX_IN_FLIGHT:
+        if isinstance(request, _Request) and request.oob and self._oob_open < MAX_IN_FLIGHT:
+            self._oob_open += 1
             task = asyncio.create_task(self._execute_oob(request))
             self._oob_tasks.add(task)
             task.add_done_callback(self._oob_tasks.discard)
@@ -233,7 +240,7 @@ class _Client:
 
     async def _execute(self) -> None:
         while (item := await self._in_band.get()) is not None:
-            self._push(await self._respond(item) if isinstance(item, _Request) else encode(item), slot=True)
+            self._push(await self._respond(item) if isinstance(item, _Request) else encode(item), "in-band")
             self._in_band.task_done()
         if self._oob_tasks:
             await asyncio.wait(self._oob_tasks)
@@ -241,7 +248,7 @@ class _Client:
         self._wake.set()
 
     async def _execute_oob(self, request: _Request) -> None:
-        self._push(await self._respond(request), slot=False)
+        self._push(await self._respond(request), "out-of-band")
 
     async def _respond(self, request: _Request) -> bytes:
         """Carry a request out and encode its reply. A command once begun is finished even if its client goes away."""
@@ -286,8 +293,8 @@ class _Client:
         self._events.pending()  # what happened before the negotiation is not this client's
         return {"return": {}}
 
-    def _push(self, reply: bytes, *, slot: bool) -> None:
-        self._replies.append((reply, slot))
+    def _push(self, reply: bytes, band: _Band) -> None:
+        self._replies.append((reply, band))
         self._wake.set()
 
     async def _write(self) -> None:
@@ -301,9 +308,11 @@ class _Client:
                 raise ConnectionResetError  # writing to it would be a RuntimeError under uvloop
             self._writer.write(b"".join([*events, *(reply for reply, _ in replies)]))
             await self._writer.drain()
-            for _, slot in replies:
-                if slot:
+            for _, band in replies:
+                if band == "in-band":
                     self._slots.release()
+                elif band == "out-of-band":
+                    self._oob_open -= 1
 
 
 def _request(value: bytes | Malformed, *, oob_allowed: bool) -> _Request | dict[str, Any]:

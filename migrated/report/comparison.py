@@ -228,9 +228,13 @@ def _rounds(a: Fields, b: Fields) -> Section | None:
     plots = [
         plot("Left dirty", lines("dirty_pages", lambda fields: int(fields["ram.page_size"])), numbers, size, base=16),
         plot("Bandwidth", lines("bandwidth_bytes_per_s"), numbers, rate, base=16),
-        plot("Predicted downtime", lines("predicted_downtime_ns"), numbers, lambda ns: short(round(ns)), base=10),
+        plot("Predicted downtime", lines("predicted_downtime_ns"), numbers, _time, base=10),
     ]
     return section("rounds", "Memory rounds", el("div", *plots, class_="plots"))
+
+
+def _time(ns: float) -> str:
+    return short(round(ns)) if ns else "0"
 
 
 def _parameters(a: Fields, b: Fields) -> Section:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from migrated.record import COMPONENT_OF, COMPONENTS
+from migrated.record import COMPONENT_OF, COMPONENTS, Component
 from migrated.report.charts import Axis, Bar, Track, magnified, tracks
 from migrated.report.fields import Fields, exact_ms, join_unit, short
 from migrated.report.markup import Markup, el, join
@@ -83,9 +83,7 @@ def _components(fields: Fields) -> Markup | None:
     end_ns = 1
     for component in COMPONENTS:
         # Memory and device saves run side by side: what is predicted for saves is what they add.
-        parts = [
-            name for name in (("memory", "device-saves") if component == "state" else (component,)) if name in names
-        ]
+        parts = _parts_of(downtime, component)
         predicted = sum(names[name] for name in parts)
         shown = join([fields.ms(f"downtime.predicted_parts_ns.{name}") for name in parts], " + ")
         base = (
@@ -94,7 +92,7 @@ def _components(fields: Fields) -> Markup | None:
         bars = [Bar(0, predicted, "predicted", f"predicted {short(predicted)}")]
         if completed:
             bars.insert(0, Bar(0, actual[component], "took", f"took {short(actual[component])}"))
-        title = join([" and ".join(parts)])
+        title = component_title(downtime, component)
         cells = (base, shown, exact_ms(actual[component])) if completed else (base, shown)
         rows.append(Track(title, cells, tuple(bars)))
         end_ns = max(end_ns, predicted, actual[component] if completed else 0)
@@ -110,9 +108,30 @@ def _components(fields: Fields) -> Markup | None:
     )
 
 
-def _actual_components(downtime: Any) -> dict[str, int]:
+def _parts_of(downtime: Any, component: Component) -> list[str]:
+    """The names under which a component's prediction stands in the record."""
+    names = ("memory", "device-saves") if component == "state" else (component,)
+    return [name for name in names if name in downtime["predicted_parts_ns"]]
+
+
+def component_title(downtime: Any, component: Component) -> str:
+    """What a component is called."""
+    return " and ".join(_parts_of(downtime, component))
+
+
+def overruns(downtime: Any) -> dict[Component, int]:
+    """How much longer than predicted each component took (ns); negative when it was shorter."""
+    actual, predicted = _actual_components(downtime), downtime["predicted_parts_ns"]
+    return {
+        component: actual[component] - sum(predicted[name] for name in parts)
+        for component in COMPONENTS
+        if (parts := _parts_of(downtime, component))
+    }
+
+
+def _actual_components(downtime: Any) -> dict[Component, int]:
     """The parts of a downtime as the prediction groups them."""
-    actual: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
+    actual: dict[Component, int] = dict.fromkeys(COMPONENTS, 0)
     for part in downtime["parts"]:
         if part["name"] != "hold":
             actual[COMPONENT_OF.get(part["name"], "legs")] += part["ns"]
@@ -185,8 +204,11 @@ def _guest_gap(fields: Fields) -> str | None:
     """What the guest saw of it: the gap between two of its own heartbeats."""
     if fields["guest_gap"] is None:
         return None
-    seen = f"The guest itself missed {short(fields['guest_gap.guest_ns'])} between two heartbeats, on its own TSC"
-    return el("p", seen, " (", fields.ms("guest_gap.guest_ns"), " ms)", class_="gap")
+    seen = f"The guest itself missed {short(fields['guest_gap.guest_ns'])} between two heartbeats"
+    return el(
+        "p", seen, " (", fields.ms("guest_gap.guest_ns"), " ms on its own TSC, ", fields.ms("guest_gap.host_ns"),
+        " ms on the host’s clock).", class_="gap",
+    )  # fmt: skip
 
 
 def checkpoints(fields: Fields) -> Section | None:

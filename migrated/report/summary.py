@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from migrated.report.downtime import component_title, overruns
 from migrated.report.fields import Fields, grouped, percent, short
 from migrated.report.markup import Markup, Node, el, join
+from migrated.report.pieces import chip
 
 OUTCOME_LOOKS: Final = {"completed": "good", "in-doubt": "bad"}
+LARGEST: Final = 3
+WORTH_NAMING: Final = 0.08
+"""Share of the downtime from which a part or an overrun is named in the head."""
 
 
 def header(fields: Fields) -> Markup:
@@ -24,6 +29,7 @@ def header(fields: Fields) -> Markup:
         el("p", "migrated · record of one migration", class_="kicker"),
         el("h1", fields.show("guest"), " ", badge(fields)),
         el("p", sentence(fields.document), class_="sentence"),
+        _where_it_went(fields),
         el("p", el("b", "Reason: "), fields.show("reason"), class_="reason") if reason else None,
         el("p", *identity, class_="identity"),
         _key_figures(fields),
@@ -40,15 +46,17 @@ def badge(fields: Fields) -> Markup:
 def sentence(record: Any) -> str:
     """The outcome in words."""
     guest, took, downtime = record["guest"], short(record["total_ns"]), record["downtime"]
-    here, there = _hosts(record)
+    # Without their control sockets, which the line beneath has.
+    here, there = (host.partition(" (")[0] for host in (record["source_host"], _destination(record)))
     match record["outcome"]:
         case "completed":
-            text = f"{guest} moved from {here} to {there} in {took}"
+            way = f"from {here} to {there}" if here != there else f"between two daemons on {here}"
+            text = f"{guest} moved {way} in {took}"
             return f"{text} and stood still for {_against_limit(downtime)}." if downtime else f"{text}."
         case "in-doubt":
             return (
-                f"{guest} was handed over to {there}, which has not answered since: it is kept stopped on {here} until "
-                "the other host or an operator says which copy runs."
+                f"{guest} was handed over to {_destination(record)}, which has not answered since: it is kept "
+                f"stopped on {here} until the other host or an operator says which copy runs."
             )
         case outcome if downtime:
             text = "The switchover was given up" if outcome == "aborted" else f"The migration ended as {outcome}"
@@ -59,11 +67,32 @@ def sentence(record: Any) -> str:
             return f"The migration was {outcome} after {took}, before the guest was stopped: {guest} ran on, on {here}."
 
 
-def _hosts(record: Any) -> tuple[str, str]:
-    """Source and destination, without their control sockets where the hosts alone tell them apart."""
-    here, there = record["source_host"], record["destination_host"] or record["peer"]
-    names = here.partition(" (")[0], there.partition(" (")[0]
-    return names if names[0] != names[1] else (here, there)
+def _destination(record: Any) -> str:
+    return str(record["destination_host"] or record["peer"])
+
+
+def _where_it_went(fields: Fields) -> Markup | None:
+    """The largest parts, and what took longer than it was predicted to."""
+    downtime = fields["downtime"]
+    if not downtime or not downtime["measured_ns"]:
+        return None
+    measured = downtime["measured_ns"]
+    largest = sorted(downtime["parts"], key=lambda part: -part["ns"])[:LARGEST]
+    named = [
+        join([chip(part["side"], part["name"]), f" {short(part['ns'])}"])
+        for part in largest
+        if part["ns"] >= measured * WORTH_NAMING
+    ]
+    pieces: list[Node] = ["Most of it: ", join(named, ", "), "."] if named else []
+    predicted = downtime["predicted_parts_ns"]
+    if fields["outcome"] != "completed" and predicted:
+        longest = max(predicted, key=lambda name: predicted[name])
+        pieces.append(f" Predicted to take longest: {longest}, {short(predicted[longest])}.")
+    elif over := overruns(downtime):
+        worst = max(over, key=lambda component: over[component])
+        if over[worst] >= measured * WORTH_NAMING:
+            pieces.append(f" Longer than predicted: {component_title(downtime, worst)}, by {short(over[worst])}.")
+    return el("p", *pieces, class_="went") if pieces else None
 
 
 def _against_limit(downtime: Any) -> str:
@@ -90,7 +119,8 @@ def _key_figures(fields: Fields) -> Markup:
         )
         violated = fields.show("downtime.limit_violated", "exceeded" if downtime["limit_violated"] else "kept")
         figures.append(("Limit", fields.short("downtime.limit_ns"), join([violated, used], ", ")))
-        figures.append(("Predicted", fields.short("downtime.predicted_ns"), _error(downtime)))
+        foreseen = _error(downtime) if fields["outcome"] == "completed" else "for a switchover to its end"
+        figures.append(("Predicted", fields.short("downtime.predicted_ns"), foreseen))
     figures.append(("Total time", fields.short("total_ns"), join([fields.short("setup_ns"), " of it set-up"])))
     moved = join(
         ["of ", fields.size("ram.total_bytes"), "; ", fields.size("ram.downtime_bytes"), " while it stood still"]

@@ -81,7 +81,7 @@ def round_plots(fields: Fields) -> list[Markup]:
             "Predicted downtime",
             [line("predicted", "destination", "predicted_downtime_ns")],
             numbers,
-            lambda ns: short(round(ns)),
+            lambda ns: short(round(ns)) if ns else "0",
             base=10,
             limit=("limit", limit_ns),
         ),

@@ -233,7 +233,8 @@ def test_watch_follows_until_all_have_ended(served: Any, ctl: Callable[..., Resu
     result = ctl("watch")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["g1 active", "g1 completed"]
+    assert lines[0].startswith("g1 active, round 3,")
+    assert lines[1:] == ["g1: completed after 960ms, downtime 66ms (limit 300ms, predicted 60ms, bound 75ms)"]
 
 
 def test_events_one_per_line(served: Any, ctl: Callable[..., Result]) -> None:

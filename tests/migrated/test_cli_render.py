@@ -16,9 +16,7 @@ from migrated.cli.render import (
     guests_table,
     outcome_line,
     progress_line,
-    progress_view,
     record_view,
-    sparkline,
 )
 
 
@@ -84,35 +82,6 @@ def test_a_record_with_nothing_in_it_and_a_narrow_screen(record_of: Callable[...
     assert "No route to host." in text_of(record_view(bare.document()))
 
 
-def test_progress_tells_prediction_limit_and_why_not_yet(progress_of: Callable[..., Any]) -> None:
-    shown = text_of(progress_view(progress_of().model_dump(mode="json")))
-    for fact in (
-        "g1 -> 127.0.0.1:4460",
-        "active",
-        "round 3",
-        "12MiB left",
-        "predicted 412ms (bound 455ms) of 300ms",
-        "memory 290ms, device loads 110ms",
-        "not yet: predicted 412ms, bound 455ms, limit 300ms",
-        "loading",
-        "m-0001",
-    ):
-        assert fact in shown
-    short = text_of(progress_view(progress_of().model_dump(mode="json"), rounds=0))
-    assert "Rounds" in shown
-    assert "Rounds" not in short
-
-
-def test_progress_without_a_prediction_and_after_the_end(progress_of: Callable[..., Any]) -> None:
-    blank = {"predicted_downtime_ns": None, "predicted_upper_ns": None, "predicted_parts_ns": {}, "rounds": ()}
-    early = progress_of(round=0, decision="", destination="", bandwidth_bytes_per_s=0.0, **blank)
-    assert "not predicted yet; limit 300ms" in text_of(progress_view(early.model_dump(mode="json")))
-    ended = progress_of(status="failed", downtime_ns=70_000_000, reason="Too late.")
-    shown = text_of(progress_view(ended.model_dump(mode="json")))
-    assert "70ms of 300ms" in shown
-    assert "Too late." in shown
-
-
 def test_a_plain_line_of_progress(progress_of: Callable[..., Any]) -> None:
     assert progress_line(progress_of().model_dump(mode="json")) == (
         "g1 active, round 3, 290MiB sent, 12MiB left, 1.4GiB/s, predicted 412ms (bound 455ms) of 300ms, "
@@ -121,11 +90,10 @@ def test_a_plain_line_of_progress(progress_of: Callable[..., Any]) -> None:
 
 
 def test_nothing_that_a_peer_says_reaches_the_terminal_as_control_sequences(
-    record_of: Callable[..., Any], progress_of: Callable[..., Any]
+    record_of: Callable[..., Any],
 ) -> None:
     evil = "\x1b]0;owned\x07[bold]x[/bold]\n"
     shown = text_of(record_view(record_of(reason=evil, peer=evil, destination_host=evil).document()))
-    shown += text_of(progress_view(progress_of(decision=evil, destination=evil, reason=evil, peer=evil).model_dump()))
     shown += text_of(guests_table([{"name": evil, "state": "x", "memory_bytes": 1, "pid": None, "api_socket": evil}]))
     shown += text_of(facts_view({"a": {evil: evil}}))
     shown += event_line({"event": "X", "data": {"a": evil}, "timestamp": {"seconds": 86_399, "microseconds": 5}})
@@ -138,14 +106,6 @@ def test_event_lines() -> None:
     event = {"event": "STOP", "data": {"guest": "g1"}, "timestamp": {"seconds": 86_400 + 3661, "microseconds": 42}}
     assert event_line(event) == "01:01:01.000042 STOP guest=g1"
     assert event_line({"event": "STOP", "timestamp": {"seconds": 0, "microseconds": 0}}) == "00:00:00.000000 STOP"
-
-
-def test_sparklines() -> None:
-    assert sparkline([]) == ""
-    assert sparkline([0, 0]) == "▁▁"
-    assert sparkline([0, 4, 8]) == "▁▅█"
-    assert sparkline(list(range(100)), width=3)[-1] == "█"
-    assert len(sparkline(list(range(100)), width=3)) == 3
 
 
 def test_facts_carry_their_units() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
 import signal
 import sqlite3
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
@@ -65,7 +67,40 @@ def test_queries_filter_and_come_newest_first(history: History, record_of: Calla
     assert ids(history, guest="g1", outcome="completed", last=1) == ["m13"]
     assert ids(history, since=datetime(2026, 3, 1, 12, tzinfo=UTC)) == ["m13", "m12"]
     assert ids(history, since="2026-03-01T13:00:00+02:00") == ["m13", "m12", "m11"]
+    assert ids(history, until=datetime(2026, 3, 1, 12, tzinfo=UTC)) == ["m11", "m10"]
+    eleven = datetime(2026, 3, 1, 11, tzinfo=UTC)
+    assert ids(history, since=eleven, until=eleven.replace(hour=13)) == ["m12", "m11"]
     assert ids(history, guest="nobody") == []
+
+
+def test_beyond_its_bound_the_oldest_go_but_not_those_in_doubt(tmp_path: Path, record_of: Callable[..., Any]) -> None:
+    def add(history: History, number: int, **changes: Any) -> None:
+        started = f"2026-03-01T10:{number:02}:00+00:00"
+        assert history.add(record_of(migration_id=f"m{number}", started_at=started, **changes), "source")
+
+    with closing(History(tmp_path)) as unbounded:
+        for number in range(6):
+            add(unbounded, number, outcome="in-doubt" if number == 1 else "completed")
+        assert ids(unbounded) == ["m5", "m4", "m3", "m2", "m1", "m0"]
+    with closing(History(tmp_path, max_records=3)) as history:
+        add(history, 6)
+        assert ids(history) == ["m6", "m5", "m4", "m1"]
+        assert history.stats(HistoryQuery())["migrations"] == 4
+        add(history, 1, outcome="completed")
+        assert ids(history) == ["m6", "m5", "m4"], "once it is decided, it is as old as it is"
+
+
+def test_a_bounded_history_does_not_grow(tmp_path: Path, record_of: Callable[..., Any]) -> None:
+    with closing(History(tmp_path, max_records=10)) as history:
+
+        def fill(first: int) -> int:
+            for number in range(first, first + 300):
+                history.add(record_of(migration_id=f"m{number}"), "source")
+            return sum(path.stat().st_size for path in tmp_path.iterdir())
+
+        once = fill(0)
+        assert fill(300) <= 1.1 * once
+        assert len(ids(history)) == 10
 
 
 def test_stats_never_pool_aborted_attempts_with_completed_ones(
@@ -140,6 +175,40 @@ def test_a_full_disk_is_logged_and_the_daemon_goes_on(
     assert (logs[0]["log_level"], logs[0]["migration_id"]) == ("error", "lost")
     assert history.add(record_of(migration_id="after"), "source")
     assert set(ids(history)) == {"before", "after"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for a few records."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root, and not in every container, may mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full_loses_only_what_came_while_it_was(
+    small_disk: Path, record_of: Callable[..., Any]
+) -> None:
+    """fill | add: lost, read: there | free | add: stored | open again: there"""
+    with closing(History(small_disk)) as history:
+        assert history.add(record_of(migration_id="before"), "source")
+        ballast = small_disk / "ballast"
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        lost = [number for number in range(100) if not history.add(record_of(migration_id=f"m{number}"), "source")]
+        assert lost
+        stored = {"before"} | {f"m{number}" for number in range(100) if number not in lost}
+        assert set(ids(history)) == stored
+        assert history.stats(HistoryQuery())["migrations"] == len(stored)
+        ballast.unlink()
+        assert history.add(record_of(migration_id="after"), "source")
+    with closing(History(small_disk)) as again:
+        assert set(ids(again)) == stored | {"after"}
+        assert again.get("before")["outcome"] == "completed"
 
 
 def test_a_damaged_file_is_put_aside_and_a_new_one_begins(tmp_path: Path, record_of: Callable[..., Any]) -> None:

@@ -156,6 +156,48 @@ def test_what_is_written_is_what_is_meant(name: str, tmp_path: Path) -> None:
     assert checked > 10
 
 
+UNITS = {"ns": 1, "µs": 1e3, "ms": 1e6, "s": 1e9, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_rounded_figures_are_the_records_to_their_last_digit(name: str, tmp_path: Path) -> None:
+    """``93.00 ms``, ``1.69 GiB``, ``292.99 MiB/s``: the unit is right, and what is left away is less than a digit."""
+    checked = set()
+    for path, value, shown in page_of(load(name), tmp_path / "report.html").fields:
+        figure = re.fullmatch(r"(-?[\d\u202f]+)(\.\d+)?\u00a0(ns|µs|ms|s|B|KiB|MiB|GiB)(/s)?", shown)
+        if not figure or type(value) not in (int, float):
+            continue
+        factor = UNITS[figure[3]]
+        told = float((figure[1] + (figure[2] or "")).replace("\u202f", "")) * factor
+        last_digit = factor / 10 ** max(0, len(figure[2] or ".") - 1)
+        # Trailing zeros may have been left away: two decimals are the least that a size has.
+        assert abs(told - value) <= (last_digit if figure[3] in ("ns", "µs", "ms", "s") else factor / 100), path
+        assert path.endswith("_bytes_per_s") == bool(figure[4]), path
+        checked.add(path)
+    assert {"total_ns", "ram.total_bytes"} <= checked
+
+
+def test_the_head_says_where_the_downtime_went_and_what_took_longer(tmp_path: Path) -> None:
+    record = load("completed")
+    parts = sorted(record["downtime"]["parts"], key=lambda part: -part["ns"])
+    head = page_of(record, tmp_path / "report.html").texts["header"]
+    assert f"Most of it: {parts[0]['name']} {short(parts[0]['ns'])}" in head
+    assert "Longer than predicted" not in head
+    loads = next(part["ns"] for part in parts if part["name"] == "device-loads")
+    record["downtime"]["predicted_parts_ns"]["device-loads"] = loads // 3
+    head = page_of(record, tmp_path / "report.html").texts["header"]
+    assert f"Longer than predicted: device-loads, by {short(loads - loads // 3)}." in head
+
+
+def test_what_was_cut_short_is_not_called_a_wrong_prediction(tmp_path: Path) -> None:
+    head = page_of(load("aborted"), tmp_path / "report.html").texts["header"]
+    assert "for a switchover to its end" in head
+    assert "too high" not in head
+    assert "until-abort" in head
+    longest = max((ns, name) for name, ns in load("aborted")["downtime"]["predicted_parts_ns"].items())
+    assert f"Predicted to take longest: {longest[1]}, {short(longest[0])}." in head
+
+
 @pytest.mark.parametrize("name", ["completed", "aborted", "late"])
 def test_the_parts_on_the_page_sum_to_its_downtime(name: str, tmp_path: Path) -> None:
     page = page_of(load(name), tmp_path / "report.html")
@@ -373,7 +415,10 @@ def test_the_outcome_in_a_sentence(name: str, says: str) -> None:
 def test_hosts_of_one_name_are_told_apart_by_their_sockets() -> None:
     record = load("completed")
     record["source_host"], record["destination_host"] = "vm (run/a.sock)", "vm (run/b.sock)"
-    assert "from vm (run/a.sock) to vm (run/b.sock) in" in sentence(record)
+    assert "between two daemons on vm in" in sentence(record)
+    record["outcome"] = "in-doubt"
+    assert "handed over to vm (run/b.sock)" in sentence(record)
+    record["outcome"] = "completed"
     record["destination_host"] = "vm2 (run/b.sock)"
     assert "from vm to vm2 in" in sentence(record)
 

@@ -1,4 +1,4 @@
-"""The shipped systemd unit, as systemd itself judges it."""
+"""The shipped systemd units, as systemd itself judges them."""
 
 from __future__ import annotations
 
@@ -9,35 +9,62 @@ from pathlib import Path
 
 import pytest
 
-UNIT = Path(__file__).parents[2] / "configs" / "systemd" / "migrated@.service"
+DIRECTORY = Path(__file__).parents[2] / "configs" / "systemd"
 MAX_EXPOSURE = 2.0
 """systemd-analyze security: 0 is best; below 2.0 it says OK."""
 
-pytestmark = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+OLDEST = 250
+"""Version of systemd from which on it knows every key of the units, and "security --offline"."""
+
+
+def version() -> int:
+    """The version of systemd here, 0 without it."""
+    if shutil.which("systemd-analyze") is None:
+        return 0
+    told = subprocess.run(["systemd-analyze", "--version"], capture_output=True, text=True, timeout=60).stdout
+    return int(told.split()[1])
+
+
+pytestmark = pytest.mark.skipif(version() < OLDEST, reason=f"systemd-analyze {OLDEST} or newer is not installed")
 
 
 @pytest.fixture
-def unit(tmp_path: Path) -> Path:
-    """The unit as instance "host", with a program that exists."""
-    path = tmp_path / "migrated@host.service"
-    path.write_text(UNIT.read_text().replace("/usr/bin/migrated", "/bin/true"))
-    return path
+def units(tmp_path: Path) -> Path:
+    """A directory with the units as instance "host", with a program that exists."""
+    for template in DIRECTORY.iterdir():
+        path = tmp_path / template.name.replace("@", "@host")
+        path.write_text(template.read_text().replace("/usr/bin/migrated", "/bin/true"))
+    return tmp_path
 
 
 def analyze(*arguments: str) -> str:
     done = subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60, check=False)
-    if "Unknown" in done.stderr or "unrecognized option" in done.stderr:
-        pytest.skip(f"this systemd-analyze is too old: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
 
-def test_it_is_valid(unit: Path) -> None:
-    assert unit.name not in analyze("verify", "--man=no", str(unit))
+@pytest.mark.parametrize("name", ["migrated@host.service", "migrated@host.socket"])
+def test_it_is_valid(units: Path, name: str) -> None:
+    assert "migrated@" not in analyze("verify", "--man=no", str(units / name))
 
 
-def test_it_is_hardened(unit: Path) -> None:
-    told = analyze("security", "--offline=true", "--no-pager", str(unit))
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("migrated@host.service", "WatchdogSec=", "WatchdogSeconds="),
+        ("migrated@host.socket", "ListenStream=127.0.0.1:4460", "ListenStream=nowhere:port"),
+    ],
+)
+def test_what_is_wrong_would_be_told(units: Path, name: str, good: str, bad: str) -> None:
+    unit = units / name
+    assert good in unit.read_text()
+    unit.write_text(unit.read_text().replace(good, bad))
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        test_it_is_valid(units, name)
+
+
+def test_it_is_hardened(units: Path) -> None:
+    told = analyze("security", "--offline=true", "--no-pager", str(units / "migrated@host.service"))
     exposure = re.search(r"exposure level for \S+: ([\d.]+)", told)
     assert exposure is not None
     assert float(exposure[1]) <= MAX_EXPOSURE
