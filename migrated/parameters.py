@@ -4,7 +4,7 @@ record. Times and sizes also take a string with a unit ("300ms", "64MiB", "100Mi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -89,6 +89,19 @@ class MigrationParameters(BaseModel):
     """Most throttling (%)."""
     pause_before_switchover: bool = False
     """Stop the guest, then wait for ``continue`` before the switchover (QEMU's pause-before-switchover)."""
+
+
+CHANGE_WHILE_RUNNING: Final = (
+    "downtime_limit_ms", "switchover_limit_ms", "switchover_abort", "max_bandwidth_bytes_per_s", "timeout_s",
+    "on_timeout", "prediction_coverage_pct", "downtime_steps", "auto_converge", "cpu_throttle_initial",
+    "cpu_throttle_increment", "max_cpu_throttle", "pause_before_switchover",
+)  # fmt: skip
+"""What a running migration takes up at once; the other parameters are agreed on when it begins."""
+
+
+def in_force(running: MigrationParameters, wished: MigrationParameters) -> MigrationParameters:
+    """The parameters of a running migration after an operator wished for others."""
+    return running.model_copy(update={name: getattr(wished, name) for name in CHANGE_WHILE_RUNNING})
 
 
 def limit_of(parameters: MigrationParameters) -> int:

@@ -172,10 +172,12 @@ class RoundDone(Message):
 
 
 class Downtime(Message):
-    """The guest has stopped: the source's downtime at ``sent_at_ns`` (raw clock), stamped right before the write."""
+    """The guest has stopped: the source's downtime at ``sent_at_ns`` (raw clock), stamped right before the write, and
+    the limits that this switchover runs under, in place of HELLO's: an operator may change them while rounds run."""
 
     TYPE = FrameType.DOWNTIME
     epoch: Epoch
+    limits: Limits
     source_downtime_ns: NonNegativeNs
     sent_at_ns: I64
 

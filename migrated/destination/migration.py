@@ -114,6 +114,7 @@ class IncomingMigration:
         self._env = env
         self._control = control
         self._hello = hello
+        self._limits = hello.limits
         self._on_change = on_change
         self._token = secrets.token_bytes(16)
         self._inbox: asyncio.Queue[Item] = asyncio.Queue()
@@ -233,7 +234,7 @@ class IncomingMigration:
             predicted_downtime_ns=None,
             predicted_upper_ns=None,
             predicted_parts_ns={},
-            downtime_limit_ns=abort_limit_ns(self._hello.limits),
+            downtime_limit_ns=abort_limit_ns(self._limits),
             downtime_ns=counted_ns if self.status in ("device", "completed") else None,
             throttle_percent=0,
             decision=f"received {self._rounds} rounds",
@@ -377,6 +378,7 @@ class IncomingMigration:
                 self._check_round(end.round)
             case messages.Downtime(epoch=epoch) as downtime:
                 if check_epoch(takeover.epoch, epoch):
+                    self._limits = downtime.limits
                     self._hear_downtime(downtime.source_downtime_ns, downtime.sent_at_ns, received)
             case messages.TimeData() as data:
                 self._hear_time(data, received)
@@ -474,14 +476,14 @@ class IncomingMigration:
         if self._count is None:
             return None
         counted_ns = self._count.now(time.monotonic_ns())
-        return destination_remaining_ns(self._hello.limits, counted_ns, self._reserve_ns())
+        return destination_remaining_ns(self._limits, counted_ns, self._reserve_ns())
 
     def _set_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
         remaining_ns = self._remaining_ns()
         if remaining_ns is None:
             return
-        if self._deadline is not None:
-            self._deadline.cancel()
         self._deadline = asyncio.get_running_loop().call_later(max(0, remaining_ns) / 1e9, self._deadline_passed)
 
     def _deadline_passed(self) -> None:
@@ -490,7 +492,7 @@ class IncomingMigration:
     def _over_limit(self) -> str:
         assert self._count is not None
         counted_ms = self._count.now(time.monotonic_ns()) / 1e6
-        limit_ms = abort_limit_ns(self._hello.limits) / 1e6
+        limit_ms = abort_limit_ns(self._limits) / 1e6
         return (
             f"the downtime limit of {limit_ms:g} ms cannot be kept: {counted_ms:.1f} ms have passed and READY, COMMIT "
             f"and the resume need up to {self._reserve_ns() / 1e6:.1f} ms more"
@@ -584,7 +586,7 @@ class IncomingMigration:
         log.info(
             "Migration (incoming) complete: the guest runs here, counted downtime was "
             f"{(self._counted_ns or 0) / 1e6:.0f}ms at READY "
-            f"(limit was {abort_limit_ns(self._hello.limits) / 1e6:.0f}ms)"
+            f"(limit was {abort_limit_ns(self._limits) / 1e6:.0f}ms)"
         )
 
     async def _guest_gap(self) -> GuestGap | None:

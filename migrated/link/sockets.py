@@ -20,6 +20,7 @@ from protocol.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, check_meta, pack_he
 from protocol.messages import Message
 from protocol.versions import PREFACE_BYTES, Preface, agree_version, pack_preface, unpack_preface
 
+UNSENT_BYTES: Final = 256 << 10
 DATA_BUFFER_BYTES: Final = 4 << 20
 OUR_MAX_PAYLOAD_BYTES: Final = MAX_PAYLOAD_BYTES
 
@@ -54,10 +55,13 @@ def tune(sock: socket.socket, user_timeout_s: float) -> None:
 
 
 def tune_data(sock: socket.socket) -> None:
-    """Large buffers for a data channel; the kernel caps them at its own limits."""
+    """Large buffers for a data channel; the kernel caps them at its own limits. What is not sent yet stays small, so
+    that channels that share their work end at the same time: a slow one must not have taken more than it sends."""
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, option, DATA_BUFFER_BYTES)
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
 async def connect(host: str, port: int, timeout_s: float, user_timeout_s: float) -> tuple[socket.socket, Agreed]:

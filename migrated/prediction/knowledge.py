@@ -1,18 +1,22 @@
 """What past records taught, summarised: how far bases were off, and how far whole predictions were off.
 
-Everything is kept three times: for the guest, for its class (the same devices, vCPUs and size) and for all; the most
-specific one with enough samples speaks. Rings are bounded, so a prediction costs microseconds and the whole summary
-stays small. Completed attempts teach; an aborted one only that the downtime was at least so long; refused ones nothing.
+Everything is kept three times: for the guest, for its class (the same devices, vCPUs and size) and for all. Rings are
+bounded, so a prediction costs microseconds and the whole summary stays small. Completed attempts teach; an aborted one
+only that the downtime was at least so long; refused ones nothing.
 
-The bound is split conformal: the ceil((n+1) * coverage)-th smallest of the past n ratios of truth to prediction,
-which holds for exchangeable attempts whatever their distribution. With fewer samples than a finite bound needs, a wide
-prior stands in, and the prediction says so.
+The bound is split conformal with a local scale. Every component has a spread, learned beside its correction; the root
+of the sum of their squares is the scale of a prediction. Of n past attempts the ceil((n+1) * coverage)-th smallest of
+(truth - prediction) / scale, times the scale, is added to the prediction. That holds for exchangeable attempts whatever
+their distribution; and although all guests share one pool, the bound is narrow for a guest of which little is uncertain
+and wide for one of which much is. With fewer attempts than a finite bound needs, a wide prior stands in, and the
+prediction says so.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
@@ -21,38 +25,45 @@ from migrated.prediction.model import Bases, Prediction
 from migrated.record import COMPONENT_OF, COMPONENTS, Component, Record
 from protocol.guest import GuestDescription
 
-_CORRECTIONS_KEPT: Final = 24
-_SCORES_KEPT: Final = 200
+_CORRECTIONS_KEPT: Final = 60
+_SCORES_KEPT: Final = 500
 _KEYS_KEPT: Final = 512
-_ENOUGH_CORRECTIONS: Final = 3
+_ENOUGH_CORRECTIONS: Final = 5
 _LARGE_NS: Final = 5_000_000
 """From this base on a component is corrected by a factor; below, by what it costs beside its base. A factor learned
 on a base of nothing would make nonsense of a large one."""
-_TOTAL_FLOOR_NS: Final = 2_000_000
-_PRIOR_RATIO: Final[Mapping[Component, float]] = {
-    "stop": 1.3,
-    "dirty-log": 2.0,
-    "state": 1.8,
-    "device-loads": 1.2,
-    "legs": 2.5,
-    "resume": 1.5,
-}
-"""How far each component may be off while too few attempts are known: devices were tried, memory is an estimate."""
-_PRIOR_FLOOR_NS: Final = 5_000_000
+_SPREAD_WEIGHT: Final = 16
+"""How many samples a spread of the next more general level is worth beside the own ones."""
+_SPREAD_FLOOR_NS: Final = 500_000
+"""No prediction is surer than a few wake-ups of threads."""
+_TRIMMED_TO_DEVIATION: Final = 1.4
+_PRIOR_SCORE: Final = 3.0
+"""Scales that the bound lies above the prediction while too few attempts are known."""
 _ABORT_PENALTY: Final = 1.25
 """Each aborted switchover in a row makes the guest's next bound that much wider."""
 _MOST_PENALTIES: Final = 3
 _ALL: Final = "*"
 
-_PRIOR_OVERHEAD_NS: Final[Mapping[Component, int]] = {
-    "stop": 400_000,
-    "dirty-log": 300_000,
-    "state": 1_500_000,
-    "device-loads": 800_000,
-    "legs": 1_500_000,
-    "resume": 800_000,
+
+@dataclass(frozen=True, slots=True)
+class _Prior:
+    """What holds of a component while nothing was learned: what it costs beside its base (calls to the VMM, wake-ups),
+    and its spread, a share of the base and an amount."""
+
+    overhead_ns: int
+    spread: float
+    spread_ns: int
+
+
+_PRIORS: Final[Mapping[Component, _Prior]] = {
+    "stop": _Prior(400_000, 0.10, 400_000),
+    "dirty-log": _Prior(300_000, 0.30, 300_000),
+    "state": _Prior(1_500_000, 0.25, 1_500_000),
+    "device-loads": _Prior(800_000, 0.10, 800_000),
+    "legs": _Prior(1_500_000, 0.50, 500_000),
+    "resume": _Prior(800_000, 0.15, 500_000),
 }
-"""What a component costs beside its base when nothing was learned yet: calls to the VMM and wake-ups."""
+"""Devices were tried; memory is an estimate."""
 
 
 def class_key(guest: GuestDescription) -> str:
@@ -75,12 +86,20 @@ class _Ring:
         del self.values[: -self.limit]
 
 
+@dataclass(frozen=True, slots=True)
+class _Estimate:
+    """A corrected component and how far it is usually off (ns)."""
+
+    ns: int
+    spread_ns: float
+
+
 class Knowledge:
     """Learns from finished records and predicts. One per daemon; ``document`` and ``from_document`` keep it."""
 
     def __init__(self) -> None:
         self._corrections: dict[str, _Ring] = {}
-        self._scores: dict[str, _Ring] = {}
+        self._scores = _Ring(_SCORES_KEPT)
         self._aborts: dict[str, int] = {}
 
     # Section: predicting
@@ -94,42 +113,48 @@ class Knowledge:
             bases: what this attempt measured.
             coverage: probability that the bound holds, 0.5 to 0.999.
         """
-        components = {
-            component: self._corrected(component, guest, kind, bases.of(component)) for component in COMPONENTS
-        }
+        estimates = self._estimates(guest, kind, bases.by_name(), memory_bound=bases.memory_bound)
+        components = {component: estimate.ns for component, estimate in estimates.items()}
         total_ns = sum(components.values())
-        ratio, basis = self._ratio(guest, kind, coverage, components)
-        upper_ns = max(total_ns, int((total_ns + _TOTAL_FLOOR_NS) * ratio) - _TOTAL_FLOOR_NS)
+        score, basis = self._score(guest, coverage)
+        upper_ns = total_ns + max(0, int(score * _scale_ns(estimates)))
         state_base = max(1, bases.of("state"))
         memory_ns = components["state"] * min(bases.memory_ns, state_base) // state_base
         return Prediction(total_ns, upper_ns, components, memory_ns, basis, bandwidth_known, bases)
 
-    def _corrected(self, component: Component, guest: str, kind: str, base_ns: int) -> int:
-        for key in _keys(guest, kind):
-            ring = self._corrections.get(_correction_key(key, component, base_ns))
-            if ring is not None and len(ring.values) >= _ENOUGH_CORRECTIONS:
-                learned = median(ring.values)
-                return max(0, int(base_ns * learned if base_ns >= _LARGE_NS else base_ns + learned))
-        return base_ns + _PRIOR_OVERHEAD_NS[component]
+    def _estimates(
+        self, guest: str, kind: str, bases_ns: Mapping[Component, int], *, memory_bound: bool
+    ) -> dict[Component, _Estimate]:
+        """Every component, corrected, with its spread."""
+        return {
+            component: self._estimate(component, guest, kind, base_ns, memory_bound=memory_bound)
+            for component, base_ns in bases_ns.items()
+        }
 
-    def _ratio(self, guest: str, kind: str, coverage: float, components: Mapping[Component, int]) -> tuple[float, str]:
-        """The conformal ratio and a phrase that says what it rests on."""
-        penalty = _ABORT_PENALTY ** min(self._aborts.get(guest, 0), _MOST_PENALTIES)
-        needed = math.ceil(coverage / (1 - coverage))
-        largest = 0.0
-        for key, whose in zip(_keys(guest, kind), ("this guest", "guests like it", "all guests"), strict=True):
-            ring = self._scores.get(key)
+    def _estimate(self, component: Component, guest: str, kind: str, base_ns: int, *, memory_bound: bool) -> _Estimate:
+        prior = _PRIORS[component]
+        scale = base_ns if base_ns >= _LARGE_NS else 1
+        ns, spread = base_ns + prior.overhead_ns, (base_ns * prior.spread + prior.spread_ns) / scale
+        for key in reversed(list(_keys(guest, kind))):
+            ring = self._corrections.get(_correction_key(key, component, base_ns, memory_bound=memory_bound))
             if ring is None:
                 continue
-            count = len(ring.values)
-            if count >= needed:
-                rank = math.ceil((count + 1) * coverage)
-                return sorted(ring.values)[rank - 1] * penalty, f"{count} attempts of {whose}"
-            largest = max(largest, *ring.values)
-        seen = len(self._scores[_ALL].values) if _ALL in self._scores else 0
-        prior_ns = _PRIOR_FLOOR_NS + sum(ns * _PRIOR_RATIO[component] for component, ns in components.items())
-        prior = (prior_ns + _TOTAL_FLOOR_NS) / (sum(components.values()) + _TOTAL_FLOOR_NS)
-        return max(prior, largest) * penalty, f"wide: only {seen} attempts known, {needed} needed"
+            count, centre = len(ring.values), median(ring.values)
+            spread = (count * _spread(ring.values, centre) + _SPREAD_WEIGHT * spread) / (count + _SPREAD_WEIGHT)
+            if count >= _ENOUGH_CORRECTIONS:
+                ns = max(0, int(base_ns * centre if base_ns >= _LARGE_NS else base_ns + centre))
+        return _Estimate(ns, spread * scale)
+
+    def _score(self, guest: str, coverage: float) -> tuple[float, str]:
+        """The conformal score and a phrase that says what it rests on."""
+        penalty = _ABORT_PENALTY ** min(self._aborts.get(guest, 0), _MOST_PENALTIES)
+        needed = math.ceil(coverage / (1 - coverage))
+        scores = self._scores.values
+        count = len(scores)
+        if count >= needed:
+            return sorted(scores)[math.ceil((count + 1) * coverage) - 1] * penalty, f"{count} attempts known"
+        attempts = "attempt" if count == 1 else "attempts"
+        return max(_PRIOR_SCORE, *scores, 0.0) * penalty, f"wide: {count} {attempts} known, {needed} needed"
 
     # Section: learning
 
@@ -142,23 +167,26 @@ class Knowledge:
         downtime = record.downtime
         if downtime is None or downtime.predicted_ns is None:
             return
-        counted_ns = downtime.measured_ns - downtime.hold_ns
-        score = (counted_ns + _TOTAL_FLOOR_NS) / (downtime.predicted_ns + _TOTAL_FLOOR_NS)
+        if record.outcome not in ("completed", "aborted"):
+            return
+        bases_ns = {component: downtime.predicted_bases_ns.get(component, 0) for component in COMPONENTS}
+        memory_bound = not downtime.predicted_parts_ns.get("device-saves")
+        scale_ns = _scale_ns(self._estimates(record.guest, kind, bases_ns, memory_bound=memory_bound))
+        score = (downtime.measured_ns - downtime.hold_ns - downtime.predicted_ns) / scale_ns
         if record.outcome == "completed":
             self._aborts.pop(record.guest, None)
-            self._learn_components(record, kind)
-        elif record.outcome == "aborted":
+            self._learn_components(record, kind, bases_ns, memory_bound=memory_bound)
+        else:
             if downtime.predicted_upper_ns is not None and downtime.predicted_upper_ns < limit_of(record.parameters):
                 # The bound let it pass and was wrong; a forced stop says nothing about the bound.
                 self._aborts[record.guest] = self._aborts.get(record.guest, 0) + 1
-            if score <= 1:
+            if score <= 0:
                 return  # right-censored below the prediction: it tells nothing
-        else:
-            return
-        for key in _keys(record.guest, kind):
-            self._ring(self._scores, key, _SCORES_KEPT).add(score)
+        self._scores.add(score)
 
-    def _learn_components(self, record: Record, kind: str) -> None:
+    def _learn_components(
+        self, record: Record, kind: str, bases_ns: Mapping[Component, int], *, memory_bound: bool
+    ) -> None:
         downtime = record.downtime
         assert downtime is not None
         truth = dict.fromkeys(COMPONENTS, 0)
@@ -166,13 +194,11 @@ class Knowledge:
             if part.name != "hold":
                 truth[COMPONENT_OF.get(part.name, "legs")] += part.ns
         truth["legs"] += downtime.unattributed_ns
-        for component in COMPONENTS:
-            base_ns = downtime.predicted_bases_ns.get(component)
-            if base_ns is None:
-                continue
+        for component, base_ns in bases_ns.items():
             learned = truth[component] / base_ns if base_ns >= _LARGE_NS else truth[component] - base_ns
             for key in _keys(record.guest, kind):
-                self._ring(self._corrections, _correction_key(key, component, base_ns), _CORRECTIONS_KEPT).add(learned)
+                name = _correction_key(key, component, base_ns, memory_bound=memory_bound)
+                self._ring(self._corrections, name, _CORRECTIONS_KEPT).add(learned)
 
     def _ring(self, rings: dict[str, _Ring], key: str, limit: int) -> _Ring:
         ring = rings.pop(key, None) or _Ring(limit)
@@ -187,9 +213,9 @@ class Knowledge:
     def document(self) -> dict[str, Any]:
         """The summary as JSON values."""
         return {
-            "version": 1,
+            "version": 2,
             "corrections": {key: ring.values for key, ring in self._corrections.items()},
-            "scores": {key: ring.values for key, ring in self._scores.items()},
+            "scores": self._scores.values,
             "aborts": self._aborts,
         }
 
@@ -201,20 +227,31 @@ class Knowledge:
             ValueError: it is no such summary.
         """
         knowledge = cls()
-        if document.get("version") != 1:
+        if document.get("version") != 2:
             raise ValueError(f"a summary of version {document.get('version')} cannot be read")
-        for name, rings, limit in (
-            ("corrections", knowledge._corrections, _CORRECTIONS_KEPT),
-            ("scores", knowledge._scores, _SCORES_KEPT),
-        ):
-            for key, values in document[name].items():
-                rings[key] = _Ring(limit, [float(value) for value in values])
+        for key, values in document["corrections"].items():
+            knowledge._corrections[key] = _Ring(_CORRECTIONS_KEPT, [float(value) for value in values])
+        knowledge._scores = _Ring(_SCORES_KEPT, [float(value) for value in document["scores"]])
         knowledge._aborts = {key: int(count) for key, count in document["aborts"].items()}
         return knowledge
 
 
-def _correction_key(key: str, component: Component, base_ns: int) -> str:
-    return f"{key}/{component}/{'factor' if base_ns >= _LARGE_NS else 'overhead'}"
+def _spread(values: list[float], centre: float) -> float:
+    """How far values usually lie from their centre: the mean distance without the largest tenth, brought to the length
+    of a standard deviation. Outliers do not stretch the scale: they are what the scores tell of."""
+    distances = sorted(abs(value - centre) for value in values)[: math.ceil(0.9 * len(values))]
+    return _TRIMMED_TO_DEVIATION * sum(distances) / len(distances)
+
+
+def _scale_ns(estimates: Mapping[Component, _Estimate]) -> float:
+    """How far a prediction is usually off (ns): the components err independently."""
+    return math.sqrt(_SPREAD_FLOOR_NS**2 + sum(estimate.spread_ns**2 for estimate in estimates.values()))
+
+
+def _correction_key(key: str, component: Component, base_ns: int, *, memory_bound: bool) -> str:
+    """What rests on the link and what rests on a device errs differently."""
+    what = f"{component}:{'memory' if memory_bound else 'device-saves'}" if component == "state" else component
+    return f"{key}/{what}/{'factor' if base_ns >= _LARGE_NS else 'overhead'}"
 
 
 def _keys(guest: str, kind: str) -> Iterator[str]:

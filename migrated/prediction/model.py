@@ -29,6 +29,15 @@ class Bases:
     legs_ns: int
     resume_ns: int
 
+    @property
+    def memory_bound(self) -> bool:
+        """Whether memory takes longer than saving devices."""
+        return self.memory_ns >= self.save_ns
+
+    def by_name(self) -> dict[Component, int]:
+        """All components."""
+        return {component: self.of(component) for component in COMPONENTS}
+
     def of(self, component: Component) -> int:
         """The base of one component."""
         match component:
@@ -70,7 +79,7 @@ class Prediction:
 
     def bases_by_name(self) -> dict[str, int]:
         """The bases of the components."""
-        return {component: self.bases.of(component) for component in COMPONENTS}
+        return {str(component): ns for component, ns in self.bases.by_name().items()}
 
     def parts(self) -> dict[str, int]:
         """The components by name, ``state`` cut into memory and what device saves add to it."""

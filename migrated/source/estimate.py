@@ -55,11 +55,13 @@ async def estimate(
             listener.cancel()
             await asyncio.gather(listener, return_exceptions=True)
 
+        device_bytes = sum(device.state_bytes for device in description.devices)
+
         def predict(dirty_pages: int) -> Prediction:
             return env.knowledge.predict(
                 guest.name,
                 class_key(description),
-                session.bases(dirty_pages, scan_ns, bandwidth),
+                session.bases(dirty_pages, device_bytes, scan_ns, bandwidth),
                 coverage=parameters.prediction_coverage_pct / 100,
                 bandwidth_known=True,
             )

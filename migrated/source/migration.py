@@ -24,7 +24,7 @@ from migrated.errors import CancelledByOperatorError, LinkLostError, MigrationEr
 from migrated.guests import Guest
 from migrated.journal import JournalError
 from migrated.link.control import ControlChannel
-from migrated.parameters import MigrationParameters, limit_of
+from migrated.parameters import MigrationParameters, in_force, limit_of
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
@@ -198,8 +198,11 @@ class OutgoingMigration:
         return True
 
     def set_parameters(self, parameters: MigrationParameters) -> None:
-        """Change the parameters of the running attempt; a limit counts from the next decision on."""
+        """Change the parameters of the running attempt: they count from the next decision on, until the guest is
+        stopped. What is agreed on at the start stays as it is."""
         previous, self.parameters = self.parameters, parameters
+        if self._switchover is None:
+            self._ledger.parameters = in_force(self._ledger.parameters, parameters)
         sender = self._session.sender
         if sender is not None and parameters.max_bandwidth_bytes_per_s != previous.max_bandwidth_bytes_per_s:
             sender.pace(parameters.max_bandwidth_bytes_per_s)
@@ -209,7 +212,6 @@ class OutgoingMigration:
     def progress(self) -> Progress:
         """A snapshot for an operator."""
         ledger, precopy = self._ledger, self._precopy
-        limit_ns = limit_of(self.parameters)
         remaining = precopy.remaining_pages * PAGE_SIZE if precopy is not None else 0
         if precopy is not None and not ledger.rounds:
             remaining = max(0, (ledger.memory_pages - ledger.sparse_pages) * PAGE_SIZE - self._sent_bytes())
@@ -235,7 +237,7 @@ class OutgoingMigration:
             predicted_downtime_ns=self._prediction.total_ns if self._prediction is not None else None,
             predicted_upper_ns=self._prediction.upper_ns if self._prediction is not None else None,
             predicted_parts_ns=self._prediction.parts() if self._prediction is not None else {},
-            downtime_limit_ns=limit_ns,
+            downtime_limit_ns=limit_of(ledger.parameters),
             downtime_ns=ledger.interval.measured_ns if ledger.interval is not None else None,
             throttle_percent=precopy.throttle_percent if precopy is not None else 0,
             decision=self._decision,
@@ -270,6 +272,8 @@ class OutgoingMigration:
         assert session.memory is not None
         assert session.dirty_log is not None
         assert session.sender is not None
+        # The session took the cap from the start of the attempt; it may have changed since.
+        session.sender.pace(self.parameters.max_bandwidth_bytes_per_s)
         ledger.dirty_tracking = session.dirty_log.mode
         ledger.destination_host = session.welcome.host
         for cost in session.welcome.load_costs:
@@ -386,11 +390,12 @@ class OutgoingMigration:
 
     def _predict(self, dirty_pages: int, bandwidth: Bandwidth) -> Prediction:
         """What a stop now would cost: bases tried or measured here, corrected by what was learned."""
-        assert self._transfer is not None
+        transfer = self._transfer
+        assert transfer is not None
         return self._env.knowledge.predict(
             self.guest_name,
             self.guest_class,
-            self._session.bases(dirty_pages, self._transfer.scan_ns, bandwidth),
+            self._session.bases(dirty_pages, transfer.final_device_bytes(), transfer.scan_ns, bandwidth),
             coverage=self.parameters.prediction_coverage_pct / 100,
             bandwidth_known=bandwidth.bytes_per_s > 0 or not dirty_pages,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 import xxhash
@@ -55,6 +55,8 @@ class Transfer:
     round: int = 0
     state_order: int = 0
     scan_ns: int = 0
+    iterations: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    """Bytes that each iterable device had new in the last two rounds, the older first."""
 
     async def collect(self) -> Runs:
         """Read and clear the dirty log, off the event loop."""
@@ -84,11 +86,23 @@ class Transfer:
     async def send_iteration(self, device: DeviceDescription, iteration: int) -> int:
         """Save what an iterable device has new in a round (counted from 0) and send it. Returns its bytes."""
         saved = await self.vmm.save_device(device.name, device.kind, iteration)
+        key = (device.name, device.kind)
+        self.iterations[key] = (self.iterations.get(key, (0, 0))[1], len(saved.state))
         if not len(saved.state):
             return 0
         self.ledger.devices[device.name, device.kind].precopy_bytes += len(saved.state)
         await self.sender.send_devices([self._state(device, saved, final=False)])
         return len(saved.state)
+
+    def final_device_bytes(self) -> int:
+        """What the device states will weigh at a stop: what the guest's description says, or more for a device that
+        still has more new in every round; what shrinks is expected to go on shrinking."""
+        total = 0
+        for device in self.guest.devices:
+            before, last = self.iterations.get((device.name, device.kind), (0, 0))
+            expected = last * last // before if last < before else last
+            total += max(device.state_bytes, expected)
+        return total
 
     async def save_final(self, devices: Sequence[DeviceDescription]) -> asyncio.Future[int]:
         """Save the final states of some devices and begin to send them.
@@ -227,12 +241,13 @@ class Precopy:
         transfer = self._transfer
         begin_ns = time.monotonic_ns()
         scan_ns = transfer.scan_ns
-        sent = await transfer.send_round(runs)
-        number = transfer.round
+        # Devices first: the barrier of the round then covers them, and the acknowledged bytes are those of the time.
         device_bytes = 0
         for device in transfer.guest.devices:
             if device.kind == "iterable":
-                device_bytes += await transfer.send_iteration(device, number - 1)
+                device_bytes += await transfer.send_iteration(device, transfer.round)
+        sent = await transfer.send_round(runs)
+        number = transfer.round
         await self._wait_for_progress(self._acknowledged(number))
         ns = time.monotonic_ns() - begin_ns
         acknowledged_bytes = sent.wire_bytes + device_bytes

@@ -116,11 +116,18 @@ class Session:
             switchover_abort=parameters.switchover_abort and not self.was_paused,
         )
 
-    def bases(self, dirty_pages: int, scan_ns: int, bandwidth: Bandwidth) -> Bases:
-        """What a stop now rests on: tried on both sides, or measured in this attempt."""
+    def bases(self, dirty_pages: int, device_bytes: int, scan_ns: int, bandwidth: Bandwidth) -> Bases:
+        """What a stop now rests on: tried on both sides, or measured in this attempt.
+
+        Args:
+            dirty_pages: pages that would travel while the guest stands still.
+            device_bytes: device states that would.
+            scan_ns: cost of a dirty-log read.
+            bandwidth: the link.
+        """
         assert self.control is not None
         assert self.welcome is not None
-        remaining_bytes = dirty_pages * PAGE_SIZE
+        remaining_bytes = dirty_pages * PAGE_SIZE + device_bytes
         rate = bandwidth.for_bytes(remaining_bytes)
         return Bases(
             stop_ns=self.dry_save.pause_ns,

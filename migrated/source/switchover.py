@@ -63,7 +63,7 @@ class Switchover:
     Args:
         transfer: what to send with, as the rounds left it.
         handover: decides who runs the guest.
-        limits: the budget.
+        limits: the budget, fixed from here on: the destination is told it with every DOWNTIME.
         reserves: what is kept back from it.
         pending: pages that are dirty and not sent, shape (n, 2).
         inbox: messages of the control channel and what else happens (``Happened``), in order.
@@ -148,7 +148,10 @@ class Switchover:
         self._ledger.source_reported_ns = elapsed_ns
         self._control.send(
             messages.Downtime(
-                epoch=self._handover.epoch, source_downtime_ns=elapsed_ns, sent_at_ns=self._clock.hrtime_ns()
+                epoch=self._handover.epoch,
+                limits=self._limits,
+                source_downtime_ns=elapsed_ns,
+                sent_at_ns=self._clock.hrtime_ns(),
             )
         )
 

@@ -21,7 +21,7 @@ from protocol.guest_time import VmTimeData
 from protocol.messages import DeviceCost
 
 DeviceKind = Literal["iterable", "non-iterable"]
-_DRY_RUNS: Final = 5
+_DRY_RUNS: Final = 15
 
 GuestState = Literal["running", "paused", "incoming"]
 DirtyTracking = Literal["auto", "pagemap-scan", "logged"]

@@ -179,7 +179,13 @@ class Simulation:
         tolerance_ns = rng.choice((0, 0, world.between(1 * MS, 50 * MS)))
         enforced = rng.random() < 0.9
         limits = Limits(downtime_limit_ns=budget_ns, switchover_limit_ns=tolerance_ns, switchover_abort=enforced)
-        self.source.migrate(Wish(limits, channels=rng.randrange(1, 4), rounds=rng.randrange(1, 5)))
+        # Halved or doubled, and now and then enforced otherwise; not drawn, so that older seeds keep their course.
+        offered = Limits(
+            downtime_limit_ns=budget_ns // 2 if budget_ns % 2 else budget_ns * 2,
+            switchover_limit_ns=tolerance_ns,
+            switchover_abort=enforced if budget_ns % 3 else not enforced,
+        )
+        self.source.migrate(Wish(limits, offered, channels=rng.randrange(1, 4), rounds=rng.randrange(1, 5)))
 
     def _source_state(self) -> SourceState:
         current = self.source.current

@@ -45,11 +45,13 @@ class Wish:
 
     Attributes:
         limits: the budget.
+        offered: what HELLO says of it: the operator changed his mind since.
         channels: number of data channels.
         rounds: after how many rounds the guest is stopped, whatever is left.
     """
 
     limits: Limits
+    offered: Limits
     channels: int
     rounds: int
 
@@ -125,7 +127,7 @@ class Outgoing(Actor[SourceState, SourceEvent]):
                 guest_paused=False,
                 capabilities=REQUIRED,
                 required=REQUIRED,
-                limits=self.wish.limits,
+                limits=self.wish.offered,
                 time_rules=messages.TimeRules(policy="midpoint", max_time_jump_ns=0, max_time_error_ns=0),
                 channels=self.wish.channels,
                 host="source",
@@ -217,6 +219,7 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         self.control.send(
             messages.Downtime(
                 epoch=self.attempt.epoch,
+                limits=self.wish.limits,
                 source_downtime_ns=self._elapsed_ns(),
                 sent_at_ns=self.host.clock_ns(),
             )

@@ -118,6 +118,68 @@ async def test_without_enforcement_a_violation_is_flagged_only(pair: Pair) -> No
     assert record["downtime"]["measured_ns"] >= 250 * MS
 
 
+SLOW = {"max_bandwidth": 4 << 20}
+"""Rounds that last long enough to change a limit in."""
+
+
+async def change(pair: Pair, **values: Any) -> None:
+    """Change parameters of the running migration."""
+    given = {key.replace("_", "-"): value for key, value in values.items()}
+    await pair.a.command("migrate-set-parameters", {"guest": "g1", **given})
+
+
+async def test_a_limit_raised_while_rounds_run_holds_on_the_destination_too(pair: Pair) -> None:
+    """By HELLO's 100 ms the destination would cut the load of 250 ms short."""
+    await pair.a.create_guest("g1", 32, profile="slow-load")
+    migration_id = await pair.a.begin_migration("g1", pair.b, downtime_limit=100, on_timeout="force", **SLOW)
+    await pair.b.until_status("g1", "active")
+    await change(pair, downtime_limit=20_000, max_bandwidth=0)
+    record = await pair.a.wait(migration_id)
+    assert record["outcome"] == "completed", record["reason"]
+    assert record["downtime"]["measured_ns"] >= 250 * MS
+    assert (record["downtime"]["limit_ns"], record["downtime"]["limit_violated"]) == (20_000 * MS, False)
+    assert record["parameters"]["downtime_limit_ms"] == 20_000
+    assert record["parameters"]["channels"] == 2
+    theirs = await pair.b.until_status("g1", "completed")
+    assert theirs["downtime_limit_ns"] == 20_000 * MS
+    assert (await pair.b.verify())["ok"]
+    assert pair.double_runs() == []
+
+
+async def test_a_limit_lowered_while_rounds_run_aborts_on_the_destination_too(pair: Pair) -> None:
+    await pair.a.create_guest("g1", 32, profile="slow-load")
+    migration_id = await pair.a.begin_migration("g1", pair.b, downtime_limit=20_000, **SLOW)
+    await pair.b.until_status("g1", "active")
+    await change(pair, downtime_limit=60, switchover_limit=40, max_bandwidth=0, **FORCED)
+    record = await pair.a.wait(migration_id)
+    assert_aborted(record)
+    assert "limit of 100 ms" in record["reason"]
+    assert record["downtime"]["limit_ns"] == 60 * MS
+    assert (record["parameters"]["downtime_limit_ms"], record["parameters"]["switchover_limit_ms"]) == (60, 40)
+    theirs = await pair.b.until_status("g1", "failed")
+    assert theirs["downtime_limit_ns"] == 100 * MS
+    assert (await pair.a.verify())["ok"]
+    assert pair.double_runs() == []
+
+
+async def test_the_limits_are_fixed_once_the_guest_is_stopped(pair: Pair) -> None:
+    """The destination has no second chance to learn them in time, so both sides keep what they began with."""
+    await pair.a.create_guest("g1", 32, profile="slow-load")
+    migration_id = await pair.a.begin_migration(
+        "g1", pair.b, downtime_limit=20_000, pause_before_switchover=True, multifd_channels=3
+    )
+    await pair.a.until_status("g1", "pre-switchover")
+    await change(pair, downtime_limit=50, multifd_channels=1)
+    held = await pair.a.until_status("g1", "pre-switchover")
+    assert held["downtime_limit_ns"] == 20_000 * MS
+    await pair.a.command("migrate-continue", {"guest": "g1", "state": "pre-switchover"})
+    record = await pair.a.wait(migration_id)
+    assert record["outcome"] == "completed", record["reason"]
+    assert (record["downtime"]["limit_ns"], record["parameters"]["downtime_limit_ms"]) == (20_000 * MS, 20_000)
+    assert record["parameters"]["channels"] == 3
+    assert (await pair.b.verify())["ok"]
+
+
 @pytest.mark.parametrize("profile", TRACES)
 async def test_a_trace_runs_as_a_guest(pair: Pair, profile: str) -> None:
     """With the thread's limit (QEMU's default where it names none) it is refused, and aborted in time when it is

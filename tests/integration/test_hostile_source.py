@@ -25,6 +25,8 @@ from vmm_sim.client import VmmClient
 
 U64 = (1 << 64) - 1
 I64 = (1 << 63) - 1
+LIMITS = {"downtime_limit_ns": 10**10, "switchover_limit_ns": 0, "switchover_abort": True}
+DOWNTIME = {"epoch": 1, "limits": LIMITS, "source_downtime_ns": 0, "sent_at_ns": 0}
 GOOD = {"guest_freq": 2_100_000_000, "guest_tsc": 1, "hrtime": 10**12, "hres_sec": 1, "hres_ns": 0, "boot_hrtime": 0}
 
 HOSTILE: dict[str, dict[str, Any]] = {
@@ -97,7 +99,7 @@ async def open_session(pair: Pair, description: dict[str, Any]) -> tuple[Hostile
         "guest_paused": False,
         "capabilities": ["zero-runs", "switchover-abort"],
         "required": ["zero-runs"],
-        "limits": {"downtime_limit_ns": 10**10, "switchover_limit_ns": 0, "switchover_abort": True},
+        "limits": LIMITS,
         "time_rules": {"policy": "midpoint", "max_time_jump_ns": 0, "max_time_error_ns": 0},
         "channels": 1,
         "host": "hostile",
@@ -144,7 +146,7 @@ async def test_hostile_time_data_is_refused_by_name_and_never_crashes(pair: Pair
     for name, changes in HOSTILE.items():
         control, data = await open_session(pair, description)
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
-        await control.send(FrameType.DOWNTIME, {"epoch": 1, "source_downtime_ns": 0, "sent_at_ns": now})
+        await control.send(FrameType.DOWNTIME, {**DOWNTIME, "sent_at_ns": now})
         ask = await control.receive()
         assert isinstance(ask, messages.TimeAsk), name
         stamp = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
@@ -170,7 +172,13 @@ async def test_hostile_time_data_is_refused_by_name_and_never_crashes(pair: Pair
         (FrameType.COMMIT, {"epoch": 2}),
         (FrameType.READY, {"epoch": 1, "digest": 0, "elapsed_ns": 0, "completing_ns": 0}),
         (FrameType.RUNNING, {"epoch": 1, "resumed_after_ns": 0, "sent_after_ns": 0}),
-        (FrameType.DOWNTIME, {"epoch": 1, "source_downtime_ns": -1, "sent_at_ns": 0}),
+        (FrameType.DOWNTIME, {**DOWNTIME, "source_downtime_ns": -1}),
+        (FrameType.DOWNTIME, {**DOWNTIME, "limits": {**LIMITS, "downtime_limit_ns": -1}}),
+        (FrameType.DOWNTIME, {**DOWNTIME, "limits": {**LIMITS, "switchover_limit_ns": I64 + 1}}),
+        (FrameType.DOWNTIME, {**DOWNTIME, "limits": {**LIMITS, "downtime_limit_ns": 1e9}}),
+        (FrameType.DOWNTIME, {**DOWNTIME, "limits": {**LIMITS, "switchover_abort": 0}}),
+        (FrameType.DOWNTIME, {**DOWNTIME, "limits": None}),
+        (FrameType.DOWNTIME, {key: value for key, value in DOWNTIME.items() if key != "limits"}),
         (FrameType.TIME_DATA, {"nonce": 7, "time": GOOD, "t2_ns": 0, "t3_ns": 0}),
     ],
 )
@@ -183,4 +191,26 @@ async def test_messages_out_of_turn_never_start_the_guest(pair: Pair, kind: Fram
     control.sock.close()
     data.sock.close()
     assert not [entry for entry in pair.b.run_log("victim") if entry["event"] == "run"]
+    await honest_again(pair)
+
+
+@pytest.mark.parametrize("largest", [False, True])
+async def test_the_destination_counts_by_the_limits_of_the_last_downtime_message(pair: Pair, largest: bool) -> None:
+    """HELLO offered 10 s; a source that never decides cannot hold the destination beyond what DOWNTIME said last."""
+    description = await describe(pair)
+    control, data = await open_session(pair, description)
+    if largest:  # as large as the protocol lets it be, and not enforced: it must not confuse the deadline that follows
+        limits = {"downtime_limit_ns": I64, "switchover_limit_ns": I64, "switchover_abort": False}
+        await control.send(FrameType.DOWNTIME, {**DOWNTIME, "limits": limits})
+    began = time.monotonic()
+    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+    limits = {"downtime_limit_ns": 40 * 10**6, "switchover_limit_ns": 10 * 10**6, "switchover_abort": True}
+    await control.send(FrameType.DOWNTIME, {**DOWNTIME, "limits": limits, "sent_at_ns": now})
+    answer = await answer_to(control)
+    assert isinstance(answer, messages.No), answer
+    assert answer.cause == "limit"
+    assert "downtime limit of 50 ms" in answer.reason
+    assert time.monotonic() - began < 5, "HELLO's limit would have taken twice as long"
+    control.sock.close()
+    data.sock.close()
     await honest_again(pair)
