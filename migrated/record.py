@@ -110,6 +110,7 @@ class RoundRow(RecordModel):
     bandwidth_bytes_per_s: float
     dirty_rate_pages_per_s: float
     predicted_downtime_ns: int | None
+    predicted_upper_ns: int | None = None
     decision: str
     throttle_percent: int = 0
 

@@ -24,6 +24,7 @@ def rounds(fields: Fields) -> Section | None:
         "bandwidth",
         "dirtied pages/s",
         "predicted ms",
+        "its bound ms",
         "throttle %",
     )
     rows = [
@@ -38,6 +39,7 @@ def rounds(fields: Fields) -> Section | None:
             fields.rate(f"{path}.bandwidth_bytes_per_s"),
             fields.count(f"{path}.dirty_rate_pages_per_s", "pages/s"),
             fields.ms(f"{path}.predicted_downtime_ns"),
+            fields.ms(f"{path}.predicted_upper_ns"),
             fields.show(f"{path}.throttle_percent"),
         )
         for path in paths
@@ -79,7 +81,10 @@ def round_plots(fields: Fields) -> list[Markup]:
         ),
         plot(
             "Predicted downtime",
-            [line("predicted", "destination", "predicted_downtime_ns")],
+            [
+                line("predicted", "destination", "predicted_downtime_ns"),
+                line("its bound", "link", "predicted_upper_ns"),
+            ],
             numbers,
             lambda ns: short(round(ns)) if ns else "0",
             base=10,

@@ -216,6 +216,7 @@ class Precopy:
                     "dirty_pages": dirty_pages,
                     "dirty_rate_pages_per_s": self.dirty_pages_per_s,
                     "predicted_downtime_ns": prediction.total_ns,
+                    "predicted_upper_ns": prediction.upper_ns,
                     "decision": verdict.sentence,
                     "throttle_percent": self.throttle_percent,
                 }
