@@ -377,7 +377,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     environment = os.environ
     parser.add_argument("--migrations", type=int, default=int(environment.get("CALIBRATE_MIGRATIONS", "300")))
-    parser.add_argument("--training", type=int, default=int(environment.get("CALIBRATE_TRAINING", "80")))
+    parser.add_argument("--training", type=int, default=int(environment.get("CALIBRATE_TRAINING", "120")))
     parser.add_argument("--seed", type=int, default=int(environment.get("CALIBRATE_SEED", "1")))
     parser.add_argument("--plots", type=Path, help="write plots into this directory")
     parser.add_argument(
