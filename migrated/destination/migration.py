@@ -447,6 +447,8 @@ class IncomingMigration:
         if self._count is None:
             self._count = DowntimeCount(source_downtime_ns + transit_ns, received.read_at_ns)
             self._first_downtime_ns = received.read_at_ns
+            if self._receiver is not None:
+                self._receiver.guest_stopped()
             self._set_status("device")
             self._ask_time()
         else:

@@ -96,7 +96,7 @@ async def _measure_link(session: Session, rounds: asyncio.Queue[messages.RoundDo
     assert session.memory is not None
     assert session.sender is not None
     assert session.control is not None
-    runs = session.memory.data_runs()
+    runs = await asyncio.to_thread(session.memory.data_runs)
     bandwidth = Bandwidth()
     burst: Runs = split_runs(runs, _BURST_PAGES)[0] if len(runs) else runs
     for number in (1, 2):  # the first fills the destination's memory for the first time, as the first round will

@@ -22,6 +22,7 @@ from protocol.pages import NO_RUNS, Runs
 WORDS_PER_PAGE: Final = PAGE_SIZE // 8
 
 _MADV_DONTNEED: Final = 4
+_MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
@@ -59,6 +60,7 @@ class GuestMemory:
         self._mapping = mmap.mmap(fd, size)
         self.words: npt.NDArray[np.uint64] = np.frombuffer(self._mapping, np.uint64).reshape(pages, WORDS_PER_PAGE)
         self.view = memoryview(self._mapping)
+        self._address = self.words.ctypes.data
 
     def data_runs(self) -> Runs:
         """Runs of pages that have memory behind them, shape (n, 2); the rest was never touched or was given back."""
@@ -96,12 +98,16 @@ class GuestMemory:
     def populate_huge(self, start: int, count: int) -> bool:
         """Put huge pages behind pages that shall be written, and map them, off the critical path. Returns whether the
         kernel did it."""
-        try:
-            for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_WRITE):
-                self._mapping.madvise(advice, start * PAGE_SIZE, count * PAGE_SIZE)
-        except OSError:
-            return False
-        return True
+        return self._advise(mmap.MADV_HUGEPAGE, start, count) and self._advise(_MADV_POPULATE_WRITE, start, count)
+
+    def map(self, start: int, count: int) -> bool:
+        """Map pages that hold something, off the critical path: whoever writes them later meets no fault. A page that
+        holds nothing would get memory. Returns whether the kernel did it."""
+        return self._advise(_MADV_POPULATE_READ, start, count)
+
+    def _advise(self, advice: int, start: int, count: int) -> bool:
+        # Not through the mapping object, which would keep the interpreter meanwhile.
+        return not _libc.madvise(self._address + start * PAGE_SIZE, count * PAGE_SIZE, advice)
 
     def release(self) -> None:
         """Unmap and close. Every view must be gone; a second call does nothing.
@@ -110,12 +116,11 @@ class GuestMemory:
         """
         if self._fd < 0:
             return
-        address = self.words.ctypes.data
         del self.words
         self.view.release()
         # The interpreter is kept while a mapping is closed. So the page tables are emptied before, and the pages are
         # freed after, when the descriptor as the last user of the file goes: both let other threads run.
-        _libc.madvise(address, self.pages * PAGE_SIZE, _MADV_DONTNEED)
+        self._advise(_MADV_DONTNEED, 0, self.pages)
         self._mapping.close()
         os.close(self._fd)
         self._fd = -1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pathlib
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -353,6 +354,34 @@ async def test_holes_and_zero_pages_take_no_memory_on_the_destination(announce: 
         assert (sent.normal_pages, sent.zero_pages) == (2 * HUGE - 5 + 5, HUGE)
         both.assert_equal()
         assert both.destination.backed_pages() == 2 * HUGE - 5 + 5
+
+
+def mapped_pages(memory: GuestMemory) -> int:
+    """How many pages of a mapping have an entry in the page tables: bit 63 in /proc/self/pagemap."""
+    with pathlib.Path("/proc/self/pagemap").open("rb") as pagemap:
+        pagemap.seek(memory.words.ctypes.data // PAGE_SIZE * 8)
+        return int((np.frombuffer(pagemap.read(8 * memory.pages), np.uint64) >> np.uint64(63)).sum())
+
+
+async def test_what_came_through_the_file_is_mapped_after_the_first_round_and_holes_stay_holes() -> None:
+    async with path(8 * HUGE, 1) as both:
+        memory = both.source.guest
+        both.send_with()
+        memory.words[HUGE : 3 * HUGE] = noise(2 * HUGE, 1)
+        memory.words[5 * HUGE : 5 * HUGE + 40] = noise(40, 2)
+        await both.round(memory.data_runs())
+        await until(lambda: mapped_pages(both.destination.guest) >= 2 * HUGE + 40)
+        assert both.destination.backed_pages() == 2 * HUGE + 40
+        both.assert_equal()
+
+
+async def test_nothing_is_mapped_ahead_once_the_guest_is_stopped() -> None:
+    async with path(8 * HUGE, 1) as both:
+        both.receiver.guest_stopped()
+        both.send_with()
+        both.source.guest.words[:] = noise(8 * HUGE, 1)
+        await both.round(both.source.guest.data_runs())
+        assert mapped_pages(both.destination.guest) == 0
 
 
 async def test_a_page_that_becomes_zero_is_given_back() -> None:
