@@ -54,6 +54,27 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
+def parse_uri(uri: str) -> Address:
+    """The destination in ``tcp:HOST:PORT``.
+
+    Raises:
+        ValueError: with a sentence that says what is wrong and what the form is.
+    """
+    scheme, _, rest = uri.partition(":")
+    try:
+        if scheme != "tcp":
+            raise ValueError(f"{uri!r} does not begin with 'tcp:'")
+        address = parse_address(rest)
+        if address.port == 0:
+            raise ValueError("port 0 is no port to connect to")
+    except ValueError as error:
+        raise ValueError(
+            f"The migration URI cannot be used: {error}. Give the destination as tcp:HOST:PORT, "
+            "for example tcp:192.0.2.7:4460 or tcp:[2001:db8::7]:4460."
+        ) from error
+    return address
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong with a configuration. ``source`` is the file, or the environment variable."""

@@ -24,6 +24,7 @@ class Environment:
         knowledge: what past records taught about switchovers.
         finish: takes each finished record, with this host's part in it.
         publish: sends a QMP event: name and data.
+        hold_events: the guest of a migration is about to be stopped: nobody is woken for events until it runs again.
         take_log: the log lines collected for a migration.
     """
 
@@ -35,6 +36,7 @@ class Environment:
     host: str
     finish: Callable[[Record, Literal["source", "destination"]], None]
     publish: Callable[[str, dict[str, Any]], None]
+    hold_events: Callable[[str], None]
     take_log: Callable[[str], list[dict[str, str]]]
 
 

@@ -24,4 +24,12 @@ class VmmError(MigrationError):
 
 
 class VmmGoneError(VmmError):
-    """The VMM process does not answer any more."""
+    """The VMM process has ended."""
+
+
+class VmmSilentError(VmmError):
+    """The VMM process is there and does not answer in time. ``pid`` is its process id."""
+
+    def __init__(self, message: str, pid: int) -> None:
+        super().__init__(message)
+        self.pid = pid

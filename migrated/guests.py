@@ -13,12 +13,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import structlog
 
 from migrated.config import ClockConfig, LockConfig, VmmConfig
-from migrated.errors import RefusedError, VmmError, VmmGoneError
+from migrated.errors import RefusedError, VmmError, VmmGoneError, VmmSilentError
+from migrated.tasks import TaskSet
 from migrated.vmm import spawn
 from migrated.vmm.base import Vmm
 from migrated.vmm.sim import SimVmm, incoming_command
@@ -27,6 +28,12 @@ from protocol.guest import GuestDescription
 log = structlog.get_logger()
 
 Overlay = Literal["incoming", "in-doubt", "retired"]
+
+UNRESPONSIVE: Final = "unresponsive"
+"""The state of a guest whose VMM does not answer."""
+ANSWER_S: Final = 2.0
+"""How long one guest may hold up what concerns all of them."""
+_AGAIN_S: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -57,6 +64,29 @@ class Guest:
             "pid": self.vmm.pid,
             "uuid": self.uuid,
             "migration_id": self.migration_id,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SilentGuest:
+    """A guest that has not answered since this daemon began: what it is, and what it does, is not known."""
+
+    name: str
+    pid: int | None
+    api_socket: Path
+    reason: str
+
+    def summary(self, migration_id: str | None) -> dict[str, Any]:
+        """The guest as ``guest list`` shows it."""
+        return {
+            "name": self.name,
+            "state": UNRESPONSIVE,
+            "memory_bytes": None,
+            "api_socket": str(self.api_socket),
+            "pid": self.pid,
+            "uuid": None,
+            "migration_id": migration_id,
+            "reason": self.reason,
         }
 
 
@@ -91,26 +121,67 @@ class GuestRegistry:
         self._ending: dict[str, asyncio.Event] = {}
         self.on_gone: Callable[[Guest], None] = lambda _guest: None
         """Called when a guest's process ended by itself."""
+        self.silent: dict[str, SilentGuest] = {}
+        """Guests by name that have not answered since ``open``; they are asked until they do."""
+        self.on_settled: Callable[[str], None] = lambda _name: None
+        """Called when a silent guest has answered, or has ended."""
+        self._asking = TaskSet()
 
     async def open(self) -> None:
-        """Find the guests that are running already."""
+        """Find the guests that are running already. One that does not answer holds this up for ANSWER_S at most."""
         self._config.directory.mkdir(parents=True, exist_ok=True)
         if self._lock.directory is not None:
             self._lock.directory.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self._config.directory.glob("*.sock")):
+        await asyncio.gather(*(self._find(path) for path in sorted(self._config.directory.glob("*.sock"))))
+
+    async def _find(self, path: Path) -> None:
+        """Take up the guest behind a socket; go on asking in the background if it is silent."""
+        try:
+            await self._take_up(path, ANSWER_S)
+        except VmmSilentError as error:
+            log.error("a guest does not answer", guest=path.stem, reason=str(error))
+            reason = f"{error}, and has not since the daemon began; it is asked until it does, or its process ends"
+            self.silent[path.stem] = SilentGuest(path.stem, error.pid or None, path, reason)
+            self._asking.start(self._keep_asking(path))
+
+    async def _take_up(self, path: Path, timeout_s: float | None) -> None:
+        """Take up the guest behind a socket, if it is one that can be used.
+
+        Raises:
+            VmmSilentError: it did not answer in time.
+        """
+        try:
+            vmm = await SimVmm.attach(path, timeout_s)
             try:
-                vmm = await SimVmm.attach(path)
                 self._adopt(vmm, await vmm.describe(), path)
-                log.info("found a running guest", guest=vmm.name, pid=vmm.pid)
-            except VmmGoneError as error:
-                log.warning("a stale API socket was left behind", socket=str(path), reason=str(error))
-                with contextlib.suppress(FileNotFoundError):
-                    path.unlink()
-            except VmmError as error:
-                log.error("a guest cannot be used", socket=str(path), reason=str(error))
+            except BaseException:
+                await vmm.close()
+                raise
+            log.info("found a running guest", guest=vmm.name, pid=vmm.pid)
+        except VmmGoneError as error:
+            log.warning("a stale API socket was left behind", socket=str(path), reason=str(error))
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+        except VmmSilentError:
+            raise
+        except VmmError as error:
+            log.error("a guest cannot be used", socket=str(path), reason=str(error))
+
+    async def _keep_asking(self, path: Path) -> None:
+        """Wait for as long as it takes until a silent guest answers or ends; one connection waits, none piles up."""
+        while True:
+            try:
+                await self._take_up(path, None)
+            except VmmSilentError:
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                break
+        del self.silent[path.stem]
+        self.on_settled(path.stem)
 
     async def close(self) -> None:
         """Let go of every guest without touching it."""
+        await self._asking.stop()
         for guest in list(self._guests.values()):
             self._forget(guest)
             await guest.vmm.close()
@@ -203,7 +274,7 @@ class GuestRegistry:
         while (ending := self._ending.get(name)) is not None:
             await ending.wait()
         path = self._config.directory / f"{name}.sock"
-        if name in self._guests or name in self._starting:
+        if name in self._guests or name in self._starting or name in self.silent:
             raise RefusedError(f"a guest named {name!r} is already on this host; choose another name or destroy it")
         self._starting.add(name)
         return path

@@ -6,6 +6,7 @@ It is what the control socket operates on (``migrated.control.operations.Operati
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import secrets
 import socket
@@ -18,14 +19,14 @@ import structlog
 from pydantic import ValidationError
 
 from migrated.clock import HostClock
-from migrated.config import Config
+from migrated.config import Config, parse_uri
 from migrated.control.operations import EventBus, GuestSpec, OperationError
 from migrated.destination.migration import IncomingMigration
 from migrated.destination.recovery import RecoveredTakeover
 from migrated.destination.takeover import Takeover
 from migrated.environment import Environment, host_name
 from migrated.errors import MigrationError, VmmError
-from migrated.guests import Guest, GuestRegistry, UnknownGuestError
+from migrated.guests import ANSWER_S, UNRESPONSIVE, Guest, GuestRegistry, UnknownGuestError
 from migrated.history import History, HistoryError, HistoryQuery, RecordNotFoundError
 from migrated.journal import Attempt, Journal
 from migrated.learned import keep_knowledge, load_knowledge
@@ -75,6 +76,7 @@ class MigrationHost:
         self._clock = HostClock(config.clock.hrtime_offset_ns, config.clock.wall_offset_ns, config.clock.drift_ppm)
         self._guests = GuestRegistry(config.vmm, config.clock, config.lock)
         self._guests.on_gone = self._guest_gone
+        self._guests.on_settled = self._guest_settled
         self._journal = Journal(config.state.directory)
         self._history = History(config.state.directory, config.history.max_records)
         self.metrics = Metrics()
@@ -88,6 +90,7 @@ class MigrationHost:
             host=host_name(config),
             finish=self._finish,
             publish=self.events.publish,
+            hold_events=self.events.hold,
             take_log=collector.take,
         )
         self._defaults = config.migration
@@ -96,6 +99,8 @@ class MigrationHost:
         self._incoming: dict[str, IncomingMigration] = {}
         self._takeovers: dict[str, Takeover] = {}
         """Finished take-overs: they answer late questions better than the journal, which may not have been written."""
+        self._postponed: list[Attempt] = []
+        """Open attempts of guests that do not answer: nothing is decided about a guest of which nothing is known."""
         self._recovered: dict[str, RecoveredHandover] = {}
         self._recovered_incoming: dict[str, RecoveredTakeover] = {}
         self._last: dict[tuple[str, str], OutgoingMigration | IncomingMigration] = {}
@@ -111,14 +116,12 @@ class MigrationHost:
             log.warning("an attempt that a later one has overtaken is closed", migration_id=attempt.migration_id)
             self._journal.close_attempt(attempt.migration_id, attempt.role)
         for attempt in current:
-            if attempt.role == "source":
-                self._recover_source(attempt)
+            if attempt.guest in self._guests.silent:
+                log.error("an open attempt waits for its guest to answer", guest=attempt.guest, role=attempt.role)
+                self._postponed.append(attempt)
             else:
-                self._recover_destination(attempt)
-        for guest in self._all_guests():
-            if guest.migration_id is None and (await _vmm(guest.vmm.status())).state == "incoming":
-                log.warning("an incoming guest of a migration that never began is discarded", guest=guest.name)
-                await _vmm(self._guests.destroy(guest))
+                self._recover(attempt)
+        await asyncio.gather(*(self._discard_abandoned(guest) for guest in self._all_guests()))
 
     async def stop(self) -> None:
         """Cancel what can be cancelled, let go of every guest, close every file."""
@@ -177,10 +180,17 @@ class MigrationHost:
             raise OperationError(f"there is no guest profile {profile!r} ({path}); profiles here: {known}")
         return path
 
+    def guest_names(self) -> list[str]:
+        here = [guest.name for guest in self._all_guests() if guest.overlay != "retired"]
+        return [*here, *self._guests.silent] or self._guests.names()
+
     async def guest_list(self) -> list[dict[str, Any]]:
-        return [await self._show(guest, detail=False) for guest in self._all_guests()]
+        shown = await asyncio.gather(*(self._show(guest, detail=False) for guest in self._all_guests()))
+        return [*shown, *(self._show_silent(name) for name in self._guests.silent)]
 
     async def guest_show(self, name: str) -> dict[str, Any]:
+        if name in self._guests.silent:
+            return self._show_silent(name)
         return await self._show(self._guest(name))
 
     async def guest_pause(self, name: str) -> dict[str, Any]:
@@ -209,6 +219,8 @@ class MigrationHost:
         return [self._guests.get(name) for name in self._guests.names()]
 
     def _guest(self, name: str) -> Guest:
+        if (silent := self._guests.silent.get(name)) is not None:
+            raise OperationError(f"guest {name!r} is unresponsive: {silent.reason}", "DeviceNotActive")
         try:
             return self._guests.get(name)
         except UnknownGuestError as error:
@@ -225,9 +237,34 @@ class MigrationHost:
         return guest
 
     async def _show(self, guest: Guest, detail: bool = True) -> dict[str, Any]:
-        status = await _vmm(guest.vmm.status())
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                status = await guest.vmm.status()
+        except (VmmError, TimeoutError) as error:
+            reason = str(error) or f"its VMM (pid {guest.vmm.pid}) has not answered within {ANSWER_S:g} s"
+            return guest.summary(UNRESPONSIVE) | {"reason": reason}
         summary = guest.summary(status.state)
         return {**_plain(status.detail), **summary} if detail else summary
+
+    def _show_silent(self, name: str) -> dict[str, Any]:
+        waiting = (attempt.migration_id for attempt in self._postponed if attempt.guest == name)
+        return self._guests.silent[name].summary(next(waiting, None))
+
+    async def _discard_abandoned(self, guest: Guest) -> None:
+        """End an incoming guest that no attempt knows of: its daemon ended before it journaled the attempt."""
+        with contextlib.suppress(VmmError):
+            if guest.migration_id is None and (await guest.vmm.status()).state == "incoming":
+                log.warning("an incoming guest of a migration that never began is discarded", guest=guest.name)
+                await self._guests.destroy(guest)
+
+    def _guest_settled(self, name: str) -> None:
+        """A guest that was silent when this daemon began has answered, or ended."""
+        waiting = [attempt for attempt in self._postponed if attempt.guest == name]
+        self._postponed = [attempt for attempt in self._postponed if attempt.guest != name]
+        for attempt in waiting:
+            self._recover(attempt)
+        if (guest := self._guests.find(name)) is not None:
+            self._tasks.start(self._discard_abandoned(guest))
 
     def _guest_gone(self, guest: Guest) -> None:
         self.events.publish("X_MIGRATED_GUEST_GONE", {"guest": guest.name, "pid": guest.vmm.pid})
@@ -264,6 +301,8 @@ class MigrationHost:
         finally:
             if migration.status != "in-doubt":
                 self._outgoing.pop(migration.migration_id, None)
+            if migration.status == "completed":
+                self._guest_parameters.pop(migration.guest_name, None)  # whoever has the name next is another guest
             await asyncio.to_thread(keep_knowledge, self._config.state.directory, self._knowledge)
 
     async def wait(self, migration_id: str) -> dict[str, Any]:
@@ -310,10 +349,10 @@ class MigrationHost:
             self._defaults = _with(self._defaults, values)
             return
         self._guest(guest)
-        self._guest_parameters[guest] = _with(self.parameters(guest), values)
+        self._guest_parameters[guest] = _with(self._guest_parameters.get(guest, self._defaults), values)
         for migration in self._outgoing.values():
-            if migration.guest_name == guest:
-                migration.set_parameters(self._guest_parameters[guest])
+            if migration.guest_name == guest:  # what only this attempt was given stays with it
+                migration.set_parameters(_with(migration.parameters, values))
 
     def set_defaults(self, parameters: MigrationParameters) -> None:
         """The configuration was reloaded: what guests without parameters of their own use from now on."""
@@ -445,6 +484,12 @@ class MigrationHost:
 
     # Section: recovery
 
+    def _recover(self, attempt: Attempt) -> None:
+        if attempt.role == "source":
+            self._recover_source(attempt)
+        else:
+            self._recover_destination(attempt)
+
     def _recover_source(self, attempt: Attempt) -> None:
         handover = RecoveredHandover(self._env, attempt, self._guests.find(attempt.guest))
         self._recovered[attempt.migration_id] = handover
@@ -514,8 +559,8 @@ def _plain(value: Any) -> Any:
 
 def _target(uri: str) -> Target:
     try:
-        return Target(uri, *sockets.parse_uri(uri))
-    except MigrationError as error:
+        return Target(uri, *parse_uri(uri))
+    except ValueError as error:
         raise OperationError(str(error)) from error
 
 

@@ -14,10 +14,24 @@ Status = Literal[
 """QEMU's MigrationStatus names, and ``in-doubt``: COMMIT was sent and the destination has not answered."""
 
 
+class Acknowledged(BaseModel):
+    """What the destination itself has told the source: rounds that are in place there, the bytes that brought them, and
+    once it has voted, how, and what it had counted of the downtime by then."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rounds: int = 0
+    received_bytes: int = 0
+    vote: Literal["ready", "no"] | None = None
+    counted_ns: int | None = None
+
+
 class Progress(BaseModel):
     """A snapshot of one migration. Byte and page figures are of guest memory; rates are per second.
 
     ``decision`` is the sentence that says why the guest has not been stopped yet, or what happens now.
+    ``dirty_sync_count`` counts reads of the dirty log, as MIGRATION_PASS does. ``acknowledged`` is None where no
+    destination can have told anything: on the destination itself, and after a restart.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +46,7 @@ class Progress(BaseModel):
     elapsed_ns: int
     setup_ns: int
     round: int
+    dirty_sync_count: int
     total_bytes: int
     transferred_bytes: int
     remaining_bytes: int
@@ -47,5 +62,6 @@ class Progress(BaseModel):
     throttle_percent: int
     decision: str
     destination: str
+    acknowledged: Acknowledged | None
     reason: str | None
     rounds: tuple[RoundRow, ...]

@@ -109,7 +109,7 @@ def test_a_documented_failure_is_what_the_code_says(sentence: str, code_texts: s
 FAILURES = {
     "ActivationError", "ControlSocketError", "DaemonUnreachableError", "HistoryError", "JournalError", "LinkLostError",
     "MigrationError", "OperationError", "RecordNotFoundError", "RefusedError", "StartError", "UnknownGuestError",
-    "VmmError", "VmmGoneError", "log.error", "log.warning",
+    "VmmError", "VmmGoneError", "VmmSilentError", "log.error", "log.warning",
 }  # fmt: skip
 """What carries a sentence to the operator. A broken protocol (RemoteProtocolError) has one row for all of its."""
 

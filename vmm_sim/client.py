@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -57,8 +58,11 @@ class VmmClient:
         loop.add_reader(connection.fileno(), self._readable)
 
     @classmethod
-    async def connect(cls, path: str | os.PathLike[str], timeout: float = 5.0) -> VmmClient:
-        """Connect to the API socket at ``path``. Raises VmmGone when nobody answers there within ``timeout`` s."""
+    async def connect(cls, path: str | os.PathLike[str], timeout: float | None = 5.0) -> VmmClient:
+        """Connect to the API socket at ``path``.
+
+        Raises VmmGone when nobody answers there within ``timeout`` s; its cause tells whether nobody listens.
+        """
         loop = asyncio.get_running_loop()
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
@@ -71,6 +75,15 @@ class VmmClient:
             connection.close()
             raise
         return cls(connection, loop)
+
+    @property
+    def peer_pid(self) -> int:
+        """Process id of the VMM, as the kernel knows it: that of the process which listens."""
+        credentials = struct.Struct("3i")
+        pid: int = credentials.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))[
+            0
+        ]
+        return pid
 
     async def call(
         self, op: str, payload: Buffer = b"", timeout: float | None = DEFAULT_TIMEOUT_S, **args: Any

@@ -536,20 +536,21 @@ def _legend(pieces: Sequence[Piece], inner: int) -> list[Text]:
 
 
 def _destination(progress: Json) -> str:
-    """What the destination has told so far."""
-    host = str(progress["destination"])
-    if not host or progress["role"] == "destination":
+    """What the destination itself has told so far, and what loading is expected to cost it."""
+    host, said = str(progress["destination"]), progress["acknowledged"]
+    if not host or said is None:
         return host
-    told = [host.partition(" (")[0]]
-    if progress["status"] in ("device", "pre-switchover"):
-        told.append("loads what is left" if progress["status"] == "device" else "waits")
-    elif progress["round"]:
-        told.append(f"has all of round {progress['round']} in place")
+    told = f"{host.partition(' (')[0]} has "
+    if said["rounds"]:
+        rounds = f"{said['rounds']} round{'s' if said['rounds'] != 1 else ''}"
+        told += f"{rounds} in place, {format_size(said['received_bytes'])} received"
     else:
-        told.append("takes the first round")
+        told += "no round in place yet"
+    if said["vote"] is not None:
+        counted = "" if said["counted_ns"] is None else f" after {ms(said['counted_ns'])}ms by its own count"
+        return f"{told}; voted {said['vote'].upper()}{counted}"
     loads_ns = progress["predicted_parts_ns"].get("device-loads")
-    text = " ".join(told)
-    return f"{text}; loading devices there: {ms(loads_ns)}ms expected" if loads_ns else text
+    return f"{told}; loading devices there: {ms(loads_ns)}ms expected" if loads_ns else told
 
 
 # --- rounds, and the end ----------------------------------------------------------------------------------------------

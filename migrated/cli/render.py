@@ -23,7 +23,13 @@ SIDE_COLORS: Final = {
     "link": ("magenta", "orchid"),
 }
 OUTCOME_STYLES: Final = {"completed": "bold green", "in-doubt": "bold white on red"}
-STATUS_STYLES: Final = {"completed": "green", "failed": "red", "cancelled": "yellow", "in-doubt": "bold white on red"}
+STATUS_STYLES: Final = {
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+    "in-doubt": "bold white on red",
+    "unresponsive": "bold red",
+}
 
 Json = Mapping[str, Any]
 
@@ -271,8 +277,10 @@ def guests_table(guests: Sequence[Json]) -> RenderableType:
         style = STATUS_STYLES.get(guest["state"], "")
         state = Text(guest["state"], style=style)
         pid = "-" if guest["pid"] is None else str(guest["pid"])
-        table.add_row(clean(guest["name"]), state, format_size(guest["memory_bytes"]), pid, clean(guest["api_socket"]))
-    return table
+        memory = "-" if guest["memory_bytes"] is None else format_size(guest["memory_bytes"])
+        table.add_row(clean(guest["name"]), state, memory, pid, clean(guest["api_socket"]))
+    silent = [f"{guest['name']}: {guest['reason']}." for guest in guests if guest.get("reason")]
+    return Group(table, *(Text(clean(line)) for line in silent)) if silent else table
 
 
 def facts_view(facts: Json) -> Table:

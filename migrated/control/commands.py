@@ -10,7 +10,7 @@ from typing import Any, Final, get_args
 from pydantic import ValidationError
 
 from migrated.control import qemu
-from migrated.control.operations import EVENTS_LOST, GuestSpec, OperationError, Operations, parse_uri
+from migrated.control.operations import EVENTS_LOST, GuestSpec, OperationError, Operations
 from migrated.control.schema import (
     PARAMETER_ARGUMENTS,
     PARAMETERS,
@@ -65,14 +65,13 @@ MIGRATION_ID: Final = Argument("migration-id", "string", "Migration id, or a uni
 URI: Final = Argument("uri", "string", "The destination, as tcp:HOST:PORT.")
 
 
-async def _named(operations: Operations, arguments: Arguments) -> str:
+def _named(operations: Operations, arguments: Arguments) -> str:
     """The guest that a command means: the one named, or the only one there is."""
     if "guest" in arguments:
         return str(arguments["guest"])
-    guests = await operations.guest_list()
-    here = [guest["name"] for guest in guests if guest["state"] != "retired"] or [guest["name"] for guest in guests]
+    here = operations.guest_names()
     if len(here) == 1:
-        return str(here[0])
+        return here[0]
     if not here:
         raise OperationError("There is no guest on this host; create one first.", "DeviceNotFound")
     raise OperationError(f"Several guests are on this host ({', '.join(sorted(here))}); say which with 'guest'.")
@@ -89,8 +88,7 @@ def _running(operations: Operations, arguments: Arguments) -> Progress | None:
 
 async def _migrate(operations: Operations, arguments: Arguments) -> Any:
     uri = qemu.uri_of(arguments)
-    parse_uri(uri)
-    guest = await _named(operations, arguments)
+    guest = _named(operations, arguments)
     overrides = parameter_values(arguments, operations.parameters(guest))
     return {"migration-id": await operations.migrate(guest, uri, overrides)}
 
@@ -149,18 +147,18 @@ async def _query_migrate(operations: Operations, arguments: Arguments) -> Any:
 
 
 async def _query_status(operations: Operations, arguments: Arguments) -> Any:
-    guest = await operations.guest_show(await _named(operations, arguments))
+    guest = await operations.guest_show(_named(operations, arguments))
     status = qemu.RUN_STATES.get(guest["state"], "internal-error")
     return {"running": status == "running", "status": status, "guest": guest["name"]}
 
 
 async def _stop(operations: Operations, arguments: Arguments) -> Any:
-    await operations.guest_pause(await _named(operations, arguments))
+    await operations.guest_pause(_named(operations, arguments))
     return {}
 
 
 async def _cont(operations: Operations, arguments: Arguments) -> Any:
-    await operations.guest_resume(await _named(operations, arguments))
+    await operations.guest_resume(_named(operations, arguments))
     return {}
 
 
@@ -276,8 +274,7 @@ async def _resolve(operations: Operations, arguments: Arguments) -> Any:
 
 async def _estimate(operations: Operations, arguments: Arguments) -> Any:
     uri = qemu.uri_of(arguments)
-    parse_uri(uri)
-    guest = await _named(operations, arguments)
+    guest = _named(operations, arguments)
     return await operations.estimate(guest, uri, parameter_values(arguments, operations.parameters(guest)))
 
 
@@ -405,7 +402,13 @@ _TABLE: Final = (
         _guest_create,
         changes=True,
     ),
-    Command("x-migrated-guest-list", "All guests of this host.", "A list of guests.", (), _guest_list),
+    Command(
+        "x-migrated-guest-list",
+        "All guests of this host. One whose VMM does not answer is 'unresponsive' and has a 'reason'.",
+        "A list of guests.",
+        (),
+        _guest_list,
+    ),
     Command(
         "x-migrated-guest-show", "One guest.", "The guest, with more than the list says.", (ONE_GUEST,), _guest_show
     ),
@@ -487,7 +490,8 @@ COMMANDS: Final[dict[str, Command]] = {command.name: command for command in _TAB
 
 EVENTS: Final[dict[str, str]] = {
     "MIGRATION": "A migration changed its state: 'status', 'guest', 'migration-id'.",
-    "MIGRATION_PASS": "A pre-copy round began: 'pass' (from 1), 'guest', 'migration-id'.",
+    "MIGRATION_PASS": "The dirty log was read, at the start, after each round, and in the switchover: 'pass' (from 1), "
+    "'guest', 'migration-id'.",
     "STOP": "The vCPUs of a guest stopped: 'guest'.",
     "RESUME": "The vCPUs of a guest run: 'guest'.",
     "X_MIGRATED_IN_DOUBT": "COMMIT was sent and nobody answers: 'guest', 'migration-id', 'reason'.",

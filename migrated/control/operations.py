@@ -11,7 +11,6 @@ from typing import Any, Final, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from migrated.config import Address, parse_address
 from migrated.history import HistoryQuery
 from migrated.parameters import MigrationParameters
 from migrated.progress import Progress
@@ -124,9 +123,9 @@ class Subscription:
 class EventBus:
     """Hands events to every subscriber. Publish from the event loop's thread only; it never waits.
 
-    Subscribers are woken a moment later, and not while a guest is stopped for its switchover, for at most HELD_S:
-    writing to twenty clients would take longer than the rest of a short downtime, and the event of the last round comes
-    just before it. Events keep their time and their order.
+    Subscribers are woken a moment later, and not while a guest is stopped for its switchover, from ``hold`` on and for
+    at most HELD_S: writing to twenty clients would take longer than the rest of a short downtime, and the event of the
+    last round comes just before it. Events keep their time and their order.
     """
 
     def __init__(self) -> None:
@@ -158,6 +157,15 @@ class EventBus:
                 self._stopped.add(migration)
             else:
                 self._stopped.discard(migration)
+        self._arm()
+
+    def hold(self, migration: str) -> None:
+        """Wake nobody from now on: the guest of a migration is about to be stopped. The migration's next event of its
+        status tells whether it still is."""
+        self._stopped.add(migration)
+        self._arm()
+
+    def _arm(self) -> None:
         hold = bool(self._stopped)
         if self._timer is None or hold != self._held:
             if self._timer is not None:
@@ -177,39 +185,22 @@ def _stamped(name: str, data: dict[str, Any]) -> Event:
     return Event(name, data, seconds, nanoseconds // 1000)
 
 
-def parse_uri(uri: str) -> Address:
-    """The destination in ``tcp:HOST:PORT``.
-
-    Raises:
-        OperationError: the URI has another form.
-    """
-    scheme, _, rest = uri.partition(":")
-    try:
-        if scheme != "tcp":
-            raise ValueError(f"{uri!r} does not begin with 'tcp:'")
-        address = parse_address(rest)
-        if address.port == 0:
-            raise ValueError("port 0 is no port to connect to")
-    except ValueError as error:
-        raise OperationError(
-            f"The migration URI cannot be used: {error}. Give the destination as tcp:HOST:PORT, "
-            "for example tcp:192.0.2.7:4460 or tcp:[2001:db8::7]:4460."
-        ) from error
-    return address
-
-
 class Operations(Protocol):
     """The daemon as the control socket sees it. Every method raises OperationError when it does not do its work.
 
     Results are plain JSON values. Migration ids may be given as any unique prefix. Guests in ``guest_*`` results
-    have at least ``name``, ``state`` (running, paused, incoming, in-doubt, retired), ``memory_bytes``, ``api_socket``,
-    ``pid``.
+    have at least ``name``, ``state`` (running, paused, incoming, in-doubt, retired, unresponsive), ``memory_bytes``,
+    ``api_socket``, ``pid``. A guest whose VMM does not answer is unresponsive and has a ``reason``; what nobody
+    knows of it is None.
     """
 
     events: EventBus
 
     async def guest_create(self, spec: GuestSpec) -> dict[str, Any]:
         """Start a guest and wait until its VMM answers."""
+
+    def guest_names(self) -> list[str]:
+        """Names of the guests that a command may mean, without asking any of them."""
 
     async def guest_list(self) -> list[dict[str, Any]]:
         """All guests of this host, retired ones too while they are kept."""

@@ -16,6 +16,7 @@ RUN_STATES: Final = {
     "incoming": "inmigrate",
     "in-doubt": "finish-migrate",
     "retired": "postmigrate",
+    "unresponsive": "internal-error",
 }
 """A guest's state here, and QEMU's RunState for it."""
 
@@ -187,7 +188,7 @@ def _ram(progress: Progress, ram: Mapping[str, Any] | None) -> dict[str, Any]:
         "normal-bytes": progress.normal_pages * PAGE_SIZE,
         "dirty-pages-rate": int(progress.dirty_rate_pages_per_s),
         "mbps": _mbps(progress.bandwidth_bytes_per_s),
-        "dirty-sync-count": progress.round,
+        "dirty-sync-count": progress.dirty_sync_count,
     }
 
 

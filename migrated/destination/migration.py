@@ -224,6 +224,7 @@ class IncomingMigration:
             elapsed_ns=time.monotonic_ns() - self._began_ns,
             setup_ns=0,
             round=self._rounds,
+            dirty_sync_count=0,
             total_bytes=total_pages * PAGE_SIZE,
             transferred_bytes=self._received_bytes,
             remaining_bytes=0,
@@ -239,6 +240,7 @@ class IncomingMigration:
             throttle_percent=0,
             decision=f"received {self._rounds} rounds",
             destination=self._env.host,
+            acknowledged=None,
             reason=self._reason,
             rounds=(),
         )
@@ -559,7 +561,8 @@ class IncomingMigration:
         self._reason = takeover.reason
         if takeover.state is DestinationState.RUNNING:
             self._log_costs()
-            self._env.publish("RESUME", {"guest": self.guest_name})
+            if not self._hello.guest_paused:
+                self._env.publish("RESUME", {"guest": self.guest_name})
         else:
             log.warning("the incoming guest was discarded", reason=takeover.reason)
         half = self._half(await self._guest_gap())

@@ -28,6 +28,8 @@ from protocol.frames import FrameParser, pack_header
 from protocol.messages import ClockAsk, ClockReply, Message
 
 KEPT_EXCHANGES: Final = 32
+_LEAVE_S: Final = 0.5
+"""How long a peer is waited for that does not close its side."""
 _OPENING_EXCHANGES: Final = 8
 
 
@@ -177,7 +179,10 @@ class ControlChannel:
         if self._closed:
             return
         self._closed = True
+        self.on_lost = None
         await self.flush(1.0)
+        if self._writer is not None and self._failure is None:
+            await self._take_leave(self._writer)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -188,6 +193,13 @@ class ControlChannel:
                     await self._writer.wait_closed()
         else:
             self._sock.close()
+
+    async def _take_leave(self, writer: asyncio.StreamWriter) -> None:
+        """Say that nothing more comes, and read on until the peer has said so too. A socket that is closed with
+        something unread resets the connection, and our last message, a record maybe, could be lost with it."""
+        with contextlib.suppress(OSError):
+            writer.write_eof()
+        await asyncio.wait(self._tasks[:1], timeout=_LEAVE_S)
 
     def _lose(self, error: Exception) -> None:
         if self._failure is None:

@@ -13,7 +13,7 @@ import socket
 from dataclasses import dataclass
 from typing import Final
 
-from migrated.errors import LinkLostError, MigrationError
+from migrated.errors import LinkLostError
 from protocol import messages
 from protocol.errors import RemoteProtocolError
 from protocol.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, check_meta, pack_header, unpack_header
@@ -31,20 +31,6 @@ class Agreed:
 
     version: int
     peer_max_payload_bytes: int
-
-
-def parse_uri(uri: str) -> tuple[str, int]:
-    """Split ``tcp:HOST:PORT`` (IPv6 hosts in brackets).
-
-    Raises:
-        MigrationError: it has another form.
-    """
-    scheme, _, rest = uri.partition(":")
-    host, _, port = rest.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if scheme != "tcp" or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise MigrationError(f"the address {uri!r} is not of the form tcp:HOST:PORT, for example tcp:10.0.0.9:4444")
-    return host, int(port)
 
 
 def tune(sock: socket.socket, user_timeout_s: float) -> None:

@@ -184,9 +184,13 @@ class SourceHandover:
     async def _stop(self) -> None:
         if self._guest is None:
             raise VmmError("the guest's process is gone")
-        self._env.publish("STOP", {"guest": self._guest.name})
-        self.stop_cost_ns = 0 if self._was_paused else await self._guest.vmm.pause()
+        if self._was_paused:
+            self.stopped_at_ns = time.monotonic_ns()
+            return
+        self._env.hold_events(self._migration_id)
+        self.stop_cost_ns = await self._guest.vmm.pause()
         self.stopped_at_ns = time.monotonic_ns()
+        self._env.publish("STOP", {"guest": self._guest.name})
 
     async def _release_lock(self) -> None:
         """COMMIT is journaled: the destination may take the guest's lock. Before COMMIT leaves, so that it finds it
@@ -219,7 +223,8 @@ class SourceHandover:
         finally:
             guest.overlay = None
         self.resumed_at_ns = running_at_ns
-        self._env.publish("RESUME", {"guest": guest.name})
+        if not self._was_paused:
+            self._env.publish("RESUME", {"guest": guest.name})
 
     async def _retire(self) -> None:
         guest, self._guest = self._guest, None

@@ -28,7 +28,7 @@ from migrated.parameters import MigrationParameters, in_force, limit_of
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
-from migrated.progress import Progress, Status
+from migrated.progress import Acknowledged, Progress, Status
 from migrated.record import DestinationHalf, Outcome, Record
 from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import DeviceFigures, OutgoingLedger
@@ -45,6 +45,7 @@ from protocol.handover import SourceEvent, SourceState
 log = structlog.get_logger()
 
 _REPORT_S = 5.0
+_TOLD_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,12 @@ class OutgoingMigration:
         self._tasks = TaskSet()
         self._story_task: asyncio.Task[None] | None = None
         self._ended_by: MigrationError | None = None
-        self._lost_by: MigrationError | None = None
         self._settling = TaskSet()
         self._settled = asyncio.Event()
         self._hold: asyncio.Event | None = None
         self._inbox: asyncio.Queue[Item] = asyncio.Queue()
+        self._acknowledged = Acknowledged()
+        self._passes_told = 0
         self._round_done: dict[int, asyncio.Future[messages.RoundDone]] = {}
         self._reported = asyncio.Event()
         self._session = Session(env, guest.vmm, target.host, target.port, parameters, migration_id, epoch)
@@ -131,6 +133,8 @@ class OutgoingMigration:
                 await self._clean_up()
                 raise
             outcome, reason = _outcome_of_error(self._ended_by)
+        except LinkLostError as error:
+            outcome, reason = _outcome_of_error(await self._told(error))
         except (MigrationError, ProtocolError, JournalError, OSError, ValueError) as error:
             outcome, reason = _outcome_of_error(error)
         except Exception as error:
@@ -227,6 +231,7 @@ class OutgoingMigration:
             elapsed_ns=end_ns - ledger.began_ns,
             setup_ns=ledger.setup_ns,
             round=ledger.round_count,
+            dirty_sync_count=ledger.dirty_syncs,
             total_bytes=ledger.memory_pages * PAGE_SIZE,
             transferred_bytes=self._sent_bytes(),
             remaining_bytes=0 if self.status == "completed" else remaining,
@@ -242,6 +247,7 @@ class OutgoingMigration:
             throttle_percent=precopy.throttle_percent if precopy is not None else 0,
             decision=self._decision,
             destination=ledger.destination_host,
+            acknowledged=self._acknowledged,
             reason=self.record.reason if self.record is not None else None,
             rounds=tuple(ledger.rounds),
         )
@@ -315,6 +321,7 @@ class OutgoingMigration:
         try:
             while True:
                 received = await control.receive()
+                self._note_what_it_said(received.message)
                 match received.message:
                     case messages.RoundDone(round=number):
                         if not (done := self._done_of(number)).done():
@@ -330,22 +337,41 @@ class OutgoingMigration:
             self._give_up(error)
             self._inbox.put_nowait(Happened(SourceEvent.LINK_LOST, f"the connection was lost: {error}"))
 
+    def _note_what_it_said(self, message: messages.Message) -> None:
+        """Keep for operators what the destination says of itself."""
+        said = self._acknowledged
+        match message:
+            case messages.RoundDone(round=number, bytes=received_bytes):
+                update: dict[str, object] = {"rounds": number, "received_bytes": said.received_bytes + received_bytes}
+            case messages.Ready(elapsed_ns=elapsed_ns):
+                update = {"vote": "ready", "counted_ns": elapsed_ns}
+            case messages.No():
+                update = {"vote": "no"}
+            case _:
+                return
+        self._acknowledged = said.model_copy(update=update)
+
     def _give_up(self, error: MigrationError) -> None:
-        """End the rounds with an error; without effect once the switchover runs."""
+        """End the rounds with an error, in the middle of one too; without effect once the switchover runs."""
         if self._switchover is None:
-            for future in self._round_done.values():
-                if not future.done():
-                    future.set_exception(error)
-                    future.exception()
-            self._lost_by = error
+            self._end(error, SourceEvent.FAULT)
         self._reported.set()
+
+    async def _told(self, error: LinkLostError) -> MigrationError:
+        """Why a channel was lost: a destination that gives up says so on the control channel, but a data channel may
+        break before that is read."""
+        control = self._session.control
+        if control is not None and control.lost is None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_TOLD_S):
+                    await self._reported.wait()
+        told = self._ended_by
+        return error if told is None or isinstance(told, LinkLostError) else told
 
     def _done_of(self, number: int) -> asyncio.Future[messages.RoundDone]:
         future = self._round_done.get(number)
         if future is None:
             future = self._round_done[number] = asyncio.get_running_loop().create_future()
-            if self._lost_by is not None:
-                future.set_exception(self._lost_by)
         return future
 
     async def _run_rounds(self, transfer: Transfer) -> Any:
@@ -377,10 +403,9 @@ class OutgoingMigration:
             self._env.config.limits,
             self._env.clock,
             self._hold,
-            lambda: self._set_status("pre-switchover"),
+            self._guest_stopped,
+            self._tell_passes,
         )
-        if self._hold is None:
-            self._set_status("device")
         # From here on an operator's cancel is an event of the hand-over, not a cancellation of this task.
         await self._switchover.run()
         if self._handover.state is SourceState.RETIRED:
@@ -440,6 +465,7 @@ class OutgoingMigration:
         ledger, env = self._ledger, self._env
         ledger.ended_ns = ledger.ended_ns or time.monotonic_ns()
         _log_outcome(ledger.finish(outcome, reason, []))
+        self._tell_passes()
         record = ledger.finish(outcome, reason, env.take_log(self.migration_id))
         self.record = record
         if self._session.control is not None:
@@ -484,6 +510,11 @@ class OutgoingMigration:
             "X_MIGRATED_IN_DOUBT", {"guest": self.guest_name, "migration-id": self.migration_id, "reason": reason}
         )
 
+    def _guest_stopped(self) -> None:
+        """After STOP, as QEMU has it; one who cancels meanwhile is not told otherwise."""
+        if self.status != "cancelling":
+            self._set_status("device" if self._hold is None else "pre-switchover")
+
     def _set_status(self, status: Status) -> None:
         if self.status != status:
             self.status = status
@@ -498,13 +529,18 @@ class OutgoingMigration:
 
     def _say_round(self, sentence: str, prediction: Prediction) -> None:
         self._prediction = prediction
-        number = self._ledger.round_count
-        log.debug("round", round=number, decision=sentence)
-        if number:
-            self._env.publish(
-                "MIGRATION_PASS", {"pass": number, "guest": self.guest_name, "migration-id": self.migration_id}
-            )
+        log.debug("round", round=self._ledger.round_count, decision=sentence)
+        self._tell_passes()
         self._say(sentence)
+
+    def _tell_passes(self) -> None:
+        """MIGRATION_PASS for every read of the dirty log since the last time, as QEMU has it."""
+        while self._passes_told < self._ledger.dirty_syncs:
+            self._passes_told += 1
+            self._env.publish(
+                "MIGRATION_PASS",
+                {"pass": self._passes_told, "guest": self.guest_name, "migration-id": self.migration_id},
+            )
 
     def _sent_bytes(self) -> int:
         if self._session.channels and not self._ledger.ended_ns:

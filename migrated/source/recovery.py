@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 
 import structlog
 
+from migrated.config import parse_uri
 from migrated.environment import Environment
 from migrated.errors import VmmError
 from migrated.guests import Guest
 from migrated.journal import Attempt
-from migrated.link.sockets import parse_uri
 from migrated.parameters import MigrationParameters, limit_of
 from migrated.progress import Progress, Status
 from migrated.record import Outcome
@@ -109,6 +109,7 @@ class RecoveredHandover:
             elapsed_ns=max(0, int((datetime.now(UTC) - self._started).total_seconds() * 1e9)),
             setup_ns=0,
             round=0,
+            dirty_sync_count=0,
             total_bytes=self._guest.memory_bytes if self._guest is not None else 0,
             transferred_bytes=0,
             remaining_bytes=0,
@@ -124,6 +125,7 @@ class RecoveredHandover:
             throttle_percent=0,
             decision="taken up again after a restart of the daemon",
             destination=attempt.facts["peer"],
+            acknowledged=None,
             reason=self._handover.reason,
             rounds=(),
         )

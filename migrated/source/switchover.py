@@ -70,7 +70,8 @@ class Switchover:
         bounds: bounds of waits.
         clock: this host's clocks.
         hold: set when the operator lets a held switchover go on; None without pause-before-switchover.
-        on_hold: called when the guest is stopped and held.
+        on_stopped: called when the guest is stopped.
+        on_scan: called after every read of the dirty log.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class Switchover:
         bounds: LimitsConfig,
         clock: HostClock,
         hold: asyncio.Event | None,
-        on_hold: Callable[[], None],
+        on_stopped: Callable[[], None],
+        on_scan: Callable[[], None],
     ) -> None:
         self._transfer = transfer
         self._handover = handover
@@ -95,7 +97,8 @@ class Switchover:
         self._bounds = bounds
         self._clock = clock
         self._hold = hold
-        self._on_hold = on_hold
+        self._on_stopped = on_stopped
+        self._on_scan = on_scan
         self._ledger = transfer.ledger
         self._control = transfer.control
         self._t0 = 0
@@ -136,6 +139,7 @@ class Switchover:
         self._ledger.add_phase("Pause", self._t0, stopped_ns)
         self._ledger.checkpoint("src-downtime-start", 0)
         self._ledger.checkpoint("src-vm-stopped", stopped_ns - self._t0)
+        self._on_stopped()
 
     def _counted_ns(self) -> int:
         """The downtime so far that counts against the limit: without what the operator held (ns)."""
@@ -170,7 +174,6 @@ class Switchover:
         if self._hold is None:
             return
         self.phase = "pre-switchover"
-        self._on_hold()
         self._holding_since_ns = begin_ns = time.monotonic_ns()
         await self._hold.wait()
         end_ns = time.monotonic_ns()
@@ -184,7 +187,7 @@ class Switchover:
         self.phase = "RamPushPostPause"
         begin_ns = time.monotonic_ns()
         transfer.dirty_log.restore(self._pending)
-        runs = await transfer.collect()
+        runs = await self._collect()
         scanned_ns = time.monotonic_ns()
         # From the end of the stop, or of the hold, to here: the first DOWNTIME message.
         ledger.part("downtime-message", "source", self._state_begin_ns, begin_ns)
@@ -209,7 +212,7 @@ class Switchover:
         ledger.add_phase("DeviceState", scanned_ns, saved_ns)
         ledger.checkpoint("src-iterable-saved", max(pages_ns, iterable_ns) - self._t0)
         # Saving a device may write guest memory.
-        runs = await transfer.collect()
+        runs = await self._collect()
         rescanned_ns = time.monotonic_ns()
         ledger.part("dirty-log-read-after-saves", "source", saved_ns, rescanned_ns)
         complete_ns = rescanned_ns
@@ -220,6 +223,11 @@ class Switchover:
         self._end_state()
         ledger.part("state-end", "source", complete_ns, self._state_sent_ns)
         self.phase = "Finish"
+
+    async def _collect(self) -> Runs:
+        runs = await self._transfer.collect()
+        self._on_scan()
+        return runs
 
     def _end_state(self) -> None:
         """Tell the destination what must be there for READY."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgpack
 from pydantic import ValidationError
 
-from migrated.errors import VmmError, VmmGoneError
+from migrated.errors import VmmError, VmmGoneError, VmmSilentError
 from migrated.vmm import spawn
 from migrated.vmm.base import DeviceKind, DeviceState, DirtyTracking, DryRun, SavedDevice, TimeImport, Vmm, VmmStatus
 from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog
@@ -41,22 +41,35 @@ class SimVmm(Vmm):
         self._client = client
 
     @classmethod
-    async def attach(cls, api_socket: Path) -> SimVmm:
-        """Connect to a running guest.
+    async def attach(cls, api_socket: Path, timeout_s: float | None = _QUICK_S) -> SimVmm:
+        """Connect to a running guest; ``timeout_s`` bounds the wait for its answer.
 
         Raises:
-            VmmGoneError: nothing answers on the socket.
+            VmmGoneError: nobody listens on the socket: the guest's process has ended.
+            VmmSilentError: its process is there and does not answer.
+            VmmError: it cannot be reached, or does not understand.
         """
         try:
-            client = await VmmClient.connect(str(api_socket), timeout=_QUICK_S)
-        except (ClientError, ClientGone, OSError, TimeoutError) as error:
-            raise VmmGoneError(f"no VMM answers on {api_socket}: {error}") from error
+            client = await VmmClient.connect(str(api_socket), timeout=timeout_s)
+        except ClientGone as error:
+            if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
+                raise VmmGoneError(f"no VMM listens on {api_socket}") from error
+            if isinstance(error.__cause__, TimeoutError):
+                raise VmmSilentError(f"the VMM on {api_socket} takes no connection", 0) from error
+            raise VmmError(f"the VMM on {api_socket} cannot be reached: {error}") from error
+        pid = client.peer_pid
         try:
-            reply = await client.call("status", timeout=_QUICK_S)
+            reply = await client.call("status", timeout=timeout_s)
             return cls(client, reply.meta["name"], reply.meta["pid"], api_socket)
-        except (ClientError, ClientGone, OSError, TimeoutError) as error:
+        except BaseException as error:
             await client.close()
-            raise VmmGoneError(f"the VMM on {api_socket} does not answer: {error}") from error
+            if isinstance(error, TimeoutError):
+                raise VmmSilentError(f"the VMM on {api_socket} (pid {pid}) does not answer", pid) from error
+            if isinstance(error, ClientGone):
+                raise VmmSilentError(f"the VMM on {api_socket} (pid {pid}) hung up: {error}", pid) from error
+            if isinstance(error, ClientError):
+                raise VmmError(f"the VMM on {api_socket} (pid {pid}) refused its status: {error}") from error
+            raise
 
     @classmethod
     async def start(cls, command: list[str], api_socket: Path, timeout_s: float) -> SimVmm:
@@ -70,7 +83,7 @@ class SimVmm(Vmm):
         deadline = time.monotonic() + timeout_s
         while True:
             if api_socket.exists():
-                with contextlib.suppress(VmmGoneError):
+                with contextlib.suppress(VmmError):
                     return await cls.attach(api_socket)
             if spawn.reap(pid):
                 raise VmmError(f"the VMM ended at once: {spawn.last_lines(log_path) or 'it said nothing'}")
@@ -87,7 +100,9 @@ class SimVmm(Vmm):
         except ClientError as error:
             raise VmmError(f"the VMM of guest {self.name} refused {op}: {error}") from error
         except TimeoutError as error:
-            raise VmmError(f"the VMM of guest {self.name} did not answer {op} within {timeout_s:g} s") from error
+            raise VmmSilentError(
+                f"the VMM of guest {self.name} (pid {self.pid}) did not answer {op} within {timeout_s:g} s", self.pid
+            ) from error
 
     async def describe(self) -> GuestDescription:
         reply = await self._call("describe", _QUICK_S)

@@ -142,6 +142,11 @@ async def test_a_limit_raised_while_rounds_run_holds_on_the_destination_too(pair
     assert record["parameters"]["channels"] == 2
     theirs = await pair.b.until_status("g1", "completed")
     assert theirs["downtime_limit_ns"] == 20_000 * MS
+    said = (await pair.a.until_status("g1", "completed"))["acknowledged"]
+    assert said["vote"] == "ready"
+    assert said["counted_ns"] == record["downtime"]["destination_measured_ns"]
+    assert said["rounds"] > len(record["rounds"]), "rounds of the switchover count on"
+    assert said["received_bytes"] == theirs["transferred_bytes"]
     assert (await pair.b.verify())["ok"]
     assert pair.double_runs() == []
 

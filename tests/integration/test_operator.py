@@ -160,17 +160,34 @@ async def test_events_tell_the_story_in_order(pair: Pair) -> None:
     async with await ControlClient.connect(pair.a.socket) as client:
         record = await pair.a.migrate("g1", pair.b, downtime_limit=20_000)
         assert record["outcome"] == "completed", record["reason"]
-        statuses: list[str] = []
-        names: list[str] = []
+        story: list[str] = []
         async with asyncio.timeout(10):
             async for event in client.events():
-                names.append(event["event"])
-                if event["event"] == "MIGRATION":
-                    statuses.append(event["data"]["status"])
-                    if statuses[-1] == "completed":
+                story.append(event["data"].get("status", event["event"]))
+                if story[-1] == "completed":
+                    break
+    assert [name for name in story if name.islower()] == ["active", "device", "completed"]
+    assert story.index("MIGRATION_PASS") < story.index("STOP") < story.index("device")
+
+
+async def test_a_paused_guest_neither_stops_nor_resumes(pair: Pair) -> None:
+    """As with QEMU: the guest never ran, so there is nothing to tell."""
+    await pair.a.create_guest("g1", 16, paused=True)
+    async with await ControlClient.connect(pair.a.socket) as here, await ControlClient.connect(pair.b.socket) as there:
+        migration_id = await pair.a.begin_migration("g1", pair.b, pause_before_switchover=True)
+        await pair.a.until_status("g1", "pre-switchover")
+        assert (await cancel(pair, migration_id))["outcome"] == "cancelled"
+        record = await pair.a.migrate("g1", pair.b)
+        assert record["outcome"] == "completed", record["reason"]
+        await pair.b.until_status("g1", "completed")
+        for client in (here, there):
+            names = []
+            async with asyncio.timeout(10):
+                async for event in client.events():
+                    names.append(event["event"])
+                    if event["event"] == "MIGRATION" and event["data"]["status"] == "completed":
                         break
-    assert statuses == ["active", "device", "completed"]
-    assert names.index("MIGRATION_PASS") < names.index("STOP")
+            assert not {"STOP", "RESUME"} & set(names)
 
 
 async def test_an_orderly_stop_of_the_daemon_keeps_its_guests_and_ends_its_migrations(fresh: Pair) -> None:

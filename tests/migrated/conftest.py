@@ -16,6 +16,7 @@ import pytest
 import structlog
 import uvloop
 
+from migrated.config import parse_uri
 from migrated.control.operations import EventBus, GuestSpec, OperationError
 from migrated.control.server import ControlServer
 from migrated.history import History, HistoryQuery
@@ -153,6 +154,7 @@ def make_progress(**changes: Any) -> Progress:
         "elapsed_ns": 700 * MS,
         "setup_ns": 20 * MS,
         "round": 3,
+        "dirty_sync_count": 4,
         "total_bytes": 256 << 20,
         "transferred_bytes": 290 << 20,
         "remaining_bytes": 12 << 20,
@@ -168,6 +170,7 @@ def make_progress(**changes: Any) -> Progress:
         "throttle_percent": 0,
         "decision": "not yet: predicted 412ms, bound 455ms, limit 300ms",
         "destination": "loading",
+        "acknowledged": {"rounds": 3, "received_bytes": 286 << 20},
         "reason": None,
         "rounds": (_round(1), _round(2)),
     }
@@ -236,6 +239,9 @@ class MemoryDaemon:
         self.add_guest(spec.name, "paused" if spec.paused else "running")
         return self.guests[spec.name]
 
+    def guest_names(self) -> list[str]:
+        return [name for name, guest in self.guests.items() if guest["state"] != "retired"] or [*self.guests]
+
     async def guest_list(self) -> list[dict[str, Any]]:
         return list(self.guests.values())
 
@@ -265,6 +271,10 @@ class MemoryDaemon:
 
     async def migrate(self, guest: str, uri: str, overrides: dict[str, object]) -> str:
         self._guest(guest)
+        try:
+            parse_uri(uri)
+        except ValueError as error:
+            raise OperationError(str(error)) from error
         if self.refusal is not None:
             raise self.refusal
         migration_id = f"m-{next(self._ids):04}"

@@ -58,11 +58,28 @@ def test_it_tells_all_that_an_operator_asks(snapshot: Callable[..., Any]) -> Non
         "memory 290.0",
         "device-loads 110.0",
         "not yet: predicted 412ms, bound 455ms, limit 300ms",
-        "vm has all of round 3 in place; loading devices there: 110.0ms expected",
+        "vm has 3 rounds in place, 286MiB received; loading devices there: 110.0ms expected",
         "m-0001",
         "bandwidth",
     ):
         assert fact in shown, fact
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({}, "vm has no round in place yet; loading devices there: 110.0ms expected"),
+        ({"rounds": 1, "received_bytes": 1 << 20}, "vm has 1 round in place, 1MiB received; loading devices there"),
+        ({"rounds": 2, "vote": "ready", "counted_ns": 87 * MS}, "voted READY after 87.0ms by its own count"),
+        ({"rounds": 2, "vote": "no"}, "2 rounds in place, 0B received; voted NO"),
+    ],
+)
+def test_what_the_destination_said_is_shown_and_no_more(
+    snapshot: Callable[..., Any], said: dict[str, Any], told: str
+) -> None:
+    told_by = snapshot(status="device", destination="vm (run/b.sock)", acknowledged=said)
+    shown = "\n".join(lines_of(progress_view(told_by)))
+    assert told in shown
 
 
 @pytest.mark.parametrize("status", ["active", "device", "pre-switchover", "in-doubt", "failed"])
@@ -78,7 +95,9 @@ def test_it_needs_no_prediction_no_rounds_and_no_destination(
 
 
 def test_the_destinations_side_shows_what_it_receives(snapshot: Callable[..., Any]) -> None:
-    shown = "\n".join(lines_of(progress_view(snapshot(role="destination", predicted_downtime_ns=None, rounds=()))))
+    shown = "\n".join(
+        lines_of(progress_view(snapshot(role="destination", acknowledged=None, predicted_downtime_ns=None, rounds=())))
+    )
     assert "g1 <- 127.0.0.1:4460" in shown
     assert "290MiB received" in shown
     assert "left" not in shown

@@ -102,6 +102,15 @@ def test_nothing_that_a_peer_says_reaches_the_terminal_as_control_sequences(
     assert "[bold]x[/bold]" in shown, "markup is shown as it is"
 
 
+def test_a_guest_that_does_not_answer_is_listed_with_the_reason() -> None:
+    known = {"name": "g1", "state": "running", "memory_bytes": 1 << 20, "pid": 7, "api_socket": "/g1.sock"}
+    silent = {**known, "name": "g2", "state": "unresponsive", "memory_bytes": None, "reason": "it does not answer"}
+    shown = text_of(guests_table([known, silent]))
+    assert "g2: it does not answer." in shown
+    assert shown.count("it does not answer") == 1
+    assert "unresponsive" in shown
+
+
 def test_event_lines() -> None:
     event = {"event": "STOP", "data": {"guest": "g1"}, "timestamp": {"seconds": 86_400 + 3661, "microseconds": 42}}
     assert event_line(event) == "01:01:01.000042 STOP guest=g1"

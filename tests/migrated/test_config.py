@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.config import Address, Config, ConfigError, load_config, parse_address
+from migrated.config import Address, Config, ConfigError, load_config, parse_address, parse_uri
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -156,6 +156,20 @@ def test_the_vmm_is_found_beside_the_interpreter_and_its_absence_is_told(file: P
 def test_addresses_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match=r"HOST\]?:PORT|port from 0 to 65535"):
         parse_address(text)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["", "tcp", "tcp:", "tcp:host", "tcp:host:", "tcp:host:x", "tcp:host:99999", "tcp:h:0", "unix:/x", "tcp:::1:5"],
+)
+def test_a_uri_that_cannot_be_used_is_told_with_the_form_that_can(uri: str) -> None:
+    with pytest.raises(ValueError, match="tcp:HOST:PORT"):
+        parse_uri(uri)
+
+
+def test_uris_that_can_be_used() -> None:
+    assert parse_uri("tcp:192.0.2.7:4460") == ("192.0.2.7", 4460)
+    assert parse_uri("tcp:[2001:db8::7]:1") == ("2001:db8::7", 1)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

@@ -47,13 +47,16 @@ async def test_nobody_is_woken_between_the_stop_of_a_guest_and_the_end_of_its_sw
     bus = EventBus()
     reader = bus.subscribe()
     bus.publish("MIGRATION_PASS")
-    bus.publish("MIGRATION", status("device"))
+    bus.hold("m1")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.arrived.wait(), 20 * operations.WAKE_S)
     bus.publish("STOP", {"guest": "g1"})
+    bus.publish("MIGRATION", status("device"))
     bus.publish("MIGRATION", status("active", "m2"))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(reader.arrived.wait(), 20 * operations.WAKE_S)
     bus.publish("MIGRATION", status(end))
-    assert await woken(reader) == ["MIGRATION_PASS", "device", "STOP", "active", end]
+    assert await woken(reader) == ["MIGRATION_PASS", "STOP", "device", "active", end]
 
 
 async def test_two_guests_that_are_stopped_at_once(no_timeout: None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from migrated.control.commands import COMMANDS
-from migrated.control.operations import OperationError, parse_uri
+from migrated.control.operations import OperationError
 from migrated.control.qemu import capability_document, capability_values, migration_info, recorded_info, uri_of
 from migrated.control.schema import (
     PARAMETERS,
@@ -109,20 +109,6 @@ def test_capabilities_are_the_truth_values_behind_them() -> None:
 def test_a_wrong_capability_is_refused(item: object, sentence: str) -> None:
     with pytest.raises(OperationError, match=sentence):
         capability_values([item])
-
-
-@pytest.mark.parametrize(
-    "uri",
-    ["", "tcp", "tcp:", "tcp:host", "tcp:host:", "tcp:host:x", "tcp:host:99999", "tcp:h:0", "unix:/x", "tcp:::1:5"],
-)
-def test_a_uri_that_cannot_be_used_is_told_with_the_form_that_can(uri: str) -> None:
-    with pytest.raises(OperationError, match="tcp:HOST:PORT"):
-        parse_uri(uri)
-
-
-def test_uris_that_can_be_used() -> None:
-    assert parse_uri("tcp:192.0.2.7:4460") == ("192.0.2.7", 4460)
-    assert parse_uri("tcp:[2001:db8::7]:1") == ("2001:db8::7", 1)
 
 
 def test_qemus_channels_form_is_the_uri() -> None:
