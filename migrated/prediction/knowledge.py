@@ -135,12 +135,15 @@ class Knowledge:
         prior = _PRIORS[component]
         scale = base_ns if base_ns >= _LARGE_NS else 1
         ns, spread = base_ns + prior.overhead_ns, (base_ns * prior.spread + prior.spread_ns) / scale
-        for key in reversed(list(_keys(guest, kind))):
+        own, *_ = keys = list(_keys(guest, kind))
+        for key in reversed(keys):
             ring = self._corrections.get(_correction_key(key, component, base_ns, memory_bound=memory_bound))
             if ring is None:
                 continue
             count, centre = len(ring.values), median(ring.values)
             spread = (count * _spread(ring.values, centre) + _SPREAD_WEIGHT * spread) / (count + _SPREAD_WEIGHT)
+            if component == "state" and memory_bound and base_ns >= _LARGE_NS and key != own:
+                centre = max(centre, 1.0)  # other guests' memory moved faster because of their link, or their rounds
             if count >= _ENOUGH_CORRECTIONS:
                 ns = max(0, int(base_ns * centre if base_ns >= _LARGE_NS else base_ns + centre))
         return _Estimate(ns, spread * scale)

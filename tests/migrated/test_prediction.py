@@ -97,6 +97,15 @@ def test_another_guest_of_the_class_profits_and_a_stranger_does_not_suffer() -> 
     assert sibling.total_ns == pytest.approx(sum(truth_of(2.0).values()), rel=0.02)
 
 
+def test_a_stranger_does_not_inherit_a_faster_link() -> None:
+    """Memory that moved faster than bandwidth said: only the guest itself may count on it."""
+    knowledge = Knowledge()
+    for _ in range(8):
+        knowledge.learn(record_of(predict(knowledge), truth_of(0.3)), "class")
+    assert predict(knowledge).components["state"] == pytest.approx(12 * MS, rel=0.02)
+    assert predict(knowledge, "stranger").components["state"] >= BASES.memory_ns
+
+
 def test_the_conformal_bound_covers_what_was_not_seen() -> None:
     """Train on 400 noisy truths, count on the next 1,000: coverage is that asked for, within sampling error."""
     draw = random.Random(7)
