@@ -15,16 +15,16 @@ def rounds(fields: Fields) -> Section | None:
         return None
     heads = (
         "round",
-        "pages scanned",
+        "scanned",
         "left dirty",
-        "zero pages",
+        "zero",
         "sent",
         "time ms",
         "scan ms",
         "bandwidth",
         "dirtied pages/s",
         "predicted ms",
-        "its bound ms",
+        "bound ms",
         "throttle %",
     )
     rows = [
