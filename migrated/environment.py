@@ -14,6 +14,7 @@ from migrated.guests import GuestRegistry
 from migrated.journal import Journal
 from migrated.prediction.knowledge import Knowledge
 from migrated.record import Record
+from migrated.vmm.resume_costs import ResumeCosts
 
 
 @dataclass(slots=True)
@@ -22,6 +23,7 @@ class Environment:
 
     Attributes:
         knowledge: what past records taught about switchovers.
+        resume_costs: what resuming guests took on this host.
         finish: takes each finished record, with this host's part in it.
         publish: sends a QMP event: name and data.
         hold_events: the guest of a migration is about to be stopped: nobody is woken for events until it runs again.
@@ -33,6 +35,7 @@ class Environment:
     journal: Journal
     guests: GuestRegistry
     knowledge: Knowledge
+    resume_costs: ResumeCosts
     host: str
     finish: Callable[[Record, Literal["source", "destination"]], None]
     publish: Callable[[str, dict[str, Any]], None]

@@ -42,6 +42,7 @@ from migrated.source.estimate import estimate
 from migrated.source.migration import OutgoingMigration, Target
 from migrated.source.recovery import RecoveredHandover
 from migrated.tasks import TaskSet
+from migrated.vmm.resume_costs import ResumeCosts
 from protocol import messages
 from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
 from protocol.handover import DestinationEvent, DestinationState, destination_state_of
@@ -87,6 +88,7 @@ class MigrationHost:
             journal=self._journal,
             guests=self._guests,
             knowledge=self._knowledge,
+            resume_costs=ResumeCosts(),
             host=host_name(config),
             finish=self._finish,
             publish=self.events.publish,

@@ -173,11 +173,16 @@ class RoundDone(Message):
 
 class Downtime(Message):
     """The guest has stopped: the source's downtime at ``sent_at_ns`` (raw clock), stamped right before the write, and
-    the limits that this switchover runs under, in place of HELLO's: an operator may change them while rounds run."""
+    the limits that this switchover runs under, in place of HELLO's: an operator may change them while rounds run.
+
+    ``resume_reserve_ns`` is what the source keeps back of them to let its guest run again after an abort: a NO that
+    comes later than that is not waited for.
+    """
 
     TYPE = FrameType.DOWNTIME
     epoch: Epoch
     limits: Limits
+    resume_reserve_ns: NonNegativeNs
     source_downtime_ns: NonNegativeNs
     sent_at_ns: I64
 

@@ -79,6 +79,7 @@ MEANINGS: Final = {
     "RoundDone.digest": "the destination's running digest after the round, 0 without digest",
     "Downtime.epoch": "of HELLO",
     "Downtime.limits": "the downtime budget of this switchover; the same in all its DOWNTIME messages",
+    "Downtime.resume_reserve_ns": "upper bound of what the source's own resume takes",
     "Downtime.source_downtime_ns": "since just before the stop was asked for, without what an operator held",
     "Downtime.sent_at_ns": "raw clock of the source right before the write",
     "TimeAsk.nonce": "repeated in the answer",

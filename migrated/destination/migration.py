@@ -53,8 +53,9 @@ from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, agree_capabil
 log = structlog.get_logger()
 
 _RECORD_S = 5.0
-_VOTE_NS = 2_000_000
-"""The event loop's timers are good to a millisecond, and a vote is journaled before it is sent."""
+_VOTE_NS = 3_000_000
+"""The event loop's timers count whole milliseconds on both hosts, and a vote is journaled before it is sent."""
+_TICK_NS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ class IncomingMigration:
         self._control = control
         self._hello = hello
         self._limits = hello.limits
+        self._source_resume_ns = 0
         self._on_change = on_change
         self._token = secrets.token_bytes(16)
         self._inbox: asyncio.Queue[Item] = asyncio.Queue()
@@ -363,9 +365,10 @@ class IncomingMigration:
                 case _LoadedItem():
                     await self._loaded()
                 case Broken(event=event, cause=cause, reason=reason):
-                    if takeover.state is DestinationState.LOADING:
-                        log.warning("the incoming guest is given up", cause=cause, reason=reason)
+                    loading = takeover.state is DestinationState.LOADING
                     await takeover.take(event, reply, reason=reason, cause=cause)
+                    if loading:  # said after the vote has left: a log that blocks must not cost downtime
+                        log.warning("the incoming guest is given up", cause=cause, reason=reason)
         except RemoteProtocolError as error:
             log.error("the source broke the protocol", reason=str(error))
             with contextlib.suppress(RemoteProtocolError):
@@ -380,7 +383,7 @@ class IncomingMigration:
                 self._check_round(end.round)
             case messages.Downtime(epoch=epoch) as downtime:
                 if check_epoch(takeover.epoch, epoch):
-                    self._limits = downtime.limits
+                    self._limits, self._source_resume_ns = downtime.limits, downtime.resume_reserve_ns
                     self._hear_downtime(downtime.source_downtime_ns, downtime.sent_at_ns, received)
             case messages.TimeData() as data:
                 self._hear_time(data, received)
@@ -472,9 +475,9 @@ class IncomingMigration:
         self._loading.add_time(arrived, self._control.offset())
 
     def _reserve_ns(self) -> int:
-        """Upper bound of what follows the vote: the READY leg, the COMMIT leg and the own resume; and the vote itself,
-        so that a NO is heard before the source's own deadline."""
-        return _VOTE_NS + self._control.round_trip_ns() + self._dry.resume_ns
+        """Upper bound of what follows the vote: the READY leg, the COMMIT leg and the resume, here or, after a NO, on
+        the source; and the vote itself, so that a NO is heard before the source's own deadline."""
+        return _VOTE_NS + self._control.round_trip_ns() + max(self._dry.resume_ns, self._source_resume_ns)
 
     def _remaining_ns(self) -> int | None:
         if self._count is None:
@@ -488,7 +491,9 @@ class IncomingMigration:
         remaining_ns = self._remaining_ns()
         if remaining_ns is None:
             return
-        self._deadline = asyncio.get_running_loop().call_later(max(0, remaining_ns) / 1e9, self._deadline_passed)
+        # Whole milliseconds, and rather early than late.
+        patience_s = max(0, remaining_ns // _TICK_NS) / 1e3
+        self._deadline = asyncio.get_running_loop().call_later(patience_s, self._deadline_passed)
 
     def _deadline_passed(self) -> None:
         self._inbox.put_nowait(Broken(DestinationEvent.LIMIT, "limit", self._over_limit()))
@@ -561,6 +566,9 @@ class IncomingMigration:
         self._reason = takeover.reason
         if takeover.state is DestinationState.RUNNING:
             self._log_costs()
+            times = takeover.resume_times
+            if times is not None and not self._hello.guest_paused:
+                self._env.resume_costs.add(times.end_ns - times.commit_read_ns, self._dry.resume_ns)
             if not self._hello.guest_paused:
                 self._env.publish("RESUME", {"guest": self.guest_name})
         else:

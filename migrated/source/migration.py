@@ -38,6 +38,7 @@ from migrated.source.session import Session
 from migrated.source.switchover import Happened, Item, Reserves, Switchover
 from migrated.tasks import TaskSet
 from protocol import messages
+from protocol.budget import abort_limit_ns
 from protocol.errors import ProtocolError
 from protocol.guest import PAGE_SIZE
 from protocol.handover import SourceEvent, SourceState
@@ -390,13 +391,14 @@ class OutgoingMigration:
         assert self._session.welcome is not None
         if self.parameters.pause_before_switchover:
             self._hold = asyncio.Event()
+        limits = self._session.limits(self.parameters)
         self._switchover = Switchover(
             transfer,
             self._handover,
-            self._session.limits(self.parameters),
+            limits,
             Reserves(
                 commit_ns=transfer.control.round_trip_ns() + self._session.welcome.resume_ns,
-                own_resume_ns=self._session.dry_save.resume_ns,
+                own_resume_ns=self._env.resume_costs.reserve_ns(self._session.dry_save, abort_limit_ns(limits)),
             ),
             pending,
             self._inbox,
@@ -408,6 +410,8 @@ class OutgoingMigration:
         )
         # From here on an operator's cancel is an event of the hand-over, not a cancellation of this task.
         await self._switchover.run()
+        if self._switchover.gave_back_ns is not None and not self._session.was_paused:
+            self._env.resume_costs.add(self._switchover.gave_back_ns, self._session.dry_save.resume_ns)
         if self._handover.state is SourceState.RETIRED:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_REPORT_S):

@@ -35,12 +35,15 @@ from protocol.pages import Runs
 log = structlog.get_logger()
 
 _CHEAP_NS = 300_000
+_TICK_NS = 1_000_000
+"""The event loop's timers count whole milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reserves:
     """What is kept back from the budget (ns): for the COMMIT leg with the destination's resume, and for the own
-    resume after an abort. Both come from this attempt's measured legs and tried costs."""
+    resume after an abort. Both come from this attempt's measured legs and tried costs, the latter also from what
+    resumes took on this host."""
 
     commit_ns: int
     own_resume_ns: int
@@ -106,6 +109,10 @@ class Switchover:
         self._state_begin_ns = 0
         self._state_sent_ns = 0
         self._ready_read_ns = 0
+        self._due_ns = 0
+        """When what is being handled came, or should have come: an abort gives the guest back from then on."""
+        self.gave_back_ns: int | None = None
+        """How long giving the guest back took from then on, None when it was not, or not by an abort."""
         self.phase = "Pause"
 
     async def run(self) -> None:
@@ -154,6 +161,7 @@ class Switchover:
             messages.Downtime(
                 epoch=self._handover.epoch,
                 limits=self._limits,
+                resume_reserve_ns=self._reserves.own_resume_ns,
                 source_downtime_ns=elapsed_ns,
                 sent_at_ns=self._clock.hrtime_ns(),
             )
@@ -279,9 +287,12 @@ class Switchover:
                 await self._handle(item)
             except RemoteProtocolError as error:
                 await handover.take(SourceEvent.FAULT, self._control, str(error))
+        if handover.state is SourceState.ABORTED and handover.resumed_at_ns:
+            self.gave_back_ns = handover.resumed_at_ns - self._due_ns
         self.account()
 
     async def _handle(self, item: Item) -> None:
+        self._due_ns = time.monotonic_ns() if isinstance(item, Happened) else item.read_at_ns
         if isinstance(item, Happened):
             standing = None if item.event is SourceEvent.LINK_LOST else self._control
             await self._handover.take(item.event, standing, item.reason)
@@ -297,14 +308,16 @@ class Switchover:
             return None
         if self._hold is not None and not self._hold.is_set():
             return self._bounds.heartbeat_interval_s  # the hold does not count; look again
-        return max(0.0, (deadline_ns - self._counted_ns()) / 1e9)
+        # Whole milliseconds, and rather early than late.
+        return max(0, (deadline_ns - self._counted_ns()) // _TICK_NS) / 1e3
 
     async def _out_of_time(self) -> None:
         """Nothing came in time."""
         deadline_ns = source_deadline_ns(self._limits, self._reserves.own_resume_ns)
         if self._handover.state is SourceState.COMMITTED:
             await self._handover.take(SourceEvent.DEADLINE, self._control)
-        elif deadline_ns is not None and self._counted_ns() >= deadline_ns:
+        elif deadline_ns is not None and (late_ns := self._counted_ns() - deadline_ns) > -_TICK_NS:
+            self._due_ns = time.monotonic_ns() - late_ns
             reason = (
                 f"the switchover did not fit its limit of {_limit_ms(self._limits):g} ms: after "
                 f"{self._counted_ns() / 1e6:.1f} ms in phase {self.phase} the destination has not voted"

@@ -8,6 +8,7 @@ through the objects named here.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,11 +58,15 @@ class DeviceState:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What a switchover would cost in this VMM now: per device, and to stop or resume the guest (ns)."""
+    """What a switchover would cost in this VMM now: per device, and to stop or resume the guest (ns).
+
+    ``call_ns`` is what the longest of the calls took that told it: a call that resumes the guest costs as much on top.
+    """
 
     devices: tuple[DeviceCost, ...]
     pause_ns: int
     resume_ns: int
+    call_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +154,12 @@ class Vmm(ABC):
 
     async def typical_dry_run(self, side: Literal["save", "load"]) -> DryRun:
         """The median of a few dry runs, per device and for stop and resume: one odd run must not decide."""
-        runs = [await self.dry_run(side) for _ in range(_DRY_RUNS)]
+        runs: list[DryRun] = []
+        call_ns = 0
+        for _ in range(_DRY_RUNS):
+            begin_ns = time.monotonic_ns()
+            runs.append(await self.dry_run(side))
+            call_ns = max(call_ns, time.monotonic_ns() - begin_ns)
         devices = tuple(
             DeviceCost(name=costs[0].name, kind=costs[0].kind, ns=int(median(cost.ns for cost in costs)))
             for costs in zip(*(run.devices for run in runs), strict=True)
@@ -158,6 +168,7 @@ class Vmm(ABC):
             devices=devices,
             pause_ns=int(median(run.pause_ns for run in runs)),
             resume_ns=int(median(run.resume_ns for run in runs)),
+            call_ns=call_ns,
         )
 
     @abstractmethod

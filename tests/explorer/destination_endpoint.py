@@ -64,6 +64,7 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
         self.vmm = daemon.vmm
         self.control: Control | None = None
         self._hello = hello
+        self._source_resume_ns = 0
         self._limits = hello.limits if hello is not None else None
         self._digest = MemoryDigest(hello.guest.pages if hello is not None else 0)
         self._round_of: dict[int, int] = {}
@@ -105,7 +106,7 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
                 self._rounds.setdefault(number, Round()).end = message
                 self._check_round(number)
             case messages.Downtime(epoch=epoch) if check_epoch(self.attempt.epoch, epoch):
-                self._limits = message.limits
+                self._limits, self._source_resume_ns = message.limits, message.resume_reserve_ns
                 self._hear_downtime(message.source_downtime_ns, message.sent_at_ns)
             case messages.TimeData():
                 self._import_time(message)
@@ -217,7 +218,7 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
         assert self._limits is not None
         assert self.control is not None
         assert self.vmm is not None
-        reserve_ns = self.control.round_trip_ns() + self.vmm.resume_cost_ns
+        reserve_ns = self.control.round_trip_ns() + max(self.vmm.resume_cost_ns, self._source_resume_ns)
         return destination_remaining_ns(self._limits, self._count.now(self.host.clock_ns()), reserve_ns)
 
     def _import_time(self, data: messages.TimeData) -> None:

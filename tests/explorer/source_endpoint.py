@@ -220,6 +220,7 @@ class Outgoing(Actor[SourceState, SourceEvent]):
             messages.Downtime(
                 epoch=self.attempt.epoch,
                 limits=self.wish.limits,
+                resume_reserve_ns=self.vmm.resume_cost_ns,
                 source_downtime_ns=self._elapsed_ns(),
                 sent_at_ns=self.host.clock_ns(),
             )

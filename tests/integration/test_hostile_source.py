@@ -26,7 +26,7 @@ from vmm_sim.client import VmmClient
 U64 = (1 << 64) - 1
 I64 = (1 << 63) - 1
 LIMITS = {"downtime_limit_ns": 10**10, "switchover_limit_ns": 0, "switchover_abort": True}
-DOWNTIME = {"epoch": 1, "limits": LIMITS, "source_downtime_ns": 0, "sent_at_ns": 0}
+DOWNTIME = {"epoch": 1, "limits": LIMITS, "resume_reserve_ns": 0, "source_downtime_ns": 0, "sent_at_ns": 0}
 GOOD = {"guest_freq": 2_100_000_000, "guest_tsc": 1, "hrtime": 10**12, "hres_sec": 1, "hres_ns": 0, "boot_hrtime": 0}
 
 HOSTILE: dict[str, dict[str, Any]] = {
