@@ -1,0 +1,287 @@
+"""The seam: what the stories in ``source`` and ``destination`` know of a VMM, whatever its kind.
+
+    Driver      finds, attaches, creates guests of one kind of VMM, and says what ran
+    VmmGuest    one guest: a small core that every VMM can give
+    facets      what only some VMMs can do: GuestTime, Iterations, Throttle, OwnershipLock. ``None`` where one is
+                missing; a parameter that needs a missing facet is refused with a sentence before anything moves
+
+State outside memory leaves and enters as a stream of named parts; how many calls that takes is the driver's affair.
+Memory is one or more regions (``migrated.vmm.memory``), and the dirty log covers all of them
+(``migrated.vmm.dirty_log``). Nothing above this module imports a driver.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from migrated.errors import VmmError
+from migrated.vmm.dirty_log import DirtyLog
+from migrated.vmm.memory import GuestMemory
+from protocol.guest import GuestDescription
+from protocol.guest_time import VmTimeData
+from protocol.messages import DeviceCost
+
+DeviceKind: TypeAlias = Literal["iterable", "non-iterable"]
+GuestState: TypeAlias = Literal["running", "paused", "incoming"]
+DirtyTracking: TypeAlias = Literal["auto", "pagemap-scan", "logged"]
+Side: TypeAlias = Literal["save", "load"]
+StateBytes: TypeAlias = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class GuestStatus:
+    """What a VMM says of its guest now. ``detail`` holds everything else, for people.
+
+    ``observed_gap`` is what the guest itself saw of its last blackout, where the VMM can tell.
+    """
+
+    state: GuestState
+    pid: int
+    epoch: int
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    observed_gap: ObservedGap | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedGap:
+    """A blackout as the guest saw it: on its own clock, and on the host's monotonic clock (ns)."""
+
+    guest_ns: int
+    host_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StatePart:
+    """One named part of a guest's state outside memory. ``save_ns`` is what saving it cost in the VMM."""
+
+    name: str
+    kind: DeviceKind
+    data: StateBytes
+    save_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedCosts:
+    """What a switchover is expected to cost in this VMM now (ns).
+
+    ``basis`` says whether this was tried (the VMM did it, or timed a rehearsal) or guessed (a prior, or what was
+    learned elsewhere): a reserve that rests on a guess must use a learned quantile or a configured floor.
+    ``call_ns`` is the longest round trip of a call to the VMM that was seen while finding out.
+    """
+
+    devices: tuple[DeviceCost, ...]
+    pause_ns: int
+    resume_ns: int
+    call_ns: int
+    basis: Literal["tried", "guessed"]
+
+
+@dataclass(frozen=True, slots=True)
+class TimeImport:
+    """What importing time data cost: time since the snapshot as the VMM measured it (ns), and the ticks it added."""
+
+    vmm_ns: int
+    vmm_ticks: int
+
+
+class GuestTime(ABC):
+    """Facet: the guest's time apart from its devices (docs/guest-time.md)."""
+
+    @abstractmethod
+    async def export_time(self) -> VmTimeData:
+        """The guest's time now. The guest is paused."""
+
+    @abstractmethod
+    async def import_time(self, time: VmTimeData, error_ns: int) -> TimeImport:
+        """Give an incoming guest its time, known to within ``error_ns``. Before any final state."""
+
+
+class Iterations(ABC):
+    """Facet: devices that send state in rounds while the guest runs."""
+
+    @abstractmethod
+    async def save_iteration(self, name: str, number: int) -> StatePart:
+        """What an iterable device has new in a round, counted from 0."""
+
+    @abstractmethod
+    async def load_iteration(self, part: StatePart) -> int:
+        """Load what ``save_iteration`` gave into an incoming guest. Returns what it cost (ns)."""
+
+
+class Throttle(ABC):
+    """Facet: vCPUs that can be made to run less."""
+
+    @abstractmethod
+    async def set_throttle(self, percent: int) -> None:
+        """Run that much less (0 to 99); 0 ends it."""
+
+
+class OwnershipLock(ABC):
+    """Facet: a lock of the guest's identity, held by the VMM's process exactly while the guest may run."""
+
+    @abstractmethod
+    async def take(self) -> None:
+        """Take the lock, which resuming needs; without effect when it is held."""
+
+    @abstractmethod
+    async def release(self) -> None:
+        """Let go of the lock of a stopped guest."""
+
+
+class VmmGuest(ABC):
+    """One guest. Every call has a bound in time and raises ``VmmError``, or ``VmmGoneError`` when nothing answers.
+
+    Attributes:
+        driver: name of its driver.
+        name, pid: of the guest, of its VMM's process.
+        api_socket: how the VMM is reached.
+        time, iterations, throttle, lock: the facets, None where the VMM lacks one.
+    """
+
+    driver: ClassVar[str]
+    name: str
+    pid: int
+    api_socket: Path
+    time: GuestTime | None = None
+    iterations: Iterations | None = None
+    throttle: Throttle | None = None
+    lock: OwnershipLock | None = None
+
+    @abstractmethod
+    async def describe(self) -> GuestDescription:
+        """The guest as it would be described to a destination."""
+
+    @abstractmethod
+    async def status(self) -> GuestStatus:
+        """State and figures of the guest; answers also while state is saved or loaded."""
+
+    async def why_not_migrate(self) -> str | None:
+        """A sentence that says what in this guest would break the promise of a migration, None when nothing does."""
+        return None
+
+    @abstractmethod
+    async def memory(self) -> GuestMemory:
+        """Access to the guest's memory, owned by the caller."""
+
+    @abstractmethod
+    async def start_dirty_log(self, mode: DirtyTracking) -> DirtyLog:
+        """Begin to track writes: from the return on none is missed. The first collect may report every page."""
+
+    async def fence(self) -> int:
+        """Wait until every write that bypasses the page tables and was in flight at the last collect of the dirty log
+        is in memory: what is read after this is covered by that collect or by the next. Bounded; returns what it took
+        (ns), 0 where no such write can be.
+
+        While ``needs_fence`` is true pages must be read only between a fence and the next collect or clear.
+        """
+        return 0
+
+    @property
+    def needs_fence(self) -> bool:
+        """Whether writes can bypass the page tables (a drive with O_DIRECT)."""
+        return False
+
+    @abstractmethod
+    async def stop_dirty_log(self) -> None:
+        """End tracking; without effect when it is off."""
+
+    async def prepare_stop(self) -> None:  # noqa: B027 - most VMMs have nothing to prepare
+        """Do what can be done while the guest still runs so that stopping and saving cost less. A resume or an
+        ``interrupt`` undoes it."""
+
+    @abstractmethod
+    async def pause(self) -> int:
+        """Stop the vCPUs; when this returns nothing writes guest memory any more. Returns what it cost (ns)."""
+
+    @abstractmethod
+    async def resume(self, epoch: int) -> int:
+        """Run the vCPUs; ends a running save. Returns when they ran (CLOCK_MONOTONIC, ns), as near to the VMM's own
+        stamp as can be had. The caller has written the mark "ran in epoch" before."""
+
+    @abstractmethod
+    async def interrupt(self) -> None:
+        """End running saves and loads within milliseconds: their calls raise ``VmmError``."""
+
+    @abstractmethod
+    def state_out(self, kind: DeviceKind) -> AsyncIterator[Sequence[StatePart]]:
+        """Save the final state of all devices of a kind, in the order in which it must be loaded. Each item is what one
+        call of the VMM gave; the next call is made when the next item is asked for. The guest is paused and saving
+        changes nothing that a resume here would notice."""
+
+    @abstractmethod
+    async def state_in(self, parts: Sequence[StatePart]) -> Sequence[int]:
+        """Load final state, in order, into an incoming guest that does not run. Returns what each part cost (ns)."""
+
+    @abstractmethod
+    async def expected_costs(self, side: Side) -> ExpectedCosts:
+        """What a switchover would cost here, found out without disturbing the guest."""
+
+    async def own_operation(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """An operation that only this kind of VMM has (a simulated guest's ``verify``).
+
+        Raises:
+            VmmError: there is no such operation for a guest of this driver; the sentence says so.
+        """
+        raise VmmError(f"guest {self.name!r} has no operation {name!r}: its driver, {self.driver!r}, does not offer it")
+
+    @abstractmethod
+    async def destroy(self) -> None:
+        """End the guest; when this returns its process is gone."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of the VMM without touching the guest."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestRequest:
+    """A guest to create. ``options`` are the driver's own, already split from the common ones."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Driver(ABC):
+    """One kind of VMM on this host."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def places(self) -> Sequence[Path]:
+        """Where guests of this driver may be found now: API sockets in the guests' directory."""
+
+    @abstractmethod
+    async def attach(self, api_socket: Path, timeout_s: float | None) -> VmmGuest:
+        """Connect to a guest that runs already; ``timeout_s`` bounds the wait for its first answer.
+
+        Raises:
+            VmmGoneError: nobody listens there: the process has ended.
+            VmmSilentError: the process is there and does not answer.
+            VmmError: it cannot be used; the sentence says why.
+        """
+
+    @abstractmethod
+    async def create(self, request: GuestRequest) -> VmmGuest:
+        """Start a guest.
+
+        Raises:
+            VmmError: it does not start, or an option is wrong; the sentence carries the VMM's own words.
+        """
+
+    @abstractmethod
+    async def create_incoming(self, description: GuestDescription) -> VmmGuest:
+        """Start an empty guest that equals the description and waits for state.
+
+        Raises:
+            RefusedError: this host cannot build an equal guest; the sentence names every difference.
+            VmmError: it does not start.
+        """
+
+    def ran(self, name: str, epoch: int) -> bool | None:
+        """Whether a guest of this name ran on this host in this epoch, by a log that the VMM itself writes before its
+        vCPUs run; None where the VMM keeps none, so that the daemon's own mark must do."""
+        return None
