@@ -37,7 +37,7 @@ from migrated.logs import LogCollector
 from migrated.metrics import Metrics
 from migrated.parameters import MigrationParameters
 from migrated.progress import Progress
-from migrated.record import Record
+from migrated.record.model import Record
 from migrated.source.estimate import estimate
 from migrated.source.migration import OutgoingMigration, Target
 from migrated.source.recovery import RecoveredHandover

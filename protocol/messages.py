@@ -20,7 +20,7 @@ import msgpack
 from pydantic import Field, ValidationError
 
 from protocol.errors import ErrorCode, RemoteProtocolError
-from protocol.guest import GuestDescription, Name, NonNegativeNs, WireModel
+from protocol.guest import DeviceKind, GuestDescription, Name, NonNegativeNs, WireModel
 from protocol.guest_time import Policy, VmTimeData
 
 U32 = Annotated[int, Field(ge=0, lt=1 << 32)]
@@ -97,7 +97,7 @@ class DeviceCost(WireModel):
     """Cost of saving or loading one device (ns)."""
 
     name: Name
-    kind: Literal["iterable", "non-iterable"]
+    kind: DeviceKind
     ns: NonNegativeNs
 
 
@@ -372,7 +372,7 @@ class DeviceState(Message):
     TYPE = FrameType.DEVICE_STATE
     order: U32
     name: Name
-    kind: Literal["iterable", "non-iterable"]
+    kind: DeviceKind
     final: bool
     offset: U32
     total_bytes: U32

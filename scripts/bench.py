@@ -43,7 +43,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import bench_rivals as rivals  # noqa: E402 - beside this file
 from bench_plot import plot  # noqa: E402
 
-from tests.integration.harness import Host, Pair, until  # noqa: E402 - in the checkout
+from migrated.record.parts import Part  # noqa: E402 - in the checkout
+from tests.integration.harness import Host, Pair, until  # noqa: E402
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
@@ -326,13 +327,22 @@ class Bench:
         self.case("bare-wake", "ms").samples += pinger.wakes_ms
 
 
-MOVING_PARTS: Final = frozenset({"final-pages", "device-saves", "pages-after-saves", "last-pages-leg"})
+MOVING_PARTS: Final = frozenset(
+    part.label for part in (Part.FINAL_PAGES, Part.DEVICE_SAVES, Part.PAGES_AFTER_SAVES, Part.LAST_PAGES_LEG)
+)
 """Parts of a downtime in which the last pages are on their way."""
-FINAL_PARTS: Final = MOVING_PARTS - {"device-saves"} | {
-    "final-dirty-log-read",
-    "dirty-log-read-after-saves",
-    "state-end-and-ready-legs",
-}
+FINAL_PARTS: Final = frozenset(
+    part.label
+    for part in (
+        Part.FENCE,
+        Part.FINAL_DIRTY_LOG_READ,
+        Part.FINAL_PAGES,
+        Part.DIRTY_LOG_READ_AFTER_SAVES,
+        Part.PAGES_AFTER_SAVES,
+        Part.LAST_PAGES_LEG,
+        Part.STATE_END_AND_READY_LEGS,
+    )
+)
 """Parts of a downtime that pass while the last pages are on their way, until the destination is known to have them."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from migrated.record import Record
+from migrated.record.model import Record
 from migrated.report import write_comparison, write_report
 
 ROOT = str(Path(__file__).parents[2])
