@@ -1,19 +1,15 @@
-#!/usr/bin/env python3
 """The parts of docs/protocol.md that follow from the code: the table of messages, and the worked example in hex.
 
-protocol_document.py            print the document as it should be
-protocol_document.py --write    bring docs/protocol.md up to date
+python -m scripts.documents.protocol            print the document as it should be
+python -m scripts.documents.protocol --write    bring docs/protocol.md up to date
 """
 
 from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import xxhash
@@ -45,8 +41,10 @@ from protocol.messages import (
 )
 from protocol.pages import pack_runs
 from protocol.versions import MAJOR, pack_preface
+from scripts.basics import ROOT
+from scripts.documents.blocks import Blocks, main
 
-DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "protocol.md"
+DOCUMENT: Final = ROOT / "docs" / "protocol.md"
 
 MEANINGS: Final = {
     "Hello.migration_id": "names the attempt on both hosts: never used twice",
@@ -208,13 +206,13 @@ def _type_of(annotation: Any, metadata: list[Any]) -> str:
     pattern = ""
     for item in metadata:
         match item:
-            case Ge(value):
+            case Ge(int(value)):
                 low = value
-            case Gt(value):
+            case Gt(int(value)):
                 low = value + 1
-            case Le(value):
+            case Le(int(value)):
                 high = value
-            case Lt(value):
+            case Lt(int(value)):
                 high = value - 1
             case MinLen(length):
                 low = length
@@ -384,38 +382,12 @@ def example_block() -> str:
     )
 
 
-BLOCKS: Final[dict[str, Callable[[], str]]] = {
+BLOCKS: Final[Blocks] = {
     "messages": messages_block,
     "errors": errors_block,
     "example": example_block,
 }
 
 
-def refreshed(text: str, blocks: dict[str, Callable[[], str]]) -> str:
-    """The document with everything between ``<!-- NAME begin -->`` and ``<!-- NAME end -->`` made anew.
-
-    Raises:
-        ValueError: a block's marks are missing.
-    """
-    for name, block in blocks.items():
-        begin, end = f"<!-- {name} begin -->\n", f"<!-- {name} end -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"The document must have {begin.strip()} and {end} once each.")
-        head, rest = text.split(begin)
-        _, tail = rest.split(end)
-        text = f"{head}{begin}\n{block().strip()}\n\n{end}{tail}"
-    return text
-
-
-def main() -> int:
-    """Print the document or bring it up to date."""
-    text = refreshed(DOCUMENT.read_text(encoding="utf-8"), BLOCKS)
-    if "--write" in sys.argv[1:]:
-        DOCUMENT.write_text(text, encoding="utf-8")
-    else:
-        print(text)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(DOCUMENT, BLOCKS))

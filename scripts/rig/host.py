@@ -1,11 +1,4 @@
-"""Real daemons and real guests on one machine: hosts to start, kill and stop, and the questions that every test asks
-of them: did two copies of a guest ever run, was anything left behind, did anything fall over.
-
-    with Pair() as pair:
-        await pair.a.create_guest("g1")
-        record = await pair.a.migrate("g1", pair.b)
-        assert (await pair.b.verify("g1"))["ok"]
-"""
+"""One host: a real daemon to start, kill and stop, commands for it, and the real guests that it runs."""
 
 from __future__ import annotations
 
@@ -13,96 +6,28 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final
 
-from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
-from vmm_sim.client import VmmClient, VmmGone
+from migrated.control.client import CommandError, ControlClient
+from scripts.basics import MIB, ROOT
+from scripts.rig.processes import Footprint, footprint, is_alive
+from scripts.rig.waiting import POLL_S, RigError, until
+from vmm_sim.client import VmmClient
 
-ROOT: Final = Path(__file__).parents[2]
-MIB: Final = 1 << 20
 START_TIMEOUT_S: Final = 60.0
-SETTLE_TIMEOUT_S: Final = 30.0
 COMMAND_TIMEOUT_S: Final = 40.0
 """For one command: a migration may be waited for. Below the time that pytest gives a test, which would end nothing."""
-POLL_S: Final = 0.01
 _LIBUV_THREADS: Final = 4
-
-QUICK_LIMITS: Final = {
-    "heartbeat_interval_s": 0.25,
-    "heartbeat_timeout_s": 1.0,
-    "ready_timeout_s": 2.0,
-    "outcome_retry_s": 0.2,
-    "tcp_user_timeout_s": 2.0,
-    "connect_timeout_s": 2.0,
-    "handshake_timeout_s": 15.0,
-    "round_timeout_s": 5.0,
-    "stop_timeout_s": 1.0,
-}
-"""Bounds of waits for tests that cut and kill."""
 
 _BUG_EVENTS: Final = frozenset(
     {"a background task failed", "the migration failed unexpectedly", "the incoming migration failed unexpectedly"}
 )
-
-Found = TypeVar("Found")
-
-
-class HarnessError(Exception):
-    """Something that the test relies on did not happen; the sentence says what."""
-
-
-async def until(what: str, probe: Callable[[], Awaitable[Found | None]], timeout_s: float = SETTLE_TIMEOUT_S) -> Found:
-    """The first result of ``probe`` that is true.
-
-    Raises:
-        HarnessError: there was none in time.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not (found := await probe()):
-        if time.monotonic() > deadline:
-            raise HarnessError(f"{what}: not within {timeout_s:g} s")
-        await asyncio.sleep(POLL_S)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """What a process holds: descriptors by kind, mappings of guest memory, threads."""
-
-    descriptors: Counter[str]
-    mapped_memories: int
-    threads: int
-
-
-def footprint(pid: int) -> Footprint:
-    """What a process holds now."""
-    kinds: Counter[str] = Counter()
-    for entry in os.scandir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            target = os.readlink(entry.path)
-            kinds[target.partition(":")[0] if target.startswith(("socket:", "pipe:")) else target] += 1
-    mapped = sum("/memfd:" in line for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
-    return Footprint(kinds, mapped, len(os.listdir(f"/proc/{pid}/task")))
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -154,7 +79,7 @@ class Host:
     def pid(self) -> int:
         """The daemon's process id."""
         if self._process is None:
-            raise HarnessError(f"the daemon of host {self.name} was not started")
+            raise RigError(f"the daemon of host {self.name} was not started")
         return self._process.pid
 
     @property
@@ -185,7 +110,7 @@ class Host:
         """Start the daemon and wait until it says that it is ready.
 
         Raises:
-            HarnessError: it ended, or never was ready.
+            RigError: it ended, or never was ready.
         """
         mark = self._log_size()
         path = self.write_config()
@@ -197,7 +122,7 @@ class Host:
         deadline = time.monotonic() + START_TIMEOUT_S
         while (ready := next((e for e in self.log(mark) if e["event"] == "ready"), None)) is None:
             if not self.running or time.monotonic() > deadline:
-                raise HarnessError(f"the daemon of host {self.name} did not start:\n{self.log_tail()}")
+                raise RigError(f"the daemon of host {self.name} did not start:\n{self.log_tail()}")
             time.sleep(POLL_S)
         self.port = int(str(ready["listen"]).rpartition(":")[2]) if ready["listen"] != "-" else 0
 
@@ -217,11 +142,11 @@ class Host:
 
     def _wait_end(self, timeout_s: float = 10.0) -> int:
         if self._process is None:
-            raise HarnessError(f"the daemon of host {self.name} was not started")
+            raise RigError(f"the daemon of host {self.name} was not started")
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired as error:
-            raise HarnessError(f"the daemon of host {self.name} does not end:\n{self.log_tail()}") from error
+            raise RigError(f"the daemon of host {self.name} does not end:\n{self.log_tail()}") from error
 
     def restart(self) -> None:
         """Start the daemon again after its end, at the same port."""
@@ -274,13 +199,13 @@ class Host:
 
         Raises:
             CommandError, DaemonUnreachableError: as the client raises them.
-            HarnessError: no answer came in time.
+            RigError: no answer came in time.
         """
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT_S), await ControlClient.connect(self.socket) as client:
                 return await client.command(name, arguments)
         except TimeoutError as error:
-            raise HarnessError(f"host {self.name} did not answer {name} within {COMMAND_TIMEOUT_S:g} s") from error
+            raise RigError(f"host {self.name} did not answer {name} within {COMMAND_TIMEOUT_S:g} s") from error
 
     async def create_guest(self, name: str = "g1", memory_mib: int = 64, **arguments: Any) -> dict[str, Any]:
         """Start a guest. ``arguments`` as QMP names with ``_`` for ``-``."""
@@ -366,7 +291,7 @@ class Host:
         deadline = time.monotonic() + 10
         while is_alive(pid):
             if time.monotonic() > deadline:
-                raise HarnessError(f"guest process {pid} of host {self.name} does not end")
+                raise RigError(f"guest process {pid} of host {self.name} does not end")
             time.sleep(0.001)
         self.deaths[pid] = time.monotonic_ns()
 
@@ -417,7 +342,7 @@ class Host:
         async def clean() -> bool:
             return not found()
 
-        with contextlib.suppress(HarnessError):
+        with contextlib.suppress(RigError):
             await until("clean", clean, 10.0)
         return found()
 
@@ -428,195 +353,7 @@ class Host:
                 self.signal(signal.SIGCONT)
             try:
                 self.stop(10.0)
-            except HarnessError:
+            except RigError:
                 self.kill()
         for pid in self.vmm_pids():
             self._kill_pid(pid)
-
-
-class Pair:
-    """Two hosts that migrate to each other, in a directory that goes with them.
-
-    Args:
-        quick: short bounds of waits, for tests that cut and kill.
-        limits: further ``[limits]``.
-        shared_lock: one directory of ownership locks for both, as on shared storage.
-        sections: further configuration of both daemons, section by section.
-    """
-
-    def __init__(
-        self, *, quick: bool = False, limits: dict[str, Any] | None = None, shared_lock: bool = False,
-        **sections: dict[str, Any],
-    ) -> None:  # fmt: skip
-        self.directory = Path(tempfile.mkdtemp(prefix="mig-"))
-        all_limits = {**(QUICK_LIMITS if quick else {}), **(limits or {})}
-        common = {"limits": all_limits, **sections}
-        if shared_lock:
-            common["lock"] = {"directory": str(self.directory / "locks")}
-        self.a = Host(self.directory / "a", "a", **common)
-        self.b = Host(self.directory / "b", "b", **common)
-
-    @property
-    def hosts(self) -> tuple[Host, Host]:
-        """Both."""
-        return self.a, self.b
-
-    def other(self, host: Host) -> Host:
-        """The other one."""
-        return self.b if host is self.a else self.a
-
-    def start(self) -> None:
-        """Start both daemons."""
-        for host in self.hosts:
-            host.start()
-            host.take_baseline()
-
-    async def where(self, name: str = "g1") -> dict[str, dict[str, Any]]:
-        """The guest as each host that has it lists it, by the host's name."""
-        found = {}
-        for host in self.hosts:
-            guests = await host.guests()
-            if name in guests:
-                found[host.name] = guests[name]
-        return found
-
-    async def settled(self, name: str = "g1", timeout_s: float = SETTLE_TIMEOUT_S) -> Host | None:
-        """The one host that has the guest once no migration of it is open on either side, None when it is gone."""
-
-        async def at_rest() -> tuple[Host | None] | None:
-            having: list[Host] = []
-            try:
-                for host in self.hosts:
-                    guest, progress = (await host.guests()).get(name), await host.progress(name)
-                    if progress is not None and progress["status"] not in ("completed", "failed", "cancelled"):
-                        return None
-                    if guest is not None:
-                        if guest["migration_id"] or guest["state"] not in ("running", "paused"):
-                            return None
-                        having.append(host)
-            except (CommandError, DaemonUnreachableError):
-                return None  # a guest's process has just ended, or a daemon is starting
-            return (having[0] if having else None,) if len(having) <= 1 else None
-
-        return (await until(f"guest {name} at rest on one host", at_rest, timeout_s))[0]
-
-    async def remove_guests(self) -> None:
-        """Destroy every guest, once its migrations have ended."""
-        for host in self.hosts:
-            for name in await host.guests():
-                with contextlib.suppress(CommandError):
-                    await host.command("migrate_cancel", {"guest": name})
-        for host in self.hosts:
-
-            async def empty(host: Host = host) -> bool:
-                for name in await host.guests():
-                    with contextlib.suppress(CommandError):
-                        await host.command("x-migrated-guest-destroy", {"guest": name})
-                return not await host.guests()
-
-            await until(f"host {host.name} without guests", empty)
-        self.forget_runs()
-
-    def forget_runs(self) -> None:
-        """Remove the run logs: the next guest of a name is another guest."""
-        for host in self.hosts:
-            for path in (host.directory / "guests").glob("*.runlog"):
-                path.unlink()
-
-    def double_runs(self, name: str = "g1") -> list[str]:
-        """Every instant at which two processes of the guest ran, and every step that was lost or executed twice, by
-        what the guest's own processes wrote. Empty when all is well."""
-        deaths = {pid: at for host in self.hosts for pid, at in host.deaths.items()}
-        return check_runs({host.name: host.run_log(name) for host in self.hosts}, deaths)
-
-    async def leftovers(self) -> list[str]:
-        """What is left behind, and what fell over, on both hosts."""
-        found: list[str] = []
-        for host in self.hosts:
-            found += host.bugs()
-            found += await host.leftovers()
-        return found
-
-    def log_tail(self, count: int = 40) -> str:
-        """The end of both logs, for people."""
-        return "\n".join(host.log_tail(count) for host in self.hosts)
-
-    def close(self) -> None:
-        """End everything and remove the directory."""
-        try:
-            for host in self.hosts:
-                host.close()
-        finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-@dataclass(frozen=True, slots=True)
-class RunInterval:
-    """One stretch of running of one guest process (CLOCK_MONOTONIC, ns); ``end_step`` is None when it was killed."""
-
-    host: str
-    pid: int
-    begin_ns: int
-    begin_step: int
-    end_ns: int | None
-    end_step: int | None
-
-
-def run_intervals(host: str, entries: Iterable[dict[str, Any]], deaths: dict[int, int]) -> list[RunInterval]:
-    """The stretches of running in one run log.
-
-    Args:
-        deaths: when processes that could not write their end were gone.
-    """
-    found: list[RunInterval] = []
-    open_runs: dict[int, dict[str, Any]] = {}
-    for entry in entries:
-        pid = entry["pid"]
-        begun = open_runs.pop(pid, None)
-        if begun is not None:
-            found.append(
-                RunInterval(host, pid, begun["monotonic_ns"], begun["step"], entry["monotonic_ns"], entry["step"])
-            )
-        if entry["event"] == "run":
-            open_runs[pid] = entry
-    for pid, begun in open_runs.items():
-        found.append(RunInterval(host, pid, begun["monotonic_ns"], begun["step"], deaths.get(pid), None))
-    return found
-
-
-def check_runs(logs: dict[str, list[dict[str, Any]]], deaths: dict[int, int]) -> list[str]:
-    """Compare the run logs of all processes of one guest: no two may run at once, and each must go on at the step at
-    which the one before it stopped."""
-    runs = sorted(
-        (run for host, entries in logs.items() for run in run_intervals(host, entries, deaths)),
-        key=lambda run: run.begin_ns,
-    )
-    found: list[str] = []
-    longest: RunInterval | None = None  # of those that began before: the one that ended last
-    for earlier, later in zip([None, *runs], runs, strict=False):
-        if longest is not None and (longest.end_ns is None or longest.end_ns > later.begin_ns):
-            found.append(f"two copies ran at once: {longest} and {later}")
-        elif earlier is not None and earlier.end_step is not None and earlier.end_step != later.begin_step:
-            found.append(f"steps were lost or repeated: {earlier} and then {later}")
-        if longest is None or (longest.end_ns is not None and (later.end_ns is None or later.end_ns > longest.end_ns)):
-            longest = later
-    return found
-
-
-__all__ = [
-    "MIB", "QUICK_LIMITS", "ROOT", "CommandError", "DaemonUnreachableError", "Footprint", "HarnessError", "Host",
-    "Pair", "RunInterval", "VmmGone", "check_runs", "footprint", "is_alive", "run_intervals", "until",
-]  # fmt: skip

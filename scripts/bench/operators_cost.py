@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """What watching costs a migration, in one run: throughput with and without `migratectl watch` and scraped metrics, and
 downtime with and without clients on the control socket, one of which does not read.
 
-    python scripts/operators_cost.py         table on stderr, one JSON object on stdout
+    python -m scripts.bench.operators_cost         table on stderr, one JSON object on stdout
 
     COST_SIZE_MIB      guest memory of the bulk samples (1024)
     COST_BULK          bulk samples of each kind (12)
@@ -38,13 +37,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from pathlib import Path
 from typing import Any, Final
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
-import bench_rivals as rivals  # noqa: E402 - beside this file
-from bench import GIB, MIB, Bench, machine, moving_s, say  # noqa: E402
-
-from migrated.control.client import ControlClient  # noqa: E402 - in the checkout
-from tests.integration.harness import ROOT, Host  # noqa: E402
+from migrated.control.client import ControlClient
+from scripts.basics import GIB, MIB, ROOT, say
+from scripts.bench import rivals
+from scripts.bench.cases import Bench, moving_s
+from scripts.bench.result import machine
+from scripts.rig.host import Host
 
 CLIENTS: Final = 20
 SCRAPE_S: Final = 1.0

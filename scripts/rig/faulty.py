@@ -10,8 +10,11 @@ import time
 from typing import Any
 
 from migrated.control.client import CommandError, DaemonUnreachableError
-from tests.faults.proxy import Fault, Proxy
-from tests.integration.harness import HarnessError, Host, Pair, until
+from scripts.rig.faults import Fault
+from scripts.rig.host import Host
+from scripts.rig.pair import Pair
+from scripts.rig.proxy import Proxy
+from scripts.rig.waiting import RigError, until
 
 FIRE_TIMEOUT_S = 20.0
 LAST_FRAMES_S = 0.5
@@ -83,6 +86,6 @@ class FaultyPair(Pair):
             return [f"the next migration is {record['outcome']}: {record['reason']}"]
         try:
             await self.settled(name)
-        except HarnessError as error:
+        except RigError as error:
             return [f"after the next migration: {error}"]
         return [] if (await to.verify(name))["ok"] else ["the guest does not verify after the next migration"]

@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from pydantic import BaseModel, Field
 
 from migrated.config import Config, load_config
 from migrated.parameters import Bytes, BytesPerSecond, Milliseconds
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "configuration_reference.py"
-
-
-@pytest.fixture(scope="module")
-def reference() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    before = sys.path[:]
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = before
-    return module
+from scripts.documents import configuration
 
 
-def test_the_document_is_current(reference: ModuleType) -> None:
-    text = reference.DOCUMENT.read_text(encoding="utf-8")
-    assert text == reference.refreshed(text, reference.BLOCKS), f"run scripts/{SCRIPT.name} --write"
-
-
-def test_no_meaning_is_left_over(reference: ModuleType) -> None:
+def test_no_meaning_is_left_over() -> None:
     keys = {
         f"{section}.{name}" for section, field in Config.model_fields.items() for name in field.annotation.model_fields
     }
-    assert set(reference.MEANINGS) <= keys
+    assert set(configuration.MEANINGS) <= keys
 
 
-def test_the_documented_defaults_are_a_configuration(reference: ModuleType, tmp_path: Path) -> None:
+def test_the_documented_defaults_are_a_configuration(tmp_path: Path) -> None:
     lines = []
-    for line in reference.DOCUMENT.read_text(encoding="utf-8").splitlines():
+    for line in configuration.DOCUMENT.read_text(encoding="utf-8").splitlines():
         if head := re.match(r"##+ `(\[\w+\])`", line):
             lines.append(head[1])
         elif (row := re.match(r"\| `(\w+)`(?: `--[\w-]+`)? \| .*? \| `(.+?)` \|", line)) and lines:
@@ -70,8 +46,8 @@ class Sample(BaseModel):
     """Rate."""
 
 
-def test_units_ranges_and_texts_come_from_the_model(reference: ModuleType) -> None:
-    _, _, about, _, _, _, *rows = reference.section_table("sample", Sample).splitlines()
+def test_units_ranges_and_texts_come_from_the_model() -> None:
+    _, _, about, _, _, _, *rows = configuration.section_table("sample", Sample).splitlines()
     assert about == "Keys of every kind."
     assert rows == [
         '| `wait_ms` | duration above 0 to 2,000,000 ms | `"1500ms"` | How long it waits, in `ms`. |',
@@ -80,8 +56,8 @@ def test_units_ranges_and_texts_come_from_the_model(reference: ModuleType) -> No
     ]
 
 
-def test_a_key_without_a_meaning_is_an_error(reference: ModuleType) -> None:
+def test_a_key_without_a_meaning_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"sample\.nothing must have one meaning"):
-        reference.meaning("sample", "nothing", {})
+        configuration.meaning("sample", "nothing", {})
     with pytest.raises(ValueError, match=r"log\.level must have one meaning"):
-        reference.meaning("log", "level", {"level": "A second one."})
+        configuration.meaning("log", "level", {"level": "A second one."})

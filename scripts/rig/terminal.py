@@ -37,7 +37,7 @@ class Terminal:
             os.close(theirs)
         self._unread = ""
 
-    def type(self, keys: str) -> None:
+    def press(self, keys: str) -> None:
         """Press keys."""
         os.write(self._screen, keys.encode())
 

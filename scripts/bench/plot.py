@@ -20,7 +20,7 @@ OURS: Final = ("random", "zero", "scattered")
 
 
 def plot(result: dict[str, Any]) -> str:
-    """The SVG document of a result of ``bench.py``."""
+    """The SVG document of a result of the benchmark."""
     rows = [(case, "") for case in result["cases"] if case["unit"] == "GiB/s"]
     rows += [(case, ", huge pages") for case in result.get("with_huge_pages", {}).get("cases", ())]
     top = max((max(case["samples"]) for case, _ in rows), default=1.0)

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """The pictures in the documentation, taken from real migrations: `migratectl watch` in a terminal, and reports in a
 browser. Needs the extra `pictures` and Chromium.
 
-    python scripts/pictures.py              all of them into docs/images/
-    python scripts/pictures.py -o DIRECTORY --keep     elsewhere, and the pages and records beside them
+    python -m scripts.documents.pictures                         all of them into docs/images/
+    python -m scripts.documents.pictures -o DIRECTORY --keep     elsewhere, and the pages and records beside them
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from rich.style import Style
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-ROOT: Final = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from migrated.report import write_comparison, write_report  # noqa: E402 - in the checkout
-from tests.browser import Browser  # noqa: E402
-from tests.integration.harness import Host, Pair, until  # noqa: E402
+from migrated.report import write_comparison, write_report
+from scripts.basics import ROOT
+from scripts.rig.browser import Browser
+from scripts.rig.host import Host
+from scripts.rig.pair import Pair
+from scripts.rig.waiting import until
 
 COLUMNS: Final = 100
 ROWS: Final = 30

@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from migrated.control.client import CommandError, DaemonUnreachableError
 from protocol.messages import FrameType
-from tests.faults.faulty import FaultyPair
-from tests.faults.proxy import Action, AtFrame, Call, Corrupt, Cut, Duplicate, Reset, Stall, Truncate, Way
-from tests.integration.harness import CommandError, DaemonUnreachableError, HarnessError, Host
+from scripts.rig.faults import Action, AtFrame, Call, Corrupt, Cut, Duplicate, Reset, Stall, Truncate, Way
+from scripts.rig.faulty import FaultyPair
+from scripts.rig.host import Host
+from scripts.rig.waiting import RigError
 
 Place = Literal["source", "destination", "nowhere"]
 
@@ -166,7 +168,7 @@ async def judge(cell: Cell, pair: FaultyPair, guest: str = "g1") -> Judged:
     try:
         async with asyncio.timeout(90):
             await _run(cell, pair, guest, judged)
-    except (HarnessError, CommandError, DaemonUnreachableError, TimeoutError) as error:
+    except (RigError, CommandError, DaemonUnreachableError, TimeoutError) as error:
         judged.violations.append(f"{str(error) or 'it took more than 90 s'}\n{pair.log_tail(LOG_LINES)}")
     if judged.violations:
         await start_over(pair)  # so that the next cell is judged by itself

@@ -1,7 +1,7 @@
 """What the benchmark is laid beside: the bare socket, iperf3 and stock QEMU, each on the same machine in the same run.
 
-As a program it is one bare pair: ``bench_rivals.py raw SIZE_MIB`` prints GiB/s of ``sendall`` in one process to
-``recv_into`` in another, into fresh shared memory that asks for huge pages as the daemons' does.
+As a program it is one bare pair: ``python -m scripts.bench.rivals SIZE_MIB`` prints GiB/s of ``sendall`` in one process
+to ``recv_into`` in another, into fresh shared memory that asks for huge pages as the daemons' does.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any, Final
 
 import numpy as np
 
-MIB: Final = 1 << 20
-GIB: Final = 1 << 30
+from scripts.basics import GIB, MIB, ROOT
+
 PIECE_BYTES: Final = MIB
 BUFFER_BYTES: Final = 4 * MIB
 QEMU: Final = "qemu-system-x86_64"
@@ -107,7 +107,8 @@ def _receive(connection: socket.socket, size_bytes: int) -> None:
 
 def raw(size_mib: int) -> float:
     """GiB/s of a bare pair in processes of its own."""
-    done = subprocess.run([sys.executable, __file__, "raw", str(size_mib)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", __name__, str(size_mib)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RivalError(f"the bare pair failed: {done.stderr.strip()[-500:]}")
     return float(done.stdout)
@@ -251,4 +252,4 @@ def installed(program: str) -> bool:
 
 
 if __name__ == "__main__":
-    print(raw_pair(int(sys.argv[2]) * MIB))
+    print(raw_pair(int(sys.argv[1]) * MIB))

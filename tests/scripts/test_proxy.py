@@ -15,7 +15,7 @@ from protocol import messages
 from protocol.frames import HEADER_BYTES
 from protocol.messages import FrameType, Message
 from protocol.versions import MAJOR, PREFACE_BYTES, pack_preface
-from tests.faults.proxy import (
+from scripts.rig.faults import (
     AtByte,
     AtFrame,
     AtTime,
@@ -24,13 +24,13 @@ from tests.faults.proxy import (
     Cut,
     Delay,
     Duplicate,
-    Proxy,
     Reset,
     Stall,
     Throttle,
     Truncate,
     Way,
 )
+from scripts.rig.proxy import Proxy
 
 TIMEOUT_S = 20.0
 PREFACE = pack_preface(1 << 20)

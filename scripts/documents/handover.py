@@ -1,21 +1,13 @@
-#!/usr/bin/env python3
 """The parts of docs/handover.md that follow from the tables: the state diagrams and every row.
 
-handover_document.py            print the document as it should be
-handover_document.py --write    bring docs/handover.md up to date
+python -m scripts.documents.handover            print the document as it should be
+python -m scripts.documents.handover --write    bring docs/handover.md up to date
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Final
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from protocol_document import refreshed
 
 from protocol.handover import (
     DESTINATION,
@@ -28,8 +20,10 @@ from protocol.handover import (
     SourceState,
     SourceTable,
 )
+from scripts.basics import ROOT
+from scripts.documents.blocks import Blocks, main
 
-DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "handover.md"
+DOCUMENT: Final = ROOT / "docs" / "handover.md"
 
 
 def diagram(table: SourceTable | DestinationTable, begin: SourceState | DestinationState) -> str:
@@ -39,11 +33,11 @@ def diagram(table: SourceTable | DestinationTable, begin: SourceState | Destinat
         if after is not state:
             arrows.setdefault((state, after, actions), []).append(event)
     lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {begin}"]
-    for (state, after, actions), events in arrows.items():
+    for (left, entered, actions), events in arrows.items():
         deeds = f" / {', '.join(actions)}" if actions else ""
-        lines.append(f"    {state} --> {after}: {', '.join(events)}{deeds}")
-    leaving = {state for state, after, _ in arrows}
-    lines += [f"    {state} --> [*]" for state in type(begin) if state not in leaving]
+        lines.append(f"    {left} --> {entered}: {', '.join(events)}{deeds}")
+    leaving = {left for left, _, _ in arrows}
+    lines += [f"    {end} --> [*]" for end in type(begin) if end not in leaving]
     return "\n".join([*lines, "```"])
 
 
@@ -68,7 +62,7 @@ def rows(
     return "\n".join(lines)
 
 
-BLOCKS: Final[dict[str, Callable[[], str]]] = {
+BLOCKS: Final[Blocks] = {
     "source diagram": lambda: diagram(SOURCE, SourceState.RUNNING),
     "destination diagram": lambda: diagram(DESTINATION, DestinationState.LOADING),
     "source table": lambda: rows(SOURCE, SourceState, SourceEvent),
@@ -76,15 +70,5 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
 }
 
 
-def main() -> int:
-    """Print the document or bring it up to date."""
-    text = refreshed(DOCUMENT.read_text(encoding="utf-8"), BLOCKS)
-    if "--write" in sys.argv[1:]:
-        DOCUMENT.write_text(text, encoding="utf-8")
-    else:
-        print(text)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(DOCUMENT, BLOCKS))

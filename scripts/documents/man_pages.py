@@ -1,89 +1,39 @@
-#!/usr/bin/env python3
 """The manual pages in docs/man/, made from the commands and the configuration's models.
 
-man_pages.py            list the pages that are out of date
-man_pages.py --write    bring docs/man/ up to date
+python -m scripts.documents.man_pages            list the pages that are out of date
+python -m scripts.documents.man_pages --write    bring docs/man/ up to date
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 import sys
-import textwrap
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-
 import click
-from configuration_reference import default, field_texts, kind, meaning, models
 
 from migrated.cli import daemon, migratectl
 from migrated.cli.options import ParameterCommand, parameter_options
 from migrated.cli.session import DEFAULT_SOCKET, EXIT_FAILED, EXIT_IN_DOUBT, EXIT_INTERRUPTED, EXIT_UNREACHABLE
+from scripts.basics import ROOT
+from scripts.documents.configuration import default, field_texts, kind, meaning, models
+from scripts.documents.roff import bold, escape, example, marked, paragraphs, roff, tagged
 
-ROOT: Final = Path(__file__).parents[1]
 DIRECTORY: Final = ROOT / "docs" / "man"
 VERSION: Final = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 EXIT_USAGE: Final = 2
-WIDTH: Final = 78
-
-_SPECIAL: Final = str.maketrans({"\\": "\\e", "-": "\\-", "–": "\\(en", "…": "...", "^": "\\(ha", "~": "\\(ti"})
-
-
-def roff(text: str) -> str:
-    """Plain text as roff, with ``code`` or `code` in bold. Lines are filled anew.
-
-    Raises:
-        ValueError: a character that not every reader of manual pages can show.
-    """
-    lines = textwrap.wrap(_marked(" ".join(text.split())), WIDTH, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(f"\\&{line}" if line.startswith((".", "'")) else line for line in lines)
-
-
-def bold(text: str) -> str:
-    """Text in bold."""
-    return f"\\fB{_escape(text)}\\fR"
-
-
-def _marked(text: str) -> str:
-    parts = re.split(r"`+([^`]+)`+", text)
-    return "".join(bold(part) if number % 2 else _escape(part) for number, part in enumerate(parts))
-
-
-def _escape(text: str) -> str:
-    escaped = text.translate(_SPECIAL)
-    if not escaped.isascii():
-        raise ValueError(f"{text!r} needs a roff escape in {Path(__file__).name}.")
-    return escaped
-
-
-def paragraphs(text: str) -> str:
-    """Text whose paragraphs are separated by empty lines."""
-    return "\n.PP\n".join(roff(part) for part in re.split(r"\n\s*\n", inspect.cleandoc(text)))
-
-
-def tagged(tag: str, text: str) -> str:
-    """A tag (roff) and what it means (plain text)."""
-    return f".TP\n{tag}\n{roff(text)}"
-
-
-def example(*lines: str) -> str:
-    """Lines as they are."""
-    return "\n".join([".in +4n", ".nf", *(_escape(line) for line in lines), ".fi", ".in"])
 
 
 def page(name: str, section: int, about: str, sections: Iterable[tuple[str, str]]) -> str:
     """A whole page; the sections are roff."""
     head = [
-        f'.\\" Made by scripts/{Path(__file__).name}; do not edit.',
-        f'.TH "{_escape(name.upper())}" {section} "" "migrated {VERSION}" "Live migration"',
+        f'.\\" Made by {Path(__file__).relative_to(ROOT)}; do not edit.',
+        f'.TH "{escape(name.upper())}" {section} "" "migrated {VERSION}" "Live migration"',
         ".SH NAME",
-        f"{_escape(name)} \\- {_escape(about)}",
+        f"{escape(name)} \\- {escape(about)}",
     ]
     body = [line for title, text in sections for line in (f".SH {title}", text)]
     return "\n".join([*head, ".nh", *body]) + "\n"
@@ -114,7 +64,7 @@ def usage(words: str, command: click.Command) -> str:
             text = parameter.metavar or (parameter.name or "").upper()
             if isinstance(parameter.type, click.Choice):
                 text = "|".join(parameter.type.choices)
-            pieces.append(_escape(text if parameter.required or text.startswith("[") else f"[{text}]"))
+            pieces.append(escape(text if parameter.required or text.startswith("[") else f"[{text}]"))
     return " ".join(pieces)
 
 
@@ -122,7 +72,7 @@ def option_text(option: click.Option) -> str:
     """An option with its names, its value and its meaning. Said here, as click words it anew from time to time."""
     names = ", ".join(bold(name) for name in [*option.opts, *option.secondary_opts])
     values = "|".join(option.type.choices) if isinstance(option.type, click.Choice) else option.type.name.upper()
-    tag = names if option.is_flag else f"{names} {_escape(option.metavar or values)}"
+    tag = names if option.is_flag else f"{names} {escape(option.metavar or values)}"
     text = option.help or ""
     if isinstance(option.type, click.IntRange):
         text += f" From {option.type.min}{'' if option.type.max is None else f' to {option.type.max}'}."
@@ -173,7 +123,7 @@ def parameter_section() -> str:
 
 def setting(name: str, values: str, preset: str) -> str:
     """The tag of something that can be set: its `name`, what it takes, and its default."""
-    return f"{_marked(name)} ({_marked(values)}; {'not set' if preset == '–' else f'default {_marked(preset)}'})"
+    return f"{marked(name)} ({marked(values)}; {'not set' if preset == '–' else f'default {marked(preset)}'})"
 
 
 STATUSES: Final = {

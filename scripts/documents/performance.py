@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Puts the result of a benchmark into docs/performance.md and docs/images/throughput.svg.
 
-BENCH_OUT=bench.json make bench && python scripts/bench_document.py bench.json
+BENCH_OUT=bench.json make bench && python -m scripts.documents.performance bench.json
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-sys.path.insert(0, str(Path(__file__).parent))
+from scripts.basics import ROOT
+from scripts.bench.plot import plot
 
-from bench_plot import plot
-
-DOCS: Final = Path(__file__).parents[1] / "docs"
+DOCS: Final = ROOT / "docs"
 DOCUMENT: Final = DOCS / "performance.md"
 PLOT: Final = DOCS / "images" / "throughput.svg"
 BEGIN: Final = "<!-- figures begin -->"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -16,27 +13,12 @@ from migrated.cli.daemon import main as migrated
 from migrated.cli.migratectl import main as migratectl
 from migrated.cli.options import parameter_options
 from migrated.config import Config
+from scripts.documents import man_pages
+from scripts.documents.roff import roff
 
-REPOSITORY = Path(__file__).parents[2]
-SCRIPT = REPOSITORY / "scripts" / "man_pages.py"
-PAGES = sorted((REPOSITORY / "docs" / "man").iterdir())
+PAGES = sorted(man_pages.DIRECTORY.iterdir())
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-
-
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    before = sys.path[:]
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = before
-    return module
 
 
 def shown(page: Path) -> str:
@@ -45,18 +27,18 @@ def shown(page: Path) -> str:
     return " ".join(text.replace("\\-", "-").split())
 
 
-def test_the_pages_are_current(generator: ModuleType) -> None:
-    assert {page.name for page in PAGES} == set(generator.PAGES)
-    stale = [page.name for page in PAGES if page.read_text() != generator.PAGES[page.name]()]
-    assert not stale, f"run scripts/{SCRIPT.name} --write"
+def test_the_pages_are_current() -> None:
+    assert {page.name for page in PAGES} == set(man_pages.PAGES)
+    stale = [page.name for page in PAGES if page.read_text() != man_pages.PAGES[page.name]()]
+    assert not stale, "run python -m scripts.documents.man_pages --write"
 
 
-def test_every_command_parameter_and_key_has_its_place(generator: ModuleType) -> None:
+def test_every_command_parameter_and_key_has_its_place() -> None:
     text = {page.name: shown(page) for page in PAGES}
     for name, group in (("migratectl.1", migratectl), ("migrated.8", migrated)):
-        for words, command in generator.leaves(group):
+        for words, command in man_pages.leaves(group):
             assert f"{words} [OPTION...]" in text[name]
-            options = [parameter.opts[-1] for parameter in generator.parameters_of(command)]
+            options = [parameter.opts[-1] for parameter in man_pages.parameters_of(command)]
             missing = [option for option in options if option.startswith("--") and option not in text[name]]
             assert not missing, words
     for name in parameter_options():
@@ -67,11 +49,11 @@ def test_every_command_parameter_and_key_has_its_place(generator: ModuleType) ->
             assert f"{key} (" in keys
 
 
-def test_text_becomes_roff(generator: ModuleType) -> None:
-    assert generator.roff("a `b-c` \\d\n e") == r"a \fBb\-c\fR \ed e"
-    assert generator.roff(".TH is text") == r"\&.TH is text"
+def test_text_becomes_roff() -> None:
+    assert roff("a `b-c` \\d\n e") == r"a \fBb\-c\fR \ed e"
+    assert roff(".TH is text") == r"\&.TH is text"
     with pytest.raises(ValueError, match="needs a roff escape"):
-        generator.roff("snow\N{SNOWMAN}")
+        roff("snow\N{SNOWMAN}")
 
 
 @each_page

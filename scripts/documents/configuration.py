@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """The tables of docs/configuration.md, made from the configuration's own models.
 
-configuration_reference.py            print the document as it should be
-configuration_reference.py --write    bring docs/configuration.md up to date
+python -m scripts.documents.configuration            print the document as it should be
+python -m scripts.documents.configuration --write    bring docs/configuration.md up to date
 """
 
 from __future__ import annotations
@@ -13,23 +12,20 @@ import json
 import sys
 import textwrap
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-
 from annotated_types import Ge, Gt, Le
-from protocol_document import refreshed
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from migrated.cli.options import parameter_options
 from migrated.config import Address, Config
 from protocol.units import format_rate, format_size
+from scripts.basics import ROOT
+from scripts.documents.blocks import Blocks, main
 
-DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "configuration.md"
+DOCUMENT: Final = ROOT / "docs" / "configuration.md"
 
 MEANINGS: Final = {
     "control.socket": "Created with mode 0660; `SOCKET.lock` beside it keeps a second daemon away.",
@@ -169,18 +165,8 @@ def parameters() -> str:
     return "\n".join(lines)
 
 
-BLOCKS: Final[dict[str, Callable[[], str]]] = {"sections": sections, "parameters": parameters}
-
-
-def main() -> int:
-    """Print the document or bring it up to date."""
-    text = refreshed(DOCUMENT.read_text(encoding="utf-8"), BLOCKS)
-    if "--write" in sys.argv[1:]:
-        DOCUMENT.write_text(text, encoding="utf-8")
-    else:
-        print(text)
-    return 0
+BLOCKS: Final[Blocks] = {"sections": sections, "parameters": parameters}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(DOCUMENT, BLOCKS))
