@@ -54,12 +54,13 @@ class MigrationHost:
         """Set when an operator asked the daemon to quit."""
         self.metrics = Metrics()
         self._role = role
+        journal = Journal(config.state.directory)  # first: its lock keeps a second daemon away from all that lies there
         self._history = History(config.state.directory, config.history.max_records)
         self._records = FinishedRecords(self._history, self.metrics)
         self._env = Environment(
             config=config,
             clock=HostClock(config.clock.hrtime_offset_ns, config.clock.wall_offset_ns, config.clock.drift_ppm),
-            journal=Journal(config.state.directory),
+            journal=journal,
             guests=GuestRegistry(config.vmm, config.clock, config.lock),
             knowledge=load_knowledge(config.state.directory),
             resume_costs=ResumeCosts(),
