@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from protocol.digest import MemoryDigest
 from protocol.errors import ErrorCode
-from protocol.frames import HEADER_BYTES, pack_header
+from protocol.frames import HEADER_BYTES
 from protocol.guest import DeviceDescription, GuestDescription, MemoryRegion, WireModel
 from protocol.guest_time import VmTimeData
 from protocol.messages import (
@@ -41,7 +41,7 @@ from protocol.messages import (
     TimeRules,
     Welcome,
     ZeroPages,
-    encode,
+    frame_head,
 )
 from protocol.pages import pack_runs
 from protocol.versions import MAJOR, pack_preface
@@ -281,17 +281,16 @@ def _hex(data: bytes, cuts: list[tuple[int, str]]) -> list[str]:
 
 
 def _frame(message: Message, sequence: int, round_number: int = 0, payload: str = "", payload_bytes: int = 0) -> str:
-    meta = encode(message)
-    head = pack_header(MAJOR, message.TYPE, meta, payload_bytes, sequence, round_number)
+    head = frame_head(MAJOR, message, sequence, payload_bytes=payload_bytes, round_number=round_number)
+    meta_bytes = len(head) - HEADER_BYTES
     cuts = [
-        (4, "magic"), (1, "version"), (1, f"type {message.TYPE.name}"), (2, "flags"), (4, f"{len(meta)} meta bytes"),
+        (4, "magic"), (1, "version"), (1, f"type {message.TYPE.name}"), (2, "flags"), (4, f"{meta_bytes} meta bytes"),
         (4, f"{payload_bytes} payload bytes"), (8, f"sequence {sequence}"), (4, f"round {round_number}"),
-        (4, "CRC-32 of the meta"), (4, "CRC-32 of the header"), (len(meta), "meta"),
+        (4, "CRC-32 of the meta"), (4, "CRC-32 of the header"), (meta_bytes, "meta"),
     ]  # fmt: skip
-    lines = _hex(head + meta, cuts)
-    assert len(head) == HEADER_BYTES
+    lines = _hex(head, cuts)
     if payload:
-        lines.append(f"{HEADER_BYTES + len(meta):5}  … {payload}")
+        lines.append(f"{len(head):5}  … {payload}")
     return "\n".join(["```", *lines, "```", ""])
 
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from protocol import messages
-from protocol.frames import HEADER_BYTES, pack_header
+from protocol.frames import HEADER_BYTES
 from protocol.messages import FrameType, Message
 from protocol.versions import MAJOR, PREFACE_BYTES, pack_preface
 from tests.faults.proxy import (
@@ -37,8 +37,7 @@ PREFACE = pack_preface(1 << 20)
 
 
 def frame(message: Message, payload: bytes = b"", sequence: int = 0) -> bytes:
-    meta = messages.encode(message)
-    return pack_header(MAJOR, message.TYPE, meta, len(payload), sequence) + meta + payload
+    return messages.frame_head(MAJOR, message, sequence, payload_bytes=len(payload)) + payload
 
 
 COMMIT = frame(messages.Commit(epoch=3))
