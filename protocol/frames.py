@@ -3,10 +3,10 @@
     0      4   5    6     8        12          16         24      28         32           36
     | MGRD | v | type | flags | meta_len | payload_len | sequence | round | meta_crc | header_crc |  meta …  | payload …
 
-All integers are big endian. ``meta_crc`` is CRC-32 over the meta, ``header_crc`` over header bytes 0 to 31: the header is
-checked by itself, so that no damaged length is ever believed and waited for. Every length is checked against its limit
-on the header too, before anything is allocated. The payload carries no checksum of its own here: page payloads are
-covered by the memory digest (``protocol/digest.py``), device states by a digest in their meta.
+All integers are big endian. ``meta_crc`` is CRC-32 over the meta, ``header_crc`` over header bytes 0 to 31: the header
+is checked by itself, so that no damaged length is ever believed and waited for. Every length is checked against its
+limit on the header too, before anything is allocated. The payload carries no checksum of its own here: page payloads
+are covered by the memory digest (``protocol/digest.py``), device states by a digest in their meta.
 """
 
 from __future__ import annotations
