@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from migrated.clock import HostClock
 from migrated.config import Config
@@ -16,6 +16,9 @@ from migrated.prediction.knowledge import Knowledge
 from migrated.record.model import Record
 from migrated.record.terms import Role
 from migrated.vmm.resume_costs import ResumeCosts
+
+DaemonRole = Literal["source", "destination", "host"]
+"""Which directions a daemon takes part in; a host takes part in both."""
 
 
 @dataclass(slots=True)
