@@ -97,7 +97,7 @@ class OutgoingMigration:
         self._epoch = epoch
         self._on_change = on_change
         self._ledger = OutgoingLedger(migration_id, guest.name, epoch, target.uri, env.host, parameters)
-        self._asker = OutcomeAsker(target.host, target.port, env.config.limits, migration_id, epoch)
+        self._asker = OutcomeAsker(target.host, target.port, env.security, env.config.limits, migration_id, epoch)
         self._handover: SourceHandover | None = None
         self._tasks = TaskSet()
         self._story_task: asyncio.Task[None] | None = None

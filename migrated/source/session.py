@@ -84,9 +84,9 @@ class Session:
             raise RefusedError(f"guest {description.name!r} is itself waiting for an incoming migration")
         self.was_paused = status.state == "paused"
         self.dry_save = await self._vmm.typical_dry_run("save")
-        agreed = await self._negotiate(description)
+        await self._negotiate(description)
         for number in range(self._parameters.channels):
-            self.channels.append(await self._join(number, agreed))
+            self.channels.append(await self._join(number))
         self.memory = await self._vmm.memory()
         self.dirty_log = await self._vmm.start_dirty_log(self._parameters.dirty_tracking)
         digest = MemoryDigest(description.pages) if self._parameters.digest else None
@@ -160,14 +160,16 @@ class Session:
         if self.control is not None:
             await self.control.close()
 
-    async def _negotiate(self, description: GuestDescription) -> sockets.Agreed:
+    async def _negotiate(self, description: GuestDescription) -> None:
         bounds = self._env.config.limits
-        sock, agreed = await sockets.connect(
-            self._host, self._port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s
-        )
+        connection = await self._connect()
+        try:
+            self._env.security.check_send(connection.wire.names, description.name)
+        except RefusedError:
+            connection.wire.close()
+            raise
         control = self.control = ControlChannel(
-            sock,
-            agreed,
+            connection,
             self._env.clock,
             heartbeat_interval_s=bounds.heartbeat_interval_s,
             heartbeat_timeout_s=bounds.heartbeat_timeout_s,
@@ -186,7 +188,6 @@ class Session:
         if not isinstance(answer, messages.Welcome):
             raise MigrationError(f"the destination answered the offer with {answer.TYPE.name}")
         self.welcome = answer
-        return agreed
 
     def _hello(self, description: GuestDescription) -> messages.Hello:
         parameters = self._parameters
@@ -212,19 +213,29 @@ class Session:
             host=self._env.host,
         )
 
-    async def _join(self, number: int, agreed: sockets.Agreed) -> DataChannel:
-        assert self.welcome is not None
+    async def _connect(self) -> sockets.Connection:
         bounds = self._env.config.limits
-        sock, _ = await sockets.connect(self._host, self._port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s)
+        return await sockets.connect(
+            self._host, self._port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s, self._env.security
+        )
+
+    async def _join(self, number: int) -> DataChannel:
+        assert self.control is not None
+        assert self.welcome is not None
+        connection = await self._connect()
         try:
             join = messages.Join(migration_id=self.migration_id, token=self.welcome.token, channel=number)
-            answer = await sockets.ask_first(sock, agreed, join, bounds.handshake_timeout_s)
+            if connection.wire.names != self.control.names:
+                raise LinkLostError(
+                    f"{self.where} shows another certificate on data channel {number}; nothing was sent to it"
+                )
+            answer = await sockets.ask_first(connection, join, self._env.config.limits.handshake_timeout_s)
             if not isinstance(answer, messages.Joined):
                 raise MigrationError(f"data channel {number} was answered with {answer.TYPE.name}")
         except TimeoutError as error:
-            sock.close()
+            connection.wire.close()
             raise LinkLostError(f"data channel {number} was not answered in time") from error
         except BaseException:
-            sock.close()
+            connection.wire.close()
             raise
-        return DataChannel(sock, number, agreed)
+        return DataChannel(connection, number)
