@@ -35,10 +35,9 @@ from migrated.record import (
     Ram,
     Record,
     RoundRow,
-    TimeStage,
     TimeSummary,
 )
-from protocol.guest_time import VmTimeData
+from protocol.guest_time import TimeStage, VmTimeData
 
 MS = 1_000_000
 T = TypeVar("T")

@@ -179,7 +179,7 @@ def test_an_abort_below_the_prediction_tells_nothing_about_the_cost() -> None:
 def test_refused_and_cancelled_attempts_teach_nothing() -> None:
     knowledge = Knowledge()
     for outcome in ("refused", "cancelled", "failed"):
-        knowledge.learn(record_of(predict(knowledge), truth_of(9.0), outcome), "class")  # type: ignore[arg-type]
+        knowledge.learn(record_of(predict(knowledge), truth_of(9.0), outcome), "class")
     assert knowledge.document() == Knowledge().document()
 
 
