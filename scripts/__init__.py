@@ -1,0 +1,1 @@
+"""Programs of the project that are not installed: demonstration, measurement, documents."""
