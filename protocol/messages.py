@@ -20,6 +20,7 @@ import msgpack
 from pydantic import Field, ValidationError
 
 from protocol.errors import ErrorCode, RemoteProtocolError
+from protocol.frames import pack_header
 from protocol.guest import GuestDescription, Name, NonNegativeNs, WireModel
 from protocol.guest_time import Policy, VmTimeData
 
@@ -310,6 +311,11 @@ class Error(Message):
     code: Annotated[int, Field(ge=1, le=255)]
     text: Sentence
 
+    @classmethod
+    def about(cls, error: RemoteProtocolError) -> Error:
+        """Return the message that tells the peer what it did wrong."""
+        return cls(code=int(error.code), text=str(error)[:2000])
+
 
 class Join(Message):
     """A data channel proves that it belongs to the session."""
@@ -418,6 +424,24 @@ def encode(message: Message) -> bytes:
     """Return the packed meta of a message; its frame type is ``message.TYPE``."""
     packed: bytes = msgpack.packb(message.model_dump(), use_bin_type=True)
     return packed
+
+
+def frame_head(
+    version: int, message: Message, sequence: int, *, payload_bytes: int = 0, round_number: int = 0
+) -> bytes:
+    """Return the header and the meta of the frame that carries a message: all of it but the payload.
+
+    Args:
+        version: the version that the prefaces settled.
+        sequence: number of the frame on its channel and direction.
+        payload_bytes: length of the payload that follows.
+        round_number: the pre-copy round that the frame belongs to, 0 outside rounds.
+
+    Raises:
+        LocalProtocolError: a length is beyond what any peer accepts.
+    """
+    meta = encode(message)
+    return pack_header(version, message.TYPE, meta, payload_bytes, sequence, round_number) + meta
 
 
 def decode(frame_type: int, meta: bytes | bytearray | memoryview) -> Message:

@@ -1,1 +1,0 @@
-"""Programs of the project that are not installed: demonstration, measurement, documents."""

@@ -24,7 +24,7 @@ from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Agreed
 from protocol import messages
 from protocol.clock import ClockError, ClockExchange, OffsetEstimate, one_way_transit
 from protocol.errors import ErrorCode, RemoteProtocolError
-from protocol.frames import FrameParser, pack_header
+from protocol.frames import FrameParser
 from protocol.messages import ClockAsk, ClockReply, Message
 
 KEPT_EXCHANGES: Final = 32
@@ -103,9 +103,8 @@ class ControlChannel:
             raise LinkLostError(str(self._failure)) from self._failure
         if self._writer is None or self._closed or self._writer.transport.is_closing():
             raise LinkLostError(f"the control channel to {self.peer} is closed")
-        meta = messages.encode(message)
-        head = pack_header(self._agreed.version, message.TYPE, meta, len(payload), next(self._sequence))
-        self._writer.write(head + meta + payload)
+        head = messages.frame_head(self._agreed.version, message, next(self._sequence), payload_bytes=len(payload))
+        self._writer.write(head + payload)
 
     async def receive(self) -> Received:
         """The next message.
@@ -162,7 +161,7 @@ class ControlChannel:
     async def fail(self, error: RemoteProtocolError) -> None:
         """Tell the peer what it did wrong and give the channel up."""
         with contextlib.suppress(LinkLostError):
-            self.send(messages.Error(code=int(error.code), text=str(error)[:2000]))
+            self.send(messages.Error.about(error))
             await self.flush(1.0)
         self._lose(error)
 

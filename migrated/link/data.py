@@ -12,7 +12,7 @@ from typing import Final
 from migrated.errors import LinkLostError
 from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Agreed, tune_data
 from protocol import messages
-from protocol.frames import HEADER_BYTES, Header, SequenceCheck, check_meta, pack_header, unpack_header
+from protocol.frames import HEADER_BYTES, Header, SequenceCheck, check_meta, unpack_header
 from protocol.messages import Message
 
 MAX_VECTORS: Final = 1024
@@ -61,11 +61,12 @@ class DataChannel:
         Raises:
             LinkLostError: the connection is gone.
         """
-        meta = messages.encode(message)
         payload_bytes = sum(len(view) for view in payload)
-        head = pack_header(self._agreed.version, message.TYPE, meta, payload_bytes, next(self._sent), round_number)
-        self._send_all([memoryview(head + meta), *payload])
-        total = HEADER_BYTES + len(meta) + payload_bytes
+        head = messages.frame_head(
+            self._agreed.version, message, next(self._sent), payload_bytes=payload_bytes, round_number=round_number
+        )
+        self._send_all([memoryview(head), *payload])
+        total = len(head) + payload_bytes
         self.sent_bytes += total
         return total
 
@@ -80,7 +81,7 @@ class DataChannel:
         header = unpack_header(self._head, self._agreed.version, OUR_MAX_PAYLOAD_BYTES)
         meta = bytearray(header.meta_bytes)
         self._read_exactly(memoryview(meta))
-        check_meta(self._head, meta, header)
+        check_meta(meta, header)
         self._received.accept(header.sequence)
         self.received_bytes += HEADER_BYTES + header.meta_bytes + header.payload_bytes
         return header, messages.decode(header.type, meta)

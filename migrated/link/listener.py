@@ -17,7 +17,6 @@ from migrated.link.sockets import Agreed
 from migrated.tasks import TaskSet
 from protocol import messages
 from protocol.errors import RemoteProtocolError
-from protocol.frames import pack_header
 from protocol.messages import Message
 
 log = structlog.get_logger()
@@ -105,11 +104,9 @@ class Listener:
         except RemoteProtocolError as error:
             log.warning("a connection was refused", reason=str(error))
             if agreed is not None:
-                meta = messages.encode(messages.Error(code=int(error.code), text=str(error)[:2000]))
-                head = pack_header(agreed.version, messages.Error.TYPE, meta, 0, 0)
                 with contextlib.suppress(OSError, TimeoutError):
                     async with asyncio.timeout(1.0):
-                        await asyncio.get_running_loop().sock_sendall(sock, head + meta)
+                        await sockets.send_first(sock, agreed, messages.Error.about(error))
         except (LinkLostError, OSError, TimeoutError) as error:
             log.debug("a connection ended before it told what it is", reason=str(error) or repr(error))
         finally:

@@ -7,9 +7,7 @@ import contextlib
 import socket
 from typing import Protocol
 
-from migrated.link.sockets import Agreed
-from protocol import messages
-from protocol.frames import pack_header
+from migrated.link.sockets import Agreed, send_first
 from protocol.messages import Message
 
 
@@ -46,10 +44,8 @@ class OneAnswer:
         try:
             async with asyncio.timeout(timeout_s):
                 message = await self._answer
-                meta = messages.encode(message)
-                head = pack_header(self._agreed.version, message.TYPE, meta, 0, 0)
                 with contextlib.suppress(OSError):
-                    await asyncio.get_running_loop().sock_sendall(self._sock, head + meta)
+                    await send_first(self._sock, self._agreed, message)
         except TimeoutError:
             pass  # no answer yet: the source asks again
         finally:

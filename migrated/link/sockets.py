@@ -16,7 +16,7 @@ from typing import Final
 from migrated.errors import LinkLostError
 from protocol import messages
 from protocol.errors import RemoteProtocolError
-from protocol.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, check_meta, pack_header, unpack_header
+from protocol.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, check_meta, unpack_header
 from protocol.messages import Message
 from protocol.versions import PREFACE_BYTES, Preface, agree_version, pack_preface, unpack_preface
 
@@ -117,11 +117,16 @@ async def read_exactly(sock: socket.socket, count: int) -> bytes:
 
 
 async def read_first(sock: socket.socket, agreed: Agreed) -> Message:
-    """Read the first frame of a connection and not a byte more. It must have no payload."""
+    """Read the peer's first frame of a connection and not a byte more. It must have no payload.
+
+    Raises:
+        RemoteProtocolError: it is damaged, not the first, or no message of the catalogue.
+        LinkLostError: the connection ended before.
+    """
     head = await read_exactly(sock, HEADER_BYTES)
     header = unpack_header(head, agreed.version, max_payload_bytes=0)
     meta = await read_exactly(sock, header.meta_bytes)
-    check_meta(head, meta, header)
+    check_meta(meta, header)
     if header.sequence:
         raise RemoteProtocolError(f"the first frame of a connection has number {header.sequence}, expected 0")
     return messages.decode(header.type, meta)
@@ -129,6 +134,17 @@ async def read_first(sock: socket.socket, agreed: Agreed) -> Message:
 
 async def send_first(sock: socket.socket, agreed: Agreed, message: Message) -> None:
     """Send the first frame of a connection from a non-blocking socket."""
-    meta = messages.encode(message)
-    head = pack_header(agreed.version, message.TYPE, meta, 0, 0)
-    await asyncio.get_running_loop().sock_sendall(sock, head + meta)
+    await asyncio.get_running_loop().sock_sendall(sock, messages.frame_head(agreed.version, message, sequence=0))
+
+
+async def ask_first(sock: socket.socket, agreed: Agreed, question: Message, timeout_s: float) -> Message:
+    """Send the first frame of a connection from a non-blocking socket and return the peer's first frame.
+
+    Raises:
+        RemoteProtocolError, LinkLostError: see ``read_first``.
+        OSError: the connection broke.
+        TimeoutError: there was no answer in time.
+    """
+    async with asyncio.timeout(timeout_s):
+        await send_first(sock, agreed, question)
+        return await read_first(sock, agreed)

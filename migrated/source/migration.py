@@ -35,9 +35,10 @@ from migrated.source.ledger import DeviceFigures, OutgoingLedger
 from migrated.source.outcome import OutcomeAsker
 from migrated.source.precopy import Precopy, Transfer
 from migrated.source.session import Session
-from migrated.source.switchover import Happened, Item, Reserves, Switchover
+from migrated.source.switchover import Happened, Item, Switchover
 from migrated.tasks import TaskSet
 from protocol import messages
+from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
 from protocol.errors import ProtocolError
 from protocol.guest import PAGE_SIZE
@@ -396,7 +397,7 @@ class OutgoingMigration:
             transfer,
             self._handover,
             limits,
-            Reserves(
+            SourceReserves(
                 commit_ns=transfer.control.round_trip_ns() + self._session.welcome.resume_ns,
                 own_resume_ns=self._env.resume_costs.reserve_ns(self._session.dry_save, abort_limit_ns(limits)),
             ),

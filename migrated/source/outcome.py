@@ -15,7 +15,6 @@ from migrated.errors import LinkLostError
 from migrated.link import sockets
 from protocol import messages
 from protocol.errors import RemoteProtocolError
-from protocol.frames import HEADER_BYTES, check_meta, unpack_header
 from protocol.messages import Message
 
 log = structlog.get_logger()
@@ -74,13 +73,7 @@ class OutcomeAsker:
             self.host, self.port, self.limits.connect_timeout_s, self.limits.tcp_user_timeout_s
         )
         try:
-            async with asyncio.timeout(self.limits.handshake_timeout_s):
-                await sockets.send_first(sock, agreed, ask)
-                head = await sockets.read_exactly(sock, HEADER_BYTES)
-                header = unpack_header(head, agreed.version, 0)
-                meta = await sockets.read_exactly(sock, header.meta_bytes)
-                check_meta(head, meta, header)
-                return messages.decode(header.type, meta)
+            return await sockets.ask_first(sock, agreed, ask, self.limits.handshake_timeout_s)
         except OSError as error:
             raise LinkLostError(f"{self.host}:{self.port}: {error.strerror or error}") from error
         finally:

@@ -217,10 +217,8 @@ class Session:
         bounds = self._env.config.limits
         sock, _ = await sockets.connect(self._host, self._port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s)
         try:
-            async with asyncio.timeout(bounds.handshake_timeout_s):
-                join = messages.Join(migration_id=self.migration_id, token=self.welcome.token, channel=number)
-                await sockets.send_first(sock, agreed, join)
-                answer = await sockets.read_first(sock, agreed)
+            join = messages.Join(migration_id=self.migration_id, token=self.welcome.token, channel=number)
+            answer = await sockets.ask_first(sock, agreed, join, bounds.handshake_timeout_s)
             if not isinstance(answer, messages.Joined):
                 raise MigrationError(f"data channel {number} was answered with {answer.TYPE.name}")
         except TimeoutError as error:

@@ -25,7 +25,8 @@ from migrated.link.control import Received
 from migrated.source.handover import SourceHandover
 from migrated.source.precopy import Transfer
 from protocol import messages
-from protocol.budget import DowntimeInterval, Part, may_commit, measured_downtime, source_deadline_ns
+from protocol.blackout import SourceBudget, SourceReserves
+from protocol.budget import DowntimeInterval, Part, measured_downtime
 from protocol.errors import ProtocolError, RemoteProtocolError
 from protocol.guest import DeviceDescription
 from protocol.handover import SourceEvent, SourceState, check_epoch
@@ -35,18 +36,6 @@ from protocol.pages import Runs
 log = structlog.get_logger()
 
 _CHEAP_NS = 300_000
-_TICK_NS = 1_000_000
-"""The event loop's timers count whole milliseconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reserves:
-    """What is kept back from the budget (ns): for the COMMIT leg with the destination's resume, and for the own
-    resume after an abort. Both come from this attempt's measured legs and tried costs, the latter also from what
-    resumes took on this host."""
-
-    commit_ns: int
-    own_resume_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +56,8 @@ class Switchover:
         transfer: what to send with, as the rounds left it.
         handover: decides who runs the guest.
         limits: the budget, fixed from here on: the destination is told it with every DOWNTIME.
-        reserves: what is kept back from it.
+        reserves: what is kept back from it. They come from this attempt's measured legs and tried costs, the own resume
+            also from what resumes took on this host.
         pending: pages that are dirty and not sent, shape (n, 2).
         inbox: messages of the control channel and what else happens (``Happened``), in order.
         bounds: bounds of waits.
@@ -82,7 +72,7 @@ class Switchover:
         transfer: Transfer,
         handover: SourceHandover,
         limits: Limits,
-        reserves: Reserves,
+        reserves: SourceReserves,
         pending: Runs,
         inbox: asyncio.Queue[Item],
         bounds: LimitsConfig,
@@ -93,8 +83,7 @@ class Switchover:
     ) -> None:
         self._transfer = transfer
         self._handover = handover
-        self._limits = limits
-        self._reserves = reserves
+        self._budget = SourceBudget(limits, reserves)
         self._pending = pending
         self._inbox = inbox
         self._bounds = bounds
@@ -104,8 +93,6 @@ class Switchover:
         self._on_scan = on_scan
         self._ledger = transfer.ledger
         self._control = transfer.control
-        self._t0 = 0
-        self._holding_since_ns = 0
         self._state_begin_ns = 0
         self._state_sent_ns = 0
         self._ready_read_ns = 0
@@ -123,7 +110,7 @@ class Switchover:
         """
         gc.freeze()
         work: asyncio.Task[None] | None = None
-        self._t0 = time.monotonic_ns()
+        self._budget.stop_asked(time.monotonic_ns())
         try:
             try:
                 await self._handover.take(SourceEvent.STOP, self._control)
@@ -142,26 +129,20 @@ class Switchover:
     def _stopped(self) -> None:
         stopped_ns = self._handover.stopped_at_ns
         self._state_begin_ns = stopped_ns
-        self._ledger.part("stop", "source", self._t0, stopped_ns)
-        self._ledger.add_phase("Pause", self._t0, stopped_ns)
+        self._ledger.part("stop", "source", self._budget.t0_ns, stopped_ns)
+        self._ledger.add_phase("Pause", self._budget.t0_ns, stopped_ns)
         self._ledger.checkpoint("src-downtime-start", 0)
-        self._ledger.checkpoint("src-vm-stopped", stopped_ns - self._t0)
+        self._ledger.checkpoint("src-vm-stopped", stopped_ns - self._budget.t0_ns)
         self._on_stopped()
 
-    def _counted_ns(self) -> int:
-        """The downtime so far that counts against the limit: without what the operator held (ns)."""
-        now_ns = time.monotonic_ns()
-        holding_ns = now_ns - self._holding_since_ns if self._holding_since_ns else 0
-        return now_ns - self._t0 - self._ledger.hold_ns - holding_ns
-
     def _tell_downtime(self) -> None:
-        elapsed_ns = self._counted_ns()
+        elapsed_ns = self._budget.counted_ns(time.monotonic_ns())
         self._ledger.source_reported_ns = elapsed_ns
         self._control.send(
             messages.Downtime(
                 epoch=self._handover.epoch,
-                limits=self._limits,
-                resume_reserve_ns=self._reserves.own_resume_ns,
+                limits=self._budget.limits,
+                resume_reserve_ns=self._budget.reserves.own_resume_ns,
                 source_downtime_ns=elapsed_ns,
                 sent_at_ns=self._clock.hrtime_ns(),
             )
@@ -182,11 +163,11 @@ class Switchover:
         if self._hold is None:
             return
         self.phase = "pre-switchover"
-        self._holding_since_ns = begin_ns = time.monotonic_ns()
+        self._budget.hold_begins(time.monotonic_ns())
         await self._hold.wait()
         end_ns = time.monotonic_ns()
-        self._holding_since_ns = 0
-        self._ledger.hold_ns = end_ns - begin_ns
+        self._budget.hold_ends(end_ns)
+        self._ledger.hold_ns = self._budget.held_ns
         self._ledger.part("hold", "source", self._state_begin_ns, end_ns)
         self._state_begin_ns = end_ns
 
@@ -218,7 +199,7 @@ class Switchover:
         ledger.part("device-saves", "source", pages_ns, saved_ns)
         ledger.add_phase("RamPushPostPause", begin_ns, pages_ns)
         ledger.add_phase("DeviceState", scanned_ns, saved_ns)
-        ledger.checkpoint("src-iterable-saved", max(pages_ns, iterable_ns) - self._t0)
+        ledger.checkpoint("src-iterable-saved", max(pages_ns, iterable_ns) - self._budget.t0_ns)
         # Saving a device may write guest memory.
         runs = await self._collect()
         rescanned_ns = time.monotonic_ns()
@@ -227,7 +208,7 @@ class Switchover:
         if len(runs):
             complete_ns = await self._send_pages(runs)
             ledger.part("pages-after-saves", "source", rescanned_ns, complete_ns)
-        ledger.checkpoint("src-non-iterable-saved", complete_ns - self._t0)
+        ledger.checkpoint("src-non-iterable-saved", complete_ns - self._budget.t0_ns)
         self._end_state()
         ledger.part("state-end", "source", complete_ns, self._state_sent_ns)
         self.phase = "Finish"
@@ -241,7 +222,7 @@ class Switchover:
         """Tell the destination what must be there for READY."""
         digest = self._transfer.sender.digest
         self._ledger.source_digest = digest.value if digest is not None else None
-        self._ledger.source_reported_ns = elapsed_ns = self._counted_ns()
+        self._ledger.source_reported_ns = elapsed_ns = self._budget.counted_ns(time.monotonic_ns())
         self._state_sent_ns = time.monotonic_ns()  # before the write: the answer cannot come earlier
         self._control.send(
             messages.StateEnd(
@@ -303,26 +284,23 @@ class Switchover:
         """How long to wait for the next event (s); None while nothing limits the wait."""
         if self._handover.state is SourceState.COMMITTED:
             return self._bounds.stop_timeout_s + self._bounds.heartbeat_timeout_s
-        deadline_ns = source_deadline_ns(self._limits, self._reserves.own_resume_ns)
-        if deadline_ns is None:
+        patience_ns = self._budget.patience_ns(time.monotonic_ns())
+        if patience_ns is None:
             return None
         if self._hold is not None and not self._hold.is_set():
             return self._bounds.heartbeat_interval_s  # the hold does not count; look again
-        # Whole milliseconds, and rather early than late.
-        return max(0, (deadline_ns - self._counted_ns()) // _TICK_NS) / 1e3
+        return patience_ns / 1e9
 
     async def _out_of_time(self) -> None:
         """Nothing came in time."""
-        deadline_ns = source_deadline_ns(self._limits, self._reserves.own_resume_ns)
         if self._handover.state is SourceState.COMMITTED:
             await self._handover.take(SourceEvent.DEADLINE, self._control)
-        elif deadline_ns is not None and (late_ns := self._counted_ns() - deadline_ns) > -_TICK_NS:
-            self._due_ns = time.monotonic_ns() - late_ns
-            reason = (
-                f"the switchover did not fit its limit of {_limit_ms(self._limits):g} ms: after "
-                f"{self._counted_ns() / 1e6:.1f} ms in phase {self.phase} the destination has not voted"
-            )
-            await self._handover.take(SourceEvent.DEADLINE, self._control, reason)
+            return
+        now_ns = time.monotonic_ns()
+        if (overdue_ns := self._budget.overdue_ns(now_ns)) is not None:
+            self._due_ns = now_ns - overdue_ns
+            verdict = self._budget.no_vote(self.phase, now_ns)
+            await self._handover.take(verdict.event, self._control, verdict.reason)
 
     async def _hear(self, received: Received) -> None:
         message, handover = received.message, self._handover
@@ -375,17 +353,8 @@ class Switchover:
             completing_ns = min(ready.completing_ns, waited_ns)
             ledger.parts.append(Part("completing", "destination", completing_ns))
             ledger.parts.append(Part("state-end-and-ready-legs", "link", waited_ns - completing_ns))
-        event, reason = SourceEvent.READY_LATE, None
-        if ledger.source_digest is not None and ready.digest != ledger.source_digest:
-            reason = "the destination's memory digest differs from the source's"
-        elif may_commit(self._limits, self._counted_ns(), self._reserves.commit_ns):
-            event = SourceEvent.READY_IN_TIME
-        else:
-            reason = (
-                f"the switchover did not fit its limit of {_limit_ms(self._limits):g} ms: READY came after "
-                f"{self._counted_ns() / 1e6:.1f} ms and the rest needs up to {self._reserves.commit_ns / 1e6:.1f} ms"
-            )
-        await handover.take(event, self._control, reason)
+        verdict = self._budget.judge_ready(ready.digest, ledger.source_digest, time.monotonic_ns())
+        await handover.take(verdict.event, self._control, verdict.reason)
 
     # Section: the account
 
@@ -403,26 +372,26 @@ class Switchover:
         ledger.part("decision", "source", self._ready_read_ns, handover.decided_at_ns)
         ledger.part("journal", "source", handover.decided_at_ns, handover.journaled_at_ns)
         ledger.part("lock-release", "source", handover.journaled_at_ns, handover.committed_at_ns)
-        committed_ns = handover.committed_at_ns - self._t0
+        committed_ns = handover.committed_at_ns - self._budget.t0_ns
         interval = measured_downtime(
-            committed_ns, handover.running_read_ns - self._t0, running.resumed_after_ns, running.sent_after_ns
+            committed_ns, handover.running_read_ns - self._budget.t0_ns, running.resumed_after_ns, running.sent_after_ns
         )
         leg_ns = interval.measured_ns - committed_ns - running.resumed_after_ns
         ledger.parts.append(Part("commit-leg", "link", leg_ns))
         ledger.parts.append(Part("resume", "destination", running.resumed_after_ns))
         ledger.checkpoint("src-downtime-end", interval.measured_ns)
         ledger.interval = interval
-        ledger.ended_ns = self._t0 + interval.measured_ns
+        ledger.ended_ns = self._budget.t0_ns + interval.measured_ns
 
     def _aborted(self) -> None:
         """The downtime of an abort: the guest ran again here."""
         handover, ledger = self._handover, self._ledger
         if not handover.resumed_at_ns:
             return
-        accounted_ns = self._t0 + sum(part.ns for part in ledger.parts)
+        accounted_ns = self._budget.t0_ns + sum(part.ns for part in ledger.parts)
         ledger.part("until-abort", "source", min(accounted_ns, handover.resume_begin_ns), handover.resume_begin_ns)
         ledger.part("resume", "source", handover.resume_begin_ns, handover.resumed_at_ns)
-        pause_ns = handover.resumed_at_ns - self._t0
+        pause_ns = handover.resumed_at_ns - self._budget.t0_ns
         ledger.checkpoint("src-downtime-end", pause_ns)
         ledger.interval = DowntimeInterval(pause_ns, pause_ns)
         ledger.ended_ns = handover.resumed_at_ns
@@ -441,7 +410,3 @@ def _grouped(devices: list[DeviceDescription], costs_ns: list[int]) -> Iterator[
         yield [device]
     if group:
         yield group
-
-
-def _limit_ms(limits: Limits) -> float:
-    return (limits.downtime_limit_ns + limits.switchover_limit_ns) / 1e6

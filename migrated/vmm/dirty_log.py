@@ -11,28 +11,32 @@ memory, one byte per page. ioctl numbers and layouts: include/uapi/linux/fs.h.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
-import struct
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from migrated.errors import VmmError
+from migrated.kernel import pagemap
 from protocol.guest import PAGE_SIZE
 from protocol.pages import NO_RUNS, Runs, indices_of, runs_of
 
-_PAGEMAP_SCAN: Final = 0xC0606610
-_PM_SCAN_WP_MATCHING: Final = 1
-_PM_SCAN_CHECK_WPASYNC: Final = 2
-_PAGE_IS_WRITTEN: Final = 2
-_PAGE_IS_PRESENT: Final = 8
-_PAGE_IS_SWAPPED: Final = 16
-_SCAN_ARGUMENT: Final = struct.Struct("=12Q")
-_VECTOR_REGIONS: Final = 16384
+_VECTOR_RANGES: Final = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of guest memory as it is mapped in the VMM: ``pages`` pages from page ``first_page`` of the guest on, at
+    ``address`` of the VMM's process."""
+
+    address: int
+    pages: int
+    first_page: int
 
 
 class DirtyLog(ABC):
@@ -74,70 +78,58 @@ class PagemapScanLog(DirtyLog):
     """Dirty pages from the kernel.
 
     Args:
-        pagemap_fd: the VMM's own /proc/self/pagemap, owned from here on.
-        address: where guest memory is mapped in the VMM.
-        pages: size of guest memory.
+        pagemap_fd: /proc/PID/pagemap of the VMM, owned from here on.
+        spans: where guest memory is mapped in the VMM, by page number. They cover it without gaps.
         present_only: the VMM tracks writes without marking pages that hold nothing: a page counts as written only
             when it holds something. Holes then cost neither time nor page tables.
     """
 
     mode: Literal["pagemap-scan", "logged"] = "pagemap-scan"
 
-    def __init__(self, pagemap_fd: int, address: int, pages: int, present_only: bool) -> None:
+    def __init__(self, pagemap_fd: int, spans: Sequence[Span], present_only: bool) -> None:
         super().__init__()
         self._fd = pagemap_fd
-        self._any_of = _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED if present_only else 0
-        self._start = address
-        self._end = address + pages * PAGE_SIZE
-        self._vector: npt.NDArray[np.uint64] = np.zeros((_VECTOR_REGIONS, 3), np.uint64)
+        self._any_of = pagemap.PAGE_IS_PRESENT | pagemap.PAGE_IS_SWAPPED if present_only else 0
+        self._spans = tuple(sorted(spans, key=lambda span: span.first_page))
+        self._vector = pagemap.make_vector(_VECTOR_RANGES)
 
     def clear(self, start: int, count: int) -> int:
-        vector: npt.NDArray[np.uint64] = np.empty((min(count, _VECTOR_REGIONS), 3), np.uint64)
-        begin = self._start + start * PAGE_SIZE
-        edges = self._scan(begin, begin + count * PAGE_SIZE, vector)
-        return sum(int((piece[:, 1] - piece[:, 0]).sum()) for piece in edges) // PAGE_SIZE
+        vector = pagemap.make_vector(min(count, _VECTOR_RANGES))
+        cleared = 0
+        for span in self._spans:
+            first, end = max(start, span.first_page), min(start + count, span.first_page + span.pages)
+            if first < end:
+                cleared += int(self._scan(span, first, end, vector)[:, 1].sum())
+        return cleared
 
     def _collect(self) -> Runs:
-        pieces = self._scan(self._start, self._end, self._vector)
-        if not pieces:
-            return NO_RUNS
-        edges = (np.concatenate(pieces) - np.uint64(self._start)) // np.uint64(PAGE_SIZE)
-        runs = edges.astype(np.int64)
-        runs[:, 1] -= runs[:, 0]
-        return runs
+        found = [self._scan(span, span.first_page, span.first_page + span.pages, self._vector) for span in self._spans]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def _scan(self, begin: int, end: int, vector: npt.NDArray[np.uint64]) -> list[npt.NDArray[np.uint64]]:
-        """Get and clear what was written between two addresses: pieces of (first, end) addresses, shape (n, 2)."""
-        pieces: list[npt.NDArray[np.uint64]] = []
-        while begin < end:
-            argument = bytearray(
-                _SCAN_ARGUMENT.pack(
-                    _SCAN_ARGUMENT.size,
-                    _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC,
-                    begin,
-                    end,
-                    0,
-                    vector.ctypes.data,
-                    len(vector),
-                    0,  # no limit on pages
-                    0,  # no inverted categories
-                    _PAGE_IS_WRITTEN,
-                    self._any_of,
-                    _PAGE_IS_WRITTEN,
-                )
+    def _scan(self, span: Span, first: int, end: int, vector: pagemap.Vector) -> Runs:
+        """Get and clear what was written from page ``first`` up to page ``end``, which lie in one span."""
+        begin = span.address + (first - span.first_page) * PAGE_SIZE
+        try:
+            ranges = pagemap.scan(
+                self._fd,
+                begin,
+                begin + (end - first) * PAGE_SIZE,
+                vector,
+                flags=pagemap.PM_SCAN_WP_MATCHING | pagemap.PM_SCAN_CHECK_WPASYNC,
+                all_of=pagemap.PAGE_IS_WRITTEN,
+                any_of=self._any_of,
+                returned=pagemap.PAGE_IS_WRITTEN,
             )
-            try:
-                filled = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument, True)
-            except OSError as error:
-                raise VmmError(
-                    f"the pages that the guest wrote cannot be read ({error.strerror}); has its process ended?"
-                ) from error
-            if filled:
-                pieces.append(vector[:filled, :2].copy())
-            if filled < len(vector):
-                break  # all was walked, although the kernel may name an earlier end: where its own buffer was full last
-            begin = _SCAN_ARGUMENT.unpack(argument)[4]
-        return pieces
+        except OSError as error:
+            raise VmmError(
+                f"the pages that the guest wrote cannot be read ({error.strerror}); has its process ended?"
+            ) from error
+        if not len(ranges):
+            return NO_RUNS
+        runs = ((ranges - np.uint64(span.address)) // np.uint64(PAGE_SIZE)).astype(np.int64)
+        runs[:, 1] -= runs[:, 0]
+        runs[:, 0] += span.first_page
+        return runs
 
     def close(self) -> None:
         if self._fd >= 0:

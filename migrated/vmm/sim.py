@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from migrated.errors import VmmError, VmmGoneError, VmmSilentError
 from migrated.vmm import spawn
 from migrated.vmm.base import DeviceKind, DeviceState, DirtyTracking, DryRun, SavedDevice, TimeImport, Vmm, VmmStatus
-from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog
+from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog, Span
 from migrated.vmm.memory import GuestMemory
 from protocol.guest import PAGE_SIZE, GuestDescription
 from protocol.guest_time import VmTimeData
@@ -124,7 +124,7 @@ class SimVmm(Vmm):
         pages = reply.meta["bytes"] // PAGE_SIZE
         if reply.meta["mode"] == "pagemap-scan":
             present_only = bool(reply.meta.get("present_only", False))
-            return PagemapScanLog(reply.fds[0], reply.meta["address"], pages, present_only)
+            return PagemapScanLog(reply.fds[0], [Span(reply.meta["address"], pages, 0)], present_only)
         return ByteMapLog(reply.fds[0], pages)
 
     async def stop_dirty_log(self) -> None:

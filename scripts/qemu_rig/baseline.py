@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from scripts.basics import MIB
 from scripts.qemu_rig.errors import RigError
 from scripts.qemu_rig.gaps import handover_gap, largest_gap, merged, said_twice
 from scripts.qemu_rig.image import GuestImage
@@ -57,7 +58,7 @@ class Baseline:
     @property
     def ram_mib_per_s(self) -> float:
         """How fast the guest's memory as a whole got over."""
-        return self.ram_bytes / (1 << 20) / self.seconds
+        return self.ram_bytes / MIB / self.seconds
 
 
 @contextlib.asynccontextmanager

@@ -20,7 +20,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-MIB: Final = 1 << 20
+from scripts.basics import MIB
+
 _SECTOR: Final = 512
 _LANES: Final = 64
 _LANE_BYTES: Final = 8192 * _SECTOR

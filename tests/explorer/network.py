@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 from protocol import messages
 from protocol.clock import ClockError, ClockExchange, OffsetEstimate, one_way_transit
 from protocol.errors import RemoteProtocolError
-from protocol.frames import MAX_PAYLOAD_BYTES, FrameParser, pack_header
+from protocol.frames import MAX_PAYLOAD_BYTES, FrameParser
 from protocol.messages import ClockAsk, ClockReply, FrameType, Message
 from protocol.versions import PREFACE_BYTES, agree_version, pack_preface, unpack_preface
 from tests.explorer.kernel import MS, SECOND, Call, Process, World
@@ -198,10 +198,11 @@ class Channel:
             return
         for call in self._end.link.on_frame.pop((self.process.host.name, message.TYPE), ()):
             call()
-        meta = messages.encode(message)
-        head = pack_header(self._version, message.TYPE, meta, len(payload), self._sequence, round_number)
+        head = messages.frame_head(
+            self._version, message, self._sequence, payload_bytes=len(payload), round_number=round_number
+        )
         self._sequence += 1
-        self._end.send(head + meta + payload)
+        self._end.send(head + payload)
 
     def close(self) -> None:
         """End the channel without an event on this side."""
@@ -210,7 +211,7 @@ class Channel:
 
     def fail(self, error: RemoteProtocolError) -> None:
         """The peer broke the protocol: say so, and lose the channel."""
-        self.send(messages.Error(code=int(error.code), text=str(error)[:2000]))
+        self.send(messages.Error.about(error))
         self._end.close()
         self._lose(str(error))
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from migrated.vmm import dirty_log
-from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog
+from migrated.kernel import pagemap
+from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog, Span
 from protocol.pages import Runs, indices_of
 from vmm_sim.errors import VmmError
 from vmm_sim.memory import GuestMemory
@@ -38,7 +38,7 @@ class Tracked:
         self.log: DirtyLog = (
             ByteMapLog(fd, PAGES)
             if mode == "logged"
-            else PagemapScanLog(fd, self.memory.address, PAGES, self.tracking.present_only)
+            else PagemapScanLog(fd, [Span(self.memory.address, PAGES, 0)], self.tracking.present_only)
         )
 
     def write(self, *pages: int) -> None:
@@ -134,10 +134,35 @@ def test_a_scan_ends_where_the_kernel_names_an_earlier_end(monkeypatch: pytest.M
         argument[:] = struct.pack("=12Q", *fields)
         return 1
 
-    monkeypatch.setattr(dirty_log.fcntl, "ioctl", ioctl)
-    log = PagemapScanLog(os.open(os.devnull, os.O_RDONLY), 1 << 20, 64, True)
+    monkeypatch.setattr(pagemap.fcntl, "ioctl", ioctl)
+    log = PagemapScanLog(os.open(os.devnull, os.O_RDONLY), [Span(1 << 20, 64, 0)], True)
     try:
         assert log.collect().tolist() == [[1, 1]]
         assert calls == [1 << 20]
     finally:
         log.close()
+
+
+def test_spans_anywhere_in_the_vmm_are_one_log_of_page_numbers() -> None:
+    """The pages of two spans that lie the other way round in the address space, and a piece that nobody tracks."""
+    memory = GuestMemory(PAGES * 4096)
+    memory.words[:] = 1
+    try:
+        tracking = start_tracking(memory, "pagemap-scan", present_only=True)
+    except VmmError as error:
+        pytest.skip(f"this kernel has no asynchronous write protection, or we may not use it: {error}")
+    assert isinstance(tracking, PagemapTracking)
+    half = PAGES // 2
+    # The guest's first pages are the VMM's last ones; its 16 pages in the middle are no part of the guest.
+    spans = [Span(memory.address, half - 16, half), Span(memory.address + half * 4096, half, 0)]
+    log = PagemapScanLog(os.dup(tracking.fd), spans, tracking.present_only)
+    try:
+        log.collect()
+        memory.words[[3, half - 17, half - 16, half, PAGES - 1], 5] += np.uint64(1)
+        assert log.collect().tolist() == [[0, 1], [half - 1, 1], [half + 3, 1], [2 * half - 17, 1]]
+        memory.words[[0, half, PAGES - 1], 5] += np.uint64(1)
+        assert log.clear(half - 1, 2) == 2
+        assert log.collect().tolist() == [[0, 1]]
+    finally:
+        log.close()
+        tracking.close()

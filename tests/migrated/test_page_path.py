@@ -35,7 +35,7 @@ from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
-from protocol.frames import MAX_PAYLOAD_BYTES, pack_header
+from protocol.frames import MAX_PAYLOAD_BYTES
 from protocol.guest import PAGE_SIZE, DeviceDescription, GuestDescription, MemoryRegion
 from protocol.messages import Encoding
 from protocol.pages import NO_RUNS, Runs, pack_runs, runs_of
@@ -685,10 +685,10 @@ async def test_an_error_that_is_kept_does_not_keep_guest_memory() -> None:
         both.send_with()
         both.source.guest.words[:] = noise(1, 1)
         await both.round(run(0, 16))
-        meta = messages.encode(pages_message(run(0, 2)))
-        head = pack_header(MAJOR, messages.FrameType.PAGES, meta, 2 * PAGE_SIZE, 3, 2)
+        message = pages_message(run(0, 2))
+        head = messages.frame_head(MAJOR, message, 3, payload_bytes=2 * PAGE_SIZE, round_number=2)
         sock = both.channels[0]._sock
-        sock.sendall(head + meta + content_of(1))  # and the second page never comes
+        sock.sendall(head + content_of(1))  # and the second page never comes
         sock.shutdown(socket.SHUT_RDWR)
         failure = await both.failure()
         assert isinstance(failure, LinkLostError)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from protocol.errors import ErrorCode, RemoteProtocolError
-from protocol.frames import MAX_META_BYTES
+from protocol.frames import HEADER_BYTES, MAX_META_BYTES, check_meta, unpack_header
 from protocol.guest import DeviceDescription, GuestDescription, MemoryRegion
 from protocol.messages import (
     CATALOGUE,
@@ -22,6 +22,7 @@ from protocol.messages import (
     Abort,
     Barrier,
     Commit,
+    Error,
     FrameType,
     Hello,
     Message,
@@ -29,6 +30,7 @@ from protocol.messages import (
     Record,
     decode,
     encode,
+    frame_head,
 )
 
 MAX_ITEMS = 3
@@ -251,6 +253,23 @@ def test_this_side_cannot_build_what_the_peer_would_refuse() -> None:
         Barrier(round=1 << 32)
     with pytest.raises(ValidationError):
         Pages(encoding="plain", runs=b"", digest=0)
+
+
+def test_the_head_of_a_frame_is_its_header_and_its_meta() -> None:
+    message = Barrier(round=4)
+    head = frame_head(1, message, sequence=9, payload_bytes=70, round_number=4)
+    header, meta = unpack_header(head, 1, 70), head[HEADER_BYTES:]
+    check_meta(meta, header)
+    assert (header.sequence, header.payload_bytes, header.round) == (9, 70, 4)
+    assert decode(header.type, meta) == message
+
+
+def test_an_error_of_the_peer_is_told_with_its_code_and_as_much_of_its_sentence_as_fits() -> None:
+    error = RemoteProtocolError("no" * 5000, ErrorCode.TIME)
+    told = decode(FrameType.ERROR, encode(Error.about(error)))
+    assert isinstance(told, Error)
+    assert told.code == ErrorCode.TIME
+    assert told.text == "no" * 1000
 
 
 def test_a_message_without_fields_is_one_empty_map() -> None:

@@ -219,7 +219,7 @@ def no_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse() -> int:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("vmm_sim.tracking._open_userfaultfd", refuse)
+    monkeypatch.setattr("migrated.kernel.userfault.open_userfaultfd", refuse)
     return
 
 

@@ -1,0 +1,10 @@
+"""Interfaces of the Linux kernel that the standard library does not offer, each as a few plain functions.
+
+    pagemap           PAGEMAP_SCAN: which pages of a process were written, or are present
+    userfault         userfaultfd: asynchronous write protection of memory
+    memory            madvise, fallocate, mmap at a fixed address, mlock on fault
+    process_memory    process_vm_readv and process_vm_writev: memory of another process
+
+Nothing here knows of guests or migrations: addresses and sizes are bytes, and errors are ``OSError`` with a sentence.
+The package imports nothing of the rest of this program, so the daemons and the simulated VMM can both use it.
+"""

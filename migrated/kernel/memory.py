@@ -1,0 +1,70 @@
+"""Calls about memory that the standard library lacks, or makes while it holds the interpreter.
+
+Every call here lets other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from typing import Final
+
+MADV_DONTNEED: Final = 4
+MADV_HUGEPAGE: Final = 14
+MADV_POPULATE_READ: Final = 22
+MADV_POPULATE_WRITE: Final = 23
+
+_FALLOC_FL_KEEP_SIZE: Final = 1
+_FALLOC_FL_PUNCH_HOLE: Final = 2
+_PROT_READ: Final = 1
+_PROT_WRITE: Final = 2
+_MAP_SHARED: Final = 1
+_MAP_FIXED: Final = 0x10
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+_MLOCK_ONFAULT: Final = 1
+_SYS_MLOCK2: Final = {"x86_64": 325, "aarch64": 284}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_libc.mmap.restype = ctypes.c_void_p
+
+
+def _error(what: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def madvise(address: int, size: int, advice: int) -> bool:
+    """Advise the kernel about memory of this process. Returns whether it took the advice."""
+    return not _libc.madvise(address, size, advice)
+
+
+def punch_hole(fd: int, offset: int, size: int) -> None:
+    """Give part of a file back: it reads as zero afterwards and takes no memory.
+
+    Raises:
+        OSError: the file system cannot.
+    """
+    if _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, size):
+        raise _error(f"cannot clear {size} bytes at {offset} of a memory file")
+
+
+def map_shared_at(address: int, size: int, fd: int, offset: int) -> None:
+    """Map part of a file, shared, readable and writable, over memory that is reserved at ``address``.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    flags = _MAP_SHARED | _MAP_FIXED
+    if _libc.mmap(address, size, _PROT_READ | _PROT_WRITE, flags, fd, offset) == _MAP_FAILED:
+        raise _error(f"cannot map {size} bytes at {offset} of a memory file")
+
+
+def lock_on_fault(address: int, size: int) -> bool:
+    """Keep pages of this process in memory once they are touched. Returns whether we may."""
+    number = _SYS_MLOCK2[platform.machine()]
+    refused: int = _libc.syscall(number, ctypes.c_void_p(address), ctypes.c_size_t(size), _MLOCK_ONFAULT)
+    return not refused

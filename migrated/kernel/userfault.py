@@ -1,0 +1,82 @@
+"""userfaultfd for asynchronous write protection: writes are noted by the kernel and nobody has to answer a fault.
+
+    open -> enable -> register a range -> (pagemap.scan with PM_SCAN_WP_MATCHING) -> close lifts the protection
+
+Layouts as in include/uapi/linux/userfaultfd.h. A descriptor works on the memory of the process that made it, whoever
+holds it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import platform
+import struct
+from typing import Final
+
+SYS_USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
+"""Number of the system call, by machine."""
+USERFAULTFD_IOC_NEW: Final = 0xAA00
+UFFD_USER_MODE_ONLY: Final = 1
+"""Enough for asynchronous write protection, whose faults the kernel resolves by itself, and needs no privilege."""
+
+UFFDIO_API: Final = 0xC018AA3F
+UFFDIO_REGISTER: Final = 0xC020AA00
+UFFDIO_UNREGISTER: Final = 0x8010AA01
+UFFD_API: Final = 0xAA
+
+FEATURE_WP_HUGETLBFS_SHMEM: Final = 1 << 12
+FEATURE_WP_UNPOPULATED: Final = 1 << 13
+FEATURE_WP_ASYNC: Final = 1 << 15
+REGISTER_MODE_WP: Final = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def open_userfaultfd() -> int:
+    """A userfaultfd of this process: through /dev/userfaultfd, or by the system call for user mode only.
+
+    Raises:
+        OSError: neither is allowed here.
+    """
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        fd: int = _libc.syscall(SYS_USERFAULTFD[platform.machine()], flags | UFFD_USER_MODE_ONLY)
+        if fd < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())) from None
+        return fd
+    try:
+        return fcntl.ioctl(device, USERFAULTFD_IOC_NEW, flags)
+    finally:
+        os.close(device)
+
+
+def enable_write_tracking(uffd: int) -> None:
+    """Ask for asynchronous write protection of all kinds of memory; once for each descriptor, before ``register``.
+
+    Raises:
+        OSError: this kernel does not have it (Linux 6.7 does).
+    """
+    features = FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_WP_HUGETLBFS_SHMEM
+    fcntl.ioctl(uffd, UFFDIO_API, struct.pack("=3Q", UFFD_API, features, 0))
+
+
+def register(uffd: int, address: int, size: int) -> None:
+    """Register memory of the descriptor's process for write protection.
+
+    Raises:
+        OSError: it is not mapped there, or registered already.
+    """
+    fcntl.ioctl(uffd, UFFDIO_REGISTER, struct.pack("=4Q", address, size, REGISTER_MODE_WP, 0))
+
+
+def unregister(uffd: int, address: int, size: int) -> None:
+    """End the protection of a range.
+
+    Raises:
+        OSError: it is not registered with this descriptor.
+    """
+    fcntl.ioctl(uffd, UFFDIO_UNREGISTER, struct.pack("=2Q", address, size))
