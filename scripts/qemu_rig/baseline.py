@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from scripts.basics import MIB
-from scripts.qemu_rig.errors import RigError
 from scripts.qemu_rig.gaps import handover_gap, largest_gap, merged, said_twice
 from scripts.qemu_rig.image import GuestImage
 from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Qemu, QemuSpec, running_qemu
+from scripts.rig.waiting import RigError, until
 
 DEFAULT_LIMIT_MS: Final = 300
 """QEMU's own default of downtime-limit."""
@@ -26,7 +26,6 @@ UNLIMITED: Final = 1 << 40
 """A bandwidth that nothing reaches. QEMU's default of 128 MiB/s would limit the blackout too."""
 MIGRATION_TIMEOUT_S: Final = 120.0
 _WARM_BEATS: Final = 200
-_POLL_S: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +124,13 @@ async def _listening(destination: Qemu) -> str:
 
 
 async def _completed(side: Qemu) -> dict[str, Any]:
-    deadline = time.monotonic() + MIGRATION_TIMEOUT_S
-    while True:
+    async def answer() -> dict[str, Any] | None:
         answer: dict[str, Any] = await side.execute("query-migrate")
-        status = answer.get("status")
-        if status == "completed":
-            return answer
-        if status in ("failed", "cancelled"):
-            raise RigError(f"QEMU's own migration {status}: {answer.get('error-desc', 'it gives no reason')}.")
-        if time.monotonic() > deadline:
-            raise RigError(
-                f"QEMU's own migration did not end within {MIGRATION_TIMEOUT_S:g} s; the guest writes faster than it "
-                "sends, or the machine is very busy. Let the guest write less, or raise the downtime limit."
-            )
-        await asyncio.sleep(_POLL_S)
+        if answer.get("status") in ("failed", "cancelled"):
+            reason = answer.get("error-desc", "it gives no reason")
+            raise RigError(f"QEMU's own migration {answer['status']}: {reason}.")
+        return answer if answer.get("status") == "completed" else None
+
+    return await until(
+        "QEMU's own migration did not end (does the guest write faster than it sends?)", answer, MIGRATION_TIMEOUT_S
+    )

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from scripts.qemu_rig.errors import RigError
+from scripts.rig.waiting import RigError
 
 _BEAT: Final = re.compile(r"b (\d+) (\d+)")
 _CONNECT_PAUSE_S: Final = 0.01

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from scripts.qemu_rig.console import Beat
-from scripts.qemu_rig.errors import RigError
+from scripts.rig.waiting import RigError
 
 
 @dataclass(frozen=True, slots=True)

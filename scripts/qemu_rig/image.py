@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from scripts.qemu_rig import cpio
-from scripts.qemu_rig.errors import RigError
 from scripts.qemu_rig.kernel import cache_directory, find_kernel, missing_packages, modules
+from scripts.rig.waiting import RigError
 
 _SOURCE: Final = Path(__file__).with_name("guest_init.c")
 _COMPILE: Final = ("gcc", "-O2", "-static", "-pthread", "-Wall", "-Wextra", "-Werror")

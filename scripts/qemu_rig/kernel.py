@@ -22,7 +22,7 @@ from typing import Final
 
 import zstandard
 
-from scripts.qemu_rig.errors import RigError
+from scripts.rig.waiting import RigError
 
 QEMU: Final = "qemu-system-x86_64"
 KERNEL_PACKAGE: Final = "linux-image-cloud-amd64"

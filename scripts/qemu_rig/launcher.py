@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +21,10 @@ from typing import Any, Final, Literal, TypeAlias
 from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
 from scripts.qemu_rig.console import CONNECT_TIMEOUT_S, Console
-from scripts.qemu_rig.errors import RigError
 from scripts.qemu_rig.image import GuestImage
 from scripts.qemu_rig.kernel import QEMU
 from scripts.qemu_rig.workload import Workload
+from scripts.rig.waiting import RigError, until
 
 Backing: TypeAlias = Literal["private", "file", "memfd"]
 Cache: TypeAlias = Literal["none", "writeback"]
@@ -33,7 +32,6 @@ Machine: TypeAlias = Literal["q35", "pc"]
 
 BOOT_TIMEOUT_S: Final = 120.0
 """From the start of QEMU to READY, under emulation on a busy machine."""
-_POLL_S: Final = 0.01
 _SHARED_MEMORY: Final = Path("/dev/shm")
 _KERNEL_ARGUMENTS: Final = "console=ttyS0 quiet panic=-1 rdinit=/init"
 
@@ -235,12 +233,13 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def _connect(monitor: QMPClient, path: Path, process: asyncio.subprocess.Process, output: Path) -> None:
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    while True:
+    async def connected() -> bool:
+        if process.returncode is not None:
+            raise RigError(f"QEMU did not start: {output.read_text(errors='replace').strip()[-1000:]}")
         with contextlib.suppress(ConnectError):
             if path.exists():
                 await monitor.connect(str(path))
-                return
-        if process.returncode is not None or time.monotonic() > deadline:
-            raise RigError(f"QEMU did not start: {output.read_text(errors='replace').strip()[-1000:]}")
-        await asyncio.sleep(_POLL_S)
+                return True
+        return False
+
+    await until(f"QEMU's monitor at {path} did not answer", connected, CONNECT_TIMEOUT_S)

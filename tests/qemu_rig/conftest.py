@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.qemu_rig.errors import RigError
 from scripts.qemu_rig.image import GuestImage, guest_image
 from scripts.qemu_rig.kernel import KERNEL_PACKAGE, download_kernel, missing_packages
+from scripts.rig.waiting import RigError
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from scripts.qemu_rig.console import Beat, Console
-from scripts.qemu_rig.errors import RigError
 from scripts.qemu_rig.gaps import Gap, handover_gap, largest_gap, merged, said_twice
+from scripts.rig.waiting import RigError
 
 MS = 1_000_000
 WAIT_S = 30.0

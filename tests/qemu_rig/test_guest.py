@@ -15,11 +15,11 @@ import pytest
 
 from scripts.qemu_rig.baseline import booted, migrate_with_qemu
 from scripts.qemu_rig.disk import make_disk, read_log, written_twice
-from scripts.qemu_rig.errors import RigError
 from scripts.qemu_rig.gaps import largest_gap, said_twice
 from scripts.qemu_rig.image import GuestImage
 from scripts.qemu_rig.launcher import Backing, Cache, Disk, Machine, Qemu, QemuSpec, running_qemu
 from scripts.qemu_rig.workload import Workload
+from scripts.rig.waiting import RigError, until
 
 pytestmark = pytest.mark.slow
 
@@ -52,10 +52,11 @@ async def test_a_damaged_and_a_stale_page_are_found(image: GuestImage, directory
         old = await read_guest(qemu, stale)
         assert int.from_bytes(old[:8], "little") == 77
         await asyncio.to_thread(console.ask, "rate 64", "RATE")
-        deadline = time.monotonic() + WAIT_S
-        while await read_guest(qemu, stale) == old:
-            written = (await asyncio.to_thread(console.status))["written"]
-            assert time.monotonic() < deadline, f"page 77 is not among the {written} pages that were written"
+
+        async def rewritten() -> bool:
+            return await read_guest(qemu, stale) != old
+
+        await until("page 77 was not written", rewritten, WAIT_S)
         await asyncio.to_thread(console.ask, "rate 0", "RATE")
         assert await asyncio.to_thread(console.check) == 0
 
@@ -132,9 +133,12 @@ async def test_the_disk_is_logged_to_and_read(image: GuestImage, directory: Path
     async with running_qemu(QemuSpec(workload=SHORT, disk=disk), image, directory / "a", incarnation=67) as qemu:
         console = qemu.console
         await asyncio.to_thread(console.wait_for, "READY", WAIT_S * 2)
-        deadline = time.monotonic() + WAIT_S
-        while min((status := await asyncio.to_thread(console.status))["reads"], status["log"]) < 20:
-            assert time.monotonic() < deadline, f"the guest's disk is too slow: {status}"
+
+        async def used() -> bool:
+            status = await asyncio.to_thread(console.status)
+            return min(status["reads"], status["log"]) >= 20
+
+        await until("the guest did not use its disk", used, WAIT_S)
         assert console.complaints() == []
         records = read_log(path)
         with path.open("r+b") as file:
