@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
+from migrated.config import Address
 from migrated.errors import LinkLostError
 from migrated.link.security import LinkSecurity, Names
 from migrated.link.tls import READ_BYTES, TlsSession, opens_with_tls
@@ -219,10 +220,10 @@ async def exchange_prefaces(wire: Wire) -> Agreed:
 
 def _name_of(sock: socket.socket) -> str:
     try:
-        host, port = sock.getpeername()[:2]
+        name = sock.getpeername()
     except OSError:
         return "the peer"
-    return f"{host}:{port}"
+    return str(Address(*name[:2])) if isinstance(name, tuple) else "the peer"
 
 
 async def read_first(connection: Connection) -> Message:

@@ -696,7 +696,7 @@ async def test_an_error_that_is_kept_does_not_keep_guest_memory() -> None:
         await both.round(run(0, 16))
         message = pages_message(run(0, 2))
         head = messages.frame_head(MAJOR, message, 3, payload_bytes=2 * PAGE_SIZE, round_number=2)
-        sock = both.channels[0]._sock
+        sock = both.channels[0]._wire.sock
         sock.sendall(head + content_of(1))  # and the second page never comes
         sock.shutdown(socket.SHUT_RDWR)
         failure = await both.failure()
