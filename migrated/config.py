@@ -189,7 +189,7 @@ class TlsConfig(Section):
         files = {"certificate": self.certificate, "key": self.key, "authority": self.authority}
         missing = [name for name, path in files.items() if path is None]
         if 0 < len(missing) < len(files):
-            raise ValueError(f"certificate, key and authority go together, and {' and '.join(missing)} is not set")
+            raise ValueError(f"certificate, key and authority go together; missing: {', '.join(missing)}")
         if not missing and self.insecure:
             raise ValueError("insecure contradicts certificate: take one of them out")
         return self

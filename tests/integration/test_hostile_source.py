@@ -137,7 +137,7 @@ async def answer_to(control: Hostile) -> messages.Message | None:
 async def honest_again(pair: Pair) -> None:
     """The destination kept nothing and takes the next guest."""
     await pair.a.create_guest("honest", 16, workload="idle")
-    record = await pair.a.migrate("honest", pair.b)
+    record = await pair.a.migrate("honest", pair.b, downtime_limit=20_000)
     assert record["outcome"] == "completed", record["reason"]
     assert (await pair.b.verify("honest"))["ok"]
     await pair.b.command("x-migrated-guest-destroy", {"guest": "honest"})
