@@ -178,5 +178,5 @@ def test_what_cannot_be_read_is_told_in_a_sentence(
         read_record(record_of().document() | {"outcome": "teleported"})
     newer = progress_of().model_dump(mode="json")
     assert read_progress(newer | {"mood": "fine"}) == progress_of()
-    with pytest.raises(DocumentError, match="no snapshot of a migration that this version .*status"):
+    with pytest.raises(DocumentError, match=r"no snapshot of a migration that this version .*status"):
         read_progress(newer | {"status": "dreaming"})
