@@ -1,0 +1,64 @@
+"""The end of an outgoing attempt: what came of it, its record, and the last lines of its log."""
+
+from __future__ import annotations
+
+import structlog
+
+from migrated.errors import CancelledByOperatorError, RefusedError
+from migrated.progress import Status
+from migrated.record import Outcome, Record
+
+log = structlog.get_logger()
+
+
+def outcome_of_error(error: Exception) -> tuple[Outcome, str]:
+    """The outcome of an attempt that ended before the stop, with its reason."""
+    reason = str(error) or repr(error)
+    if isinstance(error, CancelledByOperatorError):
+        return "cancelled", reason
+    return ("refused" if isinstance(error, RefusedError) else "failed"), reason
+
+
+STATUS_OF: dict[Outcome, Status] = {
+    "completed": "completed",
+    "aborted": "failed",
+    "cancelled": "cancelled",
+    "failed": "failed",
+    "refused": "failed",
+    "in-doubt": "in-doubt",
+}
+
+
+def log_outcome(record: Record) -> None:
+    """The two lines of a downtime, breakdown first, or the reason why there is none."""
+    downtime = record.downtime
+    if downtime is not None:
+        grouped = dict.fromkeys(("stop", "final_memory_delta", "snapshot", "sending_snapshot", "completing"), 0)
+        for part in downtime.parts:
+            grouped[_GROUP_OF.get(part.name, "completing")] += part.ns
+        parts = " ".join(f"{name}={ns / 1e6:.1f}ms" for name, ns in grouped.items())
+        log.debug(f"Migration downtime breakdown: {parts} unattributed={downtime.unattributed_ns / 1e6:.1f}ms")
+    if record.outcome == "completed" and downtime is not None:
+        predicted = downtime.predicted_ns
+        expected = f", predicted {predicted / 1e6:.0f}ms" if predicted is not None else ""
+        log.info(
+            f"Migration complete: actual downtime was {downtime.measured_ns / 1e6:.0f}ms and migration took "
+            f"{record.total_ns / 1e9:.2f}s (limit was {downtime.limit_ns / 1e6:.0f}ms{expected})"
+        )
+    elif record.outcome == "in-doubt":
+        log.error("Migration in doubt", reason=record.reason)
+    else:
+        log.warning(f"Migration {record.outcome}", reason=record.reason)
+
+
+_GROUP_OF = {
+    "stop": "stop",
+    "hold": "stop",
+    "final-dirty-log-read": "final_memory_delta",
+    "final-pages": "final_memory_delta",
+    "dirty-log-read-after-saves": "final_memory_delta",
+    "pages-after-saves": "final_memory_delta",
+    "device-saves": "snapshot",
+    "state-end-and-ready-legs": "sending_snapshot",
+}
+"""Cloud Hypervisor's five groups; everything else is completing."""
