@@ -20,7 +20,7 @@ from protocol import messages
 from protocol.frames import HEADER_BYTES, check_meta, pack_header, unpack_header
 from protocol.guest import GuestDescription
 from protocol.messages import FrameType
-from tests.integration.harness import Pair
+from scripts.rig.pair import Pair
 from vmm_sim.client import VmmClient
 
 U64 = (1 << 64) - 1
@@ -68,7 +68,7 @@ class Hostile:
             head = await sockets.read_exactly(self.sock, HEADER_BYTES)
             header = unpack_header(head, self.version, 1 << 20)
             meta = await sockets.read_exactly(self.sock, header.meta_bytes)
-            check_meta(head, meta, header)
+            check_meta(meta, header)
             await sockets.read_exactly(self.sock, header.payload_bytes)
             message = messages.decode(header.type, meta)
             if isinstance(message, messages.ClockAsk):
