@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class Interruption:
-    """Ends one attempt: before the guest is stopped by cancelling what is under way, after by an event of the hand-over.
+    """Ends one attempt: until the guest is stopped by cancelling what is under way, then by an event of the hand-over.
 
     Args:
         inbox: where the events of the hand-over go.
@@ -59,8 +59,9 @@ class Interruption:
             MigrationError: it was ended; whatever else ``work`` raises.
         """
         task = asyncio.create_task(work)
+        either: tuple[asyncio.Future[Any], ...] = (task, self._ended)
         try:
-            await asyncio.wait({task, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not task.done():
                 task.cancel(str(self.error or ""))

@@ -24,7 +24,7 @@ from migrated.guests import Guest
 from migrated.journal import JournalError
 from migrated.parameters import MigrationParameters, in_force
 from migrated.progress import Progress, Status
-from migrated.record import Record
+from migrated.record import Outcome, Record
 from migrated.reservation import Reservation
 from migrated.source.ending import STATUS_OF, log_outcome, outcome_of_error
 from migrated.source.interruption import Interruption
@@ -168,8 +168,7 @@ class OutgoingMigration:
             await self._go_on_if_it_fails("to give up", phase.give_up(reason))
         await self._go_on_if_it_fails("to let go", phase.let_go())
         try:
-            await self._conclude(failure)
-            if phase.in_doubt:
+            if await self._conclude(failure) == "in-doubt":
                 await phase.decided()
                 await self._conclude(failure)
         except Exception:
@@ -214,7 +213,7 @@ class OutgoingMigration:
         except Exception:
             log.exception("a step at the end of the migration failed", step=what)
 
-    async def _conclude(self, failure: Exception | None) -> None:
+    async def _conclude(self, failure: Exception | None) -> Outcome:
         """Write the record, hand it to the destination, and let the guest go unless it is in doubt."""
         ledger, env, phase = self._ledger, self._env, self._story.phase
         decided = phase.outcome(cancelled=self._interruption.by_operator)
@@ -233,3 +232,4 @@ class OutgoingMigration:
         if self._story.guest_class:
             env.knowledge.learn(record, self._story.guest_class)
         self.decided.set()
+        return outcome

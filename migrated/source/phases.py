@@ -1,4 +1,4 @@
-"""How far an outgoing attempt has come, as types: each phase has what exists by then, and knows what can be done with it.
+"""How far an outgoing attempt has come, as types: each phase has what exists by then and knows what can be done.
 
     Beginning -> Connected -> Opened -> Prepared -> Blackout
                  a channel    session   hand-over,  switchover

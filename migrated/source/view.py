@@ -1,5 +1,5 @@
-"""What an operator sees of an outgoing attempt: its status and the events of its changes, the sentence that explains the
-last decision, and the snapshot of it all."""
+"""What an operator sees of an outgoing attempt: its status and the events of its changes, the sentence that explains
+the last decision, and the snapshot of it all."""
 
 from __future__ import annotations
 
