@@ -5,8 +5,8 @@ from __future__ import annotations
 import structlog
 
 from migrated.errors import CancelledByOperatorError, RefusedError
-from migrated.progress import Status
-from migrated.record import Outcome, Record
+from migrated.record.model import Record
+from migrated.record.terms import Outcome
 
 log = structlog.get_logger()
 
@@ -19,24 +19,11 @@ def outcome_of_error(error: Exception) -> tuple[Outcome, str]:
     return ("refused" if isinstance(error, RefusedError) else "failed"), reason
 
 
-STATUS_OF: dict[Outcome, Status] = {
-    "completed": "completed",
-    "aborted": "failed",
-    "cancelled": "cancelled",
-    "failed": "failed",
-    "refused": "failed",
-    "in-doubt": "in-doubt",
-}
-
-
 def log_outcome(record: Record) -> None:
     """The two lines of a downtime, breakdown first, or the reason why there is none."""
     downtime = record.downtime
     if downtime is not None:
-        grouped = dict.fromkeys(("stop", "final_memory_delta", "snapshot", "sending_snapshot", "completing"), 0)
-        for part in downtime.parts:
-            grouped[_GROUP_OF.get(part.name, "completing")] += part.ns
-        parts = " ".join(f"{name}={ns / 1e6:.1f}ms" for name, ns in grouped.items())
+        parts = " ".join(f"{group}={ns / 1e6:.1f}ms" for group, ns in downtime.by_group().items())
         log.debug(f"Migration downtime breakdown: {parts} unattributed={downtime.unattributed_ns / 1e6:.1f}ms")
     if record.outcome == "completed" and downtime is not None:
         predicted = downtime.predicted_ns
@@ -49,16 +36,3 @@ def log_outcome(record: Record) -> None:
         log.error("Migration in doubt", reason=record.reason)
     else:
         log.warning(f"Migration {record.outcome}", reason=record.reason)
-
-
-_GROUP_OF = {
-    "stop": "stop",
-    "hold": "stop",
-    "final-dirty-log-read": "final_memory_delta",
-    "final-pages": "final_memory_delta",
-    "dirty-log-read-after-saves": "final_memory_delta",
-    "pages-after-saves": "final_memory_delta",
-    "device-saves": "snapshot",
-    "state-end-and-ready-legs": "sending_snapshot",
-}
-"""Cloud Hypervisor's five groups; everything else is completing."""

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from migrated.errors import CancelledByOperatorError, LinkLostError, MigrationError
 from migrated.link.control import ControlChannel
 from migrated.progress import Acknowledged
-from migrated.record import DestinationHalf
+from migrated.record.model import DestinationHalf
 from migrated.source.interruption import Interruption
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.switchover import Happened, Item

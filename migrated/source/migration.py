@@ -23,10 +23,11 @@ from migrated.errors import CancelledByOperatorError, LinkLostError, MigrationEr
 from migrated.guests import Guest
 from migrated.journal import JournalError
 from migrated.parameters import MigrationParameters, in_force
-from migrated.progress import Progress, Status
-from migrated.record import Outcome, Record
+from migrated.progress import Progress
+from migrated.record.model import Record
+from migrated.record.terms import STATUS_OF, Outcome, Phase, Status
 from migrated.reservation import Reservation
-from migrated.source.ending import STATUS_OF, log_outcome, outcome_of_error
+from migrated.source.ending import log_outcome, outcome_of_error
 from migrated.source.interruption import Interruption
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.listener import Listener
@@ -143,7 +144,7 @@ class OutgoingMigration:
         """A snapshot for an operator."""
         phase = self._story.phase
         reason = self.record.reason if self.record is not None else None
-        return self._view.progress(phase, "Finish" if self._over else phase.label, reason)
+        return self._view.progress(phase, Phase.FINISH if self._over else phase.label, reason)
 
     # Section: from begin to end
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from migrated.errors import LinkLostError, VmmError
-from migrated.record import Outcome, Record
+from migrated.record.model import Record
+from migrated.record.terms import Outcome, Phase
 from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.precopy import Precopy, Transfer
@@ -50,7 +51,7 @@ class Beginning:
     @property
     def label(self) -> str:
         """The phase's name for operators."""
-        return "Sync"
+        return Phase.SYNC
 
     @property
     def connected(self) -> bool:
@@ -162,7 +163,7 @@ class Prepared(Opened):
 
     @property
     def label(self) -> str:
-        return "RamPushPrePause"
+        return Phase.PRE_COPY
 
     def figures(self) -> Figures:
         ledger, precopy = self.ledger, self.precopy

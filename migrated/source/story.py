@@ -19,6 +19,7 @@ from migrated.parameters import MigrationParameters
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
+from migrated.record.terms import Phase
 from migrated.source.handover import SourceHandover
 from migrated.source.interruption import Interruption
 from migrated.source.ledger import DeviceFigures, OutgoingLedger
@@ -104,11 +105,11 @@ class Story:
     async def _without_disturbing(self) -> tuple[Prepared, Runs]:
         """Everything up to the stop. Returns also the pages that are dirty and not sent, shape (n, 2)."""
         ledger, view = self._ledger, self._view
-        with ledger.phase("Sync"):
+        with ledger.phase(Phase.SYNC):
             prepared = await self._set_up()
         ledger.setup_ns = time.monotonic_ns() - ledger.began_ns
         view.set_status("active")
-        with ledger.phase("RamPushPrePause"):
+        with ledger.phase(Phase.PRE_COPY):
             return prepared, await prepared.precopy.run()
 
     async def _set_up(self) -> Prepared:

@@ -10,7 +10,8 @@ import structlog
 from migrated.environment import Environment
 from migrated.parameters import limit_of
 from migrated.prediction.model import Prediction
-from migrated.progress import Progress, Status
+from migrated.progress import Progress
+from migrated.record.terms import Status
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.listener import Listener
 from migrated.source.phases import Beginning

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from migrated.record.parts import Part
 from protocol.guest import PAGE_SIZE
 from scripts.basics import GIB, MIB
 from scripts.bench import rivals
@@ -26,13 +27,22 @@ CAP_BYTES_PER_S: Final = 100_000_000
 HOT_PAGES: Final = 20_000
 FINAL_PAGES: Final = 2_000
 GENEROUS_MS: Final = 5_000
-MOVING_PARTS: Final = frozenset({"final-pages", "device-saves", "pages-after-saves", "last-pages-leg"})
+MOVING_PARTS: Final = frozenset(
+    part.label for part in (Part.FINAL_PAGES, Part.DEVICE_SAVES, Part.PAGES_AFTER_SAVES, Part.LAST_PAGES_LEG)
+)
 """Parts of a downtime in which the last pages are on their way."""
-FINAL_PARTS: Final = MOVING_PARTS - {"device-saves"} | {
-    "final-dirty-log-read",
-    "dirty-log-read-after-saves",
-    "state-end-and-ready-legs",
-}
+FINAL_PARTS: Final = frozenset(
+    part.label
+    for part in (
+        Part.FENCE,
+        Part.FINAL_DIRTY_LOG_READ,
+        Part.FINAL_PAGES,
+        Part.DIRTY_LOG_READ_AFTER_SAVES,
+        Part.PAGES_AFTER_SAVES,
+        Part.LAST_PAGES_LEG,
+        Part.STATE_END_AND_READY_LEGS,
+    )
+)
 """Parts of a downtime that pass while the last pages are on their way, until the destination is known to have them."""
 
 

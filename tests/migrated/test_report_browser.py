@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from migrated.record import Record
+from migrated.record.model import Record
 from migrated.report import write_comparison, write_report
 from scripts.rig.browser import EXECUTABLE, Browser
 

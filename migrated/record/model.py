@@ -1,40 +1,22 @@
-"""The record of one attempt: what is written down while it runs, and the finished document.
+"""The record of one attempt: the finished document, and the half of it that only the destination knows.
 
 ``Record`` is frozen and equal on both hosts once both halves are in; its JSON is what ``migratectl show``, the history
-and the report use. While an attempt runs its figures live in ``source.migration`` and ``destination.migration``; the
-destination's share crosses the wire as a ``DestinationHalf`` and is merged by the source.
+and the report use. While an attempt runs on the source its figures are kept in ``source.ledger``; the destination's
+share crosses the wire as a ``DestinationHalf`` and is merged by the source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from migrated.parameters import MigrationParameters
-from protocol.budget import Part, unattributed_ns
+from migrated.record.parts import Component, LogGroup, Part, find_part
+from migrated.record.terms import HANDED_OVER, Outcome, QemuCheckpoint, Role, Side
+from protocol.guest import DeviceKind
 from protocol.guest_time import TimeStage, VmTimeData
-
-Outcome = Literal["completed", "aborted", "cancelled", "failed", "refused", "in-doubt"]
-Side = Literal["source", "destination", "link"]
-
-
-Component = Literal["stop", "dirty-log", "state", "device-loads", "legs", "resume"]
-COMPONENTS: Final[tuple[Component, ...]] = ("stop", "dirty-log", "state", "device-loads", "legs", "resume")
-
-COMPONENT_OF: Final[Mapping[str, Component]] = {
-    "stop": "stop",
-    "final-dirty-log-read": "dirty-log",
-    "dirty-log-read-after-saves": "dirty-log",
-    "final-pages": "state",
-    "device-saves": "state",
-    "pages-after-saves": "state",
-    "last-pages-leg": "state",
-    "device-loads": "device-loads",
-    "resume": "resume",
-}
-"""Which component of a prediction a part of a downtime belongs to; everything else is ``legs``."""
 
 
 class RecordModel(BaseModel):
@@ -44,11 +26,34 @@ class RecordModel(BaseModel):
 
 
 class DowntimePart(RecordModel):
-    """One part of the downtime and whose clock measured it."""
+    """One part of the downtime and whose time it is.
+
+    ``name`` is that of a ``Part``, or of one that only a newer version knows.
+    """
 
     name: str
     side: Side
     ns: int
+
+    @classmethod
+    def of(cls, part: Part, ns: int) -> Self:
+        """A known part and how long it took."""
+        return cls(name=part.label, side=part.side, ns=ns)
+
+    @property
+    def known(self) -> Part | None:
+        """The part of this version's table; None when it is not in there."""
+        return find_part(self.name, self.side)
+
+    @property
+    def component(self) -> Component | None:
+        """The component of the prediction that foresees it; None for one that no prediction is about."""
+        return Component.LEGS if (part := self.known) is None else part.component
+
+    @property
+    def group(self) -> LogGroup:
+        """Its group in the breakdown of the log."""
+        return LogGroup.COMPLETING if (part := self.known) is None else part.group
 
 
 class Downtime(RecordModel):
@@ -76,12 +81,34 @@ class Downtime(RecordModel):
     predicted_bases_ns: dict[str, int] = Field(default_factory=dict)
     """What each component of the prediction rested on before correction."""
 
+    @property
+    def counted_ns(self) -> int:
+        """The downtime that counts: against the limit, and against the prediction. A hold is the operator's own."""
+        return counted_ns(self.measured_ns, self.hold_ns)
+
+    def by_component(self) -> dict[Component, int]:
+        """What each component of a prediction turned out to be (ns): the parts by component, what is attributed to none
+        with the legs. They sum to the measured time without a hold."""
+        sums = dict.fromkeys(Component, 0)
+        for part in self.parts:
+            if (component := part.component) is not None:
+                sums[component] += part.ns
+        sums[Component.LEGS] += self.unattributed_ns
+        return sums
+
+    def by_group(self) -> dict[LogGroup, int]:
+        """The parts by their group in the log (ns), in the order of the log line."""
+        sums = dict.fromkeys(LogGroup, 0)
+        for part in self.parts:
+            sums[part.group] += part.ns
+        return sums
+
 
 class DeviceRow(RecordModel):
     """One device's switchover. ``None`` where that side never got to it."""
 
     name: str
-    kind: Literal["iterable", "non-iterable"]
+    kind: DeviceKind
     bytes: int
     save_ns: int | None
     load_ns: int | None
@@ -93,12 +120,17 @@ class Checkpoint(RecordModel):
     """One of QEMU's downtime checkpoints, since the stop request, on the clock of ``side``'s own count."""
 
     name: str
-    side: Side
+    side: Role
     ns: int
+
+    @classmethod
+    def of(cls, point: QemuCheckpoint, ns: int) -> Self:
+        """A known checkpoint, ``ns`` after the stop request."""
+        return cls(name=point.label, side=point.side, ns=ns)
 
 
 class RoundRow(RecordModel):
-    """One pre-copy round. ``scan_ns`` is inside ``ns``. Bandwidth is acknowledged bytes over the round's time."""
+    """One pre-copy round. ``scan_ns``, ``fence_ns`` are inside ``ns``. Bandwidth is acknowledged bytes over ``ns``."""
 
     round: int
     scanned_pages: int
@@ -113,6 +145,8 @@ class RoundRow(RecordModel):
     predicted_upper_ns: int | None = None
     decision: str
     throttle_percent: int = 0
+    fence_ns: int = 0
+    """Waiting, before the pages were read, until block I/O that was in flight had drained; 0 where none can be."""
 
 
 class EncodingRow(RecordModel):
@@ -146,7 +180,7 @@ class Ram(RecordModel):
     encodings: tuple[EncodingRow, ...] = ()
 
 
-class Phase(RecordModel):
+class PhaseRow(RecordModel):
     """One phase of the source, on its monotonic clock since the attempt began."""
 
     name: str
@@ -190,7 +224,7 @@ class Digest(RecordModel):
 class LogLine(RecordModel):
     """One log line of the attempt, wall clock of the side that wrote it."""
 
-    side: Literal["source", "destination"]
+    side: Role
     at: str
     level: str
     event: str
@@ -216,11 +250,16 @@ class Record(RecordModel):
     checkpoints: tuple[Checkpoint, ...]
     rounds: tuple[RoundRow, ...]
     ram: Ram
-    phases: tuple[Phase, ...]
+    phases: tuple[PhaseRow, ...]
     time: TimeSummary | None
     digest: Digest
     guest_gap: GuestGap | None = None
     events: tuple[LogLine, ...] = ()
+
+    @property
+    def stop_name(self) -> str:
+        """What the guest's stop is called: downtime when it was handed over, pause when it went on at the source."""
+        return "downtime" if self.outcome in HANDED_OVER else "pause"
 
     def document(self) -> dict[str, Any]:
         """The record as plain JSON values."""
@@ -246,13 +285,18 @@ class DestinationHalf(RecordModel):
     events: Annotated[tuple[LogLine, ...], Field(max_length=4096)] = ()
 
 
+def counted_ns(measured_ns: int, hold_ns: int) -> int:
+    """The one rule on a hold (pause-before-switchover): it is inside the measured downtime and does not count."""
+    return measured_ns - hold_ns
+
+
 def downtime_of(
     *,
     lower_ns: int,
     upper_ns: int,
     measured_ns: int,
     limit_ns: int,
-    parts: tuple[Part, ...],
+    parts: Iterable[DowntimePart],
     predicted_ns: int | None,
     predicted_upper_ns: int | None,
     source_reported_ns: int | None,
@@ -263,18 +307,19 @@ def downtime_of(
 ) -> Downtime:
     """Build the downtime of a record so that its parts and the unattributed rest sum to the measured time.
 
-    A hold (pause-before-switchover) is inside the measured time but does not count against the limit.
+    Parts that are longer than the whole leave a negative rest, for the reader to see.
     """
+    rows = tuple(parts)
     return Downtime(
         measured_ns=measured_ns,
         lower_ns=lower_ns,
         upper_ns=upper_ns,
         limit_ns=limit_ns,
-        limit_violated=measured_ns - hold_ns > limit_ns,
+        limit_violated=counted_ns(measured_ns, hold_ns) > limit_ns,
         predicted_ns=predicted_ns,
         predicted_upper_ns=predicted_upper_ns,
-        parts=tuple(DowntimePart(name=part.name, side=part.side, ns=part.ns) for part in parts),
-        unattributed_ns=unattributed_ns(measured_ns, parts),
+        parts=rows,
+        unattributed_ns=measured_ns - sum(part.ns for part in rows),
         source_reported_ns=source_reported_ns,
         destination_measured_ns=destination_measured_ns,
         hold_ns=hold_ns,
