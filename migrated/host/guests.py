@@ -46,7 +46,7 @@ class GuestCommands:
         if spec.paused:
             arguments.append("--paused")
         for key, value in spec.options.items():
-            arguments += [f"--{key}", value]
+            arguments.append(f"--{key}={value}")  # in one word, so that no value is taken for another option
         try:
             guest = await self._guests.create(spec.name, arguments)
         except MigrationError as error:
