@@ -220,8 +220,8 @@ class OutgoingMigration:
         """A snapshot for an operator."""
         ledger, precopy = self._ledger, self._precopy
         remaining = precopy.remaining_pages * PAGE_SIZE if precopy is not None else 0
-        if precopy is not None and not ledger.rounds:
-            remaining = max(0, (ledger.memory_pages - ledger.sparse_pages) * PAGE_SIZE - self._sent_bytes())
+        if precopy is not None and not ledger.rounds.rows:
+            remaining = max(0, (ledger.memory.pages - ledger.memory.sparse_pages) * PAGE_SIZE - self._sent_bytes())
         end_ns = ledger.ended_ns or time.monotonic_ns()
         return Progress(
             migration_id=self.migration_id,
@@ -233,26 +233,26 @@ class OutgoingMigration:
             started_at=ledger.started_at,
             elapsed_ns=end_ns - ledger.began_ns,
             setup_ns=ledger.setup_ns,
-            round=ledger.round_count,
-            dirty_sync_count=ledger.dirty_syncs,
-            total_bytes=ledger.memory_pages * PAGE_SIZE,
+            round=ledger.rounds.count,
+            dirty_sync_count=ledger.memory.dirty_syncs,
+            total_bytes=ledger.memory.pages * PAGE_SIZE,
             transferred_bytes=self._sent_bytes(),
             remaining_bytes=0 if self.status == "completed" else remaining,
-            normal_pages=ledger.normal_pages,
-            zero_pages=ledger.zero_pages,
+            normal_pages=ledger.memory.normal_pages,
+            zero_pages=ledger.memory.zero_pages,
             bandwidth_bytes_per_s=precopy.bandwidth.bytes_per_s if precopy is not None else 0.0,
             dirty_rate_pages_per_s=precopy.dirty_pages_per_s if precopy is not None else 0.0,
             predicted_downtime_ns=self._prediction.total_ns if self._prediction is not None else None,
             predicted_upper_ns=self._prediction.upper_ns if self._prediction is not None else None,
             predicted_parts_ns=self._prediction.parts() if self._prediction is not None else {},
             downtime_limit_ns=limit_of(ledger.parameters),
-            downtime_ns=ledger.interval.measured_ns if ledger.interval is not None else None,
+            downtime_ns=ledger.blackout.interval.measured_ns if ledger.blackout.interval is not None else None,
             throttle_percent=precopy.throttle_percent if precopy is not None else 0,
             decision=self._decision,
             destination=ledger.destination_host,
             acknowledged=self._acknowledged,
             reason=self.record.reason if self.record is not None else None,
-            rounds=tuple(ledger.rounds),
+            rounds=tuple(ledger.rounds.rows),
         )
 
     # Section: the story
@@ -272,7 +272,7 @@ class OutgoingMigration:
         session, ledger = self._session, self._ledger
         description = await self._guest.vmm.describe()
         self.guest_class = class_key(description)
-        ledger.memory_pages = description.pages
+        ledger.memory.pages = description.pages
         ledger.devices = {(d.name, d.kind): DeviceFigures(d) for d in description.devices}
         self._say("negotiating")
         await session.open(description)
@@ -283,7 +283,7 @@ class OutgoingMigration:
         assert session.sender is not None
         # The session took the cap from the start of the attempt; it may have changed since.
         session.sender.pace(self.parameters.max_bandwidth_bytes_per_s)
-        ledger.dirty_tracking = session.dirty_log.mode
+        ledger.memory.dirty_tracking = session.dirty_log.mode
         ledger.destination_host = session.welcome.host
         for cost in session.welcome.load_costs:
             if (figures := ledger.devices.get((cost.name, cost.kind))) is not None:
@@ -461,7 +461,7 @@ class OutgoingMigration:
         guest_stays = self._handover is None or self._handover.state is not SourceState.RETIRED
         await self._session.close_state(stop_tracking=guest_stays)
         if self._session.sender is not None:
-            self._ledger.encodings = self._session.sender.encodings
+            self._ledger.memory.encodings = self._session.sender.encodings
         if guest_stays and self._precopy is not None and self._precopy.throttle_percent:
             with contextlib.suppress(VmmError):
                 await self._guest.vmm.throttle(0)
@@ -535,13 +535,13 @@ class OutgoingMigration:
 
     def _say_round(self, sentence: str, prediction: Prediction) -> None:
         self._prediction = prediction
-        log.debug("round", round=self._ledger.round_count, decision=sentence)
+        log.debug("round", round=self._ledger.rounds.count, decision=sentence)
         self._tell_passes()
         self._say(sentence)
 
     def _tell_passes(self) -> None:
         """MIGRATION_PASS for every read of the dirty log since the last time, as QEMU has it."""
-        while self._passes_told < self._ledger.dirty_syncs:
+        while self._passes_told < self._ledger.memory.dirty_syncs:
             self._passes_told += 1
             self._env.publish(
                 "MIGRATION_PASS",
@@ -551,7 +551,7 @@ class OutgoingMigration:
     def _sent_bytes(self) -> int:
         if self._session.channels and not self._ledger.ended_ns:
             return sum(channel.sent_bytes for channel in self._session.channels)
-        return self._ledger.precopy_bytes + self._ledger.downtime_bytes
+        return self._ledger.memory.sent_bytes
 
 
 def _outcome_of_error(error: Exception) -> tuple[Outcome, str]:
