@@ -1,4 +1,4 @@
-"""What an operator sees of a migration while it runs: one snapshot, on either side."""
+"""The snapshot of a migration that an operator sees while it runs, on either side."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from migrated.record.terms import Role, Status
 
 
 class Acknowledged(BaseModel):
-    """What the destination itself has told the source: rounds that are in place there, the bytes that brought them, and
-    once it has voted, how, and what it had counted of the downtime by then."""
+    """Figures that the destination itself has told the source: the rounds that are in place there and their bytes; and
+    after its vote, the vote and the downtime that it had counted by then."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,7 +68,7 @@ class Progress(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Which attempt a snapshot is of, and how it stands. ``elapsed_ns`` counts from its beginning."""
+    """The attempt that a snapshot is of, and its state. ``elapsed_ns`` counts from its beginning."""
 
     migration_id: str
     guest: str
@@ -87,7 +87,7 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What has moved so far, and how fast: 0 where this side does not know it, as after a restart."""
+    """Figures of the transfer so far: 0 where this side does not know one, as after a restart."""
 
     setup_ns: int = 0
     round: int = 0
@@ -107,11 +107,11 @@ class Predicted(Protocol):
 
     @property
     def total_ns(self) -> int:
-        """What it will most likely be."""
+        """The most likely downtime (ns)."""
 
     @property
     def upper_ns(self) -> int:
-        """Its bound."""
+        """The upper bound (ns)."""
 
     def parts(self) -> dict[str, int]:
         """Its pieces by name (ns)."""

@@ -39,7 +39,7 @@ _ROUNDS_KEPT = 1000
 
 @dataclass(slots=True)
 class DeviceFigures:
-    """What one device cost on the source."""
+    """Sizes and durations of one device's state on the source."""
 
     description: DeviceDescription
     save_ns: int | None = None
@@ -50,7 +50,7 @@ class DeviceFigures:
 
 @dataclass(slots=True)
 class MemoryFigures:
-    """What moved of the guest's memory. A page that travels twice counts twice."""
+    """Pages and bytes of guest memory that were sent. A page that travels twice counts twice."""
 
     pages: int = 0
     """All of the guest's."""
@@ -125,7 +125,7 @@ class RoundFigures:
 
 @dataclass(slots=True)
 class BlackoutFigures:
-    """What is known of the time from the stop request to running vCPUs."""
+    """Figures of the time from the stop request to running vCPUs."""
 
     parts: list[DowntimePart] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
