@@ -172,9 +172,8 @@ def test_a_rewrite_that_was_killed_half_way_costs_nothing(tmp_path: Path) -> Non
 
 
 def test_a_second_daemon_is_kept_away_until_the_first_has_ended(tmp_path: Path) -> None:
-    with opened(tmp_path):
-        with pytest.raises(JournalError, match="another daemon uses the state directory"):
-            Journal(tmp_path)
+    with opened(tmp_path), pytest.raises(JournalError, match="another daemon uses the state directory"):
+        Journal(tmp_path)
     with opened(tmp_path) as journal:
         begin(journal)
 
