@@ -15,6 +15,7 @@ from migrated.journal import Journal
 from migrated.prediction.knowledge import Knowledge
 from migrated.record.model import Record
 from migrated.record.terms import Role
+from migrated.run_marks import RunMarks
 from migrated.vmm.resume_costs import ResumeCosts
 
 DaemonRole = Literal["source", "destination", "host"]
@@ -27,6 +28,7 @@ class Environment:
 
     Attributes:
         knowledge: what past records taught about switchovers.
+        run_marks: the daemon's own word on which guests ran here.
         resume_costs: what resuming guests took on this host.
         finish: takes each finished record, with this host's part in it.
         publish: sends a QMP event: name and data.
@@ -37,6 +39,7 @@ class Environment:
     config: Config
     clock: HostClock
     journal: Journal
+    run_marks: RunMarks
     guests: GuestRegistry
     knowledge: Knowledge
     resume_costs: ResumeCosts
