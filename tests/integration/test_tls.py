@@ -130,7 +130,11 @@ async def test_a_plain_source_is_told_what_to_do(pair: Pair) -> None:
     source.wire.close()
     assert isinstance(answer, messages.Error)
     assert answer.text.startswith("this destination takes TLS only: set [tls] certificate")
-    assert any(entry.get("kind") == "tls" for entry in pair.b.log())
+
+    async def said() -> bool:
+        return any(entry.get("kind") == "tls" for entry in pair.b.log())
+
+    await until("host b says why it refused", said)
 
 
 async def test_guests_do_not_leave_for_another_host_without_tls(fresh: Pair) -> None:
