@@ -7,13 +7,17 @@ outcome (OUTCOME_ASK).
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 
 from migrated.control.operations import OperationError
 from migrated.destination.migration import IncomingMigration
+from migrated.destination.offer import Offer, Refusal
 from migrated.destination.takeover import Takeover
+from migrated.destination.view import View
+from migrated.destination.welcome import welcome
 from migrated.environment import DaemonRole, Environment
 from migrated.guests import Guest
 from migrated.host.recovery import Recovery
@@ -47,9 +51,12 @@ class IncomingAttempts:
         self._role = role
         self._recovery = recovery
         self._tasks = tasks
+        self._offered: dict[str, Offer] = {}
+        """Offers that are looked at, by migration id."""
         self._running: dict[str, IncomingMigration] = {}
-        self._last: dict[str, IncomingMigration] = {}
-        """The last one of each guest since the daemon's start."""
+        """Attempts under way, by migration id."""
+        self._last: dict[str, Callable[[], Progress]] = {}
+        """Snapshots of the last one of each guest since the daemon's start."""
         self._takeovers: dict[str, Takeover] = {}
         """Finished take-overs: they answer late questions better than the journal, which may not have been written."""
 
@@ -75,8 +82,12 @@ class IncomingAttempts:
         Raises:
             OperationError: only the source decides any more.
         """
+        reason = "cancelled by the destination's operator"
+        for offer in self._offered.values():
+            if offer.hello.guest.name == guest:
+                offer.cancel(reason)
         for incoming in self._running.values():
-            if incoming.guest_name == guest and not incoming.cancel("cancelled by the destination's operator"):
+            if incoming.guest_name == guest and not incoming.cancel(reason):
                 raise OperationError(
                     f"the incoming migration of {guest!r} cannot be cancelled any more: READY was voted and only the "
                     "source decides"
@@ -84,14 +95,17 @@ class IncomingAttempts:
 
     def cancel_all(self, reason: str) -> None:
         """Give up what can be given up."""
-        for incoming in list(self._running.values()):
+        for offer in self._offered.values():
+            offer.cancel(reason)
+        for incoming in self._running.values():
             incoming.cancel(reason)
 
     def guest_gone(self, guest: Guest) -> None:
         """A guest's process ended by itself."""
-        incoming = self._running.get(guest.migration_id or "")
-        if incoming is not None:
-            incoming.guest_gone()
+        holder = guest.migration_id or ""
+        attempt = self._running.get(holder) or self._offered.get(holder)
+        if attempt is not None:
+            attempt.guest_gone()
 
     def knows(self, guest: str) -> bool:
         """Whether a guest of this name was taken in, or was to be, since the daemon's start."""
@@ -99,7 +113,7 @@ class IncomingAttempts:
 
     def progress(self) -> list[Progress]:
         """A snapshot of the last attempt of every guest."""
-        return [migration.progress() for migration in self._last.values()]
+        return [progress() for progress in self._last.values()]
 
     # Section: offers
 
@@ -116,44 +130,55 @@ class IncomingAttempts:
         await control.start()
         refusal = self._why_not(hello)
         if refusal is not None:
-            log.warning("refused an incoming migration", guest=hello.guest.name, reason=refusal[1])
-            control.send(messages.Refuse(code=int(refusal[0]), reason=refusal[1]))
+            log.warning("refused an incoming migration", guest=hello.guest.name, reason=refusal.reason)
+            refusal.tell(control)
             self._tasks.start(control.close())
             return
         await self._end_older(hello)
-        incoming = IncomingMigration(self._env, control, hello)
-        self._running[hello.migration_id] = self._last[hello.guest.name] = incoming
-        self._tasks.start(self._run(incoming))
+        offer = Offer(control, hello, View(self._env, hello, control.peer))
+        self._offered[hello.migration_id] = offer
+        self._last[hello.guest.name] = offer.progress
+        self._tasks.start(self._run(offer))
 
-    def _why_not(self, hello: messages.Hello) -> tuple[ErrorCode, str] | None:
+    def _why_not(self, hello: messages.Hello) -> Refusal | None:
         if self._role == "source":
-            return ErrorCode.BUSY, "this daemon is a source only and takes no guests in"
-        if len(self._running) >= self._env.config.limits.max_incoming:
-            return ErrorCode.BUSY, (
-                f"{len(self._running)} incoming migrations are under way, the most that [limits] max_incoming allows"
+            return Refusal(ErrorCode.BUSY, "this daemon is a source only and takes no guests in")
+        under_way = len(self._offered) + len(self._running)
+        if under_way >= self._env.config.limits.max_incoming:
+            return Refusal(
+                ErrorCode.BUSY,
+                f"{under_way} incoming migrations are under way, the most that [limits] max_incoming allows",
             )
-        if hello.migration_id in self._running or self._env.journal.attempt(hello.migration_id, "destination"):
-            return ErrorCode.UNEXPECTED, "this migration id was used before"
+        known = hello.migration_id in self._offered or hello.migration_id in self._running
+        if known or self._env.journal.attempt(hello.migration_id, "destination"):
+            return Refusal(ErrorCode.UNEXPECTED, "this migration id was used before")
         return None
 
     async def _end_older(self, hello: messages.Hello) -> None:
         """A newer epoch of a guest is the source's ABORT of an older one whose message was lost."""
         for incoming in list(self._running.values()):
-            takeover = incoming.takeover
-            if incoming.guest_name == hello.guest.name and takeover is not None and takeover.epoch < hello.epoch:
+            if incoming.guest_name == hello.guest.name and incoming.takeover.epoch < hello.epoch:
                 incoming.outcome_asked(DestinationEvent.ABORT, Nobody())
-                await takeover.finished.wait()
+                await incoming.takeover.finished.wait()
         await self._recovery.end_older(hello.guest.name, hello.epoch)
 
-    async def _run(self, incoming: IncomingMigration) -> None:
+    async def _run(self, offer: Offer) -> None:
+        migration_id = offer.hello.migration_id
         try:
-            await incoming.run()
+            answer = await welcome(self._env, offer)
         finally:
-            self._running.pop(incoming.migration_id, None)
-            if incoming.takeover is not None:
-                self._takeovers[incoming.migration_id] = incoming.takeover
-                while len(self._takeovers) > _TAKEOVERS_KEPT:
-                    del self._takeovers[next(iter(self._takeovers))]
+            del self._offered[migration_id]
+        if isinstance(answer, Refusal):
+            return
+        self._running[migration_id] = answer
+        self._last[offer.hello.guest.name] = answer.progress
+        try:
+            await answer.run()
+        finally:
+            del self._running[migration_id]
+            self._takeovers[migration_id] = answer.takeover
+            while len(self._takeovers) > _TAKEOVERS_KEPT:
+                del self._takeovers[next(iter(self._takeovers))]
 
     # Section: late questions
 
@@ -163,7 +188,7 @@ class IncomingAttempts:
         decision = DestinationEvent.COMMIT if ask.decision == "commit" else DestinationEvent.ABORT
         incoming = self._running.get(ask.migration_id)
         recovered = self._recovery.takeover(ask.migration_id)
-        if incoming is not None and incoming.takeover is not None and not incoming.takeover.finished.is_set():
+        if incoming is not None and not incoming.takeover.finished.is_set():
             incoming.outcome_asked(decision, reply)
         elif recovered is not None:
             await recovered.take(decision, reply)
