@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import socket
 import time
 from dataclasses import dataclass
 
@@ -29,10 +28,11 @@ from migrated.destination.takeover import Takeover
 from migrated.environment import Environment
 from migrated.errors import LinkLostError, MigrationError
 from migrated.guests import Guest
-from migrated.link import sockets
 from migrated.link.control import ControlChannel, Received
 from migrated.link.data import DataChannel
 from migrated.link.reply import Reply
+from migrated.link.security import Names
+from migrated.link.sockets import Connection
 from migrated.progress import Progress
 from migrated.record.model import Record
 from migrated.tasks import TaskSet
@@ -126,17 +126,30 @@ class IncomingMigration:
         finally:
             await self._clean_up()
 
-    def join(self, join: messages.Join, sock: socket.socket, agreed: sockets.Agreed) -> None:
-        """Take a data channel in.
+    @property
+    def peer_names(self) -> Names:
+        """What the source's certificate calls it, empty without TLS."""
+        return self._control.names
+
+    def check_join(self, join: messages.Join, names: Names) -> None:
+        """Check that a data channel belongs to this session: by its token, and by who brings it.
 
         Raises:
-            RemoteProtocolError: it does not belong to this session.
+            RemoteProtocolError: it does not.
         """
-        if not secrets.compare_digest(join.token, self._equipment.welcome.token):
+        proves = secrets.compare_digest(join.token, self._equipment.welcome.token)
+        if names != self._control.names or not proves:
             raise RemoteProtocolError(
                 f"data channel {join.channel} does not prove to belong to this migration", ErrorCode.AUTH
             )
-        self._equipment.receiver.add_channel(DataChannel(sock, join.channel, agreed))
+
+    def join(self, join: messages.Join, connection: Connection) -> None:
+        """Take in a data channel that was checked.
+
+        Raises:
+            RemoteProtocolError: its number is taken, or the migration is ending.
+        """
+        self._equipment.receiver.add_channel(DataChannel(connection, join.channel))
 
     def outcome_asked(self, decision: DestinationEvent, reply: Reply) -> None:
         """The source tells its decision again."""

@@ -91,7 +91,12 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
         hello.epoch,
         hello.guest.name,
         "destination",
-        {"peer": offer.control.peer, "paused": hello.guest_paused, "started_at": offer.view.started_at},
+        {
+            "peer": offer.control.peer,
+            "peer_names": list(offer.control.names),
+            "paused": hello.guest_paused,
+            "started_at": offer.view.started_at,
+        },
     )
     takeover = Takeover(env, hello.migration_id, hello.epoch, hello.guest.name, guest, keep_paused=hello.guest_paused)
     inbox, digest = offer.inbox, MemoryDigest(hello.guest.pages) if "digest-xxh3-frames" in hello.required else None

@@ -6,7 +6,6 @@ outcome (OUTCOME_ASK).
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import Final
 
@@ -21,9 +20,10 @@ from migrated.destination.welcome import welcome
 from migrated.environment import DaemonRole, Environment
 from migrated.guests import Guest
 from migrated.host.recovery import Recovery
-from migrated.link import sockets
 from migrated.link.control import ControlChannel
 from migrated.link.reply import Nobody, OneAnswer
+from migrated.link.security import Names
+from migrated.link.sockets import Connection, send_first
 from migrated.progress import Progress
 from migrated.tasks import TaskSet
 from protocol import messages
@@ -60,19 +60,21 @@ class IncomingAttempts:
         self._takeovers: dict[str, Takeover] = {}
         """Finished take-overs: they answer late questions better than the journal, which may not have been written."""
 
-    async def connected(self, first: Message, sock: socket.socket, agreed: sockets.Agreed) -> None:
+    async def connected(self, first: Message, connection: Connection) -> None:
         """Take a new connection by its first message (``link.listener.Handler``)."""
         match first:
             case messages.Hello():
-                await self._hello(first, sock, agreed)
+                await self._hello(first, connection)
             case messages.Join(migration_id=migration_id):
                 incoming = self._running.get(migration_id)
                 if incoming is None:
                     raise RemoteProtocolError("a data channel joins a migration that is not under way", ErrorCode.AUTH)
-                await sockets.send_first(sock, agreed, messages.Joined(channel=first.channel))
-                incoming.join(first, sock, agreed)
+                incoming.check_join(first, connection.wire.names)
+                await send_first(connection, messages.Joined(channel=first.channel))
+                incoming.join(first, connection)
             case messages.OutcomeAsk():
-                self._tasks.start(self._outcome_asked(first, sock, agreed))
+                self._check_asker(first, connection.wire.names)
+                self._tasks.start(self._outcome_asked(first, connection))
             case _:
                 raise RemoteProtocolError(f"a connection cannot begin with {first.TYPE.name}", ErrorCode.UNEXPECTED)
 
@@ -117,18 +119,17 @@ class IncomingAttempts:
 
     # Section: offers
 
-    async def _hello(self, hello: messages.Hello, sock: socket.socket, agreed: sockets.Agreed) -> None:
+    async def _hello(self, hello: messages.Hello, connection: Connection) -> None:
         limits = self._env.config.limits
         control = ControlChannel(
-            sock,
-            agreed,
+            connection,
             self._env.clock,
             heartbeat_interval_s=limits.heartbeat_interval_s,
             heartbeat_timeout_s=limits.heartbeat_timeout_s,
             received=1,
         )
         await control.start()
-        refusal = self._why_not(hello)
+        refusal = self._why_not(hello, connection.wire.names)
         if refusal is not None:
             log.warning("refused an incoming migration", guest=hello.guest.name, reason=refusal.reason)
             refusal.tell(control)
@@ -140,7 +141,7 @@ class IncomingAttempts:
         self._last[hello.guest.name] = offer.progress
         self._tasks.start(self._run(offer))
 
-    def _why_not(self, hello: messages.Hello) -> Refusal | None:
+    def _why_not(self, hello: messages.Hello, names: Names) -> Refusal | None:
         if self._role == "source":
             return Refusal(ErrorCode.BUSY, "this daemon is a source only and takes no guests in")
         under_way = len(self._offered) + len(self._running)
@@ -152,6 +153,10 @@ class IncomingAttempts:
         known = hello.migration_id in self._offered or hello.migration_id in self._running
         if known or self._env.journal.attempt(hello.migration_id, "destination"):
             return Refusal(ErrorCode.UNEXPECTED, "this migration id was used before")
+        others = [offer.control.names for offer in self._offered.values() if offer.hello.guest.name == hello.guest.name]
+        others += [one.peer_names for one in self._running.values() if one.guest_name == hello.guest.name]
+        if any(other != names for other in others):
+            return Refusal(ErrorCode.BUSY, f"guest {hello.guest.name!r} is being taken in from another host")
         return None
 
     async def _end_older(self, hello: messages.Hello) -> None:
@@ -182,9 +187,20 @@ class IncomingAttempts:
 
     # Section: late questions
 
-    async def _outcome_asked(self, ask: messages.OutcomeAsk, sock: socket.socket, agreed: sockets.Agreed) -> None:
+    def _check_asker(self, ask: messages.OutcomeAsk, names: Names) -> None:
+        """Only the host that the guest came from may tell what becomes of it.
+
+        Raises:
+            RemoteProtocolError: another one asks.
+        """
+        attempt = self._env.journal.attempt(ask.migration_id, "destination")
+        owner = tuple(attempt.facts.get("peer_names", ())) if attempt is not None else ()
+        if owner and owner != names:  # a migration over plain TCP belongs to nobody
+            raise RemoteProtocolError("the outcome of this migration is asked for by another host", ErrorCode.AUTH)
+
+    async def _outcome_asked(self, ask: messages.OutcomeAsk, connection: Connection) -> None:
         """The source tells its decision again; whoever has the hand-over answers."""
-        reply = OneAnswer(sock, agreed)
+        reply = OneAnswer(connection)
         decision = DestinationEvent.COMMIT if ask.decision == "commit" else DestinationEvent.ABORT
         incoming = self._running.get(ask.migration_id)
         recovered = self._recovery.takeover(ask.migration_id)

@@ -8,6 +8,7 @@ Reservation    a guest is free again whatever happens to the attempt
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
@@ -28,9 +29,10 @@ from migrated.environment import Environment
 from migrated.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.guests import Guest, GuestRegistry
 from migrated.journal import Journal
-from migrated.link import sockets
 from migrated.link.control import ControlChannel
 from migrated.link.listener import Listener
+from migrated.link.security import LinkSecurity
+from migrated.link.sockets import Connection, send_first
 from migrated.parameters import MigrationParameters
 from migrated.prediction.knowledge import Knowledge
 from migrated.record.model import Record
@@ -67,6 +69,7 @@ def environment(directory: Path, **limits: Any) -> Environment:
     return Environment(
         config=config,
         clock=HostClock(),
+        security=LinkSecurity(config.tls, config.authorisation),
         journal=Journal(config.state.directory),
         guests=GuestRegistry(config.vmm, config.clock, config.lock),
         knowledge=Knowledge(),
@@ -131,36 +134,37 @@ class Destination:
         on_join: Callable[[int], bool] = lambda _number: True,
     ) -> None:
         self.controls: list[ControlChannel] = []
-        self.data: list[socket.socket] = []
+        self.data: list[Connection] = []
         self._clock = clock
         self._on_hello = on_hello
         self._on_join = on_join
 
-    async def connected(self, first: Message, sock: socket.socket, agreed: sockets.Agreed) -> None:
+    async def connected(self, first: Message, connection: Connection) -> None:
         if isinstance(first, messages.Hello):
             control = ControlChannel(
-                sock, agreed, self._clock, heartbeat_interval_s=1.0, heartbeat_timeout_s=30.0, received=1
+                connection, self._clock, heartbeat_interval_s=1.0, heartbeat_timeout_s=30.0, received=1
             )
             await control.start()
             self.controls.append(control)
             self._on_hello(control)
         elif isinstance(first, messages.Join) and self._on_join(first.channel):
-            await sockets.send_first(sock, agreed, messages.Joined(channel=first.channel))
-            self.data.append(sock)
+            await send_first(connection, messages.Joined(channel=first.channel))
+            self.data.append(connection)
         else:
-            sock.close()
+            connection.wire.close()
 
     async def heard(self) -> Message:
         """The first message after the offer."""
         return (await self.controls[0].receive()).message
 
     async def all_closed(self) -> bool:
-        """Whether the source has closed every data channel. Waits for it."""
-        loop = asyncio.get_running_loop()
-        ends = [await loop.sock_recv(sock, 1) for sock in self.data]
-        for sock in self.data:
-            sock.close()
-        return not any(ends)
+        """Wait until the source has closed every data channel. Returns whether it sent nothing on them before."""
+        sent = 0
+        for connection in self.data:
+            with contextlib.suppress(LinkLostError, OSError):
+                sent += len(await connection.wire.read_exactly(1))
+            connection.wire.close()
+        return sent == 0
 
     async def close(self) -> None:
         for control in self.controls:
@@ -175,7 +179,7 @@ async def open_to(
     Args:
         kept: called with the session while it is open.
     """
-    listener = Listener(handler, 5.0)
+    listener = Listener(handler, env.config.limits, env.security)
     await listener.start(Address("127.0.0.1", 0))
     assert listener.address is not None
     description = await guest.vmm.describe()
@@ -303,10 +307,10 @@ class Welcoming:
         self.ran: list[asyncio.Task[None]] = []
         self._env = env
 
-    async def connected(self, first: Message, sock: socket.socket, agreed: sockets.Agreed) -> None:
+    async def connected(self, first: Message, connection: Connection) -> None:
         if isinstance(first, messages.Hello):
             control = ControlChannel(
-                sock, agreed, self._env.clock, heartbeat_interval_s=1.0, heartbeat_timeout_s=30.0, received=1
+                connection, self._env.clock, heartbeat_interval_s=1.0, heartbeat_timeout_s=30.0, received=1
             )
             await control.start()
             self.offers.append(Offer(control, first, View(self._env, first, control.peer)))
@@ -314,8 +318,8 @@ class Welcoming:
         elif isinstance(first, messages.Join):
             answer = await self.answer
             assert isinstance(answer, IncomingMigration)
-            await sockets.send_first(sock, agreed, messages.Joined(channel=first.channel))
-            answer.join(first, sock, agreed)
+            await send_first(connection, messages.Joined(channel=first.channel))
+            answer.join(first, connection)
 
     async def _take(self, offer: Offer) -> None:
         answer = await welcome(self._env, offer)
@@ -411,7 +415,7 @@ async def test_a_guest_is_free_again_when_the_record_cannot_be_kept(source: Envi
 
 async def test_what_ends_an_attempt_before_it_has_begun_ends_it(source: Environment, guest: Guest) -> None:
     destination = Destination(source.clock, says(WELCOME))
-    listener = Listener(destination.connected, 5.0)
+    listener = Listener(destination.connected, source.config.limits, source.security)
     await listener.start(Address("127.0.0.1", 0))
     assert listener.address is not None
     host, port = listener.address
