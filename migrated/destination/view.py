@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from migrated.environment import Environment
-from migrated.progress import Progress
+from migrated.progress import Moved, Progress, Standing, snapshot
 from migrated.record.terms import Status
 from protocol import messages
 from protocol.budget import abort_limit_ns
-from protocol.guest import PAGE_SIZE
 from protocol.messages import Limits
 
 
@@ -64,34 +63,25 @@ class View:
             counted_ns: the downtime by our own count, None before it begins.
         """
         tally = self.tally
-        return Progress(
+        standing = Standing(
             migration_id=self._hello.migration_id,
             guest=self._hello.guest.name,
             role="destination",
             peer=self._peer,
-            status=self.status,
-            phase=phase,
+            destination=self._env.host,
             started_at=self.started_at,
             elapsed_ns=time.monotonic_ns() - self._began_ns,
-            setup_ns=0,
+            status=self.status,
+            phase=phase,
+            memory_bytes=self._hello.guest.memory_bytes,
+            downtime_limit_ns=abort_limit_ns(limits),
+            decision=f"received {tally.rounds} rounds",
+            reason=self.reason,
+        )
+        moved = Moved(
             round=tally.rounds,
-            dirty_sync_count=0,
-            total_bytes=self._hello.guest.pages * PAGE_SIZE,
             transferred_bytes=tally.received_bytes,
-            remaining_bytes=0,
             normal_pages=tally.normal_pages,
             zero_pages=tally.zero_pages,
-            bandwidth_bytes_per_s=0.0,
-            dirty_rate_pages_per_s=0.0,
-            predicted_downtime_ns=None,
-            predicted_upper_ns=None,
-            predicted_parts_ns={},
-            downtime_limit_ns=abort_limit_ns(limits),
-            downtime_ns=counted_ns if self.status in ("device", "completed") else None,
-            throttle_percent=0,
-            decision=f"received {tally.rounds} rounds",
-            destination=self._env.host,
-            acknowledged=None,
-            reason=self.reason,
-            rounds=(),
         )
+        return snapshot(standing, moved, downtime_ns=counted_ns if self.status in ("device", "completed") else None)
