@@ -38,6 +38,7 @@ from migrated.prediction.knowledge import Knowledge
 from migrated.record.model import Record
 from migrated.record.terms import Role
 from migrated.reservation import Reservation
+from migrated.run_marks import RunMarks
 from migrated.source.migration import OutgoingMigration
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.story import Target
@@ -71,6 +72,7 @@ def environment(directory: Path, **limits: Any) -> Environment:
         clock=HostClock(),
         security=LinkSecurity(config.tls, config.authorisation),
         journal=Journal(config.state.directory),
+        run_marks=RunMarks(config.state.directory),
         guests=GuestRegistry(config.vmm, config.clock, config.lock),
         knowledge=Knowledge(),
         resume_costs=ResumeCosts(),
@@ -93,6 +95,7 @@ async def opened(env: Environment) -> AsyncIterator[Environment]:
             await env.guests.destroy(env.guests.get(name))
         await env.guests.close()
         env.journal.close()
+        env.run_marks.close()
 
 
 @pytest.fixture
