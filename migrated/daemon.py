@@ -18,8 +18,9 @@ import uvloop
 from migrated.activation import ActivationError, inherited_socket
 from migrated.config import Config, ConfigError
 from migrated.control.server import ControlServer, ControlSocketError
+from migrated.environment import DaemonRole
 from migrated.history import HistoryError
-from migrated.host import MigrationHost, Role
+from migrated.host.migration_host import MigrationHost
 from migrated.journal import JournalError
 from migrated.link.listener import Listener
 from migrated.logs import LogCollector, configure, set_level
@@ -41,7 +42,7 @@ class StartError(Exception):
     """The daemon cannot start; the sentence says why and what to do."""
 
 
-def run_daemon(config: Config, role: Role, read_again: Callable[[], Config]) -> int:
+def run_daemon(config: Config, role: DaemonRole, read_again: Callable[[], Config]) -> int:
     """Run a daemon until it is told to stop.
 
     Args:
@@ -64,7 +65,7 @@ def run_daemon(config: Config, role: Role, read_again: Callable[[], Config]) -> 
     return EXIT_OK
 
 
-async def _serve(config: Config, role: Role, collector: LogCollector, read_again: Callable[[], Config]) -> None:
+async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read_again: Callable[[], Config]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -16,6 +16,9 @@ from migrated.prediction.knowledge import Knowledge
 from migrated.record import Record
 from migrated.vmm.resume_costs import ResumeCosts
 
+DaemonRole = Literal["source", "destination", "host"]
+"""Which directions a daemon takes part in; a host takes part in both."""
+
 
 @dataclass(slots=True)
 class Environment:

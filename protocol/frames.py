@@ -1,11 +1,12 @@
 """The frame: a fixed header, a small msgpack map (``meta``) and raw payload bytes.
 
-    0      4   5    6     8        12          16         24      28    32
-    | MGRD | v | type | flags | meta_len | payload_len | sequence | round | crc |  meta …  | payload …
+    0      4   5    6     8        12          16         24      28         32           36
+    | MGRD | v | type | flags | meta_len | payload_len | sequence | round | meta_crc | header_crc |  meta …  | payload …
 
-All integers are big endian. ``crc`` is CRC-32 over header bytes 0 to 27 and the meta. Every length is checked on the
-header, before anything is allocated. The payload carries no checksum of its own here: page payloads are covered by
-the memory digest (``protocol/digest.py``), device states by a digest in their meta.
+All integers are big endian. ``meta_crc`` is CRC-32 over the meta, ``header_crc`` over header bytes 0 to 31: the header
+is checked by itself, so that no damaged length is ever believed and waited for. Every length is checked against its
+limit on the header too, before anything is allocated. The payload carries no checksum of its own here: page payloads
+are covered by the memory digest (``protocol/digest.py``), device states by a digest in their meta.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import Final
 from protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 
 MAGIC: Final = b"MGRD"
-HEADER: Final = struct.Struct("!4sBBHIIQII")
+HEADER: Final = struct.Struct("!4sBBHIIQIII")
 HEADER_BYTES: Final = HEADER.size
 MAX_META_BYTES: Final = 64 << 10
 MAX_PAYLOAD_BYTES: Final = 4 << 20
 DEFAULT_PAYLOAD_BYTES: Final = 1 << 20
 
-_CRC_OFFSET: Final = 28
+_HEADER_CRC_OFFSET: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Header:
         payload_bytes: length of the raw payload.
         sequence: number of the frame on its channel and direction, from 0, without gaps.
         round: pre-copy round the frame belongs to, 0 outside rounds.
-        crc: CRC-32 as received; ``check_meta`` compares it.
+        meta_crc: CRC-32 of the meta as the header says it; ``check_meta`` compares it.
     """
 
     type: int
@@ -46,7 +47,7 @@ class Header:
     payload_bytes: int
     sequence: int
     round: int
-    crc: int
+    meta_crc: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Frame:
 def pack_header(
     version: int, frame_type: int, meta: bytes, payload_bytes: int, sequence: int, round_number: int = 0
 ) -> bytes:
-    """Return the 32 header bytes for a frame.
+    """Return the 36 header bytes for a frame.
 
     Raises:
         LocalProtocolError: a length is beyond what any peer accepts.
@@ -72,25 +73,38 @@ def pack_header(
         raise LocalProtocolError(
             f"frame type {frame_type} with {len(meta)} meta bytes and {payload_bytes} payload bytes is too large"
         )
+    sequence &= 2**64 - 1
     head = HEADER.pack(
-        MAGIC, version, frame_type, 0, len(meta), payload_bytes, sequence & (2**64 - 1), round_number, 0
-    )[:_CRC_OFFSET]
-    return head + zlib.crc32(meta, zlib.crc32(head)).to_bytes(4, "big")
+        MAGIC, version, frame_type, 0, len(meta), payload_bytes, sequence, round_number, zlib.crc32(meta), 0
+    )[:_HEADER_CRC_OFFSET]
+    return head + zlib.crc32(head).to_bytes(4, "big")
 
 
 def unpack_header(data: bytes | bytearray | memoryview, version: int, max_payload_bytes: int) -> Header:
-    """Decode and check the first 32 bytes of a frame.
+    """Decode and check the first 36 bytes of a frame. What they say is believed only when their checksum is right.
 
     Raises:
-        RemoteProtocolError: wrong magic, version or flags, or a length beyond its limit.
+        RemoteProtocolError: wrong magic, version, checksum or flags, or a length beyond its limit.
     """
-    magic, got_version, frame_type, flags, meta_bytes, payload_bytes, sequence, round_number, crc = HEADER.unpack(
-        bytes(data[:HEADER_BYTES])
-    )
+    head = bytes(data[:HEADER_BYTES])
+    (
+        magic,
+        got_version,
+        frame_type,
+        flags,
+        meta_bytes,
+        payload_bytes,
+        sequence,
+        round_number,
+        meta_crc,
+        header_crc,
+    ) = HEADER.unpack(head)
     if magic != MAGIC:
         raise RemoteProtocolError(f"the stream does not continue with a frame: magic {magic!r}, expected {MAGIC!r}")
     if got_version != version:
         raise RemoteProtocolError(f"frame version {got_version}, but version {version} was agreed", ErrorCode.VERSION)
+    if zlib.crc32(head[:_HEADER_CRC_OFFSET]) != header_crc:
+        raise RemoteProtocolError("a frame header is damaged: its checksum does not match", ErrorCode.CORRUPT)
     if flags:
         raise RemoteProtocolError(f"frame type {frame_type} has unknown flags {flags:#06x}")
     if meta_bytes > MAX_META_BYTES:
@@ -103,20 +117,19 @@ def unpack_header(data: bytes | bytearray | memoryview, version: int, max_payloa
             f"frame type {frame_type} claims {payload_bytes} payload bytes, the agreed limit is {max_payload_bytes}",
             ErrorCode.TOO_LARGE,
         )
-    return Header(frame_type, meta_bytes, payload_bytes, sequence, round_number, crc)
+    return Header(frame_type, meta_bytes, payload_bytes, sequence, round_number, meta_crc)
 
 
-def check_meta(
-    header_bytes: bytes | bytearray | memoryview, meta: bytes | bytearray | memoryview, header: Header
-) -> None:
-    """Compare the CRC in the header with the header and meta bytes as received.
+def check_meta(meta: bytes | bytearray | memoryview, header: Header) -> None:
+    """Compare the CRC in the header with the meta bytes as received.
 
     Raises:
         RemoteProtocolError: they differ.
     """
-    if zlib.crc32(meta, zlib.crc32(header_bytes[:_CRC_OFFSET])) != header.crc:
+    if zlib.crc32(meta) != header.meta_crc:
         raise RemoteProtocolError(
-            f"frame {header.sequence} of type {header.type} is damaged: its checksum does not match", ErrorCode.CORRUPT
+            f"frame {header.sequence} of type {header.type} is damaged: the checksum of its meta does not match",
+            ErrorCode.CORRUPT,
         )
 
 
@@ -195,7 +208,7 @@ class FrameParser:
         if len(self._buffer) < end:
             return None
         meta = bytes(self._buffer[HEADER_BYTES:meta_end])
-        check_meta(self._buffer[:HEADER_BYTES], meta, header)
+        check_meta(meta, header)
         self._sequence.accept(header.sequence)
         payload = bytes(self._buffer[meta_end:end])
         del self._buffer[:end]

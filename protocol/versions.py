@@ -22,9 +22,10 @@ from protocol.frames import MAX_PAYLOAD_BYTES
 PREFACE: Final = struct.Struct("!4sBBHII")
 PREFACE_BYTES: Final = PREFACE.size
 PREFACE_MAGIC: Final = b"MGRP"
-MAJOR: Final = 1
+MAJOR: Final = 2
+"""1 had one checksum over header and meta together; since 2 a header is checked before its lengths are believed."""
 MINOR: Final = 0
-OLDEST_MAJOR: Final = 1
+OLDEST_MAJOR: Final = 2
 MIN_PAYLOAD_BYTES: Final = 64 << 10
 
 CAPABILITIES: Final = frozenset(

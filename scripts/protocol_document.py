@@ -286,7 +286,7 @@ def _frame(message: Message, sequence: int, round_number: int = 0, payload: str 
     cuts = [
         (4, "magic"), (1, "version"), (1, f"type {message.TYPE.name}"), (2, "flags"), (4, f"{meta_bytes} meta bytes"),
         (4, f"{payload_bytes} payload bytes"), (8, f"sequence {sequence}"), (4, f"round {round_number}"),
-        (4, "CRC-32"), (meta_bytes, "meta"),
+        (4, "CRC-32 of the meta"), (4, "CRC-32 of the header"), (meta_bytes, "meta"),
     ]  # fmt: skip
     lines = _hex(head, cuts)
     if payload:

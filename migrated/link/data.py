@@ -81,7 +81,7 @@ class DataChannel:
         header = unpack_header(self._head, self._agreed.version, OUR_MAX_PAYLOAD_BYTES)
         meta = bytearray(header.meta_bytes)
         self._read_exactly(memoryview(meta))
-        check_meta(self._head, meta, header)
+        check_meta(meta, header)
         self._received.accept(header.sequence)
         self.received_bytes += HEADER_BYTES + header.meta_bytes + header.payload_bytes
         return header, messages.decode(header.type, meta)

@@ -126,7 +126,7 @@ async def read_first(sock: socket.socket, agreed: Agreed) -> Message:
     head = await read_exactly(sock, HEADER_BYTES)
     header = unpack_header(head, agreed.version, max_payload_bytes=0)
     meta = await read_exactly(sock, header.meta_bytes)
-    check_meta(head, meta, header)
+    check_meta(meta, header)
     if header.sequence:
         raise RemoteProtocolError(f"the first frame of a connection has number {header.sequence}, expected 0")
     return messages.decode(header.type, meta)

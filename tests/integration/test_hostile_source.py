@@ -68,7 +68,7 @@ class Hostile:
             head = await sockets.read_exactly(self.sock, HEADER_BYTES)
             header = unpack_header(head, self.version, 1 << 20)
             meta = await sockets.read_exactly(self.sock, header.meta_bytes)
-            check_meta(head, meta, header)
+            check_meta(meta, header)
             await sockets.read_exactly(self.sock, header.payload_bytes)
             message = messages.decode(header.type, meta)
             if isinstance(message, messages.ClockAsk):

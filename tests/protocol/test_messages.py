@@ -259,7 +259,7 @@ def test_the_head_of_a_frame_is_its_header_and_its_meta() -> None:
     message = Barrier(round=4)
     head = frame_head(1, message, sequence=9, payload_bytes=70, round_number=4)
     header, meta = unpack_header(head, 1, 70), head[HEADER_BYTES:]
-    check_meta(head, meta, header)
+    check_meta(meta, header)
     assert (header.sequence, header.payload_bytes, header.round) == (9, 70, 4)
     assert decode(header.type, meta) == message
 

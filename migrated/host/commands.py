@@ -1,0 +1,54 @@
+"""What the parts of a host share to answer an operator: arguments checked, failures of a VMM as refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from migrated.config import parse_uri
+from migrated.control.operations import OperationError
+from migrated.errors import VmmError
+from migrated.parameters import MigrationParameters
+from migrated.source.migration import Target
+
+Found = TypeVar("Found")
+
+
+async def asked(awaitable: Awaitable[Found]) -> Found:
+    """Wait for a VMM on behalf of an operator.
+
+    Raises:
+        OperationError: the VMM refused or failed, in its own words.
+    """
+    try:
+        return await awaitable
+    except VmmError as error:
+        raise OperationError(str(error)) from error
+
+
+def target_of(uri: str) -> Target:
+    """Where a guest goes, from ``tcp:HOST:PORT``.
+
+    Raises:
+        OperationError: it is not such an address.
+    """
+    try:
+        return Target(uri, *parse_uri(uri))
+    except ValueError as error:
+        raise OperationError(str(error)) from error
+
+
+def with_values(parameters: MigrationParameters, values: dict[str, object]) -> MigrationParameters:
+    """The parameters with some values replaced; the set is checked whole.
+
+    Raises:
+        OperationError: a value is out of range, or does not go with another.
+    """
+    try:
+        return MigrationParameters.model_validate({**parameters.model_dump(), **values})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise OperationError(f"parameter {name}: {first['msg']}") from error

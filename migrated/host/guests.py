@@ -1,0 +1,156 @@
+"""The operator's commands on the guests of this host: create, list, show, pause, resume, destroy, verify."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from migrated.control.operations import GuestSpec, OperationError
+from migrated.environment import Environment
+from migrated.errors import MigrationError, VmmError
+from migrated.guests import ANSWER_S, UNRESPONSIVE, Guest, UnknownGuestError
+from migrated.host.commands import asked
+from migrated.host.recovery import Recovery
+
+log = structlog.get_logger()
+
+
+class GuestCommands:
+    """The guests of this host, as an operator handles them.
+
+    Args:
+        env: the daemon.
+        recovery: knows which open attempt waits for a guest that does not answer.
+    """
+
+    def __init__(self, env: Environment, recovery: Recovery) -> None:
+        self._env = env
+        self._guests = env.guests
+        self._profiles = env.config.vmm.profiles
+        self._recovery = recovery
+
+    async def create(self, spec: GuestSpec) -> dict[str, Any]:
+        """Start a guest and wait until its VMM answers."""
+        arguments = ["--memory", str(spec.memory_bytes)]
+        if spec.profile is not None:
+            arguments += ["--profile", str(self._profile_path(spec.profile))]
+        if spec.workload is not None:
+            arguments += ["--workload", spec.workload]
+        if spec.dirty_rate_bytes_per_s is not None:
+            arguments += ["--dirty-rate", f"{spec.dirty_rate_bytes_per_s}"]
+        if spec.seed is not None:
+            arguments += ["--seed", str(spec.seed)]
+        if spec.paused:
+            arguments.append("--paused")
+        for key, value in spec.options.items():
+            arguments += [f"--{key}", value]
+        try:
+            guest = await self._guests.create(spec.name, arguments)
+        except MigrationError as error:
+            raise OperationError(str(error)) from error
+        log.info("guest created", guest=guest.name, pid=guest.vmm.pid)
+        return await self._shown(guest)
+
+    def names(self) -> list[str]:
+        """Names of the guests that a command may mean; retired ones only when there is no other."""
+        here = [guest.name for guest in self._all() if guest.overlay != "retired"]
+        return [*here, *self._guests.silent] or self._guests.names()
+
+    async def show_all(self) -> list[dict[str, Any]]:
+        """All guests; one that does not answer does not hold up the others."""
+        shown = await asyncio.gather(*(self._shown(guest, detail=False) for guest in self._all()))
+        return [*shown, *(self._silent(name) for name in self._guests.silent)]
+
+    async def show(self, name: str) -> dict[str, Any]:
+        """One guest with everything that its VMM tells."""
+        if name in self._guests.silent:
+            return self._silent(name)
+        return await self._shown(self.get(name))
+
+    async def pause(self, name: str) -> dict[str, Any]:
+        """Stop the vCPUs of a guest that is not being migrated."""
+        guest = self.idle(name)
+        await asked(guest.vmm.pause())
+        self._env.publish("STOP", {"guest": name})
+        return await self._shown(guest)
+
+    async def resume(self, name: str) -> dict[str, Any]:
+        """Let the vCPUs of a guest run that is not being migrated."""
+        guest = self.idle(name)
+        status = await asked(guest.vmm.status())
+        await asked(guest.vmm.resume(status.epoch))
+        self._env.publish("RESUME", {"guest": name})
+        return await self._shown(guest)
+
+    async def destroy(self, name: str) -> dict[str, Any]:
+        """End a guest that is not being migrated."""
+        await asked(self._guests.destroy(self.idle(name)))
+        return {"name": name, "state": "destroyed"}
+
+    async def verify(self, name: str) -> dict[str, Any]:
+        """Check every byte of a guest's memory."""
+        return await asked(self.get(name).vmm.verify())
+
+    def get(self, name: str) -> Guest:
+        """One guest that answers.
+
+        Raises:
+            OperationError: there is none of this name, or it is unresponsive.
+        """
+        if (silent := self._guests.silent.get(name)) is not None:
+            raise OperationError(f"guest {name!r} is unresponsive: {silent.reason}", "DeviceNotActive")
+        try:
+            return self._guests.get(name)
+        except UnknownGuestError as error:
+            raise OperationError(str(error), "DeviceNotFound") from error
+
+    def idle(self, name: str) -> Guest:
+        """A guest that no migration has its hands on: only then may an operator stop, run or end it.
+
+        Raises:
+            OperationError: there is none of this name, or it is being migrated.
+        """
+        guest = self.get(name)
+        if guest.migration_id is not None or guest.overlay is not None:
+            raise OperationError(
+                f"guest {name!r} is {guest.overlay or 'being migrated'} (migration {guest.migration_id}); wait for its "
+                "end, cancel it, or resolve it if it is in doubt"
+            )
+        return guest
+
+    def _all(self) -> list[Guest]:
+        return [self._guests.get(name) for name in self._guests.names()]
+
+    async def _shown(self, guest: Guest, detail: bool = True) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                status = await guest.vmm.status()
+        except (VmmError, TimeoutError) as error:
+            reason = str(error) or f"its VMM (pid {guest.vmm.pid}) has not answered within {ANSWER_S:g} s"
+            return guest.summary(UNRESPONSIVE) | {"reason": reason}
+        summary = guest.summary(status.state)
+        return {**_plain(status.detail), **summary} if detail else summary
+
+    def _silent(self, name: str) -> dict[str, Any]:
+        return self._guests.silent[name].summary(self._recovery.postponed_of(name))
+
+    def _profile_path(self, profile: str) -> Path:
+        path = Path(profile)
+        if path.suffix != ".toml" and len(path.parts) == 1:
+            path = self._profiles / f"{profile}.toml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in self._profiles.glob("*.toml"))) or "none"
+            raise OperationError(f"there is no guest profile {profile!r} ({path}); profiles here: {known}")
+        return path
+
+
+def _plain(value: Any) -> Any:
+    """A VMM's figures as JSON values: bytes become hexadecimal text."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.hex() if isinstance(value, bytes) else value

@@ -1,0 +1,188 @@
+"""The incoming attempts of this host, and who answers when a source asks late for the outcome of one.
+
+A new connection says by its first message what it is: an offer (HELLO), a data channel (JOIN), or a question about an
+outcome (OUTCOME_ASK).
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Final
+
+import structlog
+
+from migrated.control.operations import OperationError
+from migrated.destination.migration import IncomingMigration
+from migrated.destination.takeover import Takeover
+from migrated.environment import DaemonRole, Environment
+from migrated.guests import Guest
+from migrated.host.recovery import Recovery
+from migrated.link import sockets
+from migrated.link.control import ControlChannel
+from migrated.link.reply import Nobody, OneAnswer
+from migrated.progress import Progress
+from migrated.tasks import TaskSet
+from protocol import messages
+from protocol.errors import ErrorCode, RemoteProtocolError
+from protocol.handover import DestinationEvent, DestinationState, destination_state_of
+from protocol.messages import Message
+
+log = structlog.get_logger()
+
+_TAKEOVERS_KEPT: Final = 64
+
+
+class IncomingAttempts:
+    """All attempts to take a guest in.
+
+    Args:
+        env: the daemon.
+        role: a source takes nothing in.
+        recovery: has the attempts that the last daemon left open.
+        tasks: where they run.
+    """
+
+    def __init__(self, env: Environment, role: DaemonRole, recovery: Recovery, tasks: TaskSet) -> None:
+        self._env = env
+        self._role = role
+        self._recovery = recovery
+        self._tasks = tasks
+        self._running: dict[str, IncomingMigration] = {}
+        self._last: dict[str, IncomingMigration] = {}
+        """The last one of each guest since the daemon's start."""
+        self._takeovers: dict[str, Takeover] = {}
+        """Finished take-overs: they answer late questions better than the journal, which may not have been written."""
+
+    async def connected(self, first: Message, sock: socket.socket, agreed: sockets.Agreed) -> None:
+        """Take a new connection by its first message (``link.listener.Handler``)."""
+        match first:
+            case messages.Hello():
+                await self._hello(first, sock, agreed)
+            case messages.Join(migration_id=migration_id):
+                incoming = self._running.get(migration_id)
+                if incoming is None:
+                    raise RemoteProtocolError("a data channel joins a migration that is not under way", ErrorCode.AUTH)
+                await sockets.send_first(sock, agreed, messages.Joined(channel=first.channel))
+                incoming.join(first, sock, agreed)
+            case messages.OutcomeAsk():
+                self._tasks.start(self._outcome_asked(first, sock, agreed))
+            case _:
+                raise RemoteProtocolError(f"a connection cannot begin with {first.TYPE.name}", ErrorCode.UNEXPECTED)
+
+    def cancel(self, guest: str) -> None:
+        """Give up what is under way for a guest.
+
+        Raises:
+            OperationError: only the source decides any more.
+        """
+        for incoming in self._running.values():
+            if incoming.guest_name == guest and not incoming.cancel("cancelled by the destination's operator"):
+                raise OperationError(
+                    f"the incoming migration of {guest!r} cannot be cancelled any more: READY was voted and only the "
+                    "source decides"
+                )
+
+    def cancel_all(self, reason: str) -> None:
+        """Give up what can be given up."""
+        for incoming in list(self._running.values()):
+            incoming.cancel(reason)
+
+    def guest_gone(self, guest: Guest) -> None:
+        """A guest's process ended by itself."""
+        incoming = self._running.get(guest.migration_id or "")
+        if incoming is not None:
+            incoming.guest_gone()
+
+    def knows(self, guest: str) -> bool:
+        """Whether a guest of this name was taken in, or was to be, since the daemon's start."""
+        return guest in self._last
+
+    def progress(self) -> list[Progress]:
+        """A snapshot of the last attempt of every guest."""
+        return [migration.progress() for migration in self._last.values()]
+
+    # Section: offers
+
+    async def _hello(self, hello: messages.Hello, sock: socket.socket, agreed: sockets.Agreed) -> None:
+        limits = self._env.config.limits
+        control = ControlChannel(
+            sock,
+            agreed,
+            self._env.clock,
+            heartbeat_interval_s=limits.heartbeat_interval_s,
+            heartbeat_timeout_s=limits.heartbeat_timeout_s,
+            received=1,
+        )
+        await control.start()
+        refusal = self._why_not(hello)
+        if refusal is not None:
+            log.warning("refused an incoming migration", guest=hello.guest.name, reason=refusal[1])
+            control.send(messages.Refuse(code=int(refusal[0]), reason=refusal[1]))
+            self._tasks.start(control.close())
+            return
+        await self._end_older(hello)
+        incoming = IncomingMigration(self._env, control, hello)
+        self._running[hello.migration_id] = self._last[hello.guest.name] = incoming
+        self._tasks.start(self._run(incoming))
+
+    def _why_not(self, hello: messages.Hello) -> tuple[ErrorCode, str] | None:
+        if self._role == "source":
+            return ErrorCode.BUSY, "this daemon is a source only and takes no guests in"
+        if len(self._running) >= self._env.config.limits.max_incoming:
+            return ErrorCode.BUSY, (
+                f"{len(self._running)} incoming migrations are under way, the most that [limits] max_incoming allows"
+            )
+        if hello.migration_id in self._running or self._env.journal.attempt(hello.migration_id, "destination"):
+            return ErrorCode.UNEXPECTED, "this migration id was used before"
+        return None
+
+    async def _end_older(self, hello: messages.Hello) -> None:
+        """A newer epoch of a guest is the source's ABORT of an older one whose message was lost."""
+        for incoming in list(self._running.values()):
+            takeover = incoming.takeover
+            if incoming.guest_name == hello.guest.name and takeover is not None and takeover.epoch < hello.epoch:
+                incoming.outcome_asked(DestinationEvent.ABORT, Nobody())
+                await takeover.finished.wait()
+        await self._recovery.end_older(hello.guest.name, hello.epoch)
+
+    async def _run(self, incoming: IncomingMigration) -> None:
+        try:
+            await incoming.run()
+        finally:
+            self._running.pop(incoming.migration_id, None)
+            if incoming.takeover is not None:
+                self._takeovers[incoming.migration_id] = incoming.takeover
+                while len(self._takeovers) > _TAKEOVERS_KEPT:
+                    del self._takeovers[next(iter(self._takeovers))]
+
+    # Section: late questions
+
+    async def _outcome_asked(self, ask: messages.OutcomeAsk, sock: socket.socket, agreed: sockets.Agreed) -> None:
+        """The source tells its decision again; whoever has the hand-over answers."""
+        reply = OneAnswer(sock, agreed)
+        decision = DestinationEvent.COMMIT if ask.decision == "commit" else DestinationEvent.ABORT
+        incoming = self._running.get(ask.migration_id)
+        recovered = self._recovery.takeover(ask.migration_id)
+        if incoming is not None and incoming.takeover is not None and not incoming.takeover.finished.is_set():
+            incoming.outcome_asked(decision, reply)
+        elif recovered is not None:
+            await recovered.take(decision, reply)
+        elif (takeover := self._takeovers.get(ask.migration_id)) is not None:
+            await takeover.take(decision, reply, reason="the source keeps its guest")
+        else:
+            reply.send(self._journaled_answer(ask))
+        await reply.deliver(self._env.config.limits.handshake_timeout_s)
+
+    def _journaled_answer(self, ask: messages.OutcomeAsk) -> Message:
+        attempt = self._env.journal.attempt(ask.migration_id, "destination")
+        if attempt is None:
+            if ask.decision == "abort":
+                return messages.Discarded(epoch=ask.epoch, reason="the destination has nothing of this migration")
+            return messages.OutcomeOpen(
+                epoch=ask.epoch, reason="the destination's journal does not know this migration: resolve it by hand"
+            )
+        if destination_state_of(attempt.decisions) is DestinationState.RUNNING:
+            return messages.Running(epoch=attempt.epoch, resumed_after_ns=0, sent_after_ns=0)
+        if destination_state_of(attempt.decisions) is DestinationState.DISCARDED:
+            return messages.Discarded(epoch=attempt.epoch, reason="the destination discarded the guest")
+        return messages.OutcomeOpen(epoch=attempt.epoch, reason="the outcome is still open")

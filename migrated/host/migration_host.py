@@ -1,0 +1,212 @@
+"""One host, put together from its parts. It is what the control socket operates on
+(``migrated.control.operations.Operations``), and what the listener brings new connections to.
+
+    guests      the operator's commands on guests           outgoing    attempts to move a guest away, parameters
+    recovery    what a restarted daemon finds                incoming    attempts to take one in, late questions
+    records     history and metrics
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import socket
+from typing import Any
+
+from migrated.clock import HostClock
+from migrated.config import Config
+from migrated.control.operations import EventBus, GuestSpec, OperationError
+from migrated.environment import DaemonRole, Environment, host_name
+from migrated.guests import Guest, GuestRegistry
+from migrated.history import History, HistoryQuery
+from migrated.host.guests import GuestCommands
+from migrated.host.incoming import IncomingAttempts
+from migrated.host.outgoing import OutgoingAttempts
+from migrated.host.records import FinishedRecords
+from migrated.host.recovery import Recovery
+from migrated.journal import Journal
+from migrated.learned import keep_knowledge, load_knowledge
+from migrated.link import sockets
+from migrated.logs import LogCollector
+from migrated.metrics import Metrics
+from migrated.parameters import MigrationParameters
+from migrated.progress import Progress
+from migrated.tasks import TaskSet
+from migrated.vmm.resume_costs import ResumeCosts
+from protocol.messages import Message
+from protocol.versions import MAJOR, MINOR
+
+_STOP_S = 5.0
+
+
+class MigrationHost:
+    """All that one daemon does, without its process: sockets to listen on, signals and logging are the daemon's.
+
+    Args:
+        config: the configuration.
+        role: which directions are allowed.
+        collector: where the log lines of each migration are kept.
+    """
+
+    def __init__(self, config: Config, role: DaemonRole, collector: LogCollector) -> None:
+        self.events = EventBus()
+        self.stopping = asyncio.Event()
+        """Set when an operator asked the daemon to quit."""
+        self.metrics = Metrics()
+        self._role = role
+        journal = Journal(config.state.directory)  # first: its lock keeps a second daemon away from all that lies there
+        self._history = History(config.state.directory, config.history.max_records)
+        self._records = FinishedRecords(self._history, self.metrics)
+        self._env = Environment(
+            config=config,
+            clock=HostClock(config.clock.hrtime_offset_ns, config.clock.wall_offset_ns, config.clock.drift_ppm),
+            journal=journal,
+            guests=GuestRegistry(config.vmm, config.clock, config.lock),
+            knowledge=load_knowledge(config.state.directory),
+            resume_costs=ResumeCosts(),
+            host=host_name(config),
+            finish=self._records.finish,
+            publish=self.events.publish,
+            hold_events=self.events.hold,
+            take_log=collector.take,
+        )
+        self._tasks = TaskSet()
+        self._recovery = Recovery(self._env, self._tasks)
+        self._guests = GuestCommands(self._env, self._recovery)
+        self._outgoing = OutgoingAttempts(self._env, self._tasks)
+        self._incoming = IncomingAttempts(self._env, role, self._recovery, self._tasks)
+        self._env.guests.on_gone = self._guest_gone
+        self._env.guests.on_settled = self._recovery.guest_settled
+
+    # Section: life
+
+    async def start(self) -> None:
+        """Find the guests that run and finish or undo what the last daemon left open."""
+        await self._env.guests.open()
+        await self._recovery.start()
+
+    async def stop(self) -> None:
+        """Cancel what can be cancelled, let go of every guest, close every file."""
+        ending = await self._outgoing.cancel_all("the daemon is stopping")
+        self._incoming.cancel_all("the destination's daemon is stopping")
+        if ending:
+            await asyncio.wait({asyncio.ensure_future(m.decided.wait()) for m in ending}, timeout=_STOP_S)
+        for migration in ending:
+            await migration.close()
+        await self._recovery.close()
+        await self._tasks.stop()
+        await self._env.guests.close()
+        keep_knowledge(self._env.config.state.directory, self._env.knowledge)
+        self._env.journal.close()
+        self._history.close()
+
+    async def connected(self, first: Message, sock: socket.socket, agreed: sockets.Agreed) -> None:
+        """Take a new connection by its first message (``link.listener.Handler``)."""
+        await self._incoming.connected(first, sock, agreed)
+
+    def set_defaults(self, parameters: MigrationParameters) -> None:
+        """The configuration was reloaded: what guests without parameters of their own use from now on."""
+        self._outgoing.set_defaults(parameters)
+
+    def version(self) -> dict[str, Any]:
+        return {"version": importlib.metadata.version("migrated"), "protocol": f"{MAJOR}.{MINOR}", "role": self._role}
+
+    async def quit(self) -> None:
+        self.stopping.set()
+
+    def _guest_gone(self, guest: Guest) -> None:
+        self.events.publish("X_MIGRATED_GUEST_GONE", {"guest": guest.name, "pid": guest.vmm.pid})
+        self._outgoing.guest_gone(guest)
+        self._incoming.guest_gone(guest)
+
+    # Section: guests
+
+    async def guest_create(self, spec: GuestSpec) -> dict[str, Any]:
+        return await self._guests.create(spec)
+
+    def guest_names(self) -> list[str]:
+        return self._guests.names()
+
+    async def guest_list(self) -> list[dict[str, Any]]:
+        return await self._guests.show_all()
+
+    async def guest_show(self, name: str) -> dict[str, Any]:
+        return await self._guests.show(name)
+
+    async def guest_pause(self, name: str) -> dict[str, Any]:
+        return await self._guests.pause(name)
+
+    async def guest_resume(self, name: str) -> dict[str, Any]:
+        return await self._guests.resume(name)
+
+    async def guest_destroy(self, name: str) -> dict[str, Any]:
+        destroyed = await self._guests.destroy(name)
+        self._outgoing.forget_parameters(name)
+        return destroyed
+
+    async def guest_verify(self, name: str) -> dict[str, Any]:
+        return await self._guests.verify(name)
+
+    # Section: migrations
+
+    async def migrate(self, guest: str, uri: str, overrides: dict[str, object]) -> str:
+        if self._role == "destination":
+            raise OperationError("this daemon is a destination only; run `migrated host` to migrate guests away too")
+        return await self._outgoing.begin(self._guests.idle(guest), uri, overrides)
+
+    async def wait(self, migration_id: str) -> dict[str, Any]:
+        document = await self._outgoing.ended(migration_id)
+        return document if document is not None else await asyncio.to_thread(self.record, migration_id)
+
+    async def cancel(self, guest: str) -> None:
+        self._refuse_unheard_of(guest)
+        await self._outgoing.cancel(guest)
+        self._incoming.cancel(guest)
+
+    async def continue_switchover(self, guest: str) -> None:
+        self._outgoing.continue_switchover(guest)
+
+    async def estimate(self, guest: str, uri: str, overrides: dict[str, object]) -> dict[str, Any]:
+        return await self._outgoing.estimate(self._guests.idle(guest), uri, overrides)
+
+    async def resolve(self, migration_id: str, run_here: bool) -> dict[str, Any]:
+        document = await asyncio.to_thread(self.record, migration_id)
+        full_id = document["migration_id"]
+        resolved = await self._outgoing.resolve(full_id, run_here) or await self._recovery.resolve(full_id, run_here)
+        if not resolved:
+            raise OperationError(f"migration {full_id} is not in doubt: its outcome is {document['outcome']}")
+        return await asyncio.to_thread(self.record, full_id)
+
+    def parameters(self, guest: str | None) -> MigrationParameters:
+        return self._outgoing.parameters(guest)
+
+    async def set_parameters(self, guest: str | None, values: dict[str, object]) -> None:
+        if guest is None:
+            self._outgoing.set_default_values(values)
+        else:
+            self._outgoing.set_parameters(self._guests.get(guest).name, values)
+
+    def progress(self, guest: str | None) -> list[Progress]:
+        known = [*self._recovery.progress(), *self._outgoing.progress(), *self._incoming.progress()]
+        chosen = [progress for progress in known if guest is None or progress.guest == guest]
+        return sorted(chosen, key=lambda progress: progress.started_at)
+
+    def _refuse_unheard_of(self, guest: str) -> None:
+        """Refuse a name that nothing here ever had."""
+        here = self._env.guests.find(guest) is not None
+        if not (here or self._outgoing.knows(guest) or self._incoming.knows(guest)):
+            self._guests.get(guest)
+
+    # Section: finished records
+
+    def history(self, query: HistoryQuery) -> list[dict[str, Any]]:
+        return self._records.query(query)
+
+    def history_stats(self, query: HistoryQuery) -> dict[str, Any]:
+        return self._records.stats(query)
+
+    def record(self, migration_id: str) -> dict[str, Any]:
+        return self._records.get(migration_id)
+
+    def metrics_text(self) -> bytes:
+        return self.metrics.text()

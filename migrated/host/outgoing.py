@@ -1,0 +1,172 @@
+"""The outgoing attempts of this host: begun, watched, cancelled, resolved; and the parameters that they use."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Any
+
+from migrated.control.operations import OperationError
+from migrated.environment import Environment
+from migrated.errors import MigrationError
+from migrated.guests import Guest
+from migrated.host.commands import asked, target_of, with_values
+from migrated.learned import keep_knowledge
+from migrated.parameters import MigrationParameters
+from migrated.progress import Progress
+from migrated.source.estimate import estimate
+from migrated.source.migration import OutgoingMigration
+from migrated.tasks import TaskSet
+from protocol.errors import ProtocolError
+
+
+class OutgoingAttempts:
+    """All attempts to move a guest of this host away.
+
+    Args:
+        env: the daemon.
+        tasks: where they run.
+    """
+
+    def __init__(self, env: Environment, tasks: TaskSet) -> None:
+        self._env = env
+        self._tasks = tasks
+        self._defaults = env.config.migration
+        self._guest_parameters: dict[str, MigrationParameters] = {}
+        self._running: dict[str, OutgoingMigration] = {}
+        """By migration id; those in doubt too."""
+        self._last: dict[str, OutgoingMigration] = {}
+        """The last one of each guest since the daemon's start."""
+
+    # Section: attempts
+
+    async def begin(self, guest: Guest, uri: str, overrides: dict[str, object]) -> str:
+        """Begin to move an idle guest. Returns the migration id."""
+        target = target_of(uri)
+        parameters = with_values(self.parameters(guest.name), overrides)
+        status = await asked(guest.vmm.status())
+        if guest.migration_id is not None:
+            raise OperationError(f"guest {guest.name!r} is already being migrated (migration {guest.migration_id})")
+        migration_id = secrets.token_hex(16)
+        epoch = self._env.journal.next_epoch(guest.name, status.epoch)
+        migration = OutgoingMigration(self._env, guest, target, parameters, migration_id, epoch)
+        guest.migration_id = migration_id
+        self._running[migration_id] = self._last[guest.name] = migration
+        self._tasks.start(self._run(migration))
+        return migration_id
+
+    async def _run(self, migration: OutgoingMigration) -> None:
+        try:
+            await migration.run()
+        finally:
+            if migration.status != "in-doubt":
+                self._running.pop(migration.migration_id, None)
+            if migration.status == "completed":
+                self.forget_parameters(migration.guest_name)  # whoever has the name next is another guest
+            await asyncio.to_thread(keep_knowledge, self._env.config.state.directory, self._env.knowledge)
+
+    async def estimate(self, guest: Guest, uri: str, overrides: dict[str, object]) -> dict[str, Any]:
+        """What moving an idle guest would cost, without moving it."""
+        target = target_of(uri)
+        parameters = with_values(self.parameters(guest.name), overrides)
+        guest.migration_id = "estimate"
+        try:
+            return await estimate(self._env, guest, target.host, target.port, parameters)
+        except (MigrationError, ProtocolError, OSError) as error:
+            raise OperationError(str(error)) from error
+        finally:
+            guest.migration_id = None
+
+    async def ended(self, migration_id: str) -> dict[str, Any] | None:
+        """Wait for the end of an attempt, or for its being in doubt. Returns its record document, None when no such
+        attempt is under way."""
+        migration = self._running.get(migration_id)
+        if migration is None:
+            return None
+        await migration.decided.wait()
+        if migration.record is None:
+            raise OperationError(f"migration {migration_id} ended without a record; the daemon's log says why")
+        return migration.record.document()
+
+    async def cancel(self, guest: str) -> None:
+        """Give up what is under way for a guest.
+
+        Raises:
+            OperationError: it is too late.
+        """
+        for migration in self._of(guest):
+            if not await migration.cancel():
+                raise OperationError(
+                    f"the migration of {guest!r} cannot be cancelled any more: COMMIT was sent and the destination "
+                    f"may run the guest (status {migration.status})"
+                )
+
+    async def resolve(self, migration_id: str, run_here: bool) -> bool:
+        """End an attempt in doubt by the operator's word. Returns False when it is not one that is in doubt."""
+        migration = self._running.get(migration_id)
+        if migration is None or not await migration.resolve(run_here):
+            return False
+        self._running.pop(migration_id, None)
+        return True
+
+    def continue_switchover(self, guest: str) -> None:
+        """Let a held switchover go on.
+
+        Raises:
+            OperationError: none is held.
+        """
+        if not any(migration.continue_switchover() for migration in self._of(guest)):
+            status = self._last[guest].status if guest in self._last else "none"
+            raise OperationError(f"Migration not in expected state: {status}; only a held switchover can be continued")
+
+    def guest_gone(self, guest: Guest) -> None:
+        """A guest's process ended by itself."""
+        migration = self._running.get(guest.migration_id or "")
+        if migration is not None:
+            migration.guest_gone()
+
+    def knows(self, guest: str) -> bool:
+        """Whether a guest of this name was moved, or was to be, since the daemon's start."""
+        return guest in self._last
+
+    def progress(self) -> list[Progress]:
+        """A snapshot of the last attempt of every guest."""
+        return [migration.progress() for migration in self._last.values()]
+
+    async def cancel_all(self, reason: str) -> list[OutgoingMigration]:
+        """Cancel what can be cancelled. Returns what was under way."""
+        under_way = list(self._running.values())
+        for migration in under_way:
+            await migration.cancel(reason)
+        return under_way
+
+    def _of(self, guest: str) -> list[OutgoingMigration]:
+        return [migration for migration in self._running.values() if migration.guest_name == guest]
+
+    # Section: parameters
+
+    def parameters(self, guest: str | None) -> MigrationParameters:
+        """What an attempt under way uses, or the guest's next one would; None: the defaults."""
+        if guest is None:
+            return self._defaults
+        for migration in self._of(guest):
+            return migration.parameters
+        return self._guest_parameters.get(guest, self._defaults)
+
+    def set_parameters(self, guest: str, values: dict[str, object]) -> None:
+        """Change parameters of a guest, and of its attempt under way."""
+        self._guest_parameters[guest] = with_values(self._guest_parameters.get(guest, self._defaults), values)
+        for migration in self._of(guest):  # what only this attempt was given stays with it
+            migration.set_parameters(with_values(migration.parameters, values))
+
+    def forget_parameters(self, guest: str) -> None:
+        """A guest is no longer here: one of the same name begins with the defaults."""
+        self._guest_parameters.pop(guest, None)
+
+    def set_default_values(self, values: dict[str, object]) -> None:
+        """Change what guests without parameters of their own use."""
+        self._defaults = with_values(self._defaults, values)
+
+    def set_defaults(self, parameters: MigrationParameters) -> None:
+        """Replace what guests without parameters of their own use."""
+        self._defaults = parameters
