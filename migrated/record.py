@@ -98,7 +98,8 @@ class Checkpoint(RecordModel):
 
 
 class RoundRow(RecordModel):
-    """One pre-copy round. ``scan_ns`` is inside ``ns``. Bandwidth is acknowledged bytes over the round's time."""
+    """One pre-copy round. ``scan_ns`` is the read of the dirty log before it; ``fence_ns``, inside ``ns``, the wait
+    after that for writes that bypass the page tables. Bandwidth is acknowledged bytes over the round's time."""
 
     round: int
     scanned_pages: int
@@ -113,6 +114,7 @@ class RoundRow(RecordModel):
     predicted_upper_ns: int | None = None
     decision: str
     throttle_percent: int = 0
+    fence_ns: int = 0
 
 
 class EncodingRow(RecordModel):

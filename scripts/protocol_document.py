@@ -311,6 +311,8 @@ def example_block() -> str:
         guest=GuestDescription(
             name="g1",
             uuid="00000000-0000-0000-0000-0000000000a1",
+            vmm="sim",
+            guest_time=True,
             machine="sim",
             page_size=4096,
             memory=(MemoryRegion(name="ram", guest_address=0, size_bytes=8 * 4096, offset_pages=0),),

@@ -223,8 +223,8 @@ class Takeover:
 
     async def _run(self, guest: Guest) -> int:
         """Take the guest over. Returns when it ran, or was ours (monotonic, ns)."""
-        if self._env.config.lock.directory is not None:
-            await guest.vmm.take_lock()
+        if guest.vmm.lock is not None:
+            await guest.vmm.lock.take()
         state = (await guest.vmm.status()).state
         if self._keep_paused:
             if state == "incoming":

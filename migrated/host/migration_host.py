@@ -32,6 +32,7 @@ from migrated.metrics import Metrics
 from migrated.parameters import MigrationParameters
 from migrated.progress import Progress
 from migrated.tasks import TaskSet
+from migrated.vmm.drivers import load_drivers
 from migrated.vmm.resume_costs import ResumeCosts
 from protocol.messages import Message
 from protocol.versions import MAJOR, MINOR
@@ -61,9 +62,9 @@ class MigrationHost:
             config=config,
             clock=HostClock(config.clock.hrtime_offset_ns, config.clock.wall_offset_ns, config.clock.drift_ppm),
             journal=journal,
-            guests=GuestRegistry(config.vmm, config.clock, config.lock),
+            guests=GuestRegistry(config, load_drivers(config)),
             knowledge=load_knowledge(config.state.directory),
-            resume_costs=ResumeCosts(),
+            resume_costs=ResumeCosts(int(config.limits.guessed_resume_reserve_ms * 1e6)),
             host=host_name(config),
             finish=self._records.finish,
             publish=self.events.publish,

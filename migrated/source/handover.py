@@ -195,9 +195,9 @@ class SourceHandover:
     async def _release_lock(self) -> None:
         """COMMIT is journaled: the destination may take the guest's lock. Before COMMIT leaves, so that it finds it
         free."""
-        if self._guest is not None and self._env.config.lock.directory is not None:
+        if self._guest is not None and (lock := self._guest.vmm.lock) is not None:
             try:
-                await self._guest.vmm.release_lock()
+                await lock.release()
             except VmmError as error:
                 log.error("the guest's lock could not be released", reason=str(error))
 
@@ -213,8 +213,8 @@ class SourceHandover:
                 await guest.vmm.interrupt()
                 running_at_ns = time.monotonic_ns()
             else:
-                if self._env.config.lock.directory is not None:
-                    await guest.vmm.take_lock()
+                if guest.vmm.lock is not None:
+                    await guest.vmm.lock.take()
                 running_at_ns = await guest.vmm.resume(self.epoch)
         except VmmError as error:
             log.error("the guest could not be resumed", guest=guest.name, reason=str(error))

@@ -314,7 +314,6 @@ class OutgoingMigration:
             session.sender,
             session.control,
             ledger,
-            {(cost.name, cost.kind): cost.ns for cost in session.dry_save.devices},
         )
         return self._transfer
 
@@ -399,7 +398,9 @@ class OutgoingMigration:
             limits,
             SourceReserves(
                 commit_ns=transfer.control.round_trip_ns() + self._session.welcome.resume_ns,
-                own_resume_ns=self._env.resume_costs.reserve_ns(self._session.dry_save, abort_limit_ns(limits)),
+                own_resume_ns=self._env.resume_costs.reserve_ns(
+                    self._guest.vmm.driver, self._session.costs, abort_limit_ns(limits)
+                ),
             ),
             pending,
             self._inbox,
@@ -412,7 +413,7 @@ class OutgoingMigration:
         # From here on an operator's cancel is an event of the hand-over, not a cancellation of this task.
         await self._switchover.run()
         if self._switchover.gave_back_ns is not None and not self._session.was_paused:
-            self._env.resume_costs.add(self._switchover.gave_back_ns, self._session.dry_save.resume_ns)
+            self._env.resume_costs.add(self._guest.vmm.driver, self._switchover.gave_back_ns, self._session.costs)
         if self._handover.state is SourceState.RETIRED:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_REPORT_S):
@@ -425,7 +426,7 @@ class OutgoingMigration:
         return self._env.knowledge.predict(
             self.guest_name,
             self.guest_class,
-            self._session.bases(dirty_pages, transfer.final_device_bytes(), transfer.scan_ns, bandwidth),
+            self._session.bases(dirty_pages, transfer.final_device_bytes(), transfer.collect_ns, bandwidth),
             coverage=self.parameters.prediction_coverage_pct / 100,
             bandwidth_known=bandwidth.bytes_per_s > 0 or not dirty_pages,
         )
@@ -461,9 +462,9 @@ class OutgoingMigration:
         await self._session.close_state(stop_tracking=guest_stays)
         if self._session.sender is not None:
             self._ledger.encodings = self._session.sender.encodings
-        if guest_stays and self._precopy is not None and self._precopy.throttle_percent:
+        if guest_stays and self._precopy is not None:
             with contextlib.suppress(VmmError):
-                await self._guest.vmm.throttle(0)
+                await self._precopy.end_throttle()
 
     async def _conclude(self, outcome: Outcome, reason: str | None) -> Record:
         """Write the record, hand it to the peer, and let the guest go."""

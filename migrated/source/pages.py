@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from migrated.errors import LinkLostError
@@ -313,9 +314,7 @@ class _Worker:
             zero = messages.ZeroPages(runs=pack_runs(runs[begin : begin + _MAX_RUNS]))
             sent.wire_bytes += self.channel.send(zero, round_number=round_number)
 
-    def _send_content(
-        self, runs: Runs, indices: Indices, staged: Words, round_number: int, sent: Sent
-    ) -> None:
+    def _send_content(self, runs: Runs, indices: Indices, staged: Words, round_number: int, sent: Sent) -> None:
         sent.normal_pages += len(indices)
         for batch in self.encoder.encode(indices, staged, round_number, sent.encodings):
             self._send_batch(batch, runs if batch.indices is indices else runs_of(batch.indices), round_number, sent)

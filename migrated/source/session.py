@@ -18,9 +18,10 @@ from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.model import Bases
 from migrated.source.encoding import encoder_factory
 from migrated.source.pages import PageSender
-from migrated.vmm.base import DryRun, Vmm
 from migrated.vmm.dirty_log import DirtyLog
 from migrated.vmm.memory import GuestMemory
+from migrated.vmm.requirements import unmet
+from migrated.vmm.seam import ExpectedCosts, VmmGuest
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.guest import PAGE_SIZE, GuestDescription
@@ -44,7 +45,7 @@ class Session:
     def __init__(
         self,
         env: Environment,
-        vmm: Vmm,
+        vmm: VmmGuest,
         host: str,
         port: int,
         parameters: MigrationParameters,
@@ -55,7 +56,7 @@ class Session:
         self.epoch = epoch
         self.control: ControlChannel | None = None
         self.welcome: messages.Welcome | None = None
-        self.dry_save = DryRun((), 0, 0)
+        self.costs = ExpectedCosts((), 0, 0, 0, "guessed")
         self.was_paused = False
         self.channels: list[DataChannel] = []
         self.memory: GuestMemory | None = None
@@ -83,7 +84,10 @@ class Session:
         if status.state == "incoming":
             raise RefusedError(f"guest {description.name!r} is itself waiting for an incoming migration")
         self.was_paused = status.state == "paused"
-        self.dry_save = await self._vmm.typical_dry_run("save")
+        reason = unmet(self._vmm, description, self._parameters) or await self._vmm.why_not_migrate()
+        if reason is not None:
+            raise RefusedError(reason)
+        self.costs = await self._vmm.expected_costs("save")
         agreed = await self._negotiate(description)
         for number in range(self._parameters.channels):
             self.channels.append(await self._join(number, agreed))
@@ -97,7 +101,7 @@ class Session:
             self.channels,
             digest,
             encoder_factory(self._parameters, agreed_on),
-            self.dirty_log.clear,
+            None if self._vmm.needs_fence else self.dirty_log.clear,
             announce="extents" in agreed_on,
         )
         self.sender.pace(self._parameters.max_bandwidth_bytes_per_s)
@@ -130,10 +134,10 @@ class Session:
         remaining_bytes = dirty_pages * PAGE_SIZE + device_bytes
         rate = bandwidth.for_bytes(remaining_bytes)
         return Bases(
-            stop_ns=self.dry_save.pause_ns,
+            stop_ns=self.costs.pause_ns,
             dirty_log_ns=2 * scan_ns,
             memory_ns=int(remaining_bytes * 1e9 / rate) if rate else 0,
-            save_ns=sum(cost.ns for cost in self.dry_save.devices),
+            save_ns=sum(cost.ns for cost in self.costs.devices),
             load_ns=sum(cost.ns for cost in self.welcome.load_costs),
             legs_ns=2 * self.control.typical_round_trip_ns(),
             resume_ns=self.welcome.resume_ns,

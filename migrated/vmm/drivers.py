@@ -12,25 +12,27 @@ from typing import Final
 from migrated.config import Config, ConfigError, Problem
 from migrated.vmm.seam import Driver
 
-_BUILT_IN: Final = {"sim": "migrated.vmm.sim.driver:SimDriver"}
+_BUILT_IN: Final = ("migrated.vmm.sim.driver:SimDriver",)
 
 
 def load_drivers(config: Config) -> dict[str, Driver]:
     """All drivers by name.
 
     Raises:
-        ConfigError: one cannot be loaded, has another name than it is configured by, or ``[vmm] driver`` names none.
+        ConfigError: one cannot be loaded, two have the same name, or ``[vmm] driver`` names none.
     """
     drivers: dict[str, Driver] = {}
-    for name, place in {**_BUILT_IN, **config.vmm.drivers}.items():
+    for place in (*_BUILT_IN, *config.vmm.drivers):
         module, _, attribute = place.partition(":")
         try:
             found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            raise _problem(f"drivers.{name}", f"{place!r} cannot be loaded: {error}") from error
-        if not (isinstance(found, type) and issubclass(found, Driver)) or found.name != name:
-            raise _problem(f"drivers.{name}", f"{place!r} is not a driver named {name!r}")
-        drivers[name] = found(config)
+            raise _problem("drivers", f"{place!r} cannot be loaded: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Driver)):
+            raise _problem("drivers", f"{place!r} is not a driver: it must be a class derived from {Driver.__name__}")
+        if found.name in drivers:
+            raise _problem("drivers", f"{place!r} is a second driver named {found.name!r}")
+        drivers[found.name] = found(config)
     if config.vmm.driver not in drivers:
         known = ", ".join(sorted(drivers))
         raise _problem("driver", f"there is no driver {config.vmm.driver!r}; drivers here: {known}")

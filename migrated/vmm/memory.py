@@ -379,7 +379,8 @@ class MixedMemory(GuestMemory):
                 yield part, indices[begin:end] - first, slice(begin, end)
 
     def data_runs(self) -> Runs:
-        found = [part.data_runs() + (first, 0) for part, first in zip(self._parts, self._firsts, strict=True)]
+        offsets = np.array([[first, 0] for first in self._firsts], np.int64)
+        found = [part.data_runs() + offset for part, offset in zip(self._parts, offsets, strict=True)]
         return np.concatenate(found)
 
     def mapped(self, start: int, count: int) -> Words | None:

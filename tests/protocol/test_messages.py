@@ -280,6 +280,8 @@ def guest(**changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "name": "g1",
         "uuid": "00000000-0000-0000-0000-000000000001",
+        "vmm": "sim",
+        "guest_time": True,
         "machine": "sim",
         "page_size": 4096,
         "memory": (

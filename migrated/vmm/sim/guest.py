@@ -69,9 +69,7 @@ class _Iterations(Iterations):
         return StatePart(name, "iterable", reply.payload, reply.meta["ns"])
 
     async def load_iteration(self, part: StatePart) -> int:
-        reply = await self._calls.call(
-            "device-load", STATE_S, part.data, name=part.name, kind=part.kind, final=False
-        )
+        reply = await self._calls.call("device-load", STATE_S, part.data, name=part.name, kind=part.kind, final=False)
         return int(reply.meta["ns"])
 
 
