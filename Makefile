@@ -14,7 +14,7 @@ INSTALL_LOG := $(VENV)/install.log
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
-	@$(BIN)/python scripts/demo.py $(DEMO_OPTIONS)
+	@$(BIN)/python -m scripts.demo $(DEMO_OPTIONS)
 
 test: $(INSTALLED)
 	@echo "Running all tests; this takes some minutes (make test PYTEST_OPTIONS='-m \"not slow\"' for fewer)." >&2
@@ -27,13 +27,13 @@ lint: $(INSTALLED)
 	@$(BIN)/lint-imports --no-logo
 
 bench: $(INSTALLED)
-	@$(BIN)/python scripts/bench.py
+	@$(BIN)/python -m scripts.bench
 
 prove: $(INSTALLED)
-	@$(BIN)/python scripts/prove.py all
+	@$(BIN)/python -m scripts.prove all
 
 calibrate: $(INSTALLED)
-	@$(BIN)/python scripts/calibration.py
+	@$(BIN)/python -m scripts.calibration
 
 clean:
 	rm -rf $(VENV) build dist run .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

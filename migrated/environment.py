@@ -13,7 +13,8 @@ from migrated.config import Config
 from migrated.guests import GuestRegistry
 from migrated.journal import Journal
 from migrated.prediction.knowledge import Knowledge
-from migrated.record import Record
+from migrated.record.model import Record
+from migrated.record.terms import Role
 from migrated.vmm.resume_costs import ResumeCosts
 
 DaemonRole = Literal["source", "destination", "host"]
@@ -40,7 +41,7 @@ class Environment:
     knowledge: Knowledge
     resume_costs: ResumeCosts
     host: str
-    finish: Callable[[Record, Literal["source", "destination"]], None]
+    finish: Callable[[Record, Role], None]
     publish: Callable[[str, dict[str, Any]], None]
     hold_events: Callable[[str], None]
     take_log: Callable[[str], list[dict[str, str]]]

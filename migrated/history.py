@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import structlog
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from migrated.record import Outcome, Record
+from migrated.record.model import Record
+from migrated.record.terms import Outcome, Role
 
 FILE_NAME: Final = "history.sqlite"
 BUSY_TIMEOUT_S: Final = 5.0
@@ -97,7 +98,7 @@ class History:
         with self._lock:
             self._connection.close()
 
-    def add(self, record: Record, role: Literal["source", "destination"]) -> bool:
+    def add(self, record: Record, role: Role) -> bool:
         """Store a record, replacing an earlier one of the same migration id. ``role`` is this host's part in it.
 
         Beyond ``max_records`` the oldest go, but for those in doubt: somebody still has to decide them.

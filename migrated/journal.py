@@ -18,13 +18,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import structlog
 
+from migrated.record.terms import Role
 from protocol.handover import Decision
-
-Role = Literal["source", "destination"]
 
 KEPT_ATTEMPTS: Final = 2000
 """Attempts kept when the journal is rewritten at start; a late COMMIT for an older one is answered as unknown."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final, Literal
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 
 from migrated.config import Address
 from migrated.progress import Progress
-from migrated.record import Record
+from migrated.record.model import Record
+from migrated.record.terms import FINISHED, ROLES, Role
 
 DOWNTIME_BUCKETS_S: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 TOTAL_BUCKETS_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
@@ -90,10 +91,10 @@ class Metrics:
             "migrated_running_remaining_bytes", "Bytes left of a running migration.", ("guest",), registry=self.registry
         )
         for gauge in (self._running, self._in_doubt):
-            for side in ("source", "destination"):
-                gauge.labels(side).set(0)
+            for one in ROLES:
+                gauge.labels(one).set(0)
 
-    def observe(self, record: Record, role: Literal["source", "destination"]) -> None:
+    def observe(self, record: Record, role: Role) -> None:
         """Count a finished attempt; one in doubt is only counted once it is resolved."""
         if record.outcome == "in-doubt":
             return
@@ -114,18 +115,18 @@ class Metrics:
             self._abort_pause.labels(role).observe(downtime.measured_ns / 1e9)
             return
         self._downtime.labels(role).observe(downtime.measured_ns / 1e9)
-        if downtime.predicted_ns is not None and downtime.measured_ns:
-            self._prediction_error.labels(role).observe(abs(downtime.predicted_ns / downtime.measured_ns - 1))
-        if downtime.predicted_upper_ns is not None and downtime.measured_ns > downtime.predicted_upper_ns:
+        if downtime.predicted_ns is not None and downtime.counted_ns > 0:
+            self._prediction_error.labels(role).observe(abs(downtime.predicted_ns / downtime.counted_ns - 1))
+        if downtime.predicted_upper_ns is not None and downtime.counted_ns > downtime.predicted_upper_ns:
             self._late_predictions.labels(role).inc()
 
     def track(self, progress: Iterable[Progress]) -> None:
         """Say what runs now, from all migrations that the daemon knows; call it at least once per scrape interval."""
-        live = [p for p in progress if p.status not in ("completed", "cancelled", "failed")]
-        for side in ("source", "destination"):
-            mine = [p for p in live if p.role == side]
-            self._in_doubt.labels(side).set(sum(p.status == "in-doubt" for p in mine))
-            self._running.labels(side).set(sum(p.status != "in-doubt" for p in mine))
+        live = [p for p in progress if p.status not in FINISHED]
+        for role in ROLES:
+            mine = [p for p in live if p.role == role]
+            self._in_doubt.labels(role).set(sum(p.status == "in-doubt" for p in mine))
+            self._running.labels(role).set(sum(p.status != "in-doubt" for p in mine))
         self._moved_now.clear()
         self._remaining_now.clear()
         for p in live:

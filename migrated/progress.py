@@ -6,12 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from migrated.record import RoundRow
-
-Status = Literal[
-    "setup", "active", "pre-switchover", "device", "completed", "cancelling", "cancelled", "failed", "in-doubt"
-]
-"""QEMU's MigrationStatus names, and ``in-doubt``: COMMIT was sent and the destination has not answered."""
+from migrated.record.model import RoundRow
+from migrated.record.terms import Role, Status
 
 
 class Acknowledged(BaseModel):
@@ -38,7 +34,7 @@ class Progress(BaseModel):
 
     migration_id: str
     guest: str
-    role: Literal["source", "destination"]
+    role: Role
     peer: str
     status: Status
     phase: str

@@ -1,4 +1,4 @@
-"""The downtime budget: limits, reserves, deadlines, and parts that sum to the whole.
+"""The downtime budget: limits, reserves, deadlines, and the interval that the downtime lies in.
 
     t0 stop requested                                    abort limit = downtime limit + switchover limit
     |---- source ----|-- transit --|---- destination ----|- reserve -|
@@ -9,14 +9,11 @@ daemons, the tests and the simulator.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from protocol.clock import DEFAULT_RHO_PPB
 from protocol.messages import Limits
-
-Side = Literal["source", "destination", "link"]
 
 _PPB: Final = 1_000_000_000
 
@@ -128,17 +125,3 @@ def measured_downtime(
     lower = committed_ns + least(resumed_after_ns)
     upper = max(lower, running_ns - least(sent_after_ns - resumed_after_ns))
     return DowntimeInterval(lower, upper)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One part of a downtime: its name, whose clock measured it, and its length."""
-
-    name: str
-    side: Side
-    ns: int
-
-
-def unattributed_ns(total_ns: int, parts: Iterable[Part]) -> int:
-    """What the parts leave of the total. More than 5 % or 1 ms, whichever is larger, is a bug in the measurement."""
-    return total_ns - sum(part.ns for part in parts)

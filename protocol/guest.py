@@ -22,6 +22,10 @@ GuestName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z
 NonNegativeNs = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 
 
+DeviceKind = Literal["iterable", "non-iterable"]
+"""Iterable devices send state in rounds while the guest runs, and the rest at the stop; others send all of it then."""
+
+
 class WireModel(BaseModel):
     """Base of everything that crosses a wire: frozen, strict types, no unknown keys, no NaN."""
 
@@ -56,7 +60,7 @@ class DeviceDescription(WireModel):
     """
 
     name: Name
-    kind: Literal["iterable", "non-iterable"]
+    kind: DeviceKind
     state_bytes: Annotated[int, Field(ge=0, le=MAX_DEVICE_STATE_BYTES)]
     expected_save_ns: NonNegativeNs = 0
     expected_load_ns: NonNegativeNs = 0

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.frames import pack_header
-from protocol.guest import GuestDescription, Name, NonNegativeNs, WireModel
+from protocol.guest import DeviceKind, GuestDescription, Name, NonNegativeNs, WireModel
 from protocol.guest_time import Policy, VmTimeData
 
 U32 = Annotated[int, Field(ge=0, lt=1 << 32)]
@@ -98,7 +98,7 @@ class DeviceCost(WireModel):
     """Cost of saving or loading one device (ns)."""
 
     name: Name
-    kind: Literal["iterable", "non-iterable"]
+    kind: DeviceKind
     ns: NonNegativeNs
 
 
@@ -378,7 +378,7 @@ class DeviceState(Message):
     TYPE = FrameType.DEVICE_STATE
     order: U32
     name: Name
-    kind: Literal["iterable", "non-iterable"]
+    kind: DeviceKind
     final: bool
     offset: U32
     total_bytes: U32

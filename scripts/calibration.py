@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The prediction campaign: real migrations over loopback, predicted against actual, and against simpler predictors.
 
     training attempts (another seed, not counted)  ->  counted attempts  ->  figures, baselines, plots
@@ -26,9 +25,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tests.integration.harness import MIB, ROOT, Host, Pair
+from scripts.basics import MIB, ROOT
+from scripts.rig.host import Host
+from scripts.rig.pair import Pair
 
 MS: Final = 1_000_000
 LIMITS_MS: Final = (50.0, 100.0, 300.0, 900.0)

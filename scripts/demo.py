@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The first thing to run: a busy guest moves to another daemon and back over TCP, while you watch.
 
     host a  [ guest "web" ] ==TCP==> host b        and back, each time within 300 ms from stop to run
@@ -34,8 +33,8 @@ from migrated.cli.watch import attend, display
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
 from migrated.report import write_report
 from protocol.units import UnitError, format_rate, format_size, parse_duration_ns, parse_rate, parse_size
+from scripts.basics import ROOT
 
-REPOSITORY: Final = Path(__file__).resolve().parents[1]
 GUEST: Final = "web"
 ATTEMPTS: Final = 4
 """On a machine that is busy with other things a limit may not be kept. That costs an attempt, never the guest."""
@@ -80,7 +79,7 @@ async def running_host(name: str, directory: Path, log_path: Path) -> AsyncItera
     """A daemon with everything of its own in ``directory``; its log goes to ``log_path``."""
     directory.mkdir()
     config = directory / "host.toml"
-    config.write_text(CONFIG.format(directory=directory, profiles=REPOSITORY / "configs" / "guests"))
+    config.write_text(CONFIG.format(directory=directory, profiles=ROOT / "configs" / "guests"))
     # Settings for the user's own daemons must not reach this one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MIGRATED_")}
     command = [sys.executable, "-m", "migrated", "host", "--config", str(config)]

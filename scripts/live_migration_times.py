@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Phase times and memory traffic of one migration, in the columns of Propolis' ``live-migration-times.d``.
 
 Reads the record of an attempt from a file (``-`` for standard input), or asks the daemon for a MIGRATION_ID. Times are

@@ -1,5 +1,6 @@
-#!/usr/bin/env python3
-"""The safety argument, runnable part by part: ``prove.py explorer | simulator | matrix | soak | aborts | all``.
+"""The safety argument, runnable part by part.
+
+    python -m scripts.prove explorer | simulator | matrix | soak | aborts | all
 
 Progress goes to stderr; the last line on stdout is one JSON object with the part's counts. Exit code 1 when anything
 was violated or a mutant got away.
@@ -13,20 +14,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from scripts import prove_aborts, prove_matrix, soak
+from scripts.basics import say
 from tests.explorer.explorer import Model, explore
 from tests.explorer.mutants import MUTANTS
 from tests.explorer.simulator import simulate
-
-
-def say(text: str) -> None:
-    """Tell a person."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def prove_explorer(options: argparse.Namespace) -> tuple[dict[str, int], bool]:

@@ -1,5 +1,6 @@
-#!/usr/bin/env python3
-"""How precisely an abort gives the guest back: ``prove_aborts.py [--aborts 100] [--busy]``.
+"""How precisely an abort gives the guest back.
+
+    python -m scripts.prove_aborts [--aborts 100] [--busy]
 
 Half of the aborts are the destination's, in the middle of a load that is too long for the limit; half are the source's
 own, with the network cut at the stop. Each must let the guest run again within the limit plus its own resume.
@@ -17,23 +18,16 @@ import math
 import signal
 import statistics
 import sys
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from protocol.messages import FrameType
-from tests.faults.faulty import FaultyPair
-from tests.faults.proxy import AtFrame, Cut
+from scripts.basics import say
+from scripts.rig.faults import AtFrame, Cut
+from scripts.rig.faulty import FaultyPair
 
 LIMIT_MS: Final = 150
 ALLOWED_MS: Final = 10.0
 FORCED: Final = {"downtime_limit": LIMIT_MS, "timeout_s": 0.1, "on_timeout": "force"}
-
-
-def say(text: str) -> None:
-    """Tell a person."""
-    print(text, file=sys.stderr, flush=True)
 
 
 class Abort(NamedTuple):

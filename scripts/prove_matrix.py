@@ -1,7 +1,8 @@
-#!/usr/bin/env python3
-"""The fault matrix over real daemons and guests: ``prove_matrix.py [--lanes 3] [PATTERN ...]``.
+"""The fault matrix over real daemons and guests.
 
-Every step of a migration x every fault (``tests/faults/matrix.py``). A pattern names cells by a part of
+    python -m scripts.prove_matrix [--lanes 3] [PATTERN ...]
+
+Every step of a migration x every fault (``scripts/rig/matrix.py``). A pattern names cells by a part of
 ``step/fault``; without one all cells run. Progress goes to stderr; the last line on stdout is one JSON object:
 ``{"cells", "violations"}``. Exit code 1 when anything was violated.
 """
@@ -14,18 +15,11 @@ import json
 import signal
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tests.faults.matrix import ALL_CELLS, Cell, run_matrix
+from scripts.basics import say
+from scripts.rig.matrix import ALL_CELLS, Cell, run_matrix
 
 LANES = 3
-
-
-def say(text: str) -> None:
-    """Tell a person."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def chosen(patterns: list[str]) -> list[Cell]:

@@ -1,5 +1,6 @@
-#!/usr/bin/env python3
-"""Migrations back and forth between two hosts with random faults from a seed: ``soak.py --migrations 200 --seed 1``.
+"""Migrations back and forth between two hosts with random faults from a seed.
+
+    python -m scripts.soak --migrations 200 --seed 1
 
 After every migration: the guest is whole on exactly one host, no two copies ever ran, nothing is left behind, and
 whatever was killed or cut works again. What happened goes to stderr; the last line on stdout is one JSON object:
@@ -16,15 +17,14 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tests.faults.faulty import FaultyPair
-from tests.faults.matrix import ALL_CELLS, BLACKOUT_S, PARAMETERS, RESTART_S, action_of, start_over
-from tests.faults.proxy import AtFrame, AtTime, Cut, Point, Reset, Stall
-from tests.integration.harness import CommandError, DaemonUnreachableError, HarnessError
+from migrated.control.client import CommandError, DaemonUnreachableError
+from scripts.basics import say
+from scripts.rig.faults import AtFrame, AtTime, Cut, Point, Reset, Stall
+from scripts.rig.faulty import FaultyPair
+from scripts.rig.matrix import ALL_CELLS, BLACKOUT_S, PARAMETERS, RESTART_S, action_of, start_over
+from scripts.rig.waiting import RigError
 
 FAULTY_SHARE: Final = 0.6
 """How many of the migrations meet a fault; the others must complete."""
@@ -48,11 +48,6 @@ class Soak:
     def document(self) -> dict[str, int]:
         """The counts."""
         return {"migrations": self.migrations, "faults": self.faults, "violations": len(self.violations)}
-
-
-def say(text: str) -> None:
-    """Tell a person."""
-    print(text, file=sys.stderr, flush=True)
 
 
 async def one_migration(pair: FaultyPair, chance: random.Random, soak: Soak) -> str:
@@ -115,7 +110,7 @@ async def run(migrations: int, seed: int) -> Soak:
             try:
                 async with asyncio.timeout(120):
                     say(await one_migration(pair, chance, soak))
-            except (HarnessError, CommandError, DaemonUnreachableError, TimeoutError) as error:
+            except (RigError, CommandError, DaemonUnreachableError, TimeoutError) as error:
                 soak.violations.append(str(error) or "a migration took more than 120 s")
                 say(f"    VIOLATION: {soak.violations[-1]}\n{pair.log_tail(LOG_LINES)}")
                 await start_over(pair)

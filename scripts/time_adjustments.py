@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The adjustment of guest time in one migration, in the columns and rows of Propolis' ``time-adjustments.d``.
 
 Reads the record of an attempt from a file (``-`` for standard input), or asks the daemon for a MIGRATION_ID. The row
@@ -13,10 +12,10 @@ import json
 import sys
 from typing import Any
 
-from live_migration_times import NS_PER_US, RecordError, arguments, load_record
 from pydantic import BaseModel, Field, NonNegativeInt
 
 from protocol.guest_time import I64_MIN, U64_MAX, TimeAdjustError, TimeStage, VmTimeData, adjust_time_data
+from scripts.live_migration_times import NS_PER_US, RecordError, arguments, load_record
 
 
 def _wrap_i64(value: int) -> int:

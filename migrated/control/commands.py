@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -20,7 +20,7 @@ from migrated.control.schema import (
 )
 from migrated.history import HistoryQuery, RecordNotFoundError
 from migrated.progress import Progress
-from migrated.record import Outcome
+from migrated.record.terms import FINISHED, OUTCOMES
 
 Arguments = Mapping[str, Any]
 Handler = Callable[[Operations, Arguments], Awaitable[Any]]
@@ -79,7 +79,7 @@ def _named(operations: Operations, arguments: Arguments) -> str:
 
 def _running(operations: Operations, arguments: Arguments) -> Progress | None:
     """The migration that a command means: the guest's, or the only one that runs; None when nothing runs."""
-    found = [p for p in operations.progress(arguments.get("guest")) if p.status not in qemu.FINISHED]
+    found = [p for p in operations.progress(arguments.get("guest")) if p.status not in FINISHED]
     if len(found) > 1:
         names = ", ".join(sorted(p.guest for p in found))
         raise OperationError(f"Several migrations are running (of {names}); say which with 'guest'.")
@@ -135,7 +135,7 @@ async def _query_migrate(operations: Operations, arguments: Arguments) -> Any:
     known = operations.progress(guest)
     if known:
         latest = known[-1]
-        if latest.status not in qemu.FINISHED:
+        if latest.status not in FINISHED:
             return qemu.migration_info(latest, None)
         try:
             record = await asyncio.to_thread(operations.record, latest.migration_id)
@@ -286,7 +286,7 @@ HISTORY_QUERY: Final = ("last", "guest", "outcome", "since", "until")
 CHANNELS: Final = Argument("channels", "array", "QEMU's other form of the destination: one 'main' inet channel.")
 HISTORY_FILTER: Final = (
     Argument("guest", "string", "Only this guest."),
-    Argument("outcome", "string", "Only this outcome.", values=get_args(Outcome)),
+    Argument("outcome", "string", "Only this outcome.", values=OUTCOMES),
     Argument("since", "string", "Only attempts that began at this ISO 8601 time with offset, or later."),
     Argument("until", "string", "Only attempts that began before this ISO 8601 time with offset."),
 )

@@ -8,6 +8,7 @@ from typing import Any, Final
 from migrated.control.operations import OperationError
 from migrated.parameters import MigrationParameters
 from migrated.progress import Progress
+from migrated.record.terms import FINISHED, STATUS_OF
 from protocol.guest import PAGE_SIZE
 
 RUN_STATES: Final = {
@@ -29,9 +30,6 @@ CAPABILITIES: Final = {
 """Capabilities that can be switched, and the field of MigrationParameters behind each, where it exists."""
 ALWAYS_ON: Final = ("events", "return-path", "multifd")
 """QEMU's capabilities that this daemon cannot work without; switching them on is fine, off is an error."""
-
-FINISHED: Final = frozenset({"completed", "cancelled", "failed"})
-"""Statuses of a migration that has ended."""
 
 
 def capability_document(parameters: MigrationParameters) -> list[dict[str, Any]]:
@@ -135,10 +133,9 @@ def migration_info(progress: Progress, record: Mapping[str, Any] | None) -> dict
 
 def recorded_info(record: Mapping[str, Any]) -> dict[str, Any]:
     """MigrationInfo of a migration that only the history remembers."""
-    outcome, ram, downtime = record["outcome"], record["ram"], record["downtime"]
-    status = outcome if outcome in ("completed", "cancelled", "in-doubt") else "failed"
+    ram, downtime = record["ram"], record["downtime"]
     info: dict[str, Any] = {
-        "status": status,
+        "status": STATUS_OF[record["outcome"]],
         "total-time": _ms(record["total_ns"]),
         "setup-time": _ms(record["setup_ns"]),
         "ram": {

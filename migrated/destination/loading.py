@@ -17,7 +17,7 @@ import structlog
 from migrated.clock import HostClock
 from migrated.destination.pages import ArrivedState
 from migrated.errors import MigrationError
-from migrated.record import TimeSummary
+from migrated.record.model import TimeSummary
 from migrated.vmm.seam import StatePart, VmmGuest
 from protocol import messages
 from protocol.clock import ExportExchange, OffsetEstimate

@@ -34,8 +34,10 @@ from migrated.link import sockets
 from migrated.link.control import ControlChannel, Received
 from migrated.link.data import DataChannel
 from migrated.link.reply import Reply
-from migrated.progress import Progress, Status
-from migrated.record import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine, Record
+from migrated.progress import Progress
+from migrated.record.model import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine, Record
+from migrated.record.parts import Part
+from migrated.record.terms import QemuCheckpoint, Status
 from migrated.tasks import TaskSet
 from migrated.vmm.memory import GuestMemory, shared_huge_pages
 from migrated.vmm.seam import ExpectedCosts
@@ -626,15 +628,15 @@ class IncomingMigration:
             arrived_ns = max(self._arrived_ns, self._state_end_read_ns)
             loaded_ns = max(self._loaded_ns, arrived_ns)
             in_flight_ns = arrived_ns - self._state_end_read_ns
-            parts.append(DowntimePart(name="last-pages-leg", side="link", ns=in_flight_ns))
-            parts.append(_part("device-loads", loaded_ns - arrived_ns))
-            checkpoints.append(self._checkpoint("dst-precopy-loadvm-completed", loaded_ns))
+            parts.append(DowntimePart.of(Part.LAST_PAGES_LEG, in_flight_ns))
+            parts.append(DowntimePart.of(Part.DEVICE_LOADS, loaded_ns - arrived_ns))
+            checkpoints.append(self._checkpoint(QemuCheckpoint.LOADED, loaded_ns))
             if self._checked_ns:
-                parts.append(_part("digest-check", self._checked_ns - loaded_ns))
+                parts.append(DowntimePart.of(Part.DIGEST_CHECK, self._checked_ns - loaded_ns))
         if (times := takeover.resume_times) is not None:
-            parts.append(_part("commit-journal", times.begin_ns - times.commit_read_ns))
-            parts.append(_part("resume", times.end_ns - times.begin_ns))
-            checkpoints.append(self._checkpoint("dst-precopy-bh-vm-started", times.end_ns))
+            parts.append(DowntimePart.of(Part.COMMIT_JOURNAL, times.begin_ns - times.commit_read_ns))
+            parts.append(DowntimePart.of(Part.RESUME, times.end_ns - times.begin_ns))
+            checkpoints.append(self._checkpoint(QemuCheckpoint.VM_STARTED, times.end_ns))
         return DestinationHalf(
             host=self._env.host,
             load_ns=loading.done.load_ns,
@@ -650,10 +652,10 @@ class IncomingMigration:
             events=tuple(LogLine(side="destination", **line) for line in self._env.take_log(self.migration_id)),
         )
 
-    def _checkpoint(self, name: str, at_ns: int) -> Checkpoint:
+    def _checkpoint(self, point: QemuCheckpoint, at_ns: int) -> Checkpoint:
         """A checkpoint on our own count of the downtime."""
         assert self._count is not None
-        return Checkpoint(name=name, side="destination", ns=self._count.now(at_ns))
+        return Checkpoint.of(point, self._count.now(at_ns))
 
     def _take_record(self, payload: bytes) -> None:
         try:
@@ -695,7 +697,3 @@ class IncomingMigration:
                 "MIGRATION", {"status": status, "guest": self.guest_name, "migration-id": self.migration_id}
             )
             self._on_change()
-
-
-def _part(name: str, ns: int) -> DowntimePart:
-    return DowntimePart(name=name, side="destination", ns=ns)

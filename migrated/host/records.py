@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
 from migrated.control.operations import OperationError
 from migrated.history import History, HistoryError, HistoryQuery, RecordNotFoundError
 from migrated.metrics import Metrics
-from migrated.record import Record
+from migrated.record.model import Record
+from migrated.record.terms import Role
 
 log = structlog.get_logger()
 
@@ -30,7 +31,7 @@ class FinishedRecords:
         self._history = history
         self._metrics = metrics
 
-    def finish(self, record: Record, role: Literal["source", "destination"]) -> None:
+    def finish(self, record: Record, role: Role) -> None:
         """Keep a finished record. In this thread: a migration is done when its record is readable."""
         begin = time.monotonic()
         self._history.add(record, role)

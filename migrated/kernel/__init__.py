@@ -4,7 +4,10 @@
     userfault         userfaultfd: asynchronous write protection of memory
     memory            madvise, fallocate, mmap at a fixed address, mlock on fault
     process_memory    process_vm_readv and process_vm_writev: memory of another process
+    injection         ptrace: a system call made inside another process
+    tracking          a userfaultfd made inside another process and taken: its writes, tracked from outside
 
-Nothing here knows of guests or migrations: addresses and sizes are bytes, and errors are ``OSError`` with a sentence.
+Nothing here knows of guests or migrations: addresses and sizes are bytes, and errors are ``OSError``, or those
+of ``errors``, with a sentence.
 The package imports nothing of the rest of this program, so the daemons and the simulated VMM can both use it.
 """

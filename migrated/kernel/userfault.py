@@ -8,15 +8,13 @@ holds it.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
-import platform
 import struct
 from typing import Final
 
-SYS_USERFAULTFD: Final = {"x86_64": 323, "aarch64": 282}
-"""Number of the system call, by machine."""
+from migrated.kernel.syscalls import syscall
+
 USERFAULTFD_IOC_NEW: Final = 0xAA00
 UFFD_USER_MODE_ONLY: Final = 1
 """Enough for asynchronous write protection, whose faults the kernel resolves by itself, and needs no privilege."""
@@ -31,8 +29,6 @@ FEATURE_WP_UNPOPULATED: Final = 1 << 13
 FEATURE_WP_ASYNC: Final = 1 << 15
 REGISTER_MODE_WP: Final = 2
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def open_userfaultfd() -> int:
     """A userfaultfd of this process: through /dev/userfaultfd, or by the system call for user mode only.
@@ -44,10 +40,7 @@ def open_userfaultfd() -> int:
     try:
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        fd: int = _libc.syscall(SYS_USERFAULTFD[platform.machine()], flags | UFFD_USER_MODE_ONLY)
-        if fd < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())) from None
-        return fd
+        return syscall("userfaultfd", flags | UFFD_USER_MODE_ONLY)
     try:
         return fcntl.ioctl(device, USERFAULTFD_IOC_NEW, flags)
     finally:

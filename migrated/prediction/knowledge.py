@@ -22,7 +22,8 @@ from typing import Any, Final
 
 from migrated.parameters import limit_of
 from migrated.prediction.model import Bases, Prediction
-from migrated.record import COMPONENT_OF, COMPONENTS, Component, Record
+from migrated.record.model import Downtime, Record
+from migrated.record.parts import Component, PredictedPart
 from protocol.guest import GuestDescription
 
 _CORRECTIONS_KEPT: Final = 60
@@ -56,12 +57,12 @@ class _Prior:
 
 
 _PRIORS: Final[Mapping[Component, _Prior]] = {
-    "stop": _Prior(400_000, 0.10, 400_000),
-    "dirty-log": _Prior(300_000, 0.30, 300_000),
-    "state": _Prior(1_500_000, 0.25, 1_500_000),
-    "device-loads": _Prior(800_000, 0.10, 800_000),
-    "legs": _Prior(1_500_000, 0.50, 500_000),
-    "resume": _Prior(800_000, 0.15, 500_000),
+    Component.STOP: _Prior(400_000, 0.10, 400_000),
+    Component.DIRTY_LOG: _Prior(300_000, 0.30, 300_000),
+    Component.STATE: _Prior(1_500_000, 0.25, 1_500_000),
+    Component.DEVICE_LOADS: _Prior(800_000, 0.10, 800_000),
+    Component.LEGS: _Prior(1_500_000, 0.50, 500_000),
+    Component.RESUME: _Prior(800_000, 0.15, 500_000),
 }
 """Devices were tried; memory is an estimate."""
 
@@ -118,8 +119,8 @@ class Knowledge:
         total_ns = sum(components.values())
         score, basis = self._score(guest, coverage)
         upper_ns = total_ns + max(0, int(score * _scale_ns(estimates)))
-        state_base = max(1, bases.of("state"))
-        memory_ns = components["state"] * min(bases.memory_ns, state_base) // state_base
+        state_base = max(1, bases.of(Component.STATE))
+        memory_ns = components[Component.STATE] * min(bases.memory_ns, state_base) // state_base
         return Prediction(total_ns, upper_ns, components, memory_ns, basis, bandwidth_known, bases)
 
     def _estimates(
@@ -142,7 +143,7 @@ class Knowledge:
                 continue
             count, centre = len(ring.values), median(ring.values)
             spread = (count * _spread(ring.values, centre) + _SPREAD_WEIGHT * spread) / (count + _SPREAD_WEIGHT)
-            if component == "state" and memory_bound and base_ns >= _LARGE_NS and key != own:
+            if component is Component.STATE and memory_bound and base_ns >= _LARGE_NS and key != own:
                 centre = max(centre, 1.0)  # other guests' memory moved faster because of their link, or their rounds
             if count >= _ENOUGH_CORRECTIONS:
                 ns = max(0, int(base_ns * centre if base_ns >= _LARGE_NS else base_ns + centre))
@@ -172,13 +173,13 @@ class Knowledge:
             return
         if record.outcome not in ("completed", "aborted"):
             return
-        bases_ns = {component: downtime.predicted_bases_ns.get(component, 0) for component in COMPONENTS}
-        memory_bound = not downtime.predicted_parts_ns.get("device-saves")
+        bases_ns = {component: downtime.predicted_bases_ns.get(component, 0) for component in Component}
+        memory_bound = not downtime.predicted_parts_ns.get(PredictedPart.DEVICE_SAVES.label)
         scale_ns = _scale_ns(self._estimates(record.guest, kind, bases_ns, memory_bound=memory_bound))
-        score = (downtime.measured_ns - downtime.hold_ns - downtime.predicted_ns) / scale_ns
+        score = (downtime.counted_ns - downtime.predicted_ns) / scale_ns
         if record.outcome == "completed":
             self._aborts.pop(record.guest, None)
-            self._learn_components(record, kind, bases_ns, memory_bound=memory_bound)
+            self._learn_components(record.guest, downtime, kind, bases_ns, memory_bound=memory_bound)
         else:
             if downtime.predicted_upper_ns is not None and downtime.predicted_upper_ns < limit_of(record.parameters):
                 # The bound let it pass and was wrong; a forced stop says nothing about the bound.
@@ -188,18 +189,12 @@ class Knowledge:
         self._scores.add(score)
 
     def _learn_components(
-        self, record: Record, kind: str, bases_ns: Mapping[Component, int], *, memory_bound: bool
+        self, guest: str, downtime: Downtime, kind: str, bases_ns: Mapping[Component, int], *, memory_bound: bool
     ) -> None:
-        downtime = record.downtime
-        assert downtime is not None
-        truth = dict.fromkeys(COMPONENTS, 0)
-        for part in downtime.parts:
-            if part.name != "hold":
-                truth[COMPONENT_OF.get(part.name, "legs")] += part.ns
-        truth["legs"] += downtime.unattributed_ns
+        truth = downtime.by_component()
         for component, base_ns in bases_ns.items():
             learned = truth[component] / base_ns if base_ns >= _LARGE_NS else truth[component] - base_ns
-            for key in _keys(record.guest, kind):
+            for key in _keys(guest, kind):
                 name = _correction_key(key, component, base_ns, memory_bound=memory_bound)
                 self._ring(self._corrections, name, _CORRECTIONS_KEPT).add(learned)
 
@@ -253,7 +248,11 @@ def _scale_ns(estimates: Mapping[Component, _Estimate]) -> float:
 
 def _correction_key(key: str, component: Component, base_ns: int, *, memory_bound: bool) -> str:
     """What rests on the link and what rests on a device errs differently."""
-    what = f"{component}:{'memory' if memory_bound else 'device-saves'}" if component == "state" else component
+    what = (
+        f"{component}:{'memory' if memory_bound else 'device-saves'}"
+        if component is Component.STATE
+        else component.value
+    )
     return f"{key}/{what}/{'factor' if base_ns >= _LARGE_NS else 'overhead'}"
 
 

@@ -2,8 +2,9 @@
 
     predicted = stop + dirty log + max(memory, device saves) + device loads + legs + resume
 
-Each component has a base that this attempt measured or tried (dry runs on both sides, the last scan, remaining bytes
-over acknowledged bandwidth), corrected by what past records showed of base and truth. The upper bound covers the total.
+Each component (``record.parts``) has a base that this attempt measured or tried (dry runs on both sides, the last scan,
+remaining bytes over acknowledged bandwidth), corrected by what past records showed of base and truth. The upper bound
+covers the total.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from migrated.record import COMPONENTS, Component
+from migrated.record.parts import Component, PredictedPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +37,22 @@ class Bases:
 
     def by_name(self) -> dict[Component, int]:
         """All components."""
-        return {component: self.of(component) for component in COMPONENTS}
+        return {component: self.of(component) for component in Component}
 
     def of(self, component: Component) -> int:
         """The base of one component."""
         match component:
-            case "stop":
+            case Component.STOP:
                 return self.stop_ns
-            case "dirty-log":
+            case Component.DIRTY_LOG:
                 return self.dirty_log_ns
-            case "state":
+            case Component.STATE:
                 return max(self.memory_ns, self.save_ns)
-            case "device-loads":
+            case Component.DEVICE_LOADS:
                 return self.load_ns
-            case "legs":
+            case Component.LEGS:
                 return self.legs_ns
-            case "resume":
+            case Component.RESUME:
                 return self.resume_ns
 
 
@@ -79,17 +80,18 @@ class Prediction:
 
     def bases_by_name(self) -> dict[str, int]:
         """The bases of the components."""
-        return {str(component): ns for component, ns in self.bases.by_name().items()}
+        return {component.value: ns for component, ns in self.bases.by_name().items()}
 
     def parts(self) -> dict[str, int]:
         """The components by name, ``state`` cut into memory and what device saves add to it."""
         parts: dict[str, int] = {}
-        for name, ns in self.components.items():
-            if name == "state":
-                parts["memory"] = min(self.memory_ns, ns)
-                parts["device-saves"] = ns - parts["memory"]
+        for component, ns in self.components.items():
+            if component is Component.STATE:
+                memory_ns = min(self.memory_ns, ns)
+                parts[PredictedPart.MEMORY.label] = memory_ns
+                parts[PredictedPart.DEVICE_SAVES.label] = ns - memory_ns
             else:
-                parts[name] = ns
+                parts[component.value] = ns
         return parts
 
     def explain(self, limit_ns: int) -> str:

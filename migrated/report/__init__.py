@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from migrated.record import Record
+from migrated.record.model import Record
 from migrated.report import attempt, comparison
 from migrated.report.fields import Fields
 from migrated.report.markup import Markup, text

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from migrated.record import COMPONENT_OF, COMPONENTS, Component
+from migrated.record.model import Downtime
+from migrated.record.parts import Component, predicted_names
+from migrated.record.terms import MEANING_OF_CHECKPOINT
 from migrated.report.charts import Axis, Bar, Track, magnified, tracks
 from migrated.report.fields import Fields, exact_ms, join_unit, short
 from migrated.report.markup import Markup, el, join
@@ -21,15 +23,6 @@ from migrated.report.pieces import (
     zoom_hint,
 )
 
-CHECKPOINTS: Final = {
-    "src-downtime-start": "the stop is requested",
-    "src-vm-stopped": "the vCPUs stand still",
-    "src-iterable-saved": "last pages and iterable devices are sent",
-    "src-non-iterable-saved": "all device states are sent",
-    "dst-precopy-loadvm-completed": "everything is loaded",
-    "dst-precopy-bh-vm-started": "the vCPUs run",
-    "src-downtime-end": "the guest runs again",
-}
 COUNTS: Final = {
     "source_reported_ns": "last told by the source",
     "destination_measured_ns": "destination’s count at its vote",
@@ -81,7 +74,7 @@ def _components(fields: Fields) -> Markup | None:
     actual = _actual_components(downtime)
     rows = []
     end_ns = 1
-    for component in COMPONENTS:
+    for component in Component:
         # Memory and device saves run side by side: what is predicted for saves is what they add.
         parts = _parts_of(downtime, component)
         predicted = sum(names[name] for name in parts)
@@ -110,8 +103,7 @@ def _components(fields: Fields) -> Markup | None:
 
 def _parts_of(downtime: Any, component: Component) -> list[str]:
     """The names under which a component's prediction stands in the record."""
-    names = ("memory", "device-saves") if component == "state" else (component,)
-    return [name for name in names if name in downtime["predicted_parts_ns"]]
+    return [name for name in predicted_names(component) if name in downtime["predicted_parts_ns"]]
 
 
 def component_title(downtime: Any, component: Component) -> str:
@@ -124,19 +116,14 @@ def overruns(downtime: Any) -> dict[Component, int]:
     actual, predicted = _actual_components(downtime), downtime["predicted_parts_ns"]
     return {
         component: actual[component] - sum(predicted[name] for name in parts)
-        for component in COMPONENTS
+        for component in Component
         if (parts := _parts_of(downtime, component))
     }
 
 
 def _actual_components(downtime: Any) -> dict[Component, int]:
     """The parts of a downtime as the prediction groups them."""
-    actual: dict[Component, int] = dict.fromkeys(COMPONENTS, 0)
-    for part in downtime["parts"]:
-        if part["name"] != "hold":
-            actual[COMPONENT_OF.get(part["name"], "legs")] += part["ns"]
-    actual["legs"] += downtime["unattributed_ns"]
-    return actual
+    return Downtime.model_validate(downtime).by_component()
 
 
 def part_bars(downtime: Any) -> list[Bar]:
@@ -227,7 +214,7 @@ def checkpoints(fields: Fields) -> Section | None:
         )
         side = chip(point["side"], fields.show(f"{path}.side"))
         cells = (side, fields.ms(f"{path}.ns"), exact_ms(point["ns"] - before_ns))
-        meaning = el("small", CHECKPOINTS.get(point["name"], ""), class_="meaning")
+        meaning = el("small", MEANING_OF_CHECKPOINT.get(point["name"], ""), class_="meaning")
         rows.append(Track(join([fields.show(f"{path}.name"), meaning]), cells, bars))
         before_ns = point["ns"]
     return section(

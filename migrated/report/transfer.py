@@ -26,6 +26,7 @@ def rounds(fields: Fields) -> Section | None:
         "predicted ms",
         "bound ms",
         "throttle %",
+        "fence ms",
     )
     rows = [
         (
@@ -41,6 +42,7 @@ def rounds(fields: Fields) -> Section | None:
             fields.ms(f"{path}.predicted_downtime_ns"),
             fields.ms(f"{path}.predicted_upper_ns"),
             fields.show(f"{path}.throttle_percent"),
+            fields.ms(f"{path}.fence_ns"),
         )
         for path in paths
     ]

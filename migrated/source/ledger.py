@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ from typing import Literal
 
 from migrated.parameters import MigrationParameters
 from migrated.prediction.model import Prediction
-from migrated.record import (
+from migrated.record.model import (
     Checkpoint,
     DestinationHalf,
     DeviceRow,
@@ -21,21 +21,20 @@ from migrated.record import (
     DowntimePart,
     EncodingRow,
     LogLine,
-    Outcome,
-    Phase,
+    PhaseRow,
     Ram,
     Record,
     RoundRow,
     downtime_of,
 )
+from migrated.record.parts import CUT_FINER, Part
+from migrated.record.terms import Outcome, Phase, QemuCheckpoint
 from migrated.source.encoding import EncodingTotals
-from protocol.budget import DowntimeInterval, Part, Side
+from protocol.budget import DowntimeInterval
 from protocol.digest import ALGORITHM
 from protocol.guest import PAGE_SIZE, DeviceDescription
 
 _ROUNDS_KEPT = 1000
-_COMPLETING = ("last-pages-leg", "device-loads", "digest-check")
-"""What the destination tells of the time from STATE_END to its vote."""
 
 
 @dataclass(slots=True)
@@ -83,25 +82,25 @@ class OutgoingLedger:
     rounds: list[RoundRow] = field(default_factory=list)
     devices: dict[tuple[str, str], DeviceFigures] = field(default_factory=dict)
     checkpoints: list[Checkpoint] = field(default_factory=list)
-    phases: list[Phase] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
+    phases: list[PhaseRow] = field(default_factory=list)
+    parts: list[DowntimePart] = field(default_factory=list)
     encodings: dict[str, EncodingTotals] = field(default_factory=dict)
     half: DestinationHalf = field(default_factory=lambda: DestinationHalf(host=""))
     interval: DowntimeInterval | None = None
     """The downtime, once it is known."""
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase by its Propolis name, also when it fails."""
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Time a phase, also when it fails."""
         begin_ns = time.monotonic_ns()
         try:
             yield
         finally:
             self.add_phase(name, begin_ns, time.monotonic_ns())
 
-    def add_phase(self, name: str, begin_ns: int, end_ns: int) -> None:
+    def add_phase(self, name: Phase, begin_ns: int, end_ns: int) -> None:
         """A phase between two instants."""
-        self.phases.append(Phase(name=name, begin_ns=begin_ns - self.began_ns, end_ns=end_ns - self.began_ns))
+        self.phases.append(PhaseRow(name=name.value, begin_ns=begin_ns - self.began_ns, end_ns=end_ns - self.began_ns))
 
     def add_round(self, row: RoundRow) -> None:
         """Keep a round. So that a record can be sent, every second one of the older half goes when there are many."""
@@ -110,13 +109,17 @@ class OutgoingLedger:
         if len(self.rounds) > _ROUNDS_KEPT:
             del self.rounds[1 : _ROUNDS_KEPT // 2 : 2]
 
-    def part(self, name: str, side: Side, begin_ns: int, end_ns: int) -> None:
+    def part(self, part: Part, begin_ns: int, end_ns: int) -> None:
         """A part of the downtime between two instants of the source's clock."""
-        self.parts.append(Part(name, side, end_ns - begin_ns))
+        self.add_part(part, end_ns - begin_ns)
 
-    def checkpoint(self, name: str, ns: int) -> None:
+    def add_part(self, part: Part, ns: int) -> None:
+        """A part of the downtime by its length."""
+        self.parts.append(DowntimePart.of(part, ns))
+
+    def checkpoint(self, point: QemuCheckpoint, ns: int) -> None:
         """One of QEMU's checkpoints, ``ns`` after the stop request."""
-        self.checkpoints.append(Checkpoint(name=name, side="source", ns=ns))
+        self.checkpoints.append(Checkpoint.of(point, ns))
 
     def _downtime(self) -> Downtime | None:
         """The downtime with its parts, the destination's own account filled in where it came."""
@@ -129,7 +132,7 @@ class OutgoingLedger:
             upper_ns=interval.upper_ns,
             measured_ns=interval.measured_ns,
             limit_ns=int(self.parameters.downtime_limit_ms * 1e6),
-            parts=tuple(_refined(self.parts, self.half.parts)),
+            parts=_refined(self.parts, self.half.parts),
             predicted_ns=prediction.total_ns if prediction else None,
             predicted_upper_ns=prediction.upper_ns if prediction else None,
             source_reported_ns=self.source_reported_ns,
@@ -215,20 +218,17 @@ class OutgoingLedger:
             )
 
 
-def _refined(parts: list[Part], details: tuple[DowntimePart, ...]) -> Iterator[Part]:
-    """The source's parts, with the two that happened on the destination cut into its own pieces.
+def _refined(parts: Iterable[DowntimePart], details: Sequence[DowntimePart]) -> Iterator[DowntimePart]:
+    """The source's parts, those that happened on the destination cut into the pieces that it told of.
 
     The pieces are durations of the destination's clock that lie inside the part; what they leave is the part's rest.
+    Pieces that are longer than their part cannot be right and are left out.
     """
-    inside = {
-        "completing": [piece for piece in details if piece.name in _COMPLETING],
-        "resume": [piece for piece in details if piece.name == "commit-journal"],
-    }
-    for part in parts:
-        pieces = inside.get(part.name, []) if part.side == "destination" else []
+    for whole in parts:
+        inside = () if (part := whole.known) is None else CUT_FINER.get(part, ())
+        pieces = [piece for piece in details if piece.known in inside]
         spent_ns = sum(piece.ns for piece in pieces)
-        if spent_ns > part.ns:
+        if spent_ns > whole.ns:
             pieces, spent_ns = [], 0
-        for piece in pieces:
-            yield Part(piece.name, piece.side, piece.ns)
-        yield Part(part.name, part.side, part.ns - spent_ns)
+        yield from pieces
+        yield whole.model_copy(update={"ns": whole.ns - spent_ns})

@@ -28,8 +28,9 @@ from migrated.parameters import MigrationParameters, in_force, limit_of
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
-from migrated.progress import Acknowledged, Progress, Status
-from migrated.record import DestinationHalf, Outcome, Record
+from migrated.progress import Acknowledged, Progress
+from migrated.record.model import DestinationHalf, Record
+from migrated.record.terms import STATUS_OF, Outcome, Phase, Status
 from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import DeviceFigures, OutgoingLedger
 from migrated.source.outcome import OutcomeAsker
@@ -113,7 +114,7 @@ class OutgoingMigration:
         self._transfer: Transfer | None = None
         self._precopy: Precopy | None = None
         self._switchover: Switchover | None = None
-        self._phase = "Sync"
+        self._phase = Phase.SYNC
         self._decision = "connecting"
         self._prediction: Prediction | None = None
 
@@ -143,7 +144,7 @@ class OutgoingMigration:
             # A bug must not cost more than this attempt: the guest goes on, and the log says where it was.
             log.exception("the migration failed unexpectedly")
             outcome, reason = "failed", f"internal error: {error!r}"
-        self._phase = "Finish"
+        self._phase = Phase.FINISH
         await self._abandon(reason)
         await self._clean_up()
         try:
@@ -257,12 +258,12 @@ class OutgoingMigration:
     # Section: the story
 
     async def _story(self) -> None:
-        with self._ledger.phase("Sync"):
+        with self._ledger.phase(Phase.SYNC):
             transfer = await self._set_up()
         self._ledger.setup_ns = time.monotonic_ns() - self._ledger.began_ns
         self._set_status("active")
-        self._phase = "RamPushPrePause"
-        with self._ledger.phase("RamPushPrePause"):
+        self._phase = Phase.PRE_COPY
+        with self._ledger.phase(Phase.PRE_COPY):
             pending = await self._run_rounds(transfer)
         await self._switch_over(transfer, pending)
 
@@ -482,7 +483,7 @@ class OutgoingMigration:
         if outcome != "in-doubt":
             env.journal.close_attempt(self.migration_id, "source")
             self._guest.migration_id = None
-        self._set_status(_STATUS_OF[outcome])
+        self._set_status(STATUS_OF[outcome])
         env.finish(record, "source")
         if self.guest_class:
             env.knowledge.learn(record, self.guest_class)
@@ -562,24 +563,11 @@ def _outcome_of_error(error: Exception) -> tuple[Outcome, str]:
     return ("refused" if isinstance(error, RefusedError) else "failed"), reason
 
 
-_STATUS_OF: dict[Outcome, Status] = {
-    "completed": "completed",
-    "aborted": "failed",
-    "cancelled": "cancelled",
-    "failed": "failed",
-    "refused": "failed",
-    "in-doubt": "in-doubt",
-}
-
-
 def _log_outcome(record: Record) -> None:
     """The two lines of a downtime, breakdown first, or the reason why there is none."""
     downtime = record.downtime
     if downtime is not None:
-        grouped = dict.fromkeys(("stop", "final_memory_delta", "snapshot", "sending_snapshot", "completing"), 0)
-        for part in downtime.parts:
-            grouped[_GROUP_OF.get(part.name, "completing")] += part.ns
-        parts = " ".join(f"{name}={ns / 1e6:.1f}ms" for name, ns in grouped.items())
+        parts = " ".join(f"{group}={ns / 1e6:.1f}ms" for group, ns in downtime.by_group().items())
         log.debug(f"Migration downtime breakdown: {parts} unattributed={downtime.unattributed_ns / 1e6:.1f}ms")
     if record.outcome == "completed" and downtime is not None:
         predicted = downtime.predicted_ns
@@ -592,16 +580,3 @@ def _log_outcome(record: Record) -> None:
         log.error("Migration in doubt", reason=record.reason)
     else:
         log.warning(f"Migration {record.outcome}", reason=record.reason)
-
-
-_GROUP_OF = {
-    "stop": "stop",
-    "hold": "stop",
-    "final-dirty-log-read": "final_memory_delta",
-    "final-pages": "final_memory_delta",
-    "dirty-log-read-after-saves": "final_memory_delta",
-    "pages-after-saves": "final_memory_delta",
-    "device-saves": "snapshot",
-    "state-end-and-ready-legs": "sending_snapshot",
-}
-"""Cloud Hypervisor's five groups; everything else is completing."""

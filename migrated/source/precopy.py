@@ -19,7 +19,7 @@ from migrated.parameters import MigrationParameters, limit_of
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation, Verdict
 from migrated.prediction.model import Prediction
-from migrated.record import RoundRow
+from migrated.record.model import RoundRow
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.pages import OutgoingState, PageSender, Sent
 from migrated.vmm.dirty_log import DirtyLog

@@ -16,8 +16,8 @@ from migrated.errors import VmmError
 from migrated.guests import Guest
 from migrated.journal import Attempt
 from migrated.parameters import MigrationParameters, limit_of
-from migrated.progress import Progress, Status
-from migrated.record import Outcome
+from migrated.progress import Progress
+from migrated.record.terms import Outcome, Status
 from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.outcome import OutcomeAsker

@@ -22,13 +22,15 @@ from migrated.clock import HostClock
 from migrated.config import LimitsConfig
 from migrated.errors import LinkLostError, MigrationError, VmmError
 from migrated.link.control import Received
+from migrated.record.parts import Part
+from migrated.record.terms import Phase, QemuCheckpoint
 from migrated.source.handover import SourceHandover
 from migrated.source.precopy import Transfer
-from migrated.vmm.seam import DeviceKind
 from protocol import messages
 from protocol.blackout import SourceBudget, SourceReserves
-from protocol.budget import DowntimeInterval, Part, measured_downtime
+from protocol.budget import DowntimeInterval, measured_downtime
 from protocol.errors import ProtocolError, RemoteProtocolError
+from protocol.guest import DeviceKind
 from protocol.handover import SourceEvent, SourceState, check_epoch
 from protocol.messages import Limits
 from protocol.pages import Runs
@@ -98,7 +100,7 @@ class Switchover:
         """When what is being handled came, or should have come: an abort gives the guest back from then on."""
         self.gave_back_ns: int | None = None
         """How long giving the guest back took from then on, None when it was not, or not by an abort."""
-        self.phase = "Pause"
+        self.phase = Phase.PAUSE
 
     async def run(self) -> None:
         """Stop the guest and see the hand-over through: until it is decided, or in doubt.
@@ -128,10 +130,10 @@ class Switchover:
     def _stopped(self) -> None:
         stopped_ns = self._handover.stopped_at_ns
         self._state_begin_ns = stopped_ns
-        self._ledger.part("stop", "source", self._budget.t0_ns, stopped_ns)
-        self._ledger.add_phase("Pause", self._budget.t0_ns, stopped_ns)
-        self._ledger.checkpoint("src-downtime-start", 0)
-        self._ledger.checkpoint("src-vm-stopped", stopped_ns - self._budget.t0_ns)
+        self._ledger.part(Part.STOP, self._budget.t0_ns, stopped_ns)
+        self._ledger.add_phase(Phase.PAUSE, self._budget.t0_ns, stopped_ns)
+        self._ledger.checkpoint(QemuCheckpoint.DOWNTIME_START, 0)
+        self._ledger.checkpoint(QemuCheckpoint.VM_STOPPED, stopped_ns - self._budget.t0_ns)
         self._on_stopped()
 
     def _tell_downtime(self) -> None:
@@ -161,26 +163,26 @@ class Switchover:
     async def _hold_if_asked(self) -> None:
         if self._hold is None:
             return
-        self.phase = "pre-switchover"
+        self.phase = Phase.HOLD
         self._budget.hold_begins(time.monotonic_ns())
         await self._hold.wait()
         end_ns = time.monotonic_ns()
         self._budget.hold_ends(end_ns)
         self._ledger.hold_ns = self._budget.held_ns
-        self._ledger.part("hold", "source", self._state_begin_ns, end_ns)
+        self._ledger.part(Part.HOLD, self._state_begin_ns, end_ns)
         self._state_begin_ns = end_ns
 
     async def _send_last_state(self) -> None:
         transfer, ledger = self._transfer, self._ledger
-        self.phase = "RamPushPostPause"
+        self.phase = Phase.FINAL_PAGES
         begin_ns = time.monotonic_ns()
         transfer.dirty_log.restore(self._pending)
         runs = await self._collect()
         fenced_ns = time.monotonic_ns()
         scanned_ns = fenced_ns - self._transfer.fence_ns
         # From the end of the stop, or of the hold, to here: the first DOWNTIME message.
-        ledger.part("downtime-message", "source", self._state_begin_ns, begin_ns)
-        ledger.part("final-dirty-log-read", "source", begin_ns, scanned_ns)
+        ledger.part(Part.DOWNTIME_MESSAGE, self._state_begin_ns, begin_ns)
+        ledger.part(Part.FINAL_DIRTY_LOG_READ, begin_ns, scanned_ns)
         self._fence_part(scanned_ns, fenced_ns)
         # Devices are saved while the last pages are on their way.
         pages = asyncio.create_task(self._send_pages(runs))
@@ -196,24 +198,24 @@ class Switchover:
                 task.cancel()
             await asyncio.gather(pages, *sending, return_exceptions=True)
         saved_ns = time.monotonic_ns()
-        ledger.part("final-pages", "source", fenced_ns, pages_ns)
-        ledger.part("device-saves", "source", pages_ns, saved_ns)
-        ledger.add_phase("RamPushPostPause", begin_ns, pages_ns)
-        ledger.add_phase("DeviceState", fenced_ns, saved_ns)
-        ledger.checkpoint("src-iterable-saved", max(pages_ns, iterable_ns) - self._budget.t0_ns)
+        ledger.part(Part.FINAL_PAGES, fenced_ns, pages_ns)
+        ledger.part(Part.DEVICE_SAVES, pages_ns, saved_ns)
+        ledger.add_phase(Phase.FINAL_PAGES, begin_ns, pages_ns)
+        ledger.add_phase(Phase.DEVICES, fenced_ns, saved_ns)
+        ledger.checkpoint(QemuCheckpoint.ITERABLE_SAVED, max(pages_ns, iterable_ns) - self._budget.t0_ns)
         # Saving a device may write guest memory.
         runs = await self._collect()
         complete_ns = refenced_ns = time.monotonic_ns()
         rescanned_ns = refenced_ns - self._transfer.fence_ns
-        ledger.part("dirty-log-read-after-saves", "source", saved_ns, rescanned_ns)
+        ledger.part(Part.DIRTY_LOG_READ_AFTER_SAVES, saved_ns, rescanned_ns)
         self._fence_part(rescanned_ns, refenced_ns)
         if len(runs):
             complete_ns = await self._send_pages(runs)
-            ledger.part("pages-after-saves", "source", refenced_ns, complete_ns)
-        ledger.checkpoint("src-non-iterable-saved", complete_ns - self._budget.t0_ns)
+            ledger.part(Part.PAGES_AFTER_SAVES, refenced_ns, complete_ns)
+        ledger.checkpoint(QemuCheckpoint.NON_ITERABLE_SAVED, complete_ns - self._budget.t0_ns)
         self._end_state()
-        ledger.part("state-end", "source", complete_ns, self._state_sent_ns)
-        self.phase = "Finish"
+        ledger.part(Part.STATE_END, complete_ns, self._state_sent_ns)
+        self.phase = Phase.FINISH
 
     async def _collect(self) -> Runs:
         runs = await self._transfer.collect()
@@ -222,7 +224,7 @@ class Switchover:
 
     def _fence_part(self, begin_ns: int, end_ns: int) -> None:
         if end_ns > begin_ns:
-            self._ledger.part("fence", "source", begin_ns, end_ns)
+            self._ledger.part(Part.FENCE, begin_ns, end_ns)
 
     def _end_state(self) -> None:
         """Tell the destination what must be there for READY."""
@@ -349,7 +351,7 @@ class Switchover:
             )
         except (VmmError, LinkLostError) as error:
             await self._handover.take(SourceEvent.FAULT, self._control, f"the guest's time cannot be exported: {error}")
-        self._ledger.add_phase("TimeData", begin_ns, time.monotonic_ns())
+        self._ledger.add_phase(Phase.TIME_DATA, begin_ns, time.monotonic_ns())
 
     async def _decide(self, ready: messages.Ready, received: Received) -> None:
         """READY came: commit if what is left of the budget covers what is left to do."""
@@ -358,8 +360,8 @@ class Switchover:
             self._ready_read_ns = received.read_at_ns
             waited_ns = received.read_at_ns - self._state_sent_ns
             completing_ns = min(ready.completing_ns, waited_ns)
-            ledger.parts.append(Part("completing", "destination", completing_ns))
-            ledger.parts.append(Part("state-end-and-ready-legs", "link", waited_ns - completing_ns))
+            ledger.add_part(Part.COMPLETING, completing_ns)
+            ledger.add_part(Part.STATE_END_AND_READY_LEGS, waited_ns - completing_ns)
         verdict = self._budget.judge_ready(ready.digest, ledger.source_digest, time.monotonic_ns())
         await handover.take(verdict.event, self._control, verdict.reason)
 
@@ -376,17 +378,17 @@ class Switchover:
         handover, ledger, running = self._handover, self._ledger, self._handover.running
         if running is None:
             return
-        ledger.part("decision", "source", self._ready_read_ns, handover.decided_at_ns)
-        ledger.part("journal", "source", handover.decided_at_ns, handover.journaled_at_ns)
-        ledger.part("lock-release", "source", handover.journaled_at_ns, handover.committed_at_ns)
+        ledger.part(Part.DECISION, self._ready_read_ns, handover.decided_at_ns)
+        ledger.part(Part.JOURNAL, handover.decided_at_ns, handover.journaled_at_ns)
+        ledger.part(Part.LOCK_RELEASE, handover.journaled_at_ns, handover.committed_at_ns)
         committed_ns = handover.committed_at_ns - self._budget.t0_ns
         interval = measured_downtime(
             committed_ns, handover.running_read_ns - self._budget.t0_ns, running.resumed_after_ns, running.sent_after_ns
         )
         leg_ns = interval.measured_ns - committed_ns - running.resumed_after_ns
-        ledger.parts.append(Part("commit-leg", "link", leg_ns))
-        ledger.parts.append(Part("resume", "destination", running.resumed_after_ns))
-        ledger.checkpoint("src-downtime-end", interval.measured_ns)
+        ledger.add_part(Part.COMMIT_LEG, leg_ns)
+        ledger.add_part(Part.RESUME, running.resumed_after_ns)
+        ledger.checkpoint(QemuCheckpoint.DOWNTIME_END, interval.measured_ns)
         ledger.interval = interval
         ledger.ended_ns = self._budget.t0_ns + interval.measured_ns
 
@@ -396,9 +398,9 @@ class Switchover:
         if not handover.resumed_at_ns:
             return
         accounted_ns = self._budget.t0_ns + sum(part.ns for part in ledger.parts)
-        ledger.part("until-abort", "source", min(accounted_ns, handover.resume_begin_ns), handover.resume_begin_ns)
-        ledger.part("resume", "source", handover.resume_begin_ns, handover.resumed_at_ns)
+        ledger.part(Part.UNTIL_ABORT, min(accounted_ns, handover.resume_begin_ns), handover.resume_begin_ns)
+        ledger.part(Part.RESUME_ON_SOURCE, handover.resume_begin_ns, handover.resumed_at_ns)
         pause_ns = handover.resumed_at_ns - self._budget.t0_ns
-        ledger.checkpoint("src-downtime-end", pause_ns)
+        ledger.checkpoint(QemuCheckpoint.DOWNTIME_END, pause_ns)
         ledger.interval = DowntimeInterval(pause_ns, pause_ns)
         ledger.ended_ns = handover.resumed_at_ns

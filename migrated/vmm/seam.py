@@ -22,11 +22,10 @@ from migrated.config import Config
 from migrated.errors import VmmError
 from migrated.vmm.dirty_log import DirtyLog
 from migrated.vmm.memory import GuestMemory
-from protocol.guest import GuestDescription
+from protocol.guest import DeviceKind, GuestDescription
 from protocol.guest_time import VmTimeData
 from protocol.messages import DeviceCost
 
-DeviceKind: TypeAlias = Literal["iterable", "non-iterable"]
 GuestState: TypeAlias = Literal["running", "paused", "incoming"]
 DirtyTracking: TypeAlias = Literal["auto", "pagemap-scan", "logged"]
 Side: TypeAlias = Literal["save", "load"]

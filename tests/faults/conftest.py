@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = str(Path(__file__).parents[2])
-if ROOT not in sys.path:
-    sys.path.insert(0, ROOT)
-
-from tests.faults.faulty import FaultyPair  # noqa: E402 - only now it can be found
+from scripts.rig.faulty import FaultyPair
 
 
 @pytest.fixture(scope="module")

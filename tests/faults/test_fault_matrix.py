@@ -1,4 +1,4 @@
-"""The core of the fault matrix; ``scripts/prove.py matrix`` runs the whole."""
+"""The core of the fault matrix; ``python -m scripts.prove matrix`` runs the whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.faults.matrix import ALL_CELLS, FAULTS, STEPS, Cell, Judged, run_matrix
+from scripts.rig.matrix import ALL_CELLS, FAULTS, STEPS, Cell, Judged, run_matrix
 
 LANES = 3
 

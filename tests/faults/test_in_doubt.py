@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from migrated.cli.migratectl import main
+from migrated.control.client import CommandError
 from protocol.messages import FrameType
-from tests.faults.faulty import FaultyPair
-from tests.faults.proxy import AtFrame, Call, Cut, Way
-from tests.integration.harness import CommandError, until
+from scripts.rig.faults import AtFrame, Call, Cut, Way
+from scripts.rig.faulty import FaultyPair
+from scripts.rig.waiting import until
 
 PARAMETERS = {"downtime_limit": 20_000, "timeout_s": 0.1, "on_timeout": "force"}
 PATIENT = {"ready_timeout_s": 60.0}

@@ -10,8 +10,8 @@ import statistics
 import pytest
 
 from protocol.messages import FrameType
-from tests.faults.faulty import FaultyPair
-from tests.faults.proxy import AtFrame, AtTime, Corrupt, Cut, Delay, Stall, Throttle, Way
+from scripts.rig.faults import AtFrame, AtTime, Corrupt, Cut, Delay, Stall, Throttle, Way
+from scripts.rig.faulty import FaultyPair
 
 MS = 1_000_000
 FORCED = {"timeout_s": 0.1, "on_timeout": "force"}

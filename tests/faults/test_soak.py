@@ -1,4 +1,4 @@
-"""A short soak; ``scripts/soak.py --migrations 200`` is the long one."""
+"""A short soak; ``python -m scripts.soak --migrations 200`` is the long one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import asyncio
 import json
 import sys
 
-from tests.integration.harness import ROOT
+from scripts.basics import ROOT
 
 MIGRATIONS = 8
 
 
 async def test_a_short_soak_ends_without_a_violation() -> None:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "scripts/soak.py", "--migrations", str(MIGRATIONS), "--seed", "7",
+        sys.executable, "-m", "scripts.soak", "--migrations", str(MIGRATIONS), "--seed", "7",
         cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:

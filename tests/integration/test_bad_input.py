@@ -16,7 +16,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from migrated.cli.migratectl import main
-from tests.integration.harness import ROOT, Host, Pair, until
+from scripts.basics import ROOT
+from scripts.rig.host import Host
+from scripts.rig.pair import Pair
+from scripts.rig.waiting import until
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.harness import Pair
-from tests.integration.terminal import Terminal
+from scripts.rig.pair import Pair
+from scripts.rig.terminal import Terminal
 
 BIN = Path(sys.executable).parent
 INTERACTIVE = {
@@ -52,13 +52,13 @@ def in_a_terminal(shell: str, environment: dict[str, str], expected: dict[str, s
     command, before = INTERACTIVE[shell]
     with Terminal(command, environment) as terminal:
         terminal.read_until("ready> ")
-        terminal.type(f'{before}eval "$(migratectl completion {shell})" && echo the completion is "loaded"\n')
+        terminal.press(f'{before}eval "$(migratectl completion {shell})" && echo the completion is "loaded"\n')
         terminal.read_until("the completion is loaded\n.*ready> ")
         for typed, completed in expected.items():
-            terminal.type(f"migratectl {typed}\t")
+            terminal.press(f"migratectl {typed}\t")
             shown = terminal.read_until(re.escape(completed) + " ")
             assert "\n" not in shown, f"there is one completion of {typed!r}"
-            terminal.type("\x15")  # deletes the line
+            terminal.press("\x15")  # deletes the line
 
 
 def in_fish(environment: dict[str, str], expected: dict[str, str]) -> None:

@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 
 from migrated.control.client import ControlClient
-from tests.integration.harness import MIB, Host, Pair
+from scripts.basics import MIB
+from scripts.rig.host import Host
+from scripts.rig.pair import Pair
 
 READERS = 19
 ANSWER_S = 5.0

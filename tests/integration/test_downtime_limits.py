@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.harness import ROOT, Pair, until
+from scripts.basics import ROOT
+from scripts.rig.pair import Pair
+from scripts.rig.waiting import until
 from vmm_sim.config import GuestConfig, build_config, read_profile
 
 MS = 1_000_000

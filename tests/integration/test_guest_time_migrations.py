@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 
 from migrated.clock import HostClock
-from tests.faults.proxy import Delay, Proxy, Way
-from tests.integration.harness import Host, Pair
+from scripts.rig.faults import Delay, Way
+from scripts.rig.host import Host
+from scripts.rig.pair import Pair
+from scripts.rig.proxy import Proxy
 
 DAY_NS = 86_400 * 10**9
 HOUR_NS = 3_600 * 10**9

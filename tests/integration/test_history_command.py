@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.harness import Pair
+from scripts.rig.pair import Pair
 
 MIGRATECTL = Path(sys.executable).parent / "migratectl"
 NOWHERE = "tcp:127.0.0.1:1"

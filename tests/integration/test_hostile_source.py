@@ -20,7 +20,7 @@ from protocol import messages
 from protocol.frames import HEADER_BYTES, check_meta, pack_header, unpack_header
 from protocol.guest import GuestDescription
 from protocol.messages import FrameType
-from tests.integration.harness import Pair
+from scripts.rig.pair import Pair
 from vmm_sim.client import VmmClient
 
 U64 = (1 << 64) - 1

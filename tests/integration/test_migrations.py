@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.harness import Host, Pair, until
+from scripts.rig.host import Host
+from scripts.rig.pair import Pair
+from scripts.rig.waiting import until
 
 MS = 1_000_000
 ROOMY = {"downtime_limit": 20_000}

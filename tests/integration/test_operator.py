@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from migrated.control.client import ControlClient
-from tests.integration.harness import CommandError, Pair, until
+from migrated.control.client import CommandError, ControlClient
+from scripts.rig.pair import Pair
+from scripts.rig.waiting import until
 
 MS = 1_000_000
 CANCEL_S = 1.0

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration.harness import Pair
-from tests.integration.terminal import Terminal
+from scripts.rig.pair import Pair
+from scripts.rig.terminal import Terminal
 
 qmp = pytest.importorskip("qemu.qmp", reason="the qemu.qmp package is not installed")
 
@@ -139,13 +139,13 @@ def _type_a_migration(pair: Pair) -> None:
 
         def answer(line: str) -> Any:
             """What the shell shows for a line."""
-            shell.type(f"{line}\n")
+            shell.press(f"{line}\n")
             return json.loads(shell.read_until(PROMPT).split("\n")[1])
 
         assert "Connected to QEMU" in shell.read_until(PROMPT)
-        shell.type("query-migrate-cap\t")
+        shell.press("query-migrate-cap\t")
         assert "query-migrate-capabilities" in shell.read_until("capabilities"), "the shell completes our commands"
-        shell.type("\n")
+        shell.press("\n")
         assert "switchover-abort" in shell.read_until(PROMPT)
         assert answer("migrate-set-parameters guest=g1 downtime-limit=20000 multifd-channels=3") == {"return": {}}
         begun = answer(f"migrate uri={pair.b.uri} guest=g1")
@@ -154,7 +154,7 @@ def _type_a_migration(pair: Pair) -> None:
         info = answer("query-migrate")["return"]
         assert info["downtime"] == round(record["downtime"]["measured_ns"] / 1e6)
         assert answer("fly")["error"] == {"class": "CommandNotFound", "desc": "The command fly has not been found"}
-        shell.type("\n")
+        shell.press("\n")
         assert "MIGRATION_PASS" in shell.read_until(PROMPT), "an empty line shows the events"
-        shell.type("\x04")
+        shell.press("\x04")
         assert shell.wait() == 0

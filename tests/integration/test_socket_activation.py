@@ -22,7 +22,10 @@ from typing import Any
 
 import pytest
 
-from tests.integration.harness import ROOT, Host, Pair, until
+from scripts.basics import ROOT
+from scripts.rig.host import Host
+from scripts.rig.pair import Pair
+from scripts.rig.waiting import until
 
 AS_SYSTEMD = """
 import os, sys

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from migrated.control.client import CommandError
 from migrated.guests import ANSWER_S
-from tests.integration.harness import CommandError, Host, Pair, until
+from scripts.rig.host import Host
+from scripts.rig.pair import Pair
+from scripts.rig.waiting import until
 
 NAMES = ("g1", "g2", "g3")
 SILENT = ("g2", "g3")

@@ -24,21 +24,22 @@ from migrated.logs import configure
 from migrated.metrics import Metrics
 from migrated.parameters import MigrationParameters
 from migrated.progress import Progress
-from migrated.record import (
+from migrated.record.model import (
     Checkpoint,
     DeviceRow,
     Digest,
     Downtime,
     DowntimePart,
     LogLine,
-    Phase,
+    PhaseRow,
     Ram,
     Record,
     RoundRow,
-    TimeStage,
     TimeSummary,
 )
-from protocol.guest_time import VmTimeData
+from migrated.record.parts import Part
+from migrated.record.terms import STATUS_OF, Phase, QemuCheckpoint
+from protocol.guest_time import TimeStage, VmTimeData
 
 MS = 1_000_000
 T = TypeVar("T")
@@ -62,9 +63,9 @@ def _round(number: int) -> RoundRow:
 
 def make_downtime(measured_ns: int = 66 * MS, **changes: Any) -> Downtime:
     parts = (
-        DowntimePart(name="stop", side="source", ns=1 * MS),
-        DowntimePart(name="final pages", side="link", ns=measured_ns - 21 * MS),
-        DowntimePart(name="load nvme0", side="destination", ns=19 * MS),
+        DowntimePart.of(Part.STOP, 1 * MS),
+        DowntimePart.of(Part.LAST_PAGES_LEG, measured_ns - 21 * MS),
+        DowntimePart.of(Part.DEVICE_LOADS, 19 * MS),
     )
     fields: dict[str, Any] = {
         "measured_ns": measured_ns,
@@ -102,7 +103,7 @@ def make_record(**changes: Any) -> Record:
         "setup_ns": 20 * MS,
         "downtime": make_downtime(),
         "devices": (DeviceRow(name="nvme0", kind="non-iterable", bytes=4096, save_ns=2 * MS, load_ns=19 * MS),),
-        "checkpoints": (Checkpoint(name="src-vm-stopped", side="source", ns=1 * MS),),
+        "checkpoints": (Checkpoint.of(QemuCheckpoint.VM_STOPPED, 1 * MS),),
         "rounds": (_round(1), _round(2)),
         "ram": Ram(
             total_bytes=256 << 20,
@@ -120,7 +121,7 @@ def make_record(**changes: Any) -> Record:
             dirty_tracking="pagemap-scan",
             channels=2,
         ),
-        "phases": (Phase(name="RamPushPrePause", begin_ns=20 * MS, end_ns=890 * MS),),
+        "phases": (PhaseRow(name=Phase.PRE_COPY, begin_ns=20 * MS, end_ns=890 * MS),),
         "time": TimeSummary(
             policy="midpoint",
             elapsed_lower_ns=65 * MS,
@@ -164,7 +165,7 @@ def make_progress(**changes: Any) -> Progress:
         "dirty_rate_pages_per_s": 12800.0,
         "predicted_downtime_ns": 412 * MS,
         "predicted_upper_ns": 455 * MS,
-        "predicted_parts_ns": {"memory": 290 * MS, "device loads": 110 * MS},
+        "predicted_parts_ns": {"memory": 290 * MS, "device-loads": 110 * MS},
         "downtime_limit_ns": 300 * MS,
         "downtime_ns": None,
         "throttle_percent": 0,
@@ -221,11 +222,16 @@ class MemoryDaemon:
         """End a migration with a record (fields by name)."""
         guest = self.migrations[migration_id].guest
         record = make_record(migration_id=migration_id, guest=guest, **changes)
-        status = record.outcome if record.outcome in ("completed", "cancelled", "in-doubt") else "failed"
         downtime = record.downtime.measured_ns if record.downtime else None
         self.store.add(record, "source")
         self.metrics.observe(record, "source")
-        self.move(migration_id, status=status, reason=record.reason, downtime_ns=downtime, remaining_bytes=0)
+        self.move(
+            migration_id,
+            status=STATUS_OF[record.outcome],
+            reason=record.reason,
+            downtime_ns=downtime,
+            remaining_bytes=0,
+        )
         self.ended[migration_id].set_result(record.document())
 
     def _guest(self, name: str) -> dict[str, Any]:
@@ -333,7 +339,7 @@ class MemoryDaemon:
             "limit_ns": 300 * MS,
             "fits": False,
             "reason": "Device loads alone take 310ms.",
-            "parts_ns": {"memory": 102 * MS, "device loads": 310 * MS},
+            "parts_ns": {"memory": 102 * MS, "device-loads": 310 * MS},
             "total_ns": 3_000 * MS,
         }
 

@@ -160,7 +160,7 @@ def test_the_outcome_replaces_what_was_shown(snapshot: Callable[..., Any], recor
     shown = "\n".join(lines_of(screen))
     assert "completed after 1.0s" in shown
     assert "downtime 66ms (limit 300ms, predicted 60ms, bound 75ms)" in shown
-    assert "final pages 45.0" in shown
+    assert "last-pages-leg 45.0" in shown
     assert "migratectl show" in shown
     assert "not yet" not in shown
 

@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from migrated.cli.migratectl import OUTCOMES, main
 from migrated.cli.options import parameter_options
 from migrated.control.operations import OperationError
-from migrated.record import Outcome
+from migrated.record.terms import Outcome
 
 URI = "tcp:127.0.0.1:4460"
 MIGRATECTL = Path(sys.executable).parent / "migratectl"
@@ -95,7 +95,7 @@ def test_migrate_for_a_person_shows_progress_and_the_breakdown(served: Any, ctl:
     result = ctl("migrate", "g1", URI)
     assert result.exit_code == 0
     assert "g1: completed after 960ms, downtime 66ms (limit 300ms" in result.stdout
-    for word in ("final pages", "unattributed", "nvme0", "Rounds"):
+    for word in ("last-pages-leg", "unattributed", "nvme0", "Rounds"):
         assert word in result.stdout
     assert "g1 " in result.stderr
     assert "\x1b" not in result.output

@@ -43,8 +43,8 @@ def test_the_parts_of_a_downtime_and_the_rest_stand_in_the_record(record_of: Cal
     shown = text_of(record_view(record_of().document()))
     rows = {line.split("  ")[0].strip(): line.split() for line in shown.splitlines() if line.strip()}
     assert "1.000" in rows["stop"]
-    assert "45.000" in rows["final pages"]
-    assert "19.000" in rows["load nvme0"]
+    assert "45.000" in rows["last-pages-leg"]
+    assert "19.000" in rows["device-loads"]
     assert "1.000" in rows["unattributed"]
     assert "66.000" in rows["total"]
 

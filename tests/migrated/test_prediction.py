@@ -17,8 +17,9 @@ from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation
 from migrated.prediction.knowledge import Knowledge
 from migrated.prediction.model import Bases, Prediction
-from migrated.record import COMPONENTS, Digest, Outcome, Ram, Record, downtime_of
-from protocol.budget import Part
+from migrated.record.model import Digest, DowntimePart, Ram, Record, downtime_of
+from migrated.record.parts import Component, Part
+from migrated.record.terms import Outcome
 
 MS = 1_000_000
 BASES = Bases(
@@ -32,10 +33,10 @@ def predict(knowledge: Knowledge, guest: str = "g", bases: Bases = BASES, covera
 
 
 def record_of(
-    prediction: Prediction, truth: dict[str, int], outcome: Outcome = "completed", guest: str = "g"
+    prediction: Prediction, truth: dict[Part, int], outcome: Outcome = "completed", guest: str = "g"
 ) -> Record:
-    """A record whose parts are ``truth`` (ns by part name)."""
-    parts = tuple(Part(name, "source", ns) for name, ns in truth.items())
+    """A record whose parts are ``truth`` (ns by part)."""
+    parts = tuple(DowntimePart.of(part, ns) for part, ns in truth.items())
     total = sum(truth.values())
     downtime = downtime_of(
         lower_ns=total, upper_ns=total, measured_ns=total, limit_ns=300 * MS, parts=parts,
@@ -56,10 +57,13 @@ def record_of(
     )  # fmt: skip
 
 
-def truth_of(scale: float) -> dict[str, int]:
+def truth_of(scale: float) -> dict[Part, int]:
     """What a switchover with the bases above costs, every part scaled."""
-    parts = {"stop": 1, "final-dirty-log-read": 1, "final-pages": 40, "device-loads": 30, "commit-leg": 1, "resume": 2}
-    return {name: int(ms * MS * scale) for name, ms in parts.items()}
+    parts = {
+        Part.STOP: 1, Part.FINAL_DIRTY_LOG_READ: 1, Part.FINAL_PAGES: 40, Part.DEVICE_LOADS: 30, Part.COMMIT_LEG: 1,
+        Part.RESUME: 2,
+    }  # fmt: skip
+    return {part: int(ms * MS * scale) for part, ms in parts.items()}
 
 
 def test_parts_of_a_prediction_sum_to_its_total() -> None:
@@ -70,7 +74,7 @@ def test_parts_of_a_prediction_sum_to_its_total() -> None:
 
 def test_memory_and_device_saves_run_side_by_side() -> None:
     saves_longer = Bases(0, 0, memory_ns=10 * MS, save_ns=50 * MS, load_ns=0, legs_ns=0, resume_ns=0)
-    assert saves_longer.of("state") == 50 * MS
+    assert saves_longer.of(Component.STATE) == 50 * MS
     parts = predict(Knowledge(), bases=saves_longer).parts()
     assert parts["memory"] < parts["device-saves"]
 
@@ -102,8 +106,8 @@ def test_a_stranger_does_not_inherit_a_faster_link() -> None:
     knowledge = Knowledge()
     for _ in range(8):
         knowledge.learn(record_of(predict(knowledge), truth_of(0.3)), "class")
-    assert predict(knowledge).components["state"] == pytest.approx(12 * MS, rel=0.02)
-    assert predict(knowledge, "stranger").components["state"] >= BASES.memory_ns
+    assert predict(knowledge).components[Component.STATE] == pytest.approx(12 * MS, rel=0.02)
+    assert predict(knowledge, "stranger").components[Component.STATE] >= BASES.memory_ns
 
 
 def test_the_conformal_bound_covers_what_was_not_seen() -> None:
@@ -111,10 +115,10 @@ def test_the_conformal_bound_covers_what_was_not_seen() -> None:
     draw = random.Random(7)
     knowledge = Knowledge()
 
-    def truth() -> dict[str, int]:
+    def truth() -> dict[Part, int]:
         outlier = 3.0 if draw.random() < 0.1 else 1.0
-        return {name: int(ns * draw.uniform(0.9, 1.1) * (outlier if name == "device-loads" else 1))
-                for name, ns in truth_of(1.0).items()}  # fmt: skip
+        return {part: int(ns * draw.uniform(0.9, 1.1) * (outlier if part is Part.DEVICE_LOADS else 1))
+                for part, ns in truth_of(1.0).items()}  # fmt: skip
 
     held = 0
     for number in range(1400):
@@ -150,8 +154,8 @@ def test_what_rests_on_the_link_and_what_rests_on_devices_is_learned_apart() -> 
     for _ in range(5):
         knowledge.learn(record_of(predict(knowledge), truth_of(2.0)), "class")
     saves_longer = dataclasses.replace(BASES, memory_ns=10 * MS, save_ns=40 * MS)
-    assert predict(knowledge, bases=saves_longer).components["state"] == pytest.approx(41.5 * MS)
-    assert predict(knowledge).components["state"] == pytest.approx(80 * MS, rel=0.02)
+    assert predict(knowledge, bases=saves_longer).components[Component.STATE] == pytest.approx(41.5 * MS)
+    assert predict(knowledge).components[Component.STATE] == pytest.approx(80 * MS, rel=0.02)
 
 
 def test_an_abort_beyond_the_prediction_widens_and_a_completion_forgives() -> None:
@@ -251,8 +255,8 @@ def seen(pages: int, elapsed_s: float = 1.0) -> Observation:
 
 
 def prediction_of(total_ms: float, upper_ms: float, memory_ms: float = 0.0) -> Prediction:
-    components = dict.fromkeys(COMPONENTS, 0)
-    components["state"] = int(memory_ms * MS)
+    components = dict.fromkeys(Component, 0)
+    components[Component.STATE] = int(memory_ms * MS)
     components["legs"] = int((total_ms - memory_ms) * MS)
     return Prediction(int(total_ms * MS), int(upper_ms * MS), components, int(memory_ms * MS), "test", True, BASES)
 

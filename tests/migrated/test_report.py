@@ -19,13 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from migrated.record import (
+from migrated.record.model import (
     Checkpoint,
     DeviceRow,
     Digest,
     Downtime,
     LogLine,
-    Phase,
+    PhaseRow,
     Ram,
     Record,
     RoundRow,
@@ -515,7 +515,7 @@ def test_colours_stand_out(scheme: str, tmp_path: Path) -> None:
         ("checkpoints", Checkpoint),
         ("rounds", RoundRow),
         ("ram", Ram),
-        ("phases", Phase),
+        ("phases", PhaseRow),
         ("time", TimeSummary),
         ("digest", Digest),
         ("events", LogLine),

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from migrated.record import Record
+from migrated.record.model import Record
 from migrated.report import write_comparison, write_report
-
-ROOT = str(Path(__file__).parents[2])
-if ROOT not in sys.path:
-    sys.path.insert(0, ROOT)
-
-from tests.browser import EXECUTABLE, Browser  # noqa: E402 - only now it can be found
+from scripts.rig.browser import EXECUTABLE, Browser
 
 RECORDS = Path(__file__).parents[1] / "data" / "records"
 

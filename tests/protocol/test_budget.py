@@ -10,14 +10,12 @@ from hypothesis import strategies as st
 
 from protocol.budget import (
     DowntimeCount,
-    Part,
     abort_limit_ns,
     destination_remaining_ns,
     may_commit,
     measured_downtime,
     must_abort,
     source_deadline_ns,
-    unattributed_ns,
 )
 from protocol.messages import Limits
 
@@ -129,9 +127,3 @@ def test_without_drift_the_interval_is_the_two_transits() -> None:
 def test_clocks_that_disagree_give_the_later_point() -> None:
     interval = measured_downtime(committed_ns=100, running_ns=120, resumed_after_ns=50, sent_after_ns=60, rho_ppb=0)
     assert (interval.lower_ns, interval.upper_ns) == (150, 150)
-
-
-@given(st.lists(ns, max_size=8), ns)
-def test_parts_and_the_rest_sum_to_the_whole(lengths: list[int], total: int) -> None:
-    parts = [Part(str(at), "source", length) for at, length in enumerate(lengths)]
-    assert unattributed_ns(total, parts) + sum(part.ns for part in parts) == total

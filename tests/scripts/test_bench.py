@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import statistics
@@ -10,11 +9,15 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench.py"
+from scripts.basics import ROOT
+from scripts.bench import rivals
+from scripts.bench.__main__ import missing
+from scripts.bench.cases import CASES
+from scripts.bench.result import quantile
+
 NAMES = {
     "raw", "iperf3", "qemu", "qemu-multifd", "qemu-zero", "random", "zero", "sparse", "touched", "scattered",
     "final-round", "plain-capped", "delta-capped", "downtime-idle", "downtime-busy", "loop-lag",
@@ -23,25 +26,14 @@ NAMES = {
 
 def run(**environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT)],
+        [sys.executable, "-m", "scripts.bench"], cwd=ROOT,
         env={**os.environ, "BENCH_HUGE_PAGES": "0", **environment},
         capture_output=True, text=True, check=False, timeout=150,
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("bench", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_case_has_its_name(bench: Any) -> None:
-    assert set(bench.CASES) == NAMES
+def test_every_case_has_its_name() -> None:
+    assert set(CASES) == NAMES
 
 
 @pytest.mark.slow
@@ -74,14 +66,14 @@ def test_an_unknown_case_is_refused_with_the_names_there_are() -> None:
     assert done.stdout == ""
 
 
-def test_a_case_that_cannot_run_here_is_named_with_its_reason(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.rivals, "installed", lambda program: False)
-    assert "is not installed" in bench.missing("qemu-multifd", 1)
-    assert "is not installed" in bench.missing("iperf3", 1)
-    assert bench.missing("random", 1) is None
-    assert "MiB of memory are free" in bench.missing("random", 1 << 30)
+def test_a_case_that_cannot_run_here_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "installed", lambda program: False)
+    assert "is not installed" in missing("qemu-multifd", 1)
+    assert "is not installed" in missing("iperf3", 1)
+    assert missing("random", 1) is None
+    assert "MiB of memory are free" in missing("random", 1 << 30)
 
 
 @pytest.mark.parametrize(("q", "expected"), [(0.5, 2.0), (0.99, 4.0), (0.0, 1.0), (0.75, 3.0)])
-def test_a_quantile_is_one_of_the_samples(bench: Any, q: float, expected: float) -> None:
-    assert bench.quantile([3.0, 1.0, 4.0, 2.0], q) == expected
+def test_a_quantile_is_one_of_the_samples(q: float, expected: float) -> None:
+    assert quantile([3.0, 1.0, 4.0, 2.0], q) == expected

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-DEMO = Path(__file__).parents[2] / "scripts" / "demo.py"
+from scripts.basics import ROOT
 
 
 def descendants(pid: int) -> set[int]:
@@ -40,10 +40,10 @@ def short_directory() -> Iterator[Path]:
 
 
 def test_a_demo_that_is_terminated_leaves_nothing_behind(tmp_path: Path, short_directory: Path) -> None:
-    command = [sys.executable, DEMO, "--output", tmp_path, "--memory", "64MiB"]
+    command = [sys.executable, "-m", "scripts.demo", "--output", tmp_path, "--memory", "64MiB"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(short_directory)}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=ROOT
     ) as demo:
         assert demo.stdout is not None
         # Both daemons and the guest run once the story gets there.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from scripts.basics import ROOT
+
 MIGRATION_ID = "0123456789abcdef0123456789abcdef"
 
 # Both tables as printed in the review of Propolis #359.
@@ -115,13 +115,13 @@ def record() -> dict[str, Any]:
 
 def run(script: str, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *arguments],
+        [sys.executable, "-m", f"scripts.{script}", *arguments],
         input=stdin,
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        env=os.environ | {"PYTHONPATH": str(SCRIPTS.parent)},
+        cwd=ROOT,
     )
 
 
@@ -134,20 +134,20 @@ def table(script: str, document: dict[str, Any], *arguments: str) -> str:
 def test_phase_times_are_the_published_table(tmp_path: Path) -> None:
     file = tmp_path / "record.json"
     file.write_text(json.dumps(record()))
-    done = run("live_migration_times.py", str(file))
+    done = run("live_migration_times", str(file))
     assert (done.stdout, done.stderr, done.returncode) == (PHASE_TABLE, "", 0)
 
 
 def test_time_adjustments_are_the_published_table(tmp_path: Path) -> None:
     file = tmp_path / "record.json"
     file.write_text(json.dumps(record()))
-    done = run("time_adjustments.py", str(file))
+    done = run("time_adjustments", str(file))
     assert (done.stdout, done.stderr, done.returncode) == (TIME_TABLE, "", 0)
 
 
 def test_a_phase_that_took_no_time_is_left_out_and_pause_has_its_place() -> None:
     document = record() | {"phases": phases({"Finish": 1_999, "Pause": 5_000, "Sync": 0, "Setup": 7_000})}
-    assert table("live_migration_times.py", document) == (
+    assert table("live_migration_times", document) == (
         "PHASE                      TIME ELAPSED (usec)\n"
         "Pause                                        5\n"
         "Finish                                       1\n"
@@ -163,7 +163,7 @@ def test_memory_rows_follow_when_pages_moved() -> None:
         "downtime_pages": 3,
         "downtime_bytes": 12_288,
     }
-    assert table("live_migration_times.py", document) == PHASE_TABLE + (
+    assert table("live_migration_times", document) == PHASE_TABLE + (
         "\n"
         "NPAGES XFERED (total)                   262147\n"
         "NBYTES XFERED (total)               1073754112\n"
@@ -179,7 +179,7 @@ def test_memory_rows_follow_when_pages_moved() -> None:
 def test_a_rate_without_bytes_is_left_out() -> None:
     document = record()
     document["ram"] |= {"precopy_pages": 1, "precopy_bytes": 0}
-    text = table("live_migration_times.py", document)
+    text = table("live_migration_times", document)
     assert "NPAGES XFERED (unpaused)                     1\n" in text
     assert "KiB/SEC" not in text
 
@@ -188,7 +188,7 @@ def test_a_record_without_page_counts_is_split_by_its_bytes() -> None:
     document = record()
     document["ram"] |= {"normal_pages": 10, "precopy_bytes": 8 * 4096, "downtime_bytes": 2 * 4096}
     del document["ram"]["precopy_pages"], document["ram"]["downtime_pages"]
-    text = table("live_migration_times.py", document)
+    text = table("live_migration_times", document)
     assert "NPAGES XFERED (unpaused)                     8\n" in text
     assert "NPAGES XFERED (paused)                       2\n" in text
 
@@ -201,7 +201,7 @@ def test_verbose_prints_every_begin_and_end_and_warns() -> None:
         {"name": "Finish", "begin_ns": None, "end_ns": 9_000},
     ]
     mark = "{:<12} {:<10} {:>30}".format
-    assert table("live_migration_times.py", document, "--verbose").splitlines() == [
+    assert table("live_migration_times", document, "--verbose").splitlines() == [
         mark("PHASE", "", "TIMESTAMP"),
         mark("Sync", "BEGIN", 0),
         mark("Sync", "END", 5_000),
@@ -217,12 +217,12 @@ def test_verbose_prints_every_begin_and_end_and_warns() -> None:
 
 
 def test_both_as_json() -> None:
-    times = json.loads(table("live_migration_times.py", record(), "--json"))
+    times = json.loads(table("live_migration_times", record(), "--json"))
     assert times["phases"] == [{"name": name, "ns": ns} for name, ns in DURATIONS.items()]
     assert times["total_ns"] == sum(DURATIONS.values())
     assert (times["ram"], times["unmeasured"]) == ({}, [])
 
-    assert json.loads(table("time_adjustments.py", record(), "--json")) == {
+    assert json.loads(table("time_adjustments", record(), "--json")) == {
         "guest_freq": 2649958945,
         "guest_uptime_ns": 879497608301,
         "total_ns": 107_582 + 22_400 + 18_400,
@@ -243,7 +243,7 @@ def test_a_wrapped_tsc_is_a_small_adjustment() -> None:
     document = record()
     document["time"]["before"]["guest_tsc"] = (1 << 64) - 1
     document["time"]["after"]["guest_tsc"] = 285086
-    lines = table("time_adjustments.py", document).splitlines()
+    lines = table("time_adjustments", document).splitlines()
     assert lines[4] == "Migration                   107 18446744073709551615       17148534696948"
     assert lines[5] == "[adjustment]                                  285087          -9235619709"
 
@@ -251,7 +251,7 @@ def test_a_wrapped_tsc_is_a_small_adjustment() -> None:
 def test_a_record_without_stages_implies_the_migration() -> None:
     document = record()
     del document["time"]["stages"], document["time"]["elapsed_ns"]
-    lines = table("time_adjustments.py", document).splitlines()
+    lines = table("time_adjustments", document).splitlines()
     assert lines[1] == "     2649958945            879497608                  107"
     assert lines[4] == TIME_TABLE.splitlines()[4]
     assert lines[8] == "Kernel                        0        2330632882546       17139299077239"
@@ -260,19 +260,19 @@ def test_a_record_without_stages_implies_the_migration() -> None:
 def test_time_data_that_was_not_computed_so_is_an_error() -> None:
     document = record()
     document["time"]["after"]["guest_tsc"] += 1
-    done = run("time_adjustments.py", "-", stdin=json.dumps(document))
+    done = run("time_adjustments", "-", stdin=json.dumps(document))
     assert done.returncode == 1
     assert done.stdout.splitlines()[:2] == [
         "ERROR: computed and imported guest TSC differ",
         "computed_val = 2330632882546, imported_val = 2330632882547",
     ]
     document["time"]["before"]["guest_freq"] = 0
-    done = run("time_adjustments.py", "-", "--json", stdin=json.dumps(document))
+    done = run("time_adjustments", "-", "--json", stdin=json.dumps(document))
     assert done.returncode == 1
     assert "InvalidFrequency" in json.loads(done.stdout)["errors"][0]
 
 
-@pytest.mark.parametrize("script", ["live_migration_times.py", "time_adjustments.py"])
+@pytest.mark.parametrize("script", ["live_migration_times", "time_adjustments"])
 @pytest.mark.parametrize("text", ["", "[]", "{}", "7", "{", '{"phases": [7], "time": 7}'])
 def test_what_is_no_record_is_one_sentence(script: str, text: str) -> None:
     done = run(script, "-", stdin=text)
@@ -282,13 +282,13 @@ def test_what_is_no_record_is_one_sentence(script: str, text: str) -> None:
 
 
 def test_an_attempt_that_never_carried_time_is_one_sentence() -> None:
-    done = run("time_adjustments.py", "-", stdin=json.dumps(record() | {"time": None}))
+    done = run("time_adjustments", "-", stdin=json.dumps(record() | {"time": None}))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("- holds no time data")
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("script", ["live_migration_times.py", "time_adjustments.py"])
+@pytest.mark.parametrize("script", ["live_migration_times", "time_adjustments"])
 def test_a_migration_id_asks_the_daemon_and_passes_on_that_none_answers(script: str, tmp_path: Path) -> None:
     done = run(script, MIGRATION_ID, "--socket", str(tmp_path / "control.sock"))
     assert (done.returncode, done.stdout) == (3, "")

@@ -20,7 +20,6 @@ from migrated.vmm import spawn
 from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog
 from migrated.vmm.memory import FileRegion, GuestMemory, MappedMemory, Span
 from migrated.vmm.seam import (
-    DeviceKind,
     DirtyTracking,
     ExpectedCosts,
     GuestStatus,
@@ -35,7 +34,7 @@ from migrated.vmm.seam import (
     VmmGuest,
 )
 from migrated.vmm.sim.calls import PAUSE_S, STATE_S, VERIFY_S, Calls
-from protocol.guest import PAGE_SIZE, GuestDescription
+from protocol.guest import PAGE_SIZE, DeviceKind, GuestDescription
 from protocol.guest_time import VmTimeData
 from protocol.messages import DeviceCost
 

@@ -1,0 +1,1 @@
+"""The benchmark beside its rivals, and what watching costs a migration."""

@@ -1,0 +1,48 @@
+"""How fast a daemon answers while it works: a thread that asks it for its version once a millisecond."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+PING_S: Final = 0.001
+
+
+class Pinger(threading.Thread):
+    """Asks a daemon for its version once a millisecond, until it is stopped."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(str(path))
+        self._replies = self._connection.makefile("rb")
+        self._replies.readline()  # the greeting
+        self._ask("qmp_capabilities")
+        self._ending = False
+        self.answers_ms: list[float] = []
+        self.wakes_ms: list[float] = []
+        """How much longer than asked for it slept between its questions."""
+
+    def _ask(self, command: str) -> None:
+        self._connection.sendall(json.dumps({"execute": command}).encode() + b"\n")
+        while b'"event"' in self._replies.readline():
+            pass
+
+    def run(self) -> None:
+        while not self._ending:
+            begin = time.perf_counter()
+            self._ask("query-version")
+            answered = time.perf_counter()
+            self.answers_ms.append((answered - begin) * 1e3)
+            time.sleep(PING_S)
+            self.wakes_ms.append((time.perf_counter() - answered - PING_S) * 1e3)
+
+    def stop(self) -> None:
+        """End it."""
+        self._ending = True
+        self.join()
+        self._connection.close()

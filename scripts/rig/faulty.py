@@ -1,0 +1,91 @@
+"""Two hosts with a fault proxy in front of each, and the way back from every fault."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from typing import Any
+
+from migrated.control.client import CommandError, DaemonUnreachableError
+from scripts.rig.faults import Fault
+from scripts.rig.host import Host
+from scripts.rig.pair import Pair
+from scripts.rig.proxy import Proxy
+from scripts.rig.waiting import RigError, until
+
+FIRE_TIMEOUT_S = 20.0
+LAST_FRAMES_S = 0.5
+
+
+class FaultyPair(Pair):
+    """A pair with short time-outs whose hosts reach each other through proxies."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(quick=True, **options)
+        self._proxies: dict[str, Proxy] = {}
+
+    def start(self) -> None:
+        super().start()
+        for host in self.hosts:
+            proxy = self._proxies[host.name] = Proxy("127.0.0.1", host.port)
+            proxy.start()
+
+    def close(self) -> None:
+        for proxy in self._proxies.values():
+            proxy.stop()
+        super().close()
+
+    def way_to(self, host: Host) -> Proxy:
+        """The proxy in front of a host."""
+        return self._proxies[host.name]
+
+    async def fired(self, fault: Fault, source: Host, migration_id: str) -> bool:
+        """Wait until a fault has happened. Returns False when the migration ended without it."""
+        ended_at: float | None = None
+
+        async def happened() -> str | None:
+            nonlocal ended_at
+            if fault.fired_at_ns:
+                return "fired"
+            if fault.struck:
+                return None  # it takes a moment until a killed process is gone
+            # The daemon may be the one that the fault stops: it answers later, or never.
+            with contextlib.suppress(CommandError, DaemonUnreachableError, TimeoutError):
+                async with asyncio.timeout(1.0):
+                    if ended_at is None and await source.record(migration_id) is not None:
+                        ended_at = time.monotonic()
+            # What was sent last may still be on its way through the proxy.
+            return "ended" if ended_at is not None and time.monotonic() - ended_at > LAST_FRAMES_S else None
+
+        return await until("the fault", happened, FIRE_TIMEOUT_S) == "fired"
+
+    async def recover(self) -> None:
+        """Everything works again: the network, daemons that were killed, processes that were stopped."""
+        for host in self.hosts:
+            self.way_to(host).heal()
+        self.let_go_on()
+        for host in self.hosts:
+            if not host.running:
+                await asyncio.to_thread(host.restart)
+
+    def let_go_on(self) -> None:
+        """Continue every process that was stopped."""
+        for host in self.hosts:
+            for pid in [*([host.pid] if host.running else []), *host.vmm_pids()]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    async def check_retry(self, name: str, at: Host) -> list[str]:
+        """What stands against another migration of the guest, right after a failure or a success of the last."""
+        to = self.other(at)
+        record = await at.migrate(name, self.way_to(to).uri, downtime_limit=20_000, timeout_s=0.1, on_timeout="force")
+        if record["outcome"] != "completed":
+            return [f"the next migration is {record['outcome']}: {record['reason']}"]
+        try:
+            await self.settled(name)
+        except RigError as error:
+            return [f"after the next migration: {error}"]
+        return [] if (await to.verify(name))["ok"] else ["the guest does not verify after the next migration"]

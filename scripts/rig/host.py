@@ -1,0 +1,359 @@
+"""One host: a real daemon to start, kill and stop, commands for it, and the real guests that it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+from migrated.control.client import CommandError, ControlClient
+from scripts.basics import MIB, ROOT
+from scripts.rig.processes import Footprint, footprint, is_alive
+from scripts.rig.waiting import POLL_S, RigError, until
+from vmm_sim.client import VmmClient
+
+START_TIMEOUT_S: Final = 60.0
+COMMAND_TIMEOUT_S: Final = 40.0
+"""For one command: a migration may be waited for. Below the time that pytest gives a test, which would end nothing."""
+_LIBUV_THREADS: Final = 4
+
+_BUG_EVENTS: Final = frozenset(
+    {"a background task failed", "the migration failed unexpectedly", "the incoming migration failed unexpectedly"}
+)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """A log entry for people, with the frames of its exceptions."""
+    hidden = ("migration_id", "peer", "exception")
+    text = " ".join(str(value) for key, value in entry.items() if key not in hidden)
+    for raised in entry.get("exception", ()):
+        frames = " < ".join(f"{frame['filename']}:{frame['lineno']}" for frame in raised["frames"][::-1])
+        text += f"\n    {raised['exc_type']}: {raised['exc_value']} at {frames}"
+    return text
+
+
+class Host:
+    """One host: a daemon process, its directory, and the guests that it starts.
+
+    Args:
+        directory: short, since socket paths are limited; owned by the caller.
+        name: for messages.
+        role: role of the daemon.
+        sections: further configuration, section by section.
+    """
+
+    def __init__(self, directory: Path, name: str, *, role: str = "host", **sections: dict[str, Any]) -> None:
+        self.directory = directory
+        self.name = name
+        self.role = role
+        self.port = 0
+        self.deaths: dict[int, int] = {}
+        """When guest processes that were killed here were gone (CLOCK_MONOTONIC, ns)."""
+        self._sections = sections
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_mark = 0
+        self._baseline: Footprint | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+
+    # Section: the daemon
+
+    @property
+    def socket(self) -> Path:
+        """The control socket."""
+        return self.directory / "control.sock"
+
+    @property
+    def uri(self) -> str:
+        """Where guests are sent to reach this host."""
+        return f"tcp:127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process id."""
+        if self._process is None:
+            raise RigError(f"the daemon of host {self.name} was not started")
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the daemon's process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def write_config(self) -> Path:
+        """Write the configuration file, with the port that the daemon got the first time."""
+        sections: dict[str, dict[str, Any]] = {
+            "control": {"socket": str(self.socket)},
+            "state": {"directory": str(self.directory / "state")},
+            "listen": {"address": f"127.0.0.1:{self.port}"},
+            "vmm": {"directory": str(self.directory / "guests"), "profiles": str(ROOT / "configs" / "guests")},
+            "log": {"level": "debug", "format": "json", "file": str(self.directory / "log")},
+        }
+        for section, values in self._sections.items():
+            sections.setdefault(section, {}).update(values)
+        lines: list[str] = []
+        for section, values in sections.items():
+            lines.append(f"[{section}]")
+            lines.extend(f"{key} = {json.dumps(value)}" for key, value in values.items())
+        path = self.directory / "config.toml"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    def start(self) -> None:
+        """Start the daemon and wait until it says that it is ready.
+
+        Raises:
+            RigError: it ended, or never was ready.
+        """
+        mark = self._log_size()
+        path = self.write_config()
+        with (self.directory / "stderr").open("ab") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "migrated", self.role, "--config", str(path)],
+                cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while (ready := next((e for e in self.log(mark) if e["event"] == "ready"), None)) is None:
+            if not self.running or time.monotonic() > deadline:
+                raise RigError(f"the daemon of host {self.name} did not start:\n{self.log_tail()}")
+            time.sleep(POLL_S)
+        self.port = int(str(ready["listen"]).rpartition(":")[2]) if ready["listen"] != "-" else 0
+
+    def signal(self, number: int) -> None:
+        """Send the daemon a signal (SIGSTOP, SIGCONT)."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill the daemon's process at once, and wait until it is gone."""
+        self.signal(signal.SIGKILL)
+        self._wait_end()
+
+    def stop(self, timeout_s: float = 30.0) -> int:
+        """Let the daemon stop in order. Returns its exit status."""
+        self.signal(signal.SIGTERM)
+        return self._wait_end(timeout_s)
+
+    def _wait_end(self, timeout_s: float = 10.0) -> int:
+        if self._process is None:
+            raise RigError(f"the daemon of host {self.name} was not started")
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise RigError(f"the daemon of host {self.name} does not end:\n{self.log_tail()}") from error
+
+    def restart(self) -> None:
+        """Start the daemon again after its end, at the same port."""
+        self.start()
+
+    # Section: its log
+
+    def _log_size(self) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.directory / "log").stat().st_size
+        return 0
+
+    def log(self, mark: int = 0) -> list[dict[str, Any]]:
+        """The daemon's log lines from byte ``mark`` on."""
+        try:
+            data = (self.directory / "log").read_bytes()[mark:]
+        except FileNotFoundError:
+            return []
+        entries: list[dict[str, Any]] = []
+        for line in data.splitlines():
+            with contextlib.suppress(ValueError):  # the last line may be half written
+                entries.append(json.loads(line))
+        return entries
+
+    def log_tail(self, count: int = 40) -> str:
+        """The end of the log and of standard error, for people."""
+        lines = [_line(entry) for entry in self.log()[-count:]]
+        with contextlib.suppress(FileNotFoundError):
+            lines += (self.directory / "stderr").read_text(errors="replace").splitlines()[-count:]
+        return f"-- host {self.name}\n" + "\n".join(lines)
+
+    def bugs(self) -> list[str]:
+        """What no fault may cause, since the last call: unexpected exceptions, and anything on standard error."""
+        found = [
+            f"host {self.name}: {_line(entry)}"
+            for entry in self.log(self._log_mark)
+            if entry["event"] in _BUG_EVENTS or "logger" in entry
+        ]
+        self._log_mark = self._log_size()
+        path = self.directory / "stderr"
+        if path.exists() and path.stat().st_size:
+            found.append(f"host {self.name}: standard error: {path.read_text(errors='replace')[:2000]}")
+            path.write_bytes(b"")
+        return found
+
+    # Section: commands
+
+    async def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Execute one command over a connection of its own.
+
+        Raises:
+            CommandError, DaemonUnreachableError: as the client raises them.
+            RigError: no answer came in time.
+        """
+        try:
+            async with asyncio.timeout(COMMAND_TIMEOUT_S), await ControlClient.connect(self.socket) as client:
+                return await client.command(name, arguments)
+        except TimeoutError as error:
+            raise RigError(f"host {self.name} did not answer {name} within {COMMAND_TIMEOUT_S:g} s") from error
+
+    async def create_guest(self, name: str = "g1", memory_mib: int = 64, **arguments: Any) -> dict[str, Any]:
+        """Start a guest. ``arguments`` as QMP names with ``_`` for ``-``."""
+        given = {key.replace("_", "-"): value for key, value in arguments.items()}
+        return dict(
+            await self.command("x-migrated-guest-create", {"guest": name, "memory-bytes": memory_mib * MIB, **given})
+        )
+
+    async def guests(self) -> dict[str, dict[str, Any]]:
+        """All guests of the host by name."""
+        return {guest["name"]: guest for guest in await self.command("x-migrated-guest-list")}
+
+    async def guest(self, name: str = "g1") -> dict[str, Any]:
+        """One guest, with everything its VMM says."""
+        return dict(await self.command("x-migrated-guest-show", {"guest": name}))
+
+    async def verify(self, name: str = "g1") -> dict[str, Any]:
+        """Check every byte of a guest."""
+        return dict(await self.command("x-migrated-guest-verify", {"guest": name}))
+
+    async def begin_migration(self, name: str, to: Host | str, **parameters: Any) -> str:
+        """Start to migrate a guest. ``parameters`` as QMP names with ``_`` for ``-``. Returns the migration id."""
+        uri = to if isinstance(to, str) else to.uri
+        given = {key.replace("_", "-"): value for key, value in parameters.items()}
+        answer = await self.command("migrate", {"guest": name, "uri": uri, **given})
+        return str(answer["migration-id"])
+
+    async def wait(self, migration_id: str) -> dict[str, Any]:
+        """The record of an attempt, once it ended or is in doubt."""
+        return dict(await self.command("x-migrated-wait", {"migration-id": migration_id}))
+
+    async def migrate(self, name: str, to: Host | str, **parameters: Any) -> dict[str, Any]:
+        """Migrate a guest and return the record."""
+        return await self.wait(await self.begin_migration(name, to, **parameters))
+
+    async def record(self, migration_id: str) -> dict[str, Any] | None:
+        """A record from the history, None when there is none."""
+        try:
+            return dict(await self.command("x-migrated-show", {"migration-id": migration_id}))
+        except CommandError as error:
+            if error.kind != "DeviceNotFound":
+                raise
+            return None
+
+    async def progress(self, name: str = "g1") -> dict[str, Any] | None:
+        """The guest's latest migration, None when there was none since the daemon's start."""
+        found = await self.command("x-migrated-status", {"guest": name, "rounds": 1})
+        return dict(found[-1]) if found else None
+
+    async def until_status(self, name: str, *statuses: str) -> dict[str, Any]:
+        """The guest's latest migration once it has one of the statuses."""
+
+        async def reached() -> dict[str, Any] | None:
+            found = await self.progress(name)
+            return found if found is not None and found["status"] in statuses else None
+
+        return await until(f"migration of {name} {' or '.join(statuses)}", reached)
+
+    # Section: guest processes
+
+    def vmm_pids(self) -> dict[int, str]:
+        """Process ids of the guest processes of this host, with the names of their guests."""
+        found: dict[int, str] = {}
+        marker = os.fsencode(str(self.directory / "guests")) + b"/"
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                arguments = path.read_bytes().split(b"\0")
+                if b"--api-socket" in arguments:
+                    socket = arguments[arguments.index(b"--api-socket") + 1]
+                    if socket.startswith(marker):
+                        found[int(path.parent.name)] = Path(os.fsdecode(socket)).stem
+        return found
+
+    def kill_vmm(self, name: str = "g1") -> None:
+        """Kill the process of a guest and wait until it is gone."""
+        for pid, guest in self.vmm_pids().items():
+            if guest == name:
+                self._kill_pid(pid)
+
+    def _kill_pid(self, pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while is_alive(pid):
+            if time.monotonic() > deadline:
+                raise RigError(f"guest process {pid} of host {self.name} does not end")
+            time.sleep(0.001)
+        self.deaths[pid] = time.monotonic_ns()
+
+    async def vmm(self, name: str = "g1") -> VmmClient:
+        """A connection to a guest's VMM, beside the daemon's."""
+        return await VmmClient.connect(self.directory / "guests" / f"{name}.sock")
+
+    def run_log(self, name: str = "g1") -> list[dict[str, Any]]:
+        """What the guest's processes on this host wrote of their running."""
+        try:
+            lines = (self.directory / "guests" / f"{name}.runlog").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines]
+
+    # Section: what may not be left
+
+    def take_baseline(self) -> None:
+        """Count what the idle daemon holds without guests."""
+        self._baseline = footprint(self.pid)
+
+    def excess(self, guests: int) -> list[str]:
+        """What the daemon holds beyond its baseline and ``guests`` guests at rest."""
+        if self._baseline is None:
+            return []
+        held = footprint(self.pid)
+        expected = self._baseline.descriptors + Counter({"socket": guests, "anon_inode:[pidfd]": guests})
+        over = held.descriptors - expected
+        found = [f"host {self.name}: {count} more of {kind}" for kind, count in over.items()]
+        if held.mapped_memories:
+            found.append(f"host {self.name}: {held.mapped_memories} guest memories are still mapped")
+        # Executors may have grown to their full size, asyncio's and libuv's; a thread per migration would pass it soon.
+        allowed = self._baseline.threads + min(32, (os.cpu_count() or 1) + 4) + _LIBUV_THREADS
+        if held.threads > allowed:
+            found.append(f"host {self.name}: {held.threads} threads, at most {allowed} are expected")
+        return found
+
+    async def leftovers(self) -> list[str]:
+        """What is left behind when nothing runs: descriptors, mappings, threads, guest processes without a guest, open
+        attempts. Empty when all is well; waits a while for what is still being let go."""
+        guests = await self.guests()
+        known = {guest["pid"] for guest in guests.values()}
+
+        def found() -> list[str]:
+            strangers = [f"{name} (pid {pid})" for pid, name in self.vmm_pids().items() if pid not in known]
+            return self.excess(len(guests)) + [f"host {self.name}: no guest has process {one}" for one in strangers]
+
+        async def clean() -> bool:
+            return not found()
+
+        with contextlib.suppress(RigError):
+            await until("clean", clean, 10.0)
+        return found()
+
+    def close(self) -> None:
+        """End the daemon and every guest process of this host."""
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGCONT)
+            try:
+                self.stop(10.0)
+            except RigError:
+                self.kill()
+        for pid in self.vmm_pids():
+            self._kill_pid(pid)

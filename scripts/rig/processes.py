@@ -1,0 +1,38 @@
+"""What the kernel tells about a process: whether it runs, and what it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a process holds: descriptors by kind, mappings of guest memory, threads."""
+
+    descriptors: Counter[str]
+    mapped_memories: int
+    threads: int
+
+
+def footprint(pid: int) -> Footprint:
+    """What a process holds now."""
+    kinds: Counter[str] = Counter()
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            target = os.readlink(entry.path)
+            kinds[target.partition(":")[0] if target.startswith(("socket:", "pipe:")) else target] += 1
+    mapped = sum("/memfd:" in line for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+    return Footprint(kinds, mapped, len(os.listdir(f"/proc/{pid}/task")))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in ("Z", "X")

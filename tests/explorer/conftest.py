@@ -1,8 +1,0 @@
-"""Makes the repository's root importable, so that the explorer and the simulator can be imported as modules."""
-
-import sys
-from pathlib import Path
-
-ROOT = str(Path(__file__).parents[2])
-if ROOT not in sys.path:
-    sys.path.insert(0, ROOT)
