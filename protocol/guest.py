@@ -92,6 +92,8 @@ class GuestDescription(WireModel):
     def _regions_fit_together(self) -> GuestDescription:
         if self.page_size != PAGE_SIZE:
             raise ValueError(f"page size {self.page_size} is not supported: only {PAGE_SIZE} is")
+        if self.guest_time and not self.guest_freq:
+            raise ValueError("guest_freq must be known where guest_time says that the guest's time travels")
         expected = 0
         for region in self.memory:
             if region.size_bytes % PAGE_SIZE:

@@ -87,7 +87,12 @@ def test_what_the_destination_said_is_shown_and_no_more(
 def test_it_needs_no_prediction_no_rounds_and_no_destination(
     snapshot: Callable[..., Any], status: str, rounds: int
 ) -> None:
-    blank = {"predicted_downtime_ns": None, "predicted_upper_ns": None, "predicted_parts_ns": {}, "rounds": ()}
+    blank: dict[str, Any] = {
+        "predicted_downtime_ns": None,
+        "predicted_upper_ns": None,
+        "predicted_parts_ns": {},
+        "rounds": (),
+    }
     early = snapshot(status=status, round=0, decision="", destination="", bandwidth_bytes_per_s=0.0, **blank)
     shown = "\n".join(lines_of(progress_view(early, rounds=rounds)))
     assert "not predicted yet; limit 300ms" in shown

@@ -46,13 +46,13 @@ def values(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     pattern = None
     for item in metadata:
         match item:
-            case Ge(ge):
+            case Ge(int(ge)):
                 limits["min_value"] = ge
-            case Gt(gt):
+            case Gt(int(gt)):
                 limits["min_value"] = gt + 1
-            case Le(le):
+            case Le(int(le)):
                 limits["max_value"] = le
-            case Lt(lt):
+            case Lt(int(lt)):
                 limits["max_value"] = lt - 1
             case MinLen(length):
                 limits["min_size"] = length
@@ -99,14 +99,17 @@ def guests(draw: st.DrawFn) -> GuestDescription:
     fields = {
         name: values(field.annotation, field.metadata)
         for name, field in GuestDescription.model_fields.items()
-        if name not in ("memory", "devices", "page_size")
+        if name not in ("memory", "devices", "page_size", "guest_time", "guest_freq")
     }
+    guest_time = draw(st.booleans())
     return draw(
         st.builds(
             GuestDescription,
             memory=st.just(tuple(regions)),
             devices=st.just(tuple(devices)),
             page_size=st.just(4096),
+            guest_time=st.just(guest_time),
+            guest_freq=st.integers(int(guest_time), (1 << 64) - 1),
             **fields,
         )
     )

@@ -1,0 +1,14 @@
+"""A rig for real QEMU guests: a small Linux guest that checks its own memory, stock QEMU to run it in, and figures of
+what the guest noticed.
+
+    kernel, cpio, image    a distribution's kernel and an initramfs whose only program is guest_init.c
+    workload, disk         what the guest does; the disk it logs to and reads from
+    launcher               one QEMU process, started as anyone would start it
+    console                beats and answers of the guest, with the host's time of arrival; the gaps between them
+    baseline               QEMU's own migration of the same guest, to compare with
+    slow_disk              a disk whose direct reads stay in flight for long
+    figures                records and observations as one table and one JSON document
+
+QEMU, the kernel and a C compiler come from the distribution. ``kernel.missing_packages`` says what lacks; nothing here
+installs anything.
+"""

@@ -1,0 +1,245 @@
+"""One stock QEMU with the rig's guest, started as anyone would start it: no option is there for our sake but the number
+of the incarnation, which the guest writes into its log.
+
+    async with running_qemu(QemuSpec(...), image, directory) as qemu:
+        qemu.console.wait_for("READY", BOOT_TIMEOUT_S)
+        await qemu.execute("stop")
+
+Whatever happens inside, the process has ended and its RAM file is gone when the block is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+
+from scripts.qemu_rig.console import CONNECT_TIMEOUT_S, Console
+from scripts.qemu_rig.image import GuestImage
+from scripts.qemu_rig.kernel import QEMU
+from scripts.qemu_rig.workload import Workload
+from scripts.rig.waiting import RigError, until
+
+Backing: TypeAlias = Literal["private", "file", "memfd"]
+Cache: TypeAlias = Literal["none", "writeback"]
+Machine: TypeAlias = Literal["q35", "pc"]
+
+BOOT_TIMEOUT_S: Final = 120.0
+"""From the start of QEMU to READY, under emulation on a busy machine."""
+_SHARED_MEMORY: Final = Path("/dev/shm")
+_KERNEL_ARGUMENTS: Final = "console=ttyS0 quiet panic=-1 rdinit=/init"
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A raw image as virtio-blk device. ``cache="none"`` is O_DIRECT: it goes past the page tables."""
+
+    path: Path
+    cache: Cache = "writeback"
+    log_ms: int = 0
+    """Period of the guest's log records; 0 is no log."""
+    read_mib: int = 0
+    """How much data behind the log the guest reads, again and again; 0 is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class QemuSpec:
+    """What kind of guest. Source and destination of a move are started from equal ones.
+
+    Attributes:
+        backing: ``private`` is what QEMU does when it is told nothing; ``file`` is shared memory on tmpfs.
+        numa: memory in two halves, each with a backend and a node of its own.
+        network: a virtio card on QEMU's user network, which lets nothing out.
+    """
+
+    memory_mib: int = 256
+    workload: Workload = field(default_factory=Workload.idle)
+    backing: Backing = "private"
+    numa: bool = False
+    machine: Machine = "q35"
+    cpus: int = 1
+    disk: Disk | None = None
+    network: bool = True
+    rng: bool = True
+
+
+def command_line(
+    spec: QemuSpec, image: GuestImage, directory: Path, incarnation: int, incoming: bool, extra: Sequence[str] = ()
+) -> list[str]:
+    """QEMU's command line. Sockets are in ``directory``: ``qmp``, ``console`` and ``beats``."""
+    machine, memory = _memory_options(spec, directory)
+    guest_arguments = spec.workload.arguments()
+    if spec.disk:
+        guest_arguments += [f"log_ms={spec.disk.log_ms}", f"read_mib={spec.disk.read_mib}"]
+    command = [
+        QEMU, "-machine", f"{spec.machine},accel=tcg{machine}", "-cpu", "max", "-smp", str(spec.cpus),
+        "-m", f"{spec.memory_mib}M", *memory,
+        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-kernel", str(image.kernel), "-initrd", str(image.initramfs),
+        "-append", f"{_KERNEL_ARGUMENTS} -- {' '.join(guest_arguments)}",
+        "-qmp", f"unix:{directory}/qmp,server=on,wait=off",
+        "-fw_cfg", f"name=opt/rig/incarnation,string={incarnation}",
+    ]  # fmt: skip
+    for port in ("console", "beats"):
+        command += ["-chardev", f"socket,id={port},path={directory}/{port},server=on,wait=off"]
+        command += ["-device", f"isa-serial,chardev={port}"]
+    if spec.disk:
+        drive = f"file={spec.disk.path},format=raw,cache={spec.disk.cache},if=none,id=disk"
+        command += ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
+    if spec.network:
+        command += ["-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net"]
+    if spec.rng:
+        command += ["-device", "virtio-rng-pci"]
+    return [*command, *(("-incoming", "defer") if incoming else ()), *extra]
+
+
+def _memory_options(spec: QemuSpec, directory: Path) -> tuple[str, list[str]]:
+    """What goes behind ``-machine``, and options of their own."""
+    if spec.backing == "private" and not spec.numa:
+        return "", []
+    names = ("ram0", "ram1") if spec.numa else ("ram0",)
+    size = f"{spec.memory_mib // len(names)}M"
+    options: list[str] = []
+    for number, name in enumerate(names):
+        kind = {
+            "private": "memory-backend-ram",
+            "file": f"memory-backend-file,share=on,mem-path={_ram_file(directory, name)}",
+            "memfd": "memory-backend-memfd,share=on",
+        }[spec.backing]
+        options += ["-object", f"{kind},id={name},size={size}"]
+        if spec.numa:
+            options += ["-numa", f"node,nodeid={number},memdev={name}"]
+    return ("" if spec.numa else ",memory-backend=ram0"), options
+
+
+def _ram_file(directory: Path, name: str) -> Path:
+    return _SHARED_MEMORY / f"{directory.parent.name}-{directory.name}-{name}"
+
+
+class Qemu:
+    """A QEMU that runs: its process id, its monitor and its guest's console."""
+
+    def __init__(self, process: asyncio.subprocess.Process, directory: Path, monitor: QMPClient, console: Console):
+        self._process = process
+        self._monitor = monitor
+        self.directory = directory
+        self.console = console
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @property
+    def qmp_socket(self) -> Path:
+        """Where its monitor listens. It serves one client at a time, and this rig is one: see ``release_monitor``."""
+        return self.directory / "qmp"
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Run a command of the machine protocol and return its result.
+
+        Raises:
+            RigError: QEMU refused it.
+        """
+        try:
+            return await self._monitor.execute(command, arguments)
+        except ExecuteError as error:
+            raise RigError(f"QEMU refused {command}: {error}") from error
+        except QMPError as error:
+            raise RigError(f"QEMU did not answer {command}: {error}") from error
+
+    async def human(self, command: str) -> str:
+        """Run a command of the monitor for people and return what it printed."""
+        return str(await self.execute("human-monitor-command", {"command-line": command}))
+
+    async def host_address(self, guest_physical: int) -> int:
+        """Where a byte of the guest's memory is in QEMU's own address space."""
+        answer = await self.human(f"gpa2hva {guest_physical:#x}")
+        try:
+            return int(answer.split()[-1], 16)
+        except (ValueError, IndexError):
+            raise RigError(f"QEMU does not say where guest address {guest_physical:#x} is: {answer}") from None
+
+    async def release_monitor(self) -> None:
+        """Leave the monitor to someone else."""
+        await self._monitor.disconnect()
+
+    async def ended(self, timeout_s: float) -> int:
+        """Wait until the process has ended by itself. Returns its exit status.
+
+        Raises:
+            RigError: it has not.
+        """
+        try:
+            return await asyncio.wait_for(self._process.wait(), timeout_s)
+        except TimeoutError:
+            raise RigError(f"QEMU (process {self.pid}) still runs after {timeout_s:g} s.") from None
+
+
+@contextlib.asynccontextmanager
+async def running_qemu(
+    spec: QemuSpec,
+    image: GuestImage,
+    directory: Path,
+    incarnation: int = 0,
+    *,
+    incoming: bool = False,
+    extra: Sequence[str] = (),
+) -> AsyncIterator[Qemu]:
+    """Start a QEMU with everything of its own in ``directory`` (which is made), and end it with the block.
+
+    Args:
+        incarnation: what the guest writes into its log while it runs here.
+        incoming: it waits for ``migrate-incoming``.
+        extra: more arguments.
+
+    Raises:
+        RigError: it did not start; the sentence has what it printed.
+    """
+    directory.mkdir(parents=True)
+    output = directory / "output"
+    with output.open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            *command_line(spec, image, directory, incarnation, incoming, extra), stdout=log, stderr=log
+        )
+    monitor = QMPClient(directory.name)
+    try:
+        await _connect(monitor, directory / "qmp", process, output)
+        # In a thread: this waits for sockets, and another QEMU may be served meanwhile.
+        console = await asyncio.to_thread(Console, directory / "console", directory / "beats")
+        with console:
+            try:
+                yield Qemu(process, directory, monitor, console)
+            finally:
+                with contextlib.suppress(QMPError, EOFError, OSError):
+                    await monitor.disconnect()
+                await _end(process)
+    finally:
+        await _end(process)
+        for name in ("ram0", "ram1"):
+            _ram_file(directory, name).unlink(missing_ok=True)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGKILL)
+    await process.wait()
+
+
+async def _connect(monitor: QMPClient, path: Path, process: asyncio.subprocess.Process, output: Path) -> None:
+    async def connected() -> bool:
+        if process.returncode is not None:
+            raise RigError(f"QEMU did not start: {output.read_text(errors='replace').strip()[-1000:]}")
+        with contextlib.suppress(ConnectError):
+            if path.exists():
+                await monitor.connect(str(path))
+                return True
+        return False
+
+    await until(f"QEMU's monitor at {path} did not answer", connected, CONNECT_TIMEOUT_S)
