@@ -31,6 +31,7 @@ from migrated.logs import LogCollector
 from migrated.metrics import Metrics
 from migrated.parameters import MigrationParameters
 from migrated.progress import Progress
+from migrated.run_marks import RunMarks
 from migrated.tasks import TaskSet
 from migrated.vmm.drivers import load_drivers
 from migrated.vmm.resume_costs import ResumeCosts
@@ -68,6 +69,7 @@ class MigrationHost:
             clock=HostClock(config.clock.hrtime_offset_ns, config.clock.wall_offset_ns, config.clock.drift_ppm),
             security=self.security,
             journal=journal,
+            run_marks=RunMarks(config.state.directory),
             guests=GuestRegistry(config, load_drivers(config)),
             knowledge=load_knowledge(config.state.directory),
             resume_costs=ResumeCosts(int(config.limits.guessed_resume_reserve_ms * 1e6)),
@@ -105,6 +107,7 @@ class MigrationHost:
         await self._env.guests.close()
         keep_knowledge(self._env.config.state.directory, self._env.knowledge)
         self._env.journal.close()
+        self._env.run_marks.close()
         self._history.close()
 
     async def connected(self, first: Message, connection: Connection) -> None:

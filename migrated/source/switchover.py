@@ -113,11 +113,14 @@ class Switchover:
         try:
             try:
                 await self._transfer.vmm.prepare_stop()
-                self._budget.stop_asked(time.monotonic_ns())
-                await self._handover.take(SourceEvent.STOP, self._control)
             except VmmError as error:
-                await self._handover.take(SourceEvent.FAULT, self._control, f"the guest could not be stopped: {error}")
+                reason = f"the stop could not be prepared: {error}"
+                await self._handover.take(SourceEvent.FAULT, self._control, reason)
                 return
+            self._budget.stop_asked(time.monotonic_ns())
+            await self._handover.take(SourceEvent.STOP, self._control)
+            if self._handover.state is not SourceState.STOPPED:
+                return  # it could not be stopped
             self._stopped()
             work = asyncio.create_task(self._move_state())
             await self._see_through()
