@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import structlog
-from pydantic import ValidationError
 
 from migrated.destination.loading import Loaded
 from migrated.destination.phases import Arriving, Final
@@ -32,9 +31,9 @@ class VoteTimes:
 
 async def guest_gap_of(guest: Guest) -> GuestGap | None:
     """What a guest that runs here saw of its blackout, once it beat again; None when its VMM cannot tell."""
-    with contextlib.suppress(VmmError, KeyError, TypeError, ValidationError):
-        gap = (await guest.vmm.status()).detail["stop_gap"]
-        return GuestGap(guest_ns=gap["guest_ns"], host_ns=gap["host_ns"])
+    with contextlib.suppress(VmmError):
+        if (gap := (await guest.vmm.status()).observed_gap) is not None:
+            return GuestGap(guest_ns=gap.guest_ns, host_ns=gap.host_ns)
     return None
 
 

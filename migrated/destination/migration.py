@@ -37,6 +37,7 @@ from migrated.progress import Progress
 from migrated.record.model import Record
 from migrated.tasks import TaskSet
 from migrated.vmm.memory import GuestMemory
+from migrated.vmm.seam import ExpectedCosts
 from protocol import messages
 from protocol.blackout import Vote
 from protocol.clock import ClockError
@@ -62,6 +63,7 @@ class Equipment:
         receiver, loading: put pages and states into the guest.
         takeover: decides who runs it.
         welcome: the answer to the offer.
+        costs: what loading and resuming the guest is expected to cost here.
     """
 
     guest: Guest
@@ -71,6 +73,7 @@ class Equipment:
     loading: Loading
     takeover: Takeover
     welcome: messages.Welcome
+    costs: ExpectedCosts
 
 
 class IncomingMigration:
@@ -271,7 +274,8 @@ class IncomingMigration:
         if first:
             self._equipment.receiver.guest_stopped()
             self._view.set_status("device")
-            self._ask_time()
+            if self._offer.hello.guest.guest_time:
+                self._ask_time()
         return blackout
 
     def _hear_end(self, end: messages.StateEnd, received: Received) -> None:
@@ -332,7 +336,8 @@ class IncomingMigration:
             times = takeover.resume_times
             log_costs(self._phase, self._times, times, done)
             if times is not None and not hello.guest_paused:
-                env.resume_costs.add(times.end_ns - times.commit_read_ns, self._equipment.welcome.resume_ns)
+                took_ns = times.end_ns - times.commit_read_ns
+                env.resume_costs.add(hello.guest.vmm, took_ns, self._equipment.costs)
             if not hello.guest_paused:
                 env.publish("RESUME", {"guest": self.guest_name})
             guest_gap = await guest_gap_of(self._equipment.guest)

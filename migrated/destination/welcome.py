@@ -21,6 +21,7 @@ from migrated.guests import Guest
 from migrated.journal import JournalError
 from migrated.vmm.memory import shared_huge_pages
 from protocol import messages
+from protocol.budget import abort_limit_ns
 from protocol.digest import MemoryDigest
 from protocol.errors import ProtocolError
 from protocol.guest_time import TimeAdjustError
@@ -85,7 +86,7 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
         raise RefusedError(f"this host cannot build an equal guest: {'; '.join(differences)}")
     memory = await guest.vmm.memory()
     undo.push_async_callback(asyncio.to_thread, memory.release)
-    dry_load = await guest.vmm.typical_dry_run("load")
+    costs = await guest.vmm.expected_costs("load")
     env.journal.begin(
         hello.migration_id,
         hello.epoch,
@@ -121,17 +122,16 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
         {(d.name, d.kind) for d in hello.guest.devices},
         hello.time_rules,
         env.clock,
-        {(cost.name, cost.kind): cost.ns for cost in dry_load.devices},
     )
     answer = messages.Welcome(
         token=secrets.token_bytes(16),
         capabilities=tuple(sorted(agreed)),
-        load_costs=dry_load.devices,
-        resume_ns=dry_load.resume_ns,
+        load_costs=costs.devices,
+        resume_ns=env.resume_costs.expected_ns(guest.vmm.driver, costs, abort_limit_ns(hello.limits)),
         ready_timeout_ns=int(env.config.limits.ready_timeout_s * 1e9),
         host=env.host,
     )
-    return IncomingMigration(env, offer, Equipment(guest, memory, digest, receiver, loading, takeover, answer))
+    return IncomingMigration(env, offer, Equipment(guest, memory, digest, receiver, loading, takeover, answer, costs))
 
 
 async def _destroy(env: Environment, guest: Guest) -> None:

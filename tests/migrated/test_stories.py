@@ -42,7 +42,9 @@ from migrated.run_marks import RunMarks
 from migrated.source.migration import OutgoingMigration
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.story import Target
+from migrated.vmm.drivers import load_drivers
 from migrated.vmm.resume_costs import ResumeCosts
+from migrated.vmm.seam import GuestRequest
 from protocol import messages
 from protocol.errors import ErrorCode
 from protocol.messages import Message
@@ -73,9 +75,9 @@ def environment(directory: Path, **limits: Any) -> Environment:
         security=LinkSecurity(config.tls, config.authorisation),
         journal=Journal(config.state.directory),
         run_marks=RunMarks(config.state.directory),
-        guests=GuestRegistry(config.vmm, config.clock, config.lock),
+        guests=GuestRegistry(config, load_drivers(config)),
         knowledge=Knowledge(),
-        resume_costs=ResumeCosts(),
+        resume_costs=ResumeCosts(10_000_000),
         host=directory.name,
         finish=lambda _record, _role: None,
         publish=lambda _name, _data: None,
@@ -106,7 +108,7 @@ async def source(tmp_path: Path) -> AsyncIterator[Environment]:
 
 @pytest.fixture
 async def guest(source: Environment) -> Guest:
-    return await source.guests.create("g1", ["--memory", str(4 << 20)])
+    return await source.guests.create(GuestRequest("g1", 4 << 20))
 
 
 def held() -> list[str]:
@@ -188,7 +190,7 @@ async def open_to(
     description = await guest.vmm.describe()
     connection = await connect(env, *listener.address)
     try:
-        offer = await offer_of(guest.vmm, description)
+        offer = await offer_of(guest.vmm, description, PARAMETERS)
         session = await open_session(env, guest.vmm, connection, offer, PARAMETERS, ID, 1)
         kept(session)
         connection.give_up(1, "the test is over")
@@ -384,7 +386,7 @@ async def test_a_reservation_ends_with_an_error(guest: Guest) -> None:
     reservation = Reservation(guest, ID)
     assert guest.migration_id == ID
     with pytest.raises(VmmError), reservation:
-        await guest.vmm.throttle(1000)  # out of range
+        await guest.vmm.own_operation("no such one", {})
     assert guest.migration_id is None
 
 
