@@ -1,4 +1,5 @@
-"""Why an attempt ended without completing. The message is the sentence that reaches the operator and the record."""
+"""Why an attempt ended without completing, or why what is told of one cannot be read. The message is the sentence that
+reaches the operator and the record."""
 
 from __future__ import annotations
 
@@ -33,3 +34,7 @@ class VmmSilentError(VmmError):
     def __init__(self, message: str, pid: int) -> None:
         super().__init__(message)
         self.pid = pid
+
+
+class DocumentError(Exception):
+    """A document, of a record or of a running migration, that this version cannot read."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from migrated.record.model import RoundRow
+from migrated.record.reading import read_document
 from migrated.record.terms import Role, Status
 
 
@@ -61,3 +63,12 @@ class Progress(BaseModel):
     acknowledged: Acknowledged | None
     reason: str | None
     rounds: tuple[RoundRow, ...]
+
+
+def read_progress(document: Mapping[str, Any]) -> Progress:
+    """A snapshot from its document (``x-migrated-status``), also one of a newer daemon.
+
+    Raises:
+        DocumentError: it is no snapshot that this version can read.
+    """
+    return read_document(Progress, document, "snapshot of a migration")

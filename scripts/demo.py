@@ -27,10 +27,12 @@ from typing import Any, Final
 
 from rich.text import Text
 
-from migrated.cli.render import duration, record_view
+from migrated.cli.render import record_view
 from migrated.cli.session import console
+from migrated.cli.style import duration
 from migrated.cli.watch import attend, display
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
+from migrated.record.reading import read_record
 from migrated.report import write_report
 from protocol.units import UnitError, format_rate, format_size, parse_duration_ns, parse_rate, parse_size
 from scripts.basics import ROOT
@@ -194,7 +196,7 @@ async def demo(options: argparse.Namespace, directory: Path) -> list[dict[str, A
 
     for title, record in (("Where the downtime went: a -> b", there), ("Where the downtime went: b -> a", back)):
         say(title)
-        out.print(record_view(record, details=False))
+        out.print(record_view(read_record(record), details=False))
     return [there, back]
 
 

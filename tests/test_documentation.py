@@ -57,6 +57,7 @@ def test_commands_and_their_options_exist(document: Path) -> None:
         while isinstance(command, click.Group):
             group_options = {option for parameter in command.params for option in parameter.opts}
             chosen = next((word for word in words if word not in group_options), None)
+            assert chosen is not None, f"{document.name}: {name} {' '.join(words)}"
             assert chosen in command.commands, f"{document.name}: {name} {' '.join(words)}"
             words.remove(chosen)
             command = command.commands[chosen]

@@ -2,6 +2,7 @@
 
 Exit status: 0 done; 1 the operation failed; 2 wrong usage; 3 daemon not reachable; 4 in doubt; 130 interrupted.
 Heavy imports wait until a command needs them: this starts often, in scripts and for shell completion.
+It is long because every command stands here with its help, and nothing else does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -26,10 +27,14 @@ from migrated.cli.options import (
     parse_settings,
     qmp_parameters,
 )
-from migrated.cli.session import EXIT_FAILED, EXIT_IN_DOUBT, Session, default_socket
+from migrated.cli.session import EXIT_FAILED, Session, default_socket, exit_status
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
+from migrated.errors import DocumentError
+from migrated.record.terms import FINISHED, OUTCOMES
 
-OUTCOMES: Final = ("completed", "aborted", "cancelled", "failed", "refused", "in-doubt")
+if TYPE_CHECKING:
+    from migrated.record.model import Record
+
 TIME: Final = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d %H:%M:%S"])
 WORKLOADS_HELP: Final = "What the guest's vCPUs do: idle, sequential, random, hot-cold, phased, fill and more."
 COMPLETION_TIMEOUT_S: Final = 2.0
@@ -176,7 +181,7 @@ def create(
 def list_guests(session: Session) -> None:
     """All guests of this host."""
     found = session.call("x-migrated-guest-list")
-    session.show(found, lambda: _render().guests_table(found))
+    session.show(found, lambda: _lists().guests_table(found))
 
 
 @guest.command("show")
@@ -185,7 +190,7 @@ def list_guests(session: Session) -> None:
 def show_guest(session: Session, name: str) -> None:
     """One guest: state, workload, clock, heartbeat."""
     found = session.call("x-migrated-guest-show", {"guest": name})
-    session.show(found, lambda: _render().facts_view(found))
+    session.show(found, lambda: _lists().facts_view(found))
 
 
 @guest.command()
@@ -253,8 +258,9 @@ def migrate(session: Session, name: str, uri: str, no_wait: bool, **parameters: 
     if no_wait:
         session.say({"migration_id": result["migration-id"]}, result["migration-id"])
         return
-    session.show(result, lambda: _render().record_view(result, details=False))
-    session.finish(result)
+    record = session.record(result)
+    session.show(result, lambda: _render().record_view(record, details=False))
+    session.finish(record)
 
 
 @main.command(cls=ParameterCommand)
@@ -264,7 +270,7 @@ def migrate(session: Session, name: str, uri: str, no_wait: bool, **parameters: 
 def estimate(session: Session, name: str, uri: str, **parameters: Any) -> None:
     """Predict what a migration would cost, without migrating."""
     found = session.call("x-migrated-estimate", {"guest": name, "uri": uri, **qmp_parameters(parameters)})
-    session.show(found, lambda: _render().estimate_view(found))
+    session.show(found, lambda: _lists().estimate_view(found))
 
 
 @main.command()
@@ -288,9 +294,10 @@ def status(session: Session, name: str | None) -> None:
         from rich.console import Group
 
         from migrated.cli.live import progress_view
+        from migrated.cli.trace import Look
 
-        migrations = [progress_view(progress) for progress in found["migrations"]]
-        return Group(_render().guests_table(found["guests"]), *migrations)
+        migrations = [progress_view(Look.of(progress)) for progress in found["migrations"]]
+        return Group(_lists().guests_table(found["guests"]), *migrations)
 
     session.show(found, view)
 
@@ -318,24 +325,26 @@ def cancel(session: Session, name: str) -> None:
     """Cancel the guest's migration; the guest runs on here. Waits until it has ended."""
 
     async def work(client: ControlClient) -> Any:
-        from migrated.cli.watch import FINISHED
+        from migrated.progress import read_progress
 
         found = await client.command("x-migrated-status", {"guest": name, "rounds": 0})
-        running = [progress for progress in found if progress["status"] not in FINISHED]
+        running = [progress for progress in map(read_progress, found) if progress.status not in FINISHED]
         await client.command("migrate_cancel", {"guest": name}, oob=True)
         if not running:
             return None
-        return await client.command("x-migrated-wait", {"migration-id": running[-1]["migration_id"]}, oob=True)
+        return await client.command("x-migrated-wait", {"migration-id": running[-1].migration_id}, oob=True)
 
-    record = session.run(work)
-    if record is None:
+    result = session.run(work)
+    if result is None:
         session.say({}, f"No migration of {name} is running.")
-    elif record["outcome"] == "cancelled":
-        session.say(record, f"The migration of {name} is cancelled: {record['reason']}")
+        return
+    record = session.record(result)
+    if record.outcome == "cancelled":
+        session.say(result, f"The migration of {name} is cancelled: {record.reason}")
     else:
-        session.document(record)
-        click.echo(f"The migration of {name} was not cancelled: it is {record['outcome']} already.", err=True)
-        sys.exit(EXIT_IN_DOUBT if record["outcome"] == "in-doubt" else EXIT_FAILED)
+        session.document(result)
+        click.echo(f"The migration of {name} was not cancelled: it is {record.outcome} already.", err=True)
+        sys.exit(exit_status(record))
 
 
 @main.command("set")
@@ -354,7 +363,7 @@ def set_parameters(session: Session, name: str, settings: tuple[str, ...]) -> No
         return await client.command("query-migrate-parameters", {"guest": name})
 
     found = session.run(work)
-    session.show(found, lambda: _render().facts_view(found))
+    session.show(found, lambda: _lists().facts_view(found))
 
 
 @main.command("continue")
@@ -412,14 +421,14 @@ def history(
     arguments = {key: value for key, value in given.items() if value is not None}
     found = session.call("x-migrated-history-stats" if stats else "x-migrated-history", arguments)
     if as_csv:
-        _write_csv(found)
+        _write_csv([session.record(document) for document in found])
     elif stats:
-        session.show(found, lambda: _render().stats_view(found))
+        session.show(found, lambda: _lists().stats_view(found))
     else:
-        session.show(found, lambda: _render().history_table(found))
+        session.show(found, lambda: _lists().history_table(found))
 
 
-def _write_csv(records: list[dict[str, Any]]) -> None:
+def _write_csv(records: list[Record]) -> None:
     attempt = ("migration_id", "guest", "started_at", "outcome", "reason", "total_ns")
     downtime = (
         "measured_ns",
@@ -433,9 +442,9 @@ def _write_csv(records: list[dict[str, Any]]) -> None:
     writer = csv.writer(sys.stdout)
     writer.writerow([*attempt, *(f"downtime_{name}" for name in downtime), "transferred_bytes", "rounds"])
     for record in records:
-        measured = record["downtime"] or {}
-        row = [record[name] for name in attempt] + [measured.get(name) for name in downtime]
-        writer.writerow([*row, record["ram"]["transferred_bytes"], len(record["rounds"])])
+        row = [getattr(record, name) for name in attempt]
+        row += [None if record.downtime is None else getattr(record.downtime, name) for name in downtime]
+        writer.writerow([*row, record.ram.transferred_bytes, len(record.rounds)])
 
 
 @main.command()
@@ -443,8 +452,8 @@ def _write_csv(records: list[dict[str, Any]]) -> None:
 @with_session
 def show(session: Session, migration_id: str) -> None:
     """The record of one attempt: downtime breakdown, devices, rounds, checkpoints, guest time."""
-    record = session.call("x-migrated-show", {"migration-id": migration_id})
-    session.show(record, lambda: _render().record_view(record))
+    result = session.call("x-migrated-show", {"migration-id": migration_id})
+    session.show(result, lambda: _render().record_view(session.record(result)))
 
 
 @main.command()
@@ -463,7 +472,7 @@ def report(session: Session, migration_id: str | None, compare: tuple[str, str] 
     """Write the record of one attempt, or of two, as a self-contained HTML file."""
     if (migration_id is None) == (compare is None):
         raise click.UsageError("Give either one MIGRATION_ID or --compare A B.")
-    from migrated.report import ReportError, write_comparison, write_report
+    from migrated.report import write_comparison, write_report
 
     wanted = (migration_id,) if compare is None else compare
     records = [session.call("x-migrated-show", {"migration-id": one}) for one in wanted]
@@ -472,8 +481,8 @@ def report(session: Session, migration_id: str | None, compare: tuple[str, str] 
             write_report(records[0], output)
         else:
             write_comparison(records[0], records[1], output)
-    except ReportError as error:
-        session.fail(str(error), EXIT_FAILED, "ReportError")
+    except DocumentError as error:
+        session.fail(str(error), EXIT_FAILED, "DocumentError")
     except OSError as error:
         session.fail(f"The report cannot be written to {output}: {error.strerror}.", EXIT_FAILED, "OSError")
     ids = [record["migration_id"] for record in records]
@@ -498,8 +507,8 @@ def resolve(session: Session, migration_id: str, run_here: bool, discard: bool, 
             raise click.UsageError(f"To {what} without a terminal to ask on, give --yes.")
         click.confirm(f"Really {what}?", abort=True, err=True)
     action = "run-here" if run_here else "discard"
-    record = session.call("x-migrated-resolve", {"migration-id": migration_id, "action": action})
-    session.show(record, lambda: _render().record_view(record, details=False))
+    result = session.call("x-migrated-resolve", {"migration-id": migration_id, "action": action})
+    session.show(result, lambda: _render().record_view(session.record(result), details=False))
 
 
 @main.command()
@@ -511,7 +520,7 @@ def events(session: Session, count: int | None) -> None:
     async def work(client: ControlClient) -> None:
         seen = 0
         async for event in client.events():
-            click.echo(json.dumps(event) if session.json else _render().event_line(event))
+            click.echo(json.dumps(event) if session.json else _lists().event_line(event))
             sys.stdout.flush()
             seen += 1
             if seen == count:
@@ -550,7 +559,7 @@ def adjust_time(session: Session, file: Any) -> None:
     result = adjust_time_document(document)
     if "error" in result:
         session.fail(result["message"], EXIT_FAILED, result["error"])
-    session.show(result, lambda: _render().facts_view(result))
+    session.show(result, lambda: _lists().facts_view(result))
 
 
 @main.command()
@@ -567,3 +576,9 @@ def _render() -> Any:
     from migrated.cli import render
 
     return render
+
+
+def _lists() -> Any:
+    from migrated.cli import lists
+
+    return lists

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 import click
 
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
+from migrated.errors import DocumentError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+    from migrated.record.model import Record
 
 DEFAULT_SOCKET: Final = "/run/migrated/control.sock"
 WIDTH_OFF_TERMINAL: Final = 140
@@ -51,12 +54,15 @@ class Session:
             return asyncio.run(connected())
         except DaemonUnreachableError as error:
             self.fail(str(error), EXIT_UNREACHABLE, "DaemonUnreachable")
+        except DocumentError as error:
+            self.fail(str(error), EXIT_FAILED, "DocumentError")
         except CommandError as error:
-            if error.record is not None:
-                self.document(error.record)
-                click.echo(_clean(str(error)), err=True)
-                sys.exit(EXIT_IN_DOUBT if error.record.get("outcome") == "in-doubt" else EXIT_FAILED)
-            self.fail(str(error), EXIT_FAILED, error.kind)
+            if error.record is None:
+                self.fail(str(error), EXIT_FAILED, error.kind)
+            record = self.record(error.record)
+            self.document(error.record)
+            click.echo(_clean(str(error)), err=True)
+            sys.exit(exit_status(record))
         except KeyboardInterrupt:
             click.echo(_clean(if_interrupted), err=True, nl=bool(if_interrupted))
             sys.exit(EXIT_INTERRUPTED)
@@ -75,7 +81,11 @@ class Session:
         if self.json:
             self.document(value)
         else:
-            console().print(view())
+            try:
+                shown = view()
+            except DocumentError as error:
+                self.fail(str(error), EXIT_FAILED, "DocumentError")
+            console().print(shown)
 
     def say(self, value: Any, sentence: str) -> None:
         """The result: the document with ``--json``, else one sentence."""
@@ -90,12 +100,26 @@ class Session:
         click.echo(_clean(message), err=True)
         sys.exit(status)
 
-    def finish(self, record: dict[str, Any]) -> None:
+    def record(self, document: dict[str, Any]) -> Record:
+        """The record in a document; one that this version cannot read ends the command."""
+        from migrated.record.reading import read_record
+
+        try:
+            return read_record(document)
+        except DocumentError as error:
+            self.fail(str(error), EXIT_FAILED, "DocumentError")
+
+    def finish(self, record: Record) -> None:
         """End after an attempt as its outcome says; completed goes on."""
-        if record["outcome"] == "completed":
+        if record.outcome == "completed":
             return
-        click.echo(_clean(f"{record['outcome']}: {record['reason'] or 'no reason was recorded'}"), err=True)
-        sys.exit(EXIT_IN_DOUBT if record["outcome"] == "in-doubt" else EXIT_FAILED)
+        click.echo(_clean(f"{record.outcome}: {record.reason or 'no reason was recorded'}"), err=True)
+        sys.exit(exit_status(record))
+
+
+def exit_status(record: Record) -> int:
+    """The exit status of a command whose attempt did not complete."""
+    return EXIT_IN_DOUBT if record.outcome == "in-doubt" else EXIT_FAILED
 
 
 def default_socket() -> Path:

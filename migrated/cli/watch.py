@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from migrated.cli.session import console
+from migrated.cli.trace import Look
 from migrated.control.client import CommandError, ControlClient
+from migrated.record.terms import FINISHED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,10 +21,8 @@ if TYPE_CHECKING:
 INTERVAL_S: Final = 0.5
 ROUNDS_ASKED: Final = 40
 """Newest rounds asked for: more than a screen has room for."""
-FINISHED: Final = ("completed", "cancelled", "failed")
 
-Progress = dict[str, Any]
-Update = Callable[[list[Progress]], None]
+Update = Callable[[list[Look]], None]
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def _inline(console: Console, *, short: bool) -> Iterator[Update]:
     view = Screen(short=short)
     with Live(view, console=console, auto_refresh=False, vertical_overflow="crop", transient=short) as live:
 
-        def update(found: list[Progress]) -> None:
+        def update(found: list[Look]) -> None:
             view.take(found)
             live.refresh()
 
@@ -73,7 +73,7 @@ def _full_screen(console: Console) -> Iterator[Update]:
     try:
         with Live(view, console=console, auto_refresh=False, screen=True) as live:
 
-            def update(found: list[Progress]) -> None:
+            def update(found: list[Look]) -> None:
                 nonlocal seen
                 seen = seen or bool(found)
                 view.take(found)
@@ -91,13 +91,14 @@ class JsonLines:
     def __init__(self) -> None:
         self._ended: set[str] = set()
 
-    def __call__(self, found: list[Progress]) -> None:
+    def __call__(self, found: list[Look]) -> None:
         """Take one snapshot."""
-        for progress in found:
-            if progress["migration_id"] not in self._ended:
-                click.echo(json.dumps(progress))
-            if "record" in progress:
-                self._ended.add(progress["migration_id"])
+        for look in found:
+            migration_id = look.progress.migration_id
+            if migration_id not in self._ended:
+                click.echo(json.dumps(look.told))
+            if look.record is not None:
+                self._ended.add(migration_id)
 
 
 class PlainLines:
@@ -107,35 +108,35 @@ class PlainLines:
         self._write = write
         self._seen: dict[str, tuple[object, ...]] = {}
 
-    def __call__(self, found: list[Progress]) -> None:
+    def __call__(self, found: list[Look]) -> None:
         """Take one snapshot."""
         from migrated.cli.render import outcome_line, progress_line
 
-        for progress in found:
-            record = progress.get("record")
-            state = (progress["status"], progress["round"], progress["decision"], record is not None)
-            if self._seen.get(progress["migration_id"]) == state:
+        for look in found:
+            progress, record = look.progress, look.record
+            state = (progress.status, progress.round, progress.decision, record is not None)
+            if self._seen.get(progress.migration_id) == state:
                 continue
-            self._seen[progress["migration_id"]] = state
+            self._seen[progress.migration_id] = state
             if record is None:
                 self._write(progress_line(progress))
             else:
-                reason = f": {record['reason']}" if record["reason"] else ""
+                reason = f": {record.reason}" if record.reason else ""
                 self._write(f"{outcome_line(record)}{reason}")
 
 
 async def attend(client: ControlClient, guest: str, migration_id: str, update: Update | None) -> Any:
-    """Show a migration until it has ended or is in doubt, and return its record."""
+    """Show a migration until it has ended or is in doubt, and return its record's document."""
     ended = asyncio.create_task(client.command("x-migrated-wait", {"migration-id": migration_id}, oob=True))
     asked = {"guest": guest, "rounds": ROUNDS_ASKED}
     try:
         while update is not None:
             found = await client.command("x-migrated-status", asked)
             shown = [progress for progress in found if progress["migration_id"] == migration_id]
-            update(shown)
+            update([Look.of(progress) for progress in shown])
             await asyncio.wait({ended}, timeout=INTERVAL_S)
             if ended.done():
-                update([progress | {"record": ended.result()} for progress in shown])
+                update([Look.of(progress, ended.result()) for progress in shown])
                 break
         return await ended
     finally:
@@ -152,27 +153,30 @@ async def watch(client: ControlClient, guest: str | None, update: Update, *, fol
     before: set[str] | None = None
     records: dict[str, Any] = {}
     while True:
-        found = await client.command("x-migrated-status", asked)
+        looks = [Look.of(progress) for progress in await client.command("x-migrated-status", asked)]
         if before is None:
-            before = {p["migration_id"] for p in found if p["status"] in FINISHED}
-        shown = [p for p in found if p["migration_id"] not in before]
-        for progress in shown:
-            if progress["status"] in FINISHED:
-                progress |= await _record_of(client, progress["migration_id"], records)
-        update(shown)
+            before = {look.progress.migration_id for look in looks if look.progress.status in FINISHED}
+        shown = [look for look in looks if look.progress.migration_id not in before]
+        update([await _with_record(client, look, records) for look in shown])
         # One in doubt may stay so for days; what it needs is a person, not a longer look.
-        running = [p for p in shown if p["status"] not in (*FINISHED, "in-doubt")]
+        running = [look for look in shown if look.progress.status not in FINISHED | {"in-doubt"}]
         if shown and not running and not follow:
             return
         await asyncio.sleep(INTERVAL_S)
 
 
-async def _record_of(client: ControlClient, migration_id: str, known: dict[str, Any]) -> Progress:
-    """``record`` of one that has ended; nothing when it has none, as after a restart with a full disk."""
+async def _with_record(client: ControlClient, look: Look, known: dict[str, Any]) -> Look:
+    """The same with its record when it has ended; without when it has none, as after a restart with a full disk.
+
+    Args:
+        known: documents of the records by migration id; one that was asked for is kept here.
+    """
+    if look.progress.status not in FINISHED:
+        return look
+    migration_id = look.progress.migration_id
     if migration_id not in known:
         try:
-            known[migration_id] = {"record": await client.command("x-migrated-wait", {"migration-id": migration_id})}
+            known[migration_id] = await client.command("x-migrated-wait", {"migration-id": migration_id})
         except CommandError:
-            known[migration_id] = {}
-    found: Progress = known[migration_id]
-    return found
+            known[migration_id] = None
+    return Look.of(look.told, known[migration_id])

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import json
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -98,7 +98,7 @@ class ControlClient:
         finally:
             self._pending.pop(number, None)
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """Events from the connection's begin on, as they come; several iterators share them out.
 
         Raises:

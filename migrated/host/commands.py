@@ -11,7 +11,7 @@ from migrated.config import parse_uri
 from migrated.control.operations import OperationError
 from migrated.errors import VmmError
 from migrated.parameters import MigrationParameters
-from migrated.source.migration import Target
+from migrated.source.story import Target
 
 Found = TypeVar("Found")
 

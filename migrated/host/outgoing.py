@@ -14,6 +14,7 @@ from migrated.host.commands import asked, target_of, with_values
 from migrated.learned import keep_knowledge
 from migrated.parameters import MigrationParameters
 from migrated.progress import Progress
+from migrated.reservation import Reservation
 from migrated.source.estimate import estimate
 from migrated.source.migration import OutgoingMigration
 from migrated.tasks import TaskSet
@@ -49,18 +50,18 @@ class OutgoingAttempts:
             raise OperationError(f"guest {guest.name!r} is already being migrated (migration {guest.migration_id})")
         migration_id = secrets.token_hex(16)
         epoch = self._env.journal.next_epoch(guest.name, status.epoch)
-        migration = OutgoingMigration(self._env, guest, target, parameters, migration_id, epoch)
-        guest.migration_id = migration_id
+        reservation = Reservation(guest, migration_id)
+        migration = OutgoingMigration(self._env, guest, reservation, target, parameters, migration_id, epoch)
         self._running[migration_id] = self._last[guest.name] = migration
-        self._tasks.start(self._run(migration))
+        self._tasks.start(self._run(migration, reservation))
         return migration_id
 
-    async def _run(self, migration: OutgoingMigration) -> None:
+    async def _run(self, migration: OutgoingMigration, reservation: Reservation) -> None:
         try:
-            await migration.run()
+            with reservation:
+                await migration.run()
         finally:
-            if migration.status != "in-doubt":
-                self._running.pop(migration.migration_id, None)
+            self._running.pop(migration.migration_id, None)
             if migration.status == "completed":
                 self.forget_parameters(migration.guest_name)  # whoever has the name next is another guest
             await asyncio.to_thread(keep_knowledge, self._env.config.state.directory, self._env.knowledge)
@@ -69,13 +70,11 @@ class OutgoingAttempts:
         """What moving an idle guest would cost, without moving it."""
         target = target_of(uri)
         parameters = with_values(self.parameters(guest.name), overrides)
-        guest.migration_id = "estimate"
         try:
-            return await estimate(self._env, guest, target.host, target.port, parameters)
+            with Reservation(guest, "estimate"):
+                return await estimate(self._env, guest, target.host, target.port, parameters)
         except (MigrationError, ProtocolError, OSError) as error:
             raise OperationError(str(error)) from error
-        finally:
-            guest.migration_id = None
 
     async def ended(self, migration_id: str) -> dict[str, Any] | None:
         """Wait for the end of an attempt, or for its being in doubt. Returns its record document, None when no such
@@ -104,10 +103,7 @@ class OutgoingAttempts:
     async def resolve(self, migration_id: str, run_here: bool) -> bool:
         """End an attempt in doubt by the operator's word. Returns False when it is not one that is in doubt."""
         migration = self._running.get(migration_id)
-        if migration is None or not await migration.resolve(run_here):
-            return False
-        self._running.pop(migration_id, None)
-        return True
+        return migration is not None and await migration.resolve(run_here)
 
     def continue_switchover(self, guest: str) -> None:
         """Let a held switchover go on.

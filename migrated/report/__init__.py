@@ -8,17 +8,13 @@ Nothing is fetched, and the page's own policy forbids it; without its script eve
 from __future__ import annotations
 
 import base64
-import copy
 import hashlib
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any, Final
 
-from pydantic import ValidationError
-
-from migrated.record.model import Record
+from migrated.record.reading import read_record
 from migrated.report import attempt, comparison
 from migrated.report.fields import Fields
 from migrated.report.markup import Markup, text
@@ -32,10 +28,6 @@ _POLICY: Final = (
 )
 
 
-class ReportError(Exception):
-    """A document that is no record of this version."""
-
-
 def write_report(record: dict[str, Any], path: Path) -> None:
     """Write the report on one attempt.
 
@@ -44,7 +36,7 @@ def write_report(record: dict[str, Any], path: Path) -> None:
         path: the HTML file, replaced when it exists.
 
     Raises:
-        ReportError: the document is no record that this version knows.
+        DocumentError: the document is no record that this version can read.
         OSError: the file cannot be written.
     """
     fields = _fields(record, "")
@@ -61,7 +53,7 @@ def write_comparison(a: dict[str, Any], b: dict[str, Any], path: Path) -> None:
         path: the HTML file, replaced when it exists.
 
     Raises:
-        ReportError: one of them is no record that this version knows.
+        DocumentError: one of them is no record that this version can read.
         OSError: the file cannot be written.
     """
     first, second = _fields(a, "a."), _fields(b, "b.")
@@ -69,32 +61,9 @@ def write_comparison(a: dict[str, Any], b: dict[str, Any], path: Path) -> None:
     path.write_text(_page(title, comparison.body(first, second)), encoding="utf-8")
 
 
-def _fields(record: dict[str, Any], prefix: str) -> Fields:
-    """The record in the form of this version: a member that it lacks has its default, one that is unknown is left to
-    the record's JSON. So records of other versions can be shown, as far as they are alike."""
-    known = copy.deepcopy(record)
-    try:
-        try:
-            model = Record.model_validate(known)
-        except ValidationError as error:
-            for problem in error.errors():
-                if problem["type"] == "extra_forbidden":
-                    _remove(known, problem["loc"])
-            model = Record.model_validate(known)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
-        raise ReportError(
-            f"The document is no record that this version of migrated can show ({where}: {first['msg']}): use the "
-            "version that wrote it."
-        ) from error
-    return Fields(model.document(), prefix, record)
-
-
-def _remove(document: Any, path: Sequence[int | str]) -> None:
-    for step in path[:-1]:
-        document = document[step]
-    del document[path[-1]]
+def _fields(document: dict[str, Any], prefix: str) -> Fields:
+    """The record in the form of this version. What it does not know is left to the record's JSON."""
+    return Fields(read_record(document), prefix, document)
 
 
 def _page(title: str, body: Markup) -> str:

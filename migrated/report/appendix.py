@@ -25,22 +25,20 @@ def parameters(fields: Fields) -> Section:
 
 def log(fields: Fields) -> Section | None:
     """What both daemons said on this migration."""
-    paths = fields.rows("events")
-    if not paths:
+    if not fields.record.events:
         return None
     lines = []
-    for path in paths:
-        at_ns = since_start_ns(fields, fields[f"{path}.at"])
-        shown = fields[f"{path}.at"] if at_ns is None else f"{at_ns / 1e6:+.3f}"
-        level = fields[f"{path}.level"]
+    for index, line in enumerate(fields.record.events):
+        path = f"events.{index}"
+        at_ns = since_start_ns(fields, line.at)
         lines.append(
             el(
                 "li",
-                fields.show(f"{path}.at", shown, title=fields[f"{path}.at"]),
-                chip(fields[f"{path}.side"], fields.show(f"{path}.side")),
+                fields.show(f"{path}.at", line.at if at_ns is None else f"{at_ns / 1e6:+.3f}", title=line.at),
+                chip(line.side, fields.show(f"{path}.side")),
                 el("span", fields.show(f"{path}.level"), class_="level"),
                 el("span", fields.show(f"{path}.event"), class_="event"),
-                class_=f"level-{level}" if level in ("debug", "warning", "error", "critical") else None,
+                class_=f"level-{line.level}" if line.level in ("debug", "warning", "error", "critical") else None,
             )
         )
     return section(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from migrated.record.model import RoundRow
 from migrated.report.charts import Axis, Bar, Series, Track, magnified, plot, tracks
 from migrated.report.downtime import part_bars
 from migrated.report.fields import Fields, exact_ms, grouped, join_unit, percent, rate, short, size
 from migrated.report.markup import Markup, Node, breakable, el, join
 from migrated.report.pieces import Section, contents, legend, note, section, table
-from migrated.report.summary import badge, sentence
+from migrated.report.summary import badge, began, sentence
 
 FIGURES: Final = (
     "downtime.measured_ns",
@@ -51,12 +52,12 @@ def _header(a: Fields, b: Fields) -> Markup:
         el(
             "section",
             el("h2", f"{letter}: ", fields.show("guest"), " ", badge(fields)),
-            el("p", sentence(fields.document)),
-            el("p", el("b", "Reason: "), fields.show("reason"), class_="reason") if fields["reason"] else None,
+            el("p", sentence(fields.record)),
+            el("p", el("b", "Reason: "), fields.show("reason"), class_="reason") if fields.record.reason else None,
             el(
                 "p",
                 el("span", "migration ", fields.show("migration_id")),
-                el("span", "began ", fields.show("started_at", fields["started_at"][:19].replace("T", " ")), " UTC"),
+                el("span", "began ", began(fields), " UTC"),
                 el("span", fields.show("source_host"), " → ", fields.show("destination_host")),
                 class_="identity",
             ),
@@ -72,9 +73,10 @@ def _header(a: Fields, b: Fields) -> Markup:
 
 
 def _verdict(a: Fields, b: Fields) -> str:
-    if not a["downtime"] or not b["downtime"]:
-        return "Only one of them stopped its guest" if a["downtime"] or b["downtime"] else "Neither stopped its guest"
-    first, second = a["downtime.measured_ns"], b["downtime.measured_ns"]
+    there, here = a.record.downtime, b.record.downtime
+    if there is None or here is None:
+        return "Only one of them stopped its guest" if there or here else "Neither stopped its guest"
+    first, second = there.measured_ns, here.measured_ns
     if first == second:
         return "The guests stood still for the same time"
     relation = "longer" if second > first else "shorter"
@@ -89,7 +91,7 @@ def _figures(a: Fields, b: Fields) -> Section:
         if first is not None or second is not None:
             shown = (_cell(a, path, first), _cell(b, path, second))
             rows.append((_title(path), *shown, *_change(path, first, second)))
-    counts = [len(fields["rounds"]) for fields in (a, b)]
+    counts = [len(fields.record.rounds) for fields in (a, b)]
     rows.append(("rounds", *map(str, counts), *_change("rounds", *counts)))
     return section("figures", "Figures", table("Figures of both", ("", "A", "B", "change", ""), rows))
 
@@ -124,14 +126,15 @@ def _signed(path: str, change: int) -> Node:
 
 
 def _parts(a: Fields, b: Fields) -> Section | None:
-    if not a["downtime"] or not b["downtime"]:
+    first, second = a.record.downtime, b.record.downtime
+    if first is None or second is None:
         return None
-    longest = max(fields["downtime.measured_ns"] for fields in (a, b))
+    longest = max(first.measured_ns, second.measured_ns)
     bars = []
-    for letter, fields in (("A", a), ("B", b)):
-        measured = fields["downtime.measured_ns"]
+    for letter, downtime in (("A", first), ("B", second)):
+        measured = downtime.measured_ns
         bars.append(el("p", f"{letter}: {short(measured)}", class_="by-side"))
-        bars.append(magnified(f"The downtime of {letter}, {short(measured)}", part_bars(fields["downtime"]), longest))
+        bars.append(magnified(f"The downtime of {letter}, {short(measured)}", part_bars(downtime), longest))
     rows = list(_aligned(a, b, "downtime.parts", ("name", "side"), "ns"))
     for name in ("unattributed_ns", "measured_ns"):
         path = f"downtime.{name}"
@@ -155,7 +158,7 @@ def _checkpoints(a: Fields, b: Fields) -> Section | None:
     rows = list(_aligned(a, b, "checkpoints", ("name",), "ns"))
     if not rows:
         return None
-    end_ns = max(point["ns"] for fields in (a, b) for point in fields["checkpoints"])
+    end_ns = max(point.ns for fields in (a, b) for point in fields.record.checkpoints)
     axis = Axis(0, max(1, round(end_ns * 1.01)))
     return section(
         "checkpoints",
@@ -166,11 +169,11 @@ def _checkpoints(a: Fields, b: Fields) -> Section | None:
 
 
 def _devices(a: Fields, b: Fields) -> Section | None:
-    found = [device for fields in (a, b) for device in fields["devices"]]
+    found = [device for fields in (a, b) for device in fields.record.devices]
     pieces: list[Markup] = []
     for member, title in (("save_ns", "SAVE on the source"), ("load_ns", "LOAD on the destination")):
         rows = list(_aligned(a, b, "devices", ("name", "kind"), member))
-        end_ns = max([1, *(device[member] or 0 for device in found)])
+        end_ns = max([1, *(getattr(device, member) or 0 for device in found)])
         if rows:
             pieces.append(el("p", el("b", title)))
             pieces.append(tracks(title, ("device", *HEADS), rows, Axis(0, round(end_ns * 1.01) + 1)))
@@ -213,22 +216,22 @@ def _row(name: Node, first: tuple[Fields, str, Any], second: tuple[Fields, str, 
 
 
 def _rounds(a: Fields, b: Fields) -> Section | None:
-    longest = max(len(a["rounds"]), len(b["rounds"]))
+    longest = max(len(a.record.rounds), len(b.record.rounds))
     if longest < 2:
         return None
 
-    def lines(key: str, factor: Callable[[Fields], int] = lambda _: 1) -> list[Series]:
+    def lines(value: Callable[[RoundRow, int], float | None]) -> list[Series]:
         found = []
         for name, look, fields in (("A", "a", a), ("B", "b", b)):
-            values = [None if row[key] is None else row[key] * factor(fields) for row in fields["rounds"]]
+            values = [value(row, fields.record.ram.page_size) for row in fields.record.rounds]
             found.append(Series(name, look, (*values, *[None] * (longest - len(values)))))
         return found
 
     numbers = range(1, longest + 1)
     plots = [
-        plot("Left dirty", lines("dirty_pages", lambda fields: int(fields["ram.page_size"])), numbers, size, base=16),
-        plot("Bandwidth", lines("bandwidth_bytes_per_s"), numbers, rate, base=16),
-        plot("Predicted downtime", lines("predicted_downtime_ns"), numbers, _time, base=10),
+        plot("Left dirty", lines(lambda row, page: row.dirty_pages * page), numbers, size, base=16),
+        plot("Bandwidth", lines(lambda row, _: row.bandwidth_bytes_per_s), numbers, rate, base=16),
+        plot("Predicted downtime", lines(lambda row, _: row.predicted_downtime_ns), numbers, _time, base=10),
     ]
     return section("rounds", "Memory rounds", el("div", *plots, class_="plots"))
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
+from migrated.parameters import limit_of
 from migrated.record.model import Downtime
 from migrated.record.parts import Component, predicted_names
-from migrated.record.terms import MEANING_OF_CHECKPOINT
+from migrated.record.terms import MEANING_OF_CHECKPOINT, SIDES
 from migrated.report.charts import Axis, Bar, Track, magnified, tracks
 from migrated.report.fields import Fields, exact_ms, join_unit, short
 from migrated.report.markup import Markup, el, join
 from migrated.report.pieces import (
-    SIDES,
     UNATTRIBUTED,
     Section,
     chip,
@@ -33,27 +33,28 @@ COUNTS: Final = {
 
 def prediction(fields: Fields) -> Section | None:
     """The downtime against its prediction, its bound and its limit, in total and by component."""
-    downtime = fields["downtime"]
+    downtime = fields.record.downtime
     if not downtime:
         return None
-    lower, upper, limit = downtime["lower_ns"], downtime["upper_ns"], downtime["limit_ns"]
-    abort_limit = limit + round(fields["parameters.switchover_limit_ms"] * 1e6)
+    lower, upper, limit = downtime.lower_ns, downtime.upper_ns, downtime.limit_ns
+    abort_limit = limit_of(fields.record.parameters)
     interval = Bar(lower, upper - lower, "interval", f"between {short(lower)} and {short(upper)}")
     rows = [Track("actual", (fields.ms("downtime.measured_ns"),), (*part_bars(downtime), interval))]
     for name, title, look in (("predicted_ns", "predicted", "predicted"), ("predicted_upper_ns", "its bound", "bound")):
-        if downtime[name] is not None:
-            bar = Bar(0, downtime[name], look, f"{title} {short(downtime[name])}")
+        value: int | None = getattr(downtime, name)
+        if value is not None:
+            bar = Bar(0, value, look, f"{title} {short(value)}")
             rows.append(Track(title, (fields.ms(f"downtime.{name}"),), (bar,)))
     rows.append(Track("limit", (fields.ms("downtime.limit_ns"),), (Bar(0, limit, "allowed", short(limit)),)))
     if abort_limit > limit:
         bar = Bar(0, abort_limit, "allowed", short(abort_limit))
         rows.append(Track("limit and tolerance", (exact_ms(abort_limit),), (bar,)))
-    end_ns = max(upper, abort_limit, downtime["predicted_ns"] or 0, downtime["predicted_upper_ns"] or 0)
+    end_ns = max(upper, abort_limit, downtime.predicted_ns or 0, downtime.predicted_upper_ns or 0)
     axis = Axis(0, max(1, round(end_ns * 1.04)), (Bar(limit, 0, "limit", f"limit {short(limit)}"),))
     counted = [
         (title, join_unit(fields.ms(f"downtime.{name}"), "ms"))
         for name, title in COUNTS.items()
-        if downtime[name] is not None
+        if getattr(downtime, name) is not None
     ]
     return section(
         "prediction",
@@ -61,17 +62,16 @@ def prediction(fields: Fields) -> Section | None:
         tracks("The downtime, its prediction and its limit", ("", "ms"), rows, axis),
         legend(),
         facts_list(counted),
-        _components(fields),
+        _components(fields, downtime),
     )
 
 
-def _components(fields: Fields) -> Markup | None:
-    downtime = fields["downtime"]
-    names = downtime["predicted_parts_ns"]
+def _components(fields: Fields, downtime: Downtime) -> Markup | None:
+    names = downtime.predicted_parts_ns
     if not names:
         return None
-    completed = fields["outcome"] == "completed"
-    actual = _actual_components(downtime)
+    completed = fields.record.outcome == "completed"
+    actual = downtime.by_component()
     rows = []
     end_ns = 1
     for component in Component:
@@ -79,9 +79,7 @@ def _components(fields: Fields) -> Markup | None:
         parts = _parts_of(downtime, component)
         predicted = sum(names[name] for name in parts)
         shown = join([fields.ms(f"downtime.predicted_parts_ns.{name}") for name in parts], " + ")
-        base = (
-            fields.ms(f"downtime.predicted_bases_ns.{component}") if component in downtime["predicted_bases_ns"] else ""
-        )
+        base = fields.ms(f"downtime.predicted_bases_ns.{component}") if component in downtime.predicted_bases_ns else ""
         bars = [Bar(0, predicted, "predicted", f"predicted {short(predicted)}")]
         if completed:
             bars.insert(0, Bar(0, actual[component], "took", f"took {short(actual[component])}"))
@@ -101,19 +99,19 @@ def _components(fields: Fields) -> Markup | None:
     )
 
 
-def _parts_of(downtime: Any, component: Component) -> list[str]:
+def _parts_of(downtime: Downtime, component: Component) -> list[str]:
     """The names under which a component's prediction stands in the record."""
-    return [name for name in predicted_names(component) if name in downtime["predicted_parts_ns"]]
+    return [name for name in predicted_names(component) if name in downtime.predicted_parts_ns]
 
 
-def component_title(downtime: Any, component: Component) -> str:
+def component_title(downtime: Downtime, component: Component) -> str:
     """What a component is called."""
     return " and ".join(_parts_of(downtime, component))
 
 
-def overruns(downtime: Any) -> dict[Component, int]:
+def overruns(downtime: Downtime) -> dict[Component, int]:
     """How much longer than predicted each component took (ns); negative when it was shorter."""
-    actual, predicted = _actual_components(downtime), downtime["predicted_parts_ns"]
+    actual, predicted = downtime.by_component(), downtime.predicted_parts_ns
     return {
         component: actual[component] - sum(predicted[name] for name in parts)
         for component in Component
@@ -121,23 +119,18 @@ def overruns(downtime: Any) -> dict[Component, int]:
     }
 
 
-def _actual_components(downtime: Any) -> dict[Component, int]:
-    """The parts of a downtime as the prediction groups them."""
-    return Downtime.model_validate(downtime).by_component()
-
-
-def part_bars(downtime: Any) -> list[Bar]:
+def part_bars(downtime: Downtime) -> list[Bar]:
     """The parts of a downtime end to end, and what they leave of it."""
     bars: list[Bar] = []
     begin_ns, shaded, before = 0, False, None
-    for part in downtime["parts"]:
+    for part in downtime.parts:
         # Neighbours of one side differ in shade, so that they can be told apart.
-        shaded = part["side"] == before and not shaded
-        before = part["side"]
-        what = f"{part['name']}: {short(part['ns'])}"
-        bars.append(Bar(begin_ns, part["ns"], part["side"] + (" other" if shaded else ""), what))
-        begin_ns += part["ns"]
-    rest = downtime["unattributed_ns"]
+        shaded = part.side == before and not shaded
+        before = part.side
+        what = f"{part.name}: {short(part.ns)}"
+        bars.append(Bar(begin_ns, part.ns, part.side + (" other" if shaded else ""), what))
+        begin_ns += part.ns
+    rest = downtime.unattributed_ns
     if rest > 0:
         bars.append(Bar(begin_ns, rest, UNATTRIBUTED, f"{UNATTRIBUTED}: {short(rest)}"))
     return bars
@@ -145,27 +138,28 @@ def part_bars(downtime: Any) -> list[Bar]:
 
 def breakdown(fields: Fields) -> Section | None:
     """Every part of the downtime to the nanosecond, and the short ones enlarged."""
-    downtime = fields["downtime"]
+    downtime = fields.record.downtime
     if not downtime:
         return None
-    measured = downtime["measured_ns"]
+    measured = downtime.measured_ns
     bars = part_bars(downtime)
     rows = []
-    for path, bar in zip(fields.rows("downtime.parts"), bars, strict=False):
-        side = chip(fields[f"{path}.side"], fields.show(f"{path}.side"))
+    for index, (part, bar) in enumerate(zip(downtime.parts, bars, strict=False)):
+        path = f"downtime.parts.{index}"
+        side = chip(part.side, fields.show(f"{path}.side"))
         cells = (side, fields.ms(f"{path}.ns"), share(bar.ns, measured))
         rows.append(Track(fields.show(f"{path}.name"), cells, (bar,)))
-    unattributed = ("", fields.ms("downtime.unattributed_ns"), share(downtime["unattributed_ns"], measured))
-    rows.append(Track(UNATTRIBUTED, unattributed, tuple(bars[len(downtime["parts"]) :]), "rest-row"))
+    unattributed = ("", fields.ms("downtime.unattributed_ns"), share(downtime.unattributed_ns, measured))
+    rows.append(Track(UNATTRIBUTED, unattributed, tuple(bars[len(downtime.parts) :]), "rest-row"))
     total = ("", fields.ms("downtime.measured_ns"), share(measured, measured))
-    what = "downtime" if fields["outcome"] in ("completed", "in-doubt") else "pause"
+    what = fields.record.stop_name
     rows.append(Track(what, total, (Bar(0, measured, "whole", f"{what}: {short(measured)}"),), "sum-row"))
     marks = tuple(
-        Bar(point["ns"], 0, f"instant {point['side']}", f"{point['name']}: {short(point['ns'])}")
-        for point in fields["checkpoints"]
+        Bar(point.ns, 0, f"instant {point.side}", f"{point.name}: {short(point.ns)}")
+        for point in fields.record.checkpoints
     )
     end_ns = max([measured, *(mark.begin_ns for mark in marks)])
-    sums = {side: sum(part["ns"] for part in downtime["parts"] if part["side"] == side) for side in SIDES}
+    sums = {side: sum(part.ns for part in downtime.parts if part.side == side) for side in SIDES}
     by_side = [el("span", chip(side, side), " ", exact_ms(ns), " ms") for side, ns in sums.items()]
     return section(
         "downtime",
@@ -189,9 +183,10 @@ def breakdown(fields: Fields) -> Section | None:
 
 def _guest_gap(fields: Fields) -> str | None:
     """What the guest saw of it: the gap between two of its own heartbeats."""
-    if fields["guest_gap"] is None:
+    gap = fields.record.guest_gap
+    if gap is None:
         return None
-    seen = f"The guest itself missed {short(fields['guest_gap.guest_ns'])} between two heartbeats"
+    seen = f"The guest itself missed {short(gap.guest_ns)} between two heartbeats"
     return el(
         "p", seen, " (", fields.ms("guest_gap.guest_ns"), " ms on its own TSC, ", fields.ms("guest_gap.host_ns"),
         " ms on the host’s clock).", class_="gap",
@@ -200,23 +195,23 @@ def _guest_gap(fields: Fields) -> str | None:
 
 def checkpoints(fields: Fields) -> Section | None:
     """QEMU's checkpoints in the order of time."""
-    paths = sorted(fields.rows("checkpoints"), key=lambda path: int(fields[f"{path}.ns"]))
-    if not paths:
+    found = sorted(enumerate(fields.record.checkpoints), key=lambda row: row[1].ns)
+    if not found:
         return None
     rows = []
     before_ns = 0
-    for path in paths:
-        point = fields[path]
-        what = f"{point['name']}: {short(point['ns'])}"
+    for index, point in found:
+        path = f"checkpoints.{index}"
+        what = f"{point.name}: {short(point.ns)}"
         bars = (
-            Bar(before_ns, point["ns"] - before_ns, "since", what),
-            Bar(point["ns"], 0, f"instant point {point['side']}", what),
+            Bar(before_ns, point.ns - before_ns, "since", what),
+            Bar(point.ns, 0, f"instant point {point.side}", what),
         )
-        side = chip(point["side"], fields.show(f"{path}.side"))
-        cells = (side, fields.ms(f"{path}.ns"), exact_ms(point["ns"] - before_ns))
-        meaning = el("small", MEANING_OF_CHECKPOINT.get(point["name"], ""), class_="meaning")
+        side = chip(point.side, fields.show(f"{path}.side"))
+        cells = (side, fields.ms(f"{path}.ns"), exact_ms(point.ns - before_ns))
+        meaning = el("small", MEANING_OF_CHECKPOINT.get(point.name, ""), class_="meaning")
         rows.append(Track(join([fields.show(f"{path}.name"), meaning]), cells, bars))
-        before_ns = point["ns"]
+        before_ns = point.ns
     return section(
         "checkpoints",
         "QEMU’s checkpoints",

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
+from migrated.record.model import Record
 from migrated.report.markup import Markup, Node, el, text
 from protocol.units import format_rate, format_size
 
@@ -50,24 +51,27 @@ def percent(value: float) -> str:
 class Fields:
     """The leaves of one record document.
 
+    ``record`` is what the sections compute with; a path is for what they show.
+
     Args:
-        document: the record with every member that this version knows.
+        record: the record.
         prefix: tells the records of a comparison apart ("a.", "b.").
-        original: the record as it was given.
+        original: the document as it was given, perhaps of another version.
     """
 
-    def __init__(self, document: Mapping[str, Any], prefix: str, original: Mapping[str, Any]) -> None:
-        self.document = document
+    def __init__(self, record: Record, prefix: str, original: Mapping[str, Any]) -> None:
+        self.record = record
         self.original = original
+        self._document = record.document()
         self._prefix = prefix
-        self._leaves = dict(_leaves(document, ""))
+        self._leaves = dict(_leaves(self._document, ""))
         self._shown: set[str] = set()
 
     def __getitem__(self, path: str) -> Any:
         """The value at a path such as ``downtime.parts.0.ns``."""
         if path in self._leaves:
             return self._leaves[path]
-        value: Any = self.document
+        value: Any = self._document
         for step in path.split("."):
             value = value[int(step)] if isinstance(value, list) else value[step]
         return value

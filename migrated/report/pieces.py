@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from migrated.record.terms import SIDES
 from migrated.report.fields import NOTHING, grouped
 from migrated.report.markup import Markup, Node, el, join
 
-SIDES: Final = ("source", "link", "destination")
 UNATTRIBUTED: Final = "unattributed"
 MANY_ROWS: Final = 24
 """A longer table scrolls within a frame of its own."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Final
+from typing import Final
 
+from migrated.record.model import Downtime, PhaseRow, TimeSummary
+from migrated.record.terms import Phase, Role
 from migrated.report.charts import Axis, Bar, Track, tracks
 from migrated.report.downtime import part_bars
 from migrated.report.fields import Fields, exact_ms, join_unit, short
@@ -16,25 +18,27 @@ BLANK: Final = ("", "", "")
 
 def timeline(fields: Fields) -> Section | None:
     """Guest, source and destination on one axis from the beginning of the attempt."""
-    phases, total_ns = fields.rows("phases"), fields["total_ns"]
+    phases, total_ns = fields.record.phases, fields.record.total_ns
     if not phases:
         return None
-    stop_ns: int | None = next(
-        (fields[f"{path}.begin_ns"] for path in phases if fields[f"{path}.name"] == "Pause"), None
-    )
-    downtime = fields["downtime"]
+    stop_ns = next((phase.begin_ns for phase in phases if phase.name == Phase.PAUSE), None)
+    downtime = fields.record.downtime
     log_lines = _log_bars(fields)
-    here = [_phase_track(fields, path) for path in phases]
+    here = [_phase_track(fields, f"phases.{index}", phase) for index, phase in enumerate(phases)]
     there = _destination_tracks(downtime, stop_ns) if downtime and stop_ns is not None else []
     rows = [_guest_track(fields, stop_ns, downtime)]
-    for side, host, found in (("source", "source_host", here), ("destination", "destination_host", there)):
+    halves: tuple[tuple[Role, str, list[Track]], ...] = (
+        ("source", "source_host", here),
+        ("destination", "destination_host", there),
+    )
+    for side, host, found in halves:
         if log_lines[side]:
             found.append(Track("log lines", BLANK, tuple(log_lines[side]), "log-row"))
         if found:
             rows += [Track(join([f"On the {side}, ", fields.show(host)])), *found]
     marks = (Bar(stop_ns, 0, "instant", "the stop is requested"),) if stop_ns is not None else ()
-    skew = fields["time"] and fields["time.wall_clock_skew_ns"]
-    corrected = f", the destination’s corrected by {short(sum(skew) // 2)} of skew." if skew else "."
+    skew_ns = _skew_ns(fields)
+    corrected = f", the destination’s corrected by {short(skew_ns)} of skew." if skew_ns is not None else "."
     return section(
         "timeline",
         "Time line of both hosts",
@@ -53,34 +57,34 @@ def timeline(fields: Fields) -> Section | None:
     )
 
 
-def _phase_track(fields: Fields, path: str) -> Track:
-    begin_ns, ns = fields[f"{path}.begin_ns"], fields[f"{path}.end_ns"] - fields[f"{path}.begin_ns"]
+def _phase_track(fields: Fields, path: str, phase: PhaseRow) -> Track:
+    begin_ns, ns = phase.begin_ns, phase.end_ns - phase.begin_ns
     cells = (fields.ms(f"{path}.begin_ns"), fields.ms(f"{path}.end_ns"), exact_ms(ns))
-    bar = Bar(begin_ns, ns, "source", f"{fields[f'{path}.name']}: {short(ns)}")
+    bar = Bar(begin_ns, ns, "source", f"{phase.name}: {short(ns)}")
     return Track(fields.show(f"{path}.name"), cells, (bar,))
 
 
-def _destination_tracks(downtime: Any, stop_ns: int) -> list[Track]:
+def _destination_tracks(downtime: Downtime, stop_ns: int) -> list[Track]:
     found = []
-    for bar, part in zip(part_bars(downtime), downtime["parts"], strict=False):
-        if part["side"] == "destination":
+    for bar, part in zip(part_bars(downtime), downtime.parts, strict=False):
+        if part.side == "destination":
             begin_ns = stop_ns + bar.begin_ns
             cells = (exact_ms(begin_ns), exact_ms(begin_ns + bar.ns), exact_ms(bar.ns))
-            found.append(Track(part["name"], cells, (Bar(begin_ns, bar.ns, "destination", bar.what),)))
+            found.append(Track(part.name, cells, (Bar(begin_ns, bar.ns, "destination", bar.what),)))
     return found
 
 
-def _guest_track(fields: Fields, stop_ns: int | None, downtime: Any) -> Track:
-    guest, total_ns = f"guest {fields['guest']}", fields["total_ns"]
+def _guest_track(fields: Fields, stop_ns: int | None, downtime: Downtime | None) -> Track:
+    guest, total_ns = f"guest {fields.record.guest}", fields.record.total_ns
     if stop_ns is None or not downtime:
         # In doubt, the guest was stopped and nothing is known of when it ran again.
-        runs_ns = stop_ns if stop_ns is not None and fields["outcome"] == "in-doubt" else total_ns
+        runs_ns = stop_ns if stop_ns is not None and fields.record.outcome == "in-doubt" else total_ns
         bars = [Bar(0, runs_ns, "runs-source", "runs on the source")]
         if runs_ns < total_ns:
             bars.append(Bar(runs_ns, total_ns - runs_ns, "stopped", "is kept stopped on the source"))
         return Track(guest, BLANK, tuple(bars), "guest-row")
-    end_ns = stop_ns + downtime["measured_ns"]
-    side = "destination" if fields["outcome"] == "completed" else "source"
+    end_ns = stop_ns + downtime.measured_ns
+    side = "destination" if fields.record.outcome == "completed" else "source"
     bars = [
         Bar(0, stop_ns, "runs-source", "runs on the source"),
         Bar(stop_ns, end_ns - stop_ns, "stopped", f"stands still for {short(end_ns - stop_ns)}"),
@@ -89,22 +93,27 @@ def _guest_track(fields: Fields, stop_ns: int | None, downtime: Any) -> Track:
     return Track(guest, (exact_ms(stop_ns), exact_ms(end_ns), exact_ms(end_ns - stop_ns)), tuple(bars), "guest-row")
 
 
-def _log_bars(fields: Fields) -> dict[str, list[Bar]]:
+def _skew_ns(fields: Fields) -> int | None:
+    """How far the destination's wall clock is ahead of the source's: the middle of its bounds."""
+    time = fields.record.time
+    return None if time is None else sum(time.wall_clock_skew_ns) // 2
+
+
+def _log_bars(fields: Fields) -> dict[Role, list[Bar]]:
     """Log lines as instants on the attempt's axis, per side."""
-    skew = fields["time"] and fields["time.wall_clock_skew_ns"]
-    ahead_ns = {"source": 0, "destination": sum(skew) // 2 if skew else 0}
-    found: dict[str, list[Bar]] = {"source": [], "destination": []}
-    for line in fields["events"]:
-        at_ns, side = since_start_ns(fields, line["at"]), line["side"]
+    ahead_ns: dict[Role, int] = {"source": 0, "destination": _skew_ns(fields) or 0}
+    found: dict[Role, list[Bar]] = {"source": [], "destination": []}
+    for line in fields.record.events:
+        at_ns, side = since_start_ns(fields, line.at), line.side
         if at_ns is not None:
-            found[side].append(Bar(at_ns - ahead_ns[side], 0, f"instant {side}", f"{line['level']}: {line['event']}"))
+            found[side].append(Bar(at_ns - ahead_ns[side], 0, f"instant {side}", f"{line.level}: {line.event}"))
     return found
 
 
 def since_start_ns(fields: Fields, at: str) -> int | None:
     """How long after the beginning a wall clock said ``at``; None when that is no time."""
     try:
-        passed = datetime.fromisoformat(at) - datetime.fromisoformat(fields["started_at"])
+        passed = datetime.fromisoformat(at) - datetime.fromisoformat(fields.record.started_at)
     except (ValueError, TypeError):
         return None
     return round(passed.total_seconds() * 1e6) * 1000
@@ -112,12 +121,12 @@ def since_start_ns(fields: Fields, at: str) -> int | None:
 
 def guest_time(fields: Fields) -> Section | None:
     """The adjustment: the elapsed time with its bounds, time data before and after, and who added what."""
-    if not fields["time"]:
+    time = fields.record.time
+    if time is None:
         return None
-    lower, upper = fields["time.elapsed_lower_ns"], fields["time.elapsed_upper_ns"]
     facts = [
         ("policy", fields.show("time.policy")),
-        ("elapsed time known to", join_unit(exact_ms(upper - lower), "ms")),
+        ("elapsed time known to", join_unit(exact_ms(time.elapsed_upper_ns - time.elapsed_lower_ns), "ms")),
         ("round trip of the exchange", join_unit(fields.ms("time.round_trip_ns"), "ms")),
         ("added to the guest’s TSC", join_unit(fields.count("time.tsc_delta"), "ticks")),
         ("guest uptime at the export", join_unit(fields.ms("time.guest_uptime_ns"), "ms")),
@@ -126,24 +135,24 @@ def guest_time(fields: Fields) -> Section | None:
         ("wall clocks apart, at most", join_unit(fields.ms("time.wall_clock_skew_ns.1"), "ms")),
     ]
     changes = []
-    for path in fields.members("time.before"):
-        name = path.rpartition(".")[2]
-        after = f"time.after.{name}"
-        changes.append((name, fields.count(path), fields.count(after), signed(fields[after] - fields[path])))
+    after = time.after.model_dump()
+    for name, ns in time.before.model_dump().items():
+        shown = (fields.count(f"time.before.{name}"), fields.count(f"time.after.{name}"))
+        changes.append((name, *shown, signed(after[name] - ns)))
     return section(
         "time",
         "Guest time",
         note("The guest’s clocks were moved on by the time between their export on the source and their import."),
-        _elapsed(fields),
+        _elapsed(fields, time),
         facts_list(facts),
         table("Time data before and after", ("time data", "before", "after", "change"), changes),
-        _stages(fields),
+        _stages(fields, time),
         note("Stages: Δ itself, the daemon until it wrote to the VMM, and the VMM until its own clock took over."),
     )
 
 
-def _elapsed(fields: Fields) -> Markup:
-    lower, upper, used = (fields[f"time.elapsed{which}_ns"] for which in ("_lower", "_upper", ""))
+def _elapsed(fields: Fields, time: TimeSummary) -> Markup:
+    lower, upper, used = time.elapsed_lower_ns, time.elapsed_upper_ns, time.elapsed_ns
     width = max(1, upper - lower)
     known = Bar(lower, width, "interval", f"known to {short(width)}")
     rows = [
@@ -155,11 +164,11 @@ def _elapsed(fields: Fields) -> Markup:
     return tracks("Elapsed time", ("", "ms"), rows, Axis(begin_ns, max(upper, used) + width // 5 + 1 - begin_ns))
 
 
-def _stages(fields: Fields) -> Markup:
+def _stages(fields: Fields, time: TimeSummary) -> Markup:
     rows = []
     begin_ns = 0
-    for path in fields.rows("time.stages"):
-        ns = fields[f"{path}.ns"]
+    for index, stage in enumerate(time.stages):
+        path, ns = f"time.stages.{index}", stage.ns
         cells = (
             fields.ms(f"{path}.ns"),
             fields.count(f"{path}.tsc_delta", "ticks"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from migrated.record.model import RoundRow
 from migrated.report.charts import Axis, Bar, Series, Track, plot, tracks
 from migrated.report.fields import Fields, rate, short, size
 from migrated.report.markup import Markup, breakable, el
@@ -54,19 +57,22 @@ def rounds(fields: Fields) -> Section | None:
 
 def round_plots(fields: Fields) -> list[Markup]:
     """What the rounds sent and left, how fast, and why the guest was not stopped earlier. One round needs no plot."""
-    rounds, page = fields["rounds"], fields["ram.page_size"]
+    rounds, page = fields.record.rounds, fields.record.ram.page_size
     if len(rounds) < 2:
         return []
-    numbers = [row["round"] for row in rounds]
-    limit_ns = round(fields["parameters.downtime_limit_ms"] * 1e6)
+    numbers = [row.round for row in rounds]
+    limit_ns = round(fields.record.parameters.downtime_limit_ms * 1e6)
 
-    def line(name: str, look: str, key: str, factor: int = 1) -> Series:
-        return Series(name, look, tuple(None if row[key] is None else row[key] * factor for row in rounds))
+    def line(name: str, look: str, value: Callable[[RoundRow], float | None]) -> Series:
+        return Series(name, look, tuple(map(value, rounds)))
 
     plots = [
         plot(
             "Sent, and left dirty",
-            [line("sent", "source", "bytes"), line("dirty after it", "link", "dirty_pages", page)],
+            [
+                line("sent", "source", lambda row: row.bytes),
+                line("dirty after it", "link", lambda row: row.dirty_pages * page),
+            ],
             numbers,
             size,
             base=16,
@@ -74,8 +80,8 @@ def round_plots(fields: Fields) -> list[Markup]:
         plot(
             "Bandwidth against dirty rate",
             [
-                line("bandwidth", "source", "bandwidth_bytes_per_s"),
-                line("dirtied", "link", "dirty_rate_pages_per_s", page),
+                line("bandwidth", "source", lambda row: row.bandwidth_bytes_per_s),
+                line("dirtied", "link", lambda row: row.dirty_rate_pages_per_s * page),
             ],
             numbers,
             rate,
@@ -84,8 +90,8 @@ def round_plots(fields: Fields) -> list[Markup]:
         plot(
             "Predicted downtime",
             [
-                line("predicted", "destination", "predicted_downtime_ns"),
-                line("its bound", "link", "predicted_upper_ns"),
+                line("predicted", "destination", lambda row: row.predicted_downtime_ns),
+                line("its bound", "link", lambda row: row.predicted_upper_ns),
             ],
             numbers,
             lambda ns: short(round(ns)) if ns else "0",
@@ -98,14 +104,13 @@ def round_plots(fields: Fields) -> list[Markup]:
 
 def devices(fields: Fields) -> Section | None:
     """What every device weighed, and took to save and to load."""
-    paths = fields.rows("devices")
-    if not paths:
+    if not fields.record.devices:
         return None
     rows = []
     longest = 1
-    for path in paths:
-        device = fields[path]
-        save, load, expected = device["save_ns"], device["load_ns"], device["expected_load_ns"]
+    for index, device in enumerate(fields.record.devices):
+        path = f"devices.{index}"
+        save, load, expected = device.save_ns, device.load_ns, device.expected_load_ns
         longest = max(longest, save or 0, load or 0, expected or 0)
         bars = []
         if save:
@@ -122,7 +127,7 @@ def devices(fields: Fields) -> Section | None:
             fields.ms(f"{path}.load_ns"),
             fields.ms(f"{path}.expected_load_ns"),
         )
-        rows.append(Track(fields.show(f"{path}.name", breakable(device["name"])), cells, tuple(bars)))
+        rows.append(Track(fields.show(f"{path}.name", breakable(device.name)), cells, tuple(bars)))
     heads = ("device", "kind", "state", "in pre-copy", "SAVE ms", "LOAD ms", "expected LOAD ms")
     return section(
         "devices",
@@ -146,15 +151,15 @@ def memory(fields: Fields) -> Section:
     digest = [(path, fields.show(path)) for path in fields.members("digest")]
     heads = ("encoding", "batches", "page bytes", "wire bytes", "on the wire", "time ms")
     rows = []
-    for path in fields.rows("ram.encodings"):
-        pages = fields[f"{path}.page_bytes"]
+    for index, encoding in enumerate(fields.record.ram.encodings):
+        path = f"ram.encodings.{index}"
         rows.append(
             (
                 fields.show(f"{path}.encoding"),
                 fields.count(f"{path}.batches"),
                 fields.size(f"{path}.page_bytes"),
                 fields.size(f"{path}.wire_bytes"),
-                share(fields[f"{path}.wire_bytes"], pages),
+                share(encoding.wire_bytes, encoding.page_bytes),
                 fields.ms(f"{path}.ns"),
             )
         )

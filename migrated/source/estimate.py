@@ -5,7 +5,6 @@ seconds of its dirty log, the destination by its dry run; then the rounds are pl
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections.abc import Callable
@@ -15,15 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from migrated.environment import Environment
-from migrated.errors import LinkLostError, MigrationError
+from migrated.errors import MigrationError
 from migrated.guests import Guest
+from migrated.link.control import ControlChannel
 from migrated.parameters import MigrationParameters, limit_of
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
-from migrated.source.session import Session
+from migrated.source.session import Session, connect, offer_of, open_session
 from protocol import messages
-from protocol.guest import PAGE_SIZE, GuestDescription
+from protocol.guest import PAGE_SIZE
 from protocol.pages import Runs, count_pages, indices_of, split_runs
 
 _BURST_PAGES: Final = (64 << 20) // PAGE_SIZE
@@ -41,89 +41,90 @@ async def estimate(
         RefusedError, LinkLostError, MigrationError, VmmError: the destination or the guest cannot be asked.
     """
     description = await guest.vmm.describe()
-    session = Session(env, guest.vmm, host, port, parameters, secrets.token_hex(16), epoch=1)
+    offer = await offer_of(guest.vmm, description)
+    connection = await connect(env, host, port)
     try:
-        await session.open(description)
-        assert session.control is not None
-        rounds: asyncio.Queue[messages.RoundDone] = asyncio.Queue()
-        listener = asyncio.create_task(_listen(session, rounds))
+        session = await open_session(env, guest.vmm, connection, offer, parameters, secrets.token_hex(16), epoch=1)
         try:
-            await session.measure()
-            bandwidth, data_bytes = await _measure_link(session, rounds)
-            curve, scan_ns = await _measure_guest(session, description)
+            return await _measured(env, guest.name, session, parameters)
         finally:
-            listener.cancel()
-            await asyncio.gather(listener, return_exceptions=True)
-
-        device_bytes = sum(device.state_bytes for device in description.devices)
-
-        def predict(dirty_pages: int) -> Prediction:
-            return env.knowledge.predict(
-                guest.name,
-                class_key(description),
-                session.bases(dirty_pages, device_bytes, scan_ns, bandwidth),
-                coverage=parameters.prediction_coverage_pct / 100,
-                bandwidth_known=True,
-            )
-
-        assert session.welcome is not None
-        played = _play(predict, limit_of(parameters), bandwidth, curve, scan_ns, data_bytes)
-        return {
-            "guest": guest.name,
-            "destination": session.welcome.host,
-            **played,
-            "bandwidth_bytes_per_s": bandwidth.bytes_per_s,
-            "dirty_pages_within_1s": int(curve.pages_within(1_000_000_000)),
-        }
+            connection.give_up(1, "this was an estimate only")
+            await session.close()
     finally:
-        if session.control is not None:
-            with contextlib.suppress(LinkLostError):
-                session.control.send(messages.Abort(epoch=1, reason="this was an estimate only"))
-        await session.close_state(stop_tracking=True)
-        await session.close()
+        await connection.control.close()
 
 
-async def _listen(session: Session, rounds: asyncio.Queue[messages.RoundDone]) -> None:
-    assert session.control is not None
+async def _measured(env: Environment, guest: str, session: Session, parameters: MigrationParameters) -> dict[str, Any]:
+    """Measure over an open session and play the rounds."""
+    control, description = session.connection.control, session.offer.description
+    rounds: asyncio.Queue[messages.RoundDone] = asyncio.Queue()
+    listener = asyncio.create_task(_listen(control, rounds))
+    try:
+        bandwidth, data_bytes = await _measure_link(session, rounds)
+        curve, scan_ns = await _measure_guest(session)
+    finally:
+        listener.cancel()
+        await asyncio.gather(listener, return_exceptions=True)
+
+    device_bytes = sum(device.state_bytes for device in description.devices)
+
+    def predict(dirty_pages: int) -> Prediction:
+        return env.knowledge.predict(
+            guest,
+            class_key(description),
+            session.bases(dirty_pages, device_bytes, scan_ns, bandwidth),
+            coverage=parameters.prediction_coverage_pct / 100,
+            bandwidth_known=True,
+        )
+
+    played = _play(predict, limit_of(parameters), bandwidth, curve, scan_ns, data_bytes)
+    return {
+        "guest": guest,
+        "destination": session.welcome.host,
+        **played,
+        "bandwidth_bytes_per_s": bandwidth.bytes_per_s,
+        "dirty_pages_within_1s": int(curve.pages_within(1_000_000_000)),
+    }
+
+
+async def _listen(control: ControlChannel, rounds: asyncio.Queue[messages.RoundDone]) -> None:
     while True:
-        message = (await session.control.receive()).message
+        message = (await control.receive()).message
         if isinstance(message, messages.RoundDone):
             rounds.put_nowait(message)
 
 
 async def _measure_link(session: Session, rounds: asyncio.Queue[messages.RoundDone]) -> tuple[Bandwidth, int]:
     """Send some of the guest's pages as a round that nobody keeps. Returns also the bytes that a first round holds."""
-    assert session.memory is not None
-    assert session.sender is not None
-    assert session.control is not None
     runs = await asyncio.to_thread(session.memory.data_runs)
     bandwidth = Bandwidth()
     burst: Runs = split_runs(runs, _BURST_PAGES)[0] if len(runs) else runs
     for number in (1, 2):  # the first fills the destination's memory for the first time, as the first round will
         begin_ns = time.monotonic_ns()
         sent = await session.sender.send_round(number, burst)
-        session.control.send(messages.RoundEnd(round=number, pages=sent.normal_pages, zero_pages=sent.zero_pages))
+        session.connection.control.send(
+            messages.RoundEnd(round=number, pages=sent.normal_pages, zero_pages=sent.zero_pages)
+        )
         try:
             async with asyncio.timeout(60.0):
                 await rounds.get()
         except TimeoutError as error:
-            raise MigrationError(f"{session.where} did not acknowledge a burst of pages") from error
+            raise MigrationError(f"{session.connection.where} did not acknowledge a burst of pages") from error
         bandwidth.add(sent.wire_bytes, time.monotonic_ns() - begin_ns)
     return bandwidth, count_pages(runs) * PAGE_SIZE if len(runs) else 0
 
 
-async def _measure_guest(session: Session, description: GuestDescription) -> tuple[DirtyCurve, int]:
+async def _measure_guest(session: Session) -> tuple[DirtyCurve, int]:
     """Sample how many unique pages the guest dirties within growing times. Returns also what a scan costs (ns)."""
-    assert session.dirty_log is not None
-    curve = DirtyCurve()
-    seen: npt.NDArray[np.bool_] = np.zeros(description.pages, np.bool_)
-    await asyncio.to_thread(session.dirty_log.collect)
+    curve, log = DirtyCurve(), session.tracking.log
+    seen: npt.NDArray[np.bool_] = np.zeros(session.memory.pages, np.bool_)
+    await asyncio.to_thread(log.collect)
     begin_ns = time.monotonic_ns()
     scan_ns = 0
     for sample_s in _SAMPLES_S:
         await asyncio.sleep(max(0.0, sample_s - (time.monotonic_ns() - begin_ns) / 1e9))
         scan_begin_ns = time.monotonic_ns()
-        runs = await asyncio.to_thread(session.dirty_log.collect)
+        runs = await asyncio.to_thread(log.collect)
         scan_ns = time.monotonic_ns() - scan_begin_ns
         seen[indices_of(runs)] = True
         curve.add(time.monotonic_ns() - begin_ns, int(seen.sum()))

@@ -1,12 +1,17 @@
 """A session with a destination: the connections and everything that an attempt holds while it moves state.
 
-Opening one negotiates and begins to track writes, without disturbing the guest; closing one leaves nothing behind.
+    offer_of     what the guest is and costs here                                       (nobody else is asked)
+    connect      a control channel to the destination
+    open_session HELLO -> WELCOME, data channels, memory, tracking of writes, sender, legs
+
+Each gives something complete, or raises and leaves nothing of its own behind. None of it disturbs the guest.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 
 from migrated.environment import Environment
 from migrated.errors import LinkLostError, MigrationError, RefusedError, VmmError
@@ -30,91 +35,124 @@ from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES
 _MEASURE_S = 5.0
 
 
-class Session:
-    """One session. Everything is None or empty until ``open`` got to it, so ``close`` is right at any point.
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a guest is, and what stopping and saving it is expected to cost here."""
 
-    Args:
-        env: the daemon.
-        vmm: the guest.
+    description: GuestDescription
+    was_paused: bool
+    dry_save: DryRun
+
+
+async def offer_of(vmm: Vmm, description: GuestDescription) -> Offer:
+    """Find out what can be offered of a guest.
+
+    Raises:
+        RefusedError: the guest is itself waiting for a migration.
+        VmmError: the guest cannot be asked.
+    """
+    status = await vmm.status()
+    if status.state == "incoming":
+        raise RefusedError(f"guest {description.name!r} is itself waiting for an incoming migration")
+    return Offer(description, status.state == "paused", await vmm.typical_dry_run("save"))
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A control channel to a destination that was not offered anything yet.
+
+    Attributes:
+        control: started; whoever holds the connection closes it.
+        agreed: what the prefaces settled, for the data channels too.
         host, port: the destination's listen address.
-        parameters: in force when the session is opened.
-        migration_id, epoch: the attempt.
     """
 
-    def __init__(
-        self,
-        env: Environment,
-        vmm: Vmm,
-        host: str,
-        port: int,
-        parameters: MigrationParameters,
-        migration_id: str,
-        epoch: int,
-    ) -> None:
-        self.migration_id = migration_id
-        self.epoch = epoch
-        self.control: ControlChannel | None = None
-        self.welcome: messages.Welcome | None = None
-        self.dry_save = DryRun((), 0, 0)
-        self.was_paused = False
-        self.channels: list[DataChannel] = []
-        self.memory: GuestMemory | None = None
-        self.dirty_log: DirtyLog | None = None
-        self.sender: PageSender | None = None
-        self._env = env
-        self._vmm = vmm
-        self._host = host
-        self._port = port
-        self._parameters = parameters
+    control: ControlChannel
+    agreed: sockets.Agreed
+    host: str
+    port: int
 
     @property
     def where(self) -> str:
         """The destination's address, for sentences."""
-        return f"{self._host}:{self._port}"
+        return f"{self.host}:{self.port}"
 
-    async def open(self, description: GuestDescription) -> None:
-        """Negotiate, join the data channels, map the guest's memory and begin to track writes.
+    def give_up(self, epoch: int, reason: str) -> None:
+        """Tell the destination that nothing will come of an offer, while the channel stands."""
+        with contextlib.suppress(LinkLostError):
+            self.control.send(messages.Abort(epoch=epoch, reason=reason[:2000]))
 
-        Raises:
-            RefusedError: the destination does not take the guest; its reason is in the sentence.
-            LinkLostError, MigrationError, VmmError: it could not be set up.
-        """
-        status = await self._vmm.status()
-        if status.state == "incoming":
-            raise RefusedError(f"guest {description.name!r} is itself waiting for an incoming migration")
-        self.was_paused = status.state == "paused"
-        self.dry_save = await self._vmm.typical_dry_run("save")
-        agreed = await self._negotiate(description)
-        for number in range(self._parameters.channels):
-            self.channels.append(await self._join(number, agreed))
-        self.memory = await self._vmm.memory()
-        self.dirty_log = await self._vmm.start_dirty_log(self._parameters.dirty_tracking)
-        digest = MemoryDigest(description.pages) if self._parameters.digest else None
-        assert self.welcome is not None
-        agreed_on = self.welcome.capabilities
-        self.sender = PageSender(
-            self.memory,
-            self.channels,
-            digest,
-            encoder_factory(self._parameters, agreed_on),
-            self.dirty_log.clear,
-            announce="extents" in agreed_on,
-        )
-        self.sender.pace(self._parameters.max_bandwidth_bytes_per_s)
-        self.sender.start()
 
-    async def measure(self) -> None:
-        """Exchange clocks a few times, so that legs are known. The control channel must be read meanwhile."""
-        assert self.control is not None
-        await self.control.measure(_MEASURE_S)
+async def connect(env: Environment, host: str, port: int) -> Connection:
+    """Open a control channel.
+
+    Raises:
+        LinkLostError: no daemon answers there.
+    """
+    bounds = env.config.limits
+    sock, agreed = await sockets.connect(host, port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s)
+    control = ControlChannel(
+        sock,
+        agreed,
+        env.clock,
+        heartbeat_interval_s=bounds.heartbeat_interval_s,
+        heartbeat_timeout_s=bounds.heartbeat_timeout_s,
+    )
+    try:
+        await control.start()
+    except BaseException:
+        await control.close()
+        raise
+    return Connection(control, agreed, host, port)
+
+
+class Tracking:
+    """The tracking of a guest's writes, from its begin to its end.
+
+    Args:
+        vmm: the guest.
+        log: its dirty log, owned from here on.
+    """
+
+    def __init__(self, vmm: Vmm, log: DirtyLog) -> None:
+        self.log = log
+        self.guest_stays = True
+        """Whether there is a guest left whose VMM must be told."""
+        self._vmm = vmm
+
+    async def end(self) -> None:
+        """Close the log, and let the VMM stop tracking."""
+        self.log.close()
+        if self.guest_stays:
+            await self.stop_in_vmm()
+
+    async def stop_in_vmm(self) -> None:
+        """Let the VMM stop tracking; without effect when it has."""
+        with contextlib.suppress(VmmError):
+            await self._vmm.stop_dirty_log()
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An offer that was taken, with everything that moving the guest needs. The control channel is the connection's.
+
+    Attributes:
+        channels: joined data channels, in the hands of the sender's threads.
+        undo: ends what the session owns: threads, tracking, the mapping, the data channels.
+    """
+
+    connection: Connection
+    offer: Offer
+    welcome: messages.Welcome
+    channels: list[DataChannel]
+    memory: GuestMemory
+    tracking: Tracking
+    sender: PageSender
+    undo: contextlib.AsyncExitStack
 
     def limits(self, parameters: MigrationParameters) -> Limits:
         """The budget. A guest that is paused anyway has none."""
-        return Limits(
-            downtime_limit_ns=int(parameters.downtime_limit_ms * 1e6),
-            switchover_limit_ns=int(parameters.switchover_limit_ms * 1e6),
-            switchover_abort=parameters.switchover_abort and not self.was_paused,
-        )
+        return _limits(parameters, self.offer)
 
     def bases(self, dirty_pages: int, device_bytes: int, scan_ns: int, bandwidth: Bandwidth) -> Bases:
         """What a stop now rests on: tried on both sides, or measured in this attempt.
@@ -125,106 +163,151 @@ class Session:
             scan_ns: cost of a dirty-log read.
             bandwidth: the link.
         """
-        assert self.control is not None
-        assert self.welcome is not None
+        dry_save = self.offer.dry_save
         remaining_bytes = dirty_pages * PAGE_SIZE + device_bytes
         rate = bandwidth.for_bytes(remaining_bytes)
         return Bases(
-            stop_ns=self.dry_save.pause_ns,
+            stop_ns=dry_save.pause_ns,
             dirty_log_ns=2 * scan_ns,
             memory_ns=int(remaining_bytes * 1e9 / rate) if rate else 0,
-            save_ns=sum(cost.ns for cost in self.dry_save.devices),
+            save_ns=sum(cost.ns for cost in dry_save.devices),
             load_ns=sum(cost.ns for cost in self.welcome.load_costs),
-            legs_ns=2 * self.control.typical_round_trip_ns(),
+            legs_ns=2 * self.connection.control.typical_round_trip_ns(),
             resume_ns=self.welcome.resume_ns,
         )
 
-    async def close_state(self, *, stop_tracking: bool) -> None:
-        """End threads, mappings and tracking; the control channel stays for the last messages. Idempotent."""
-        if self.sender is not None:
-            await self.sender.stop()
-        else:
-            for channel in self.channels:
-                channel.close()
-            self.channels = []
-        if self.dirty_log is not None:
-            self.dirty_log.close()
-            if stop_tracking:
-                with contextlib.suppress(VmmError):
-                    await self._vmm.stop_dirty_log()
-        if self.memory is not None:
-            await asyncio.to_thread(self.memory.release)
+    async def close(self, *, guest_stays: bool = True) -> None:
+        """End threads, mappings and tracking; the control channel stays for the last messages. Idempotent.
 
-    async def close(self) -> None:
-        """Close the control channel, last of all."""
-        if self.control is not None:
-            await self.control.close()
+        Args:
+            guest_stays: False when the guest's process is gone, so that there is nothing to tell it.
+        """
+        self.tracking.guest_stays = guest_stays
+        await self.undo.aclose()
 
-    async def _negotiate(self, description: GuestDescription) -> sockets.Agreed:
-        bounds = self._env.config.limits
-        sock, agreed = await sockets.connect(
-            self._host, self._port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s
-        )
-        control = self.control = ControlChannel(
-            sock,
-            agreed,
-            self._env.clock,
-            heartbeat_interval_s=bounds.heartbeat_interval_s,
-            heartbeat_timeout_s=bounds.heartbeat_timeout_s,
-        )
-        await control.start()
-        control.send(self._hello(description))
+
+async def open_session(
+    env: Environment,
+    vmm: Vmm,
+    connection: Connection,
+    offer: Offer,
+    parameters: MigrationParameters,
+    migration_id: str,
+    epoch: int,
+) -> Session:
+    """Negotiate, join the data channels, map the guest's memory, begin to track writes, and measure the legs.
+
+    When it fails, what was opened is closed again and the destination has been told why.
+
+    Args:
+        parameters: in force when the session is opened.
+        migration_id, epoch: the attempt.
+
+    Raises:
+        RefusedError: the destination does not take the guest; its reason is in the sentence.
+        LinkLostError, MigrationError, VmmError: it could not be set up.
+    """
+    async with contextlib.AsyncExitStack() as undo:
+        hello = _hello(env, offer, parameters, migration_id, epoch)
         try:
-            async with asyncio.timeout(bounds.handshake_timeout_s):
-                answer = (await control.receive()).message
-        except TimeoutError as error:
-            raise LinkLostError(
-                f"{self.where} did not answer the offer within {bounds.handshake_timeout_s:g} s"
-            ) from error
-        if isinstance(answer, messages.Refuse):
-            raise RefusedError(f"the destination refused: {answer.reason}")
-        if not isinstance(answer, messages.Welcome):
-            raise MigrationError(f"the destination answered the offer with {answer.TYPE.name}")
-        self.welcome = answer
-        return agreed
-
-    def _hello(self, description: GuestDescription) -> messages.Hello:
-        parameters = self._parameters
-        required = set(REQUIRED_CAPABILITIES)
-        if parameters.switchover_abort:
-            required.add("switchover-abort")
-        if parameters.digest:
-            required.add("digest-xxh3-frames")
-        return messages.Hello(
-            migration_id=self.migration_id,
-            epoch=self.epoch,
-            guest=description,
-            guest_paused=self.was_paused,
-            capabilities=tuple(sorted(CAPABILITIES)),
-            required=tuple(sorted(required)),
-            limits=self.limits(parameters),
-            time_rules=TimeRules(
-                policy=parameters.time_policy,
-                max_time_jump_ns=int(parameters.max_time_jump_ms * 1e6),
-                max_time_error_ns=int(parameters.max_time_error_ms * 1e6),
-            ),
-            channels=parameters.channels,
-            host=self._env.host,
-        )
-
-    async def _join(self, number: int, agreed: sockets.Agreed) -> DataChannel:
-        assert self.welcome is not None
-        bounds = self._env.config.limits
-        sock, _ = await sockets.connect(self._host, self._port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s)
-        try:
-            join = messages.Join(migration_id=self.migration_id, token=self.welcome.token, channel=number)
-            answer = await sockets.ask_first(sock, agreed, join, bounds.handshake_timeout_s)
-            if not isinstance(answer, messages.Joined):
-                raise MigrationError(f"data channel {number} was answered with {answer.TYPE.name}")
-        except TimeoutError as error:
-            sock.close()
-            raise LinkLostError(f"data channel {number} was not answered in time") from error
-        except BaseException:
-            sock.close()
+            welcome = await _negotiate(env, connection, hello)
+            channels: list[DataChannel] = []
+            for number in range(parameters.channels):
+                channel = await _join(env, connection, migration_id, welcome, number)
+                undo.callback(channel.close)
+                channels.append(channel)
+            memory = await vmm.memory()
+            undo.push_async_callback(asyncio.to_thread, memory.release)
+            tracking = Tracking(vmm, await vmm.start_dirty_log(parameters.dirty_tracking))
+            undo.push_async_callback(tracking.end)
+            sender = PageSender(
+                memory,
+                channels,
+                MemoryDigest(offer.description.pages) if parameters.digest else None,
+                encoder_factory(parameters, welcome.capabilities),
+                tracking.log.clear,
+                announce="extents" in welcome.capabilities,
+            )
+            undo.push_async_callback(sender.stop)
+            sender.pace(parameters.max_bandwidth_bytes_per_s)
+            sender.start()
+            try:
+                await connection.control.measure(_MEASURE_S)
+            except TimeoutError as error:
+                raise LinkLostError(
+                    f"{connection.where} did not answer exchanges of clocks within {_MEASURE_S:g} s"
+                ) from error
+        except BaseException as error:
+            connection.give_up(epoch, str(error) or "the source gave up")  # before the data channels are closed
             raise
-        return DataChannel(sock, number, agreed)
+        return Session(connection, offer, welcome, channels, memory, tracking, sender, undo.pop_all())
+
+
+def _limits(parameters: MigrationParameters, offer: Offer) -> Limits:
+    return Limits(
+        downtime_limit_ns=int(parameters.downtime_limit_ms * 1e6),
+        switchover_limit_ns=int(parameters.switchover_limit_ms * 1e6),
+        switchover_abort=parameters.switchover_abort and not offer.was_paused,
+    )
+
+
+def _hello(
+    env: Environment, offer: Offer, parameters: MigrationParameters, migration_id: str, epoch: int
+) -> messages.Hello:
+    required = set(REQUIRED_CAPABILITIES)
+    if parameters.switchover_abort:
+        required.add("switchover-abort")
+    if parameters.digest:
+        required.add("digest-xxh3-frames")
+    return messages.Hello(
+        migration_id=migration_id,
+        epoch=epoch,
+        guest=offer.description,
+        guest_paused=offer.was_paused,
+        capabilities=tuple(sorted(CAPABILITIES)),
+        required=tuple(sorted(required)),
+        limits=_limits(parameters, offer),
+        time_rules=TimeRules(
+            policy=parameters.time_policy,
+            max_time_jump_ns=int(parameters.max_time_jump_ms * 1e6),
+            max_time_error_ns=int(parameters.max_time_error_ms * 1e6),
+        ),
+        channels=parameters.channels,
+        host=env.host,
+    )
+
+
+async def _negotiate(env: Environment, connection: Connection, hello: messages.Hello) -> messages.Welcome:
+    bound_s = env.config.limits.handshake_timeout_s
+    connection.control.send(hello)
+    try:
+        async with asyncio.timeout(bound_s):
+            answer = (await connection.control.receive()).message
+    except TimeoutError as error:
+        raise LinkLostError(f"{connection.where} did not answer the offer within {bound_s:g} s") from error
+    if isinstance(answer, messages.Refuse):
+        raise RefusedError(f"the destination refused: {answer.reason}")
+    if not isinstance(answer, messages.Welcome):
+        raise MigrationError(f"the destination answered the offer with {answer.TYPE.name}")
+    return answer
+
+
+async def _join(
+    env: Environment, connection: Connection, migration_id: str, welcome: messages.Welcome, number: int
+) -> DataChannel:
+    bounds = env.config.limits
+    sock, _ = await sockets.connect(
+        connection.host, connection.port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s
+    )
+    try:
+        join = messages.Join(migration_id=migration_id, token=welcome.token, channel=number)
+        answer = await sockets.ask_first(sock, connection.agreed, join, bounds.handshake_timeout_s)
+        if not isinstance(answer, messages.Joined):
+            raise MigrationError(f"data channel {number} was answered with {answer.TYPE.name}")
+    except TimeoutError as error:
+        sock.close()
+        raise LinkLostError(f"data channel {number} was not answered in time") from error
+    except BaseException:
+        sock.close()
+        raise
+    return DataChannel(sock, number, connection.agreed)

@@ -34,13 +34,16 @@ async def pair() -> AsyncIterator[Pair]:
 
 async def ctl(socket: Path, *arguments: str) -> str:
     """What migratectl prints."""
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [MIGRATECTL, "--socket", socket, *arguments],
-        capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "TZ": "UTC"},
-    )  # fmt: skip
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [MIGRATECTL, "--socket", socket, *arguments],
+            capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "TZ": "UTC"},
+        )  # fmt: skip
+
+    done = await asyncio.to_thread(run)
     assert done.stderr == ""
-    return str(done.stdout)
+    return done.stdout
 
 
 async def test_the_history_tells_what_happened_after_a_daemon_was_killed(pair: Pair) -> None:

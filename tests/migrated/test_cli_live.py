@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import io
 import os
@@ -21,7 +22,9 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from migrated.cli.live import Piece, Sample, Screen, Trace, against_limit, area, bucketed, line_of, progress_view
+from migrated.cli.drawing import Piece, against_limit, area, bucketed, line_of
+from migrated.cli.live import Screen, progress_view
+from migrated.cli.trace import Look, Sample, Trace
 
 MS = 1_000_000
 MIB = 1 << 20
@@ -36,13 +39,12 @@ def lines_of(renderable: RenderableType, width: int = 100, height: int = 30) -> 
 
 
 @pytest.fixture
-def snapshot(progress_of: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
-    """A progress object, as the control socket tells it."""
+def snapshot(progress_of: Callable[..., Any]) -> Callable[..., Look]:
+    """One look at a migration, as the control socket tells it: fields of its progress by name, and its record."""
     parts = {"stop": 3 * MS, "memory": 290 * MS, "legs": 2 * MS, "device-loads": 110 * MS, "resume": 7 * MS}
 
-    def make(**changes: Any) -> dict[str, Any]:
-        found: dict[str, Any] = progress_of(**({"predicted_parts_ns": parts} | changes)).model_dump(mode="json")
-        return found
+    def make(record: dict[str, Any] | None = None, **changes: Any) -> Look:
+        return Look.of(progress_of(**({"predicted_parts_ns": parts} | changes)).model_dump(mode="json"), record)
 
     return make
 
@@ -87,7 +89,12 @@ def test_what_the_destination_said_is_shown_and_no_more(
 def test_it_needs_no_prediction_no_rounds_and_no_destination(
     snapshot: Callable[..., Any], status: str, rounds: int
 ) -> None:
-    blank = {"predicted_downtime_ns": None, "predicted_upper_ns": None, "predicted_parts_ns": {}, "rounds": ()}
+    blank: dict[str, Any] = {
+        "predicted_downtime_ns": None,
+        "predicted_upper_ns": None,
+        "predicted_parts_ns": {},
+        "rounds": (),
+    }
     early = snapshot(status=status, round=0, decision="", destination="", bandwidth_bytes_per_s=0.0, **blank)
     shown = "\n".join(lines_of(progress_view(early, rounds=rounds)))
     assert "not predicted yet; limit 300ms" in shown
@@ -109,9 +116,9 @@ def test_no_text_of_a_peer_reaches_the_terminal_as_control_sequences(
     evil = "\x1b]0;owned\x07[bold]x[/bold]\n"
     texts = {"decision": evil, "destination": evil, "reason": evil, "peer": evil, "phase": evil}
     for size in ((100, 40), (100, 6), (30, 3)):
-        for changes in ({}, {"record": record_of(reason=evil, destination_host=evil).document()}):
+        for record in (None, record_of(reason=evil, destination_host=evil).document()):
             screen = Screen()
-            screen.take([snapshot(**texts) | changes])
+            screen.take([snapshot(record, **texts)])
             shown = "".join(lines_of(screen, *size))
             assert not re.search(r"[\x00-\x1f\x7f]", shown)
     assert "[bold]x[/bold]" in "".join(lines_of(progress_view(snapshot(**texts))))
@@ -124,12 +131,17 @@ def test_any_number_of_migrations_fits_any_screen(
 ) -> None:
     screen = Screen(hint="Ctrl-C")
     for step in range(1, 9):
+        first = record_of(reason="It is so. " * 30).document() if step == 8 else None
         found = [
-            snapshot(migration_id=f"m{i}", guest=f"g{i}", elapsed_ns=step * 300 * MS, decision="why " * 60)
+            snapshot(
+                first if i == 0 else None,
+                migration_id=f"m{i}",
+                guest=f"g{i}",
+                elapsed_ns=step * 300 * MS,
+                decision="why " * 60,
+            )
             for i in range(count)
         ]
-        if step == 8:
-            found[0]["record"] = record_of(reason="It is so. " * 30).document()
         screen.take(found)
     shown = lines_of(screen, width, height)
     assert len(shown) <= height
@@ -156,7 +168,7 @@ def test_more_room_shows_more(snapshot: Callable[..., Any]) -> None:
 def test_the_outcome_replaces_what_was_shown(snapshot: Callable[..., Any], record_of: Callable[..., Any]) -> None:
     screen = Screen()
     screen.take([snapshot()])
-    screen.take([snapshot(status="completed", downtime_ns=66 * MS) | {"record": record_of().document()}])
+    screen.take([snapshot(record_of().document(), status="completed", downtime_ns=66 * MS)])
     shown = "\n".join(lines_of(screen))
     assert "completed after 1.0s" in shown
     assert "downtime 66ms (limit 300ms, predicted 60ms, bound 75ms)" in shown
@@ -169,7 +181,8 @@ def test_an_aborted_attempt_tells_its_pause_and_why(
     snapshot: Callable[..., Any], record_of: Callable[..., Any]
 ) -> None:
     screen = Screen()
-    screen.take([snapshot(status="failed") | {"record": record_of(outcome="aborted", reason="Too late.").document()}])
+    aborted = record_of(outcome="aborted", reason="Too late.").document()
+    screen.take([snapshot(aborted, status="failed")])
     shown = "\n".join(lines_of(screen))
     assert "g1: aborted after 960ms, pause 66ms (limit 300ms" in shown
     assert "Too late." in shown
@@ -178,10 +191,10 @@ def test_an_aborted_attempt_tells_its_pause_and_why(
 # --- estimates and curves ---------------------------------------------------------------------------------------------
 
 
-def trace_of(snapshots: list[dict[str, Any]]) -> Trace:
-    trace = Trace(snapshots[0])
-    for progress in snapshots:
-        trace.take(progress)
+def trace_of(looks: list[Look]) -> Trace:
+    trace = Trace(looks[0].progress)
+    for look in looks:
+        trace.take(look)
     return trace
 
 
@@ -216,16 +229,17 @@ def test_the_time_to_go_counts_what_is_dirtied_meanwhile(snapshot: Callable[...,
 
 def test_rounds_before_the_first_look_are_in_the_curve(snapshot: Callable[..., Any]) -> None:
     trace = trace_of([snapshot()])
-    rounds = snapshot()["rounds"]
+    rounds = snapshot().progress.rounds
     assert len(trace.samples) == 2 * len(rounds) + 1
-    assert trace.samples[1].remaining_bytes == rounds[0]["dirty_pages"] * 4096
+    assert trace.samples[1].remaining_bytes == rounds[0].dirty_pages * 4096
 
 
 def test_a_long_migration_keeps_a_bounded_number_of_samples(snapshot: Callable[..., Any]) -> None:
-    progress = snapshot()
-    trace = Trace(progress)
+    look = snapshot()
+    trace = Trace(look.progress)
     for step in range(10_000):
-        trace.take(progress | {"elapsed_ns": step * MS})
+        progress = look.progress.model_copy(update={"elapsed_ns": step * MS})
+        trace.take(dataclasses.replace(look, progress=progress))
     assert len(trace.samples) <= 2000
     assert trace.last.elapsed_ns == 9999 * MS
 

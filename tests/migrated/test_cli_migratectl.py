@@ -13,15 +13,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from migrated.cli.migratectl import OUTCOMES, main
+from migrated.cli.migratectl import main
 from migrated.cli.options import parameter_options
 from migrated.control.operations import OperationError
-from migrated.record.terms import Outcome
 
 URI = "tcp:127.0.0.1:4460"
 MIGRATECTL = Path(sys.executable).parent / "migratectl"
@@ -388,10 +387,6 @@ def test_a_live_view_on_a_terminal(served: Any) -> None:
     assert "g1 -> 127.0.0.1:4460" in drawn
     assert "\x1b[3" not in drawn
     assert done.stdout.decode().startswith("g1: completed")
-
-
-def test_outcomes_are_the_records() -> None:
-    assert get_args(Outcome) == OUTCOMES
 
 
 def test_every_parameter_is_an_option_with_the_contracts_names() -> None:

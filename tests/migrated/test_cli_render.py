@@ -9,15 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from migrated.cli.render import (
-    downtime_bar,
-    event_line,
-    facts_view,
-    guests_table,
-    outcome_line,
-    progress_line,
-    record_view,
-)
+from migrated.cli.lists import event_line, facts_view, guests_table, history_table
+from migrated.cli.render import downtime_bar, outcome_line, progress_line, record_view
 
 
 def text_of(renderable: RenderableType, width: int = 140) -> str:
@@ -28,19 +21,19 @@ def text_of(renderable: RenderableType, width: int = 140) -> str:
 
 
 def test_the_outcome_line(record_of: Callable[..., Any], downtime_of: Callable[..., Any]) -> None:
-    assert outcome_line(record_of().document()) == (
+    assert outcome_line(record_of()) == (
         "g1: completed after 960ms, downtime 66ms (limit 300ms, predicted 60ms, bound 75ms)"
     )
     late = record_of(
         outcome="aborted",
         downtime=downtime_of(310_000_000, limit_violated=True, predicted_ns=None, predicted_upper_ns=None),
     )
-    assert outcome_line(late.document()) == "g1: aborted after 960ms, pause 310ms (limit 300ms), over the limit"
-    assert outcome_line(record_of(outcome="refused", downtime=None).document()) == "g1: refused after 960ms"
+    assert outcome_line(late) == "g1: aborted after 960ms, pause 310ms (limit 300ms), over the limit"
+    assert outcome_line(record_of(outcome="refused", downtime=None)) == "g1: refused after 960ms"
 
 
 def test_the_parts_of_a_downtime_and_the_rest_stand_in_the_record(record_of: Callable[..., Any]) -> None:
-    shown = text_of(record_view(record_of().document()))
+    shown = text_of(record_view(record_of()))
     rows = {line.split("  ")[0].strip(): line.split() for line in shown.splitlines() if line.strip()}
     assert "1.000" in rows["stop"]
     assert "45.000" in rows["last-pages-leg"]
@@ -50,7 +43,7 @@ def test_the_parts_of_a_downtime_and_the_rest_stand_in_the_record(record_of: Cal
 
 
 def test_the_bar_has_a_piece_for_each_part_in_proportion(downtime_of: Callable[..., Any]) -> None:
-    bar = downtime_bar(downtime_of(100_000_000).model_dump(mode="json"), width=100)
+    bar = downtime_bar(downtime_of(100_000_000), width=100)
     assert bar.plain == "█" + "▓" * 79 + "▒" * 19 + "░"
     lengths = [span.end - span.start for span in bar.spans]
     assert lengths == [1, 79, 19, 1]
@@ -61,7 +54,7 @@ def test_the_bar_has_a_piece_for_each_part_in_proportion(downtime_of: Callable[.
 @pytest.mark.parametrize("measured_ns", [0, 1])
 def test_a_bar_of_nothing(downtime_of: Callable[..., Any], measured_ns: int) -> None:
     downtime = downtime_of(measured_ns, parts=(), unattributed_ns=measured_ns)
-    assert downtime_bar(downtime.model_dump(mode="json"), width=10).plain == "░" * 10
+    assert downtime_bar(downtime, width=10).plain == "░" * 10
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -77,13 +70,21 @@ def test_a_record_with_nothing_in_it_and_a_narrow_screen(record_of: Callable[...
         time=None,
     )
     for record in (bare, record_of()):
-        shown = text_of(record_view(record.document()), width)
+        shown = text_of(record_view(record), width)
         assert all(len(line) <= width for line in shown.splitlines())
-    assert "No route to host." in text_of(record_view(bare.document()))
+    assert "No route to host." in text_of(record_view(bare))
+
+
+def test_a_record_that_cannot_be_read_does_not_hide_the_others(record_of: Callable[..., Any]) -> None:
+    later = record_of(migration_id="m-0002").document() | {"outcome": "teleported"}
+    shown = text_of(history_table([record_of().document(), later]))
+    assert "m-0001" in shown
+    assert "1 more cannot be shown. The document is no record that this version of migrated can read (outcome:" in shown
+    assert "use the version that wrote it" in shown
 
 
 def test_a_plain_line_of_progress(progress_of: Callable[..., Any]) -> None:
-    assert progress_line(progress_of().model_dump(mode="json")) == (
+    assert progress_line(progress_of()) == (
         "g1 active, round 3, 290MiB sent, 12MiB left, 1.4GiB/s, predicted 412ms (bound 455ms) of 300ms, "
         "not yet: predicted 412ms, bound 455ms, limit 300ms"
     )
@@ -93,7 +94,7 @@ def test_nothing_that_a_peer_says_reaches_the_terminal_as_control_sequences(
     record_of: Callable[..., Any],
 ) -> None:
     evil = "\x1b]0;owned\x07[bold]x[/bold]\n"
-    shown = text_of(record_view(record_of(reason=evil, peer=evil, destination_host=evil).document()))
+    shown = text_of(record_view(record_of(reason=evil, peer=evil, destination_host=evil)))
     shown += text_of(guests_table([{"name": evil, "state": "x", "memory_bytes": 1, "pid": None, "api_socket": evil}]))
     shown += text_of(facts_view({"a": {evil: evil}}))
     shown += event_line({"event": "X", "data": {"a": evil}, "timestamp": {"seconds": 86_399, "microseconds": 5}})

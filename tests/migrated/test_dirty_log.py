@@ -6,6 +6,8 @@ daemon           collect  clear  collect     every write is in exactly one answe
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import struct
 import threading
@@ -14,7 +16,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from migrated.kernel import pagemap
 from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog, Span
 from protocol.pages import Runs, indices_of
 from vmm_sim.errors import VmmError
@@ -128,13 +129,13 @@ def test_a_scan_ends_where_the_kernel_names_an_earlier_end(monkeypatch: pytest.M
         fields = list(struct.unpack("=12Q", argument))
         calls.append(fields[2])
         edges = np.array([[fields[2] + 4096, fields[2] + 8192, 2]], np.uint64)
-        target = (np.ctypeslib.ctypes.c_uint64 * 3).from_address(fields[5])
+        target = (ctypes.c_uint64 * 3).from_address(fields[5])
         target[:] = edges[0].tolist()
         fields[4] = fields[2] + 4096
         argument[:] = struct.pack("=12Q", *fields)
         return 1
 
-    monkeypatch.setattr(pagemap.fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
     log = PagemapScanLog(os.open(os.devnull, os.O_RDONLY), [Span(1 << 20, 64, 0)], True)
     try:
         assert log.collect().tolist() == [[1, 1]]

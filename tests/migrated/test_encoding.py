@@ -65,7 +65,8 @@ def decoded(encoding: Encoding, payload: list[memoryview], before: Pages) -> Pag
 
 @pytest.mark.parametrize("compression", ["zstd", "lz4"])
 def test_a_batch_that_compresses_travels_compressed_on_a_slow_link(compression: Encoding) -> None:
-    encoder, totals, pages = BatchEncoder(compression, link=slow()), {}, text(64)
+    encoder, pages = BatchEncoder(compression, link=slow()), text(64)
+    totals: dict[str, EncodingTotals] = {}
     [batch] = encoder.encode(numbers(64), pages, 1, totals)
     assert batch.encoding == compression
     assert batch.wire_bytes < pages.nbytes // 4
@@ -88,13 +89,15 @@ def test_an_incompressible_batch_travels_plain_and_its_attempt_is_booked(compres
 
 
 def test_a_link_that_is_faster_than_the_codec_gets_plain_batches() -> None:
-    encoder, totals = BatchEncoder("zstd", 19, link=link_of(1e15)), {}
+    encoder = BatchEncoder("zstd", 19, link=link_of(1e15))
+    totals: dict[str, EncodingTotals] = {}
     [batch] = encoder.encode(numbers(64), text(64), 1, totals)
     assert batch.encoding == "plain"
 
 
 def test_while_the_link_is_unknown_what_was_asked_for_is_tried() -> None:
-    encoder, totals = BatchEncoder("zstd"), {}
+    encoder = BatchEncoder("zstd")
+    totals: dict[str, EncodingTotals] = {}
     encoder.sent(MIB, 1)  # into the socket's buffer: says nothing yet
     [batch] = encoder.encode(numbers(64), text(64), 1, totals)
     assert batch.encoding == "zstd"
@@ -127,7 +130,8 @@ def test_what_loses_is_only_sampled_until_it_gains_again() -> None:
 
 
 def test_a_page_sent_before_travels_as_its_difference() -> None:
-    encoder, totals = BatchEncoder(cache=DeltaCache(MIB), link=slow()), {}
+    encoder = BatchEncoder(cache=DeltaCache(MIB), link=slow())
+    totals: dict[str, EncodingTotals] = {}
     pages = noise(64)
     [first] = encoder.encode(numbers(64), pages, 1, totals)
     assert first.encoding == "plain"
@@ -140,7 +144,8 @@ def test_a_page_sent_before_travels_as_its_difference() -> None:
 
 
 def test_only_the_pages_in_the_cache_travel_as_a_difference() -> None:
-    encoder, totals = BatchEncoder("lz4", cache=DeltaCache(MIB), link=slow()), {}
+    encoder = BatchEncoder("lz4", cache=DeltaCache(MIB), link=slow())
+    totals: dict[str, EncodingTotals] = {}
     pages = noise(32)
     encoder.encode(numbers(16), pages[:16], 1, totals)
     mixed = np.random.default_rng(3).permutation(32)
@@ -153,14 +158,16 @@ def test_only_the_pages_in_the_cache_travel_as_a_difference() -> None:
 
 
 def test_a_page_that_changed_wholly_travels_plain() -> None:
-    encoder, totals = BatchEncoder(cache=DeltaCache(MIB), link=slow()), {}
+    encoder = BatchEncoder(cache=DeltaCache(MIB), link=slow())
+    totals: dict[str, EncodingTotals] = {}
     encoder.encode(numbers(16), noise(16, 1), 1, totals)
     [batch] = encoder.encode(numbers(16), noise(16, 2), 2, totals)
     assert batch.encoding == "plain"
 
 
 def test_a_page_sent_as_zero_is_forgotten() -> None:
-    encoder, totals = BatchEncoder(cache=DeltaCache(MIB), link=slow()), {}
+    encoder = BatchEncoder(cache=DeltaCache(MIB), link=slow())
+    totals: dict[str, EncodingTotals] = {}
     pages = noise(16)
     encoder.encode(numbers(16), pages, 1, totals)
     encoder.zeroed(numbers(8))
@@ -209,7 +216,7 @@ def test_deltas_against_the_cache_always_give_the_page_that_was_sent(
             if not len(kept):
                 continue
             pages = np.repeat(noise(1), len(kept), axis=0)
-            pages[:, 5] = [contents[page] for page in kept.tolist()]
+            pages[:, 5] = np.array([contents[page] for page in kept.tolist()], np.uint64)
             for batch in encoder.encode(kept, pages, round_number, {}):
                 held[batch.indices] = decoded(batch.encoding, batch.payload, held[batch.indices])
             np.testing.assert_array_equal(held[kept], pages)
@@ -222,7 +229,8 @@ def test_an_encoding_is_used_only_when_it_was_asked_for_and_agreed_on() -> None:
     asked = MigrationParameters(compression="zstd", xor_delta=True)
 
     def encodings(parameters: MigrationParameters, capabilities: set[str]) -> set[str]:
-        encoder, used = encoder_factory(parameters, capabilities)(), set()
+        encoder = encoder_factory(parameters, capabilities)()
+        used: set[str] = set()
         for round_number in (1, 2, 3):
             batches = encoder.encode(numbers(16, 16 * (round_number // 3)), text(16), round_number, {})
             used |= {batch.encoding for batch in batches}

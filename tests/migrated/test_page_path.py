@@ -38,7 +38,7 @@ from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
 from protocol.frames import MAX_PAYLOAD_BYTES
 from protocol.guest import PAGE_SIZE, DeviceDescription, GuestDescription, MemoryRegion
 from protocol.messages import Encoding
-from protocol.pages import NO_RUNS, Runs, pack_runs, runs_of
+from protocol.pages import NO_RUNS, Runs, pack_runs, runs_of, split_runs
 from protocol.versions import CAPABILITIES, MAJOR
 
 WAIT_S = 30.0
@@ -305,7 +305,7 @@ async def test_a_peer_that_takes_small_payloads_gets_small_batches() -> None:
         sending = asyncio.ensure_future(both.sender.send_round(1, run(0, 100)))
 
         def read_all() -> list[int]:
-            sizes = []
+            sizes: list[int] = []
             while True:
                 header, message = receiving.read_header()
                 if isinstance(message, messages.Barrier):
@@ -439,7 +439,12 @@ async def test_only_huge_pages_without_a_zero_page_are_announced(monkeypatch: py
 async def test_memory_that_is_announced_again_is_populated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async with path(4 * HUGE, 1) as both:
         populated: list[tuple[int, int]] = []
-        monkeypatch.setattr(both.destination.guest, "populate_huge", lambda *run: populated.append(run) or True)
+
+        def populate(start: int, count: int) -> bool:
+            populated.append((start, count))
+            return True
+
+        monkeypatch.setattr(both.destination.guest, "populate_huge", populate)
         for start in (0, 0, 0, 1):
             both.channels[0].send(messages.Extents(runs=pack_runs(run(start * HUGE, HUGE))), round_number=1)
         await until(lambda: (HUGE, HUGE) in populated)
@@ -450,7 +455,7 @@ async def test_memory_is_written_whole_also_when_the_kernel_takes_less_at_a_time
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pwrite = os.pwrite
-    monkeypatch.setattr(memory_module.os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:1000], offset))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:1000], offset))
     memory = Memory(8)
     try:
         memory.guest.write(3, memoryview(content_of(2)))
@@ -461,11 +466,11 @@ async def test_memory_is_written_whole_also_when_the_kernel_takes_less_at_a_time
 
 def test_every_stretch_is_announced_before_its_batches_and_only_whole_huge_pages() -> None:
     runs = np.array([[3, 20_000], [30_000, 400], [40_960, 1024], [90_000, 5_000]], np.int64)
-    batches = source_pages.split_runs(runs, 256)
+    batches = split_runs(runs, 256)
     jobs: list[Any] = [("batch", int(batch[0, 0])) for batch in batches]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source_pages, "_announce_job", lambda granules: ("announce", granules * HUGE))
-        order = source_pages._looking_ahead(runs, batches, jobs)
+        order: list[Any] = source_pages._looking_ahead(runs, batches, jobs)
     assert [job for job in order if job[0] == "batch"] == jobs
     announced = np.concatenate([extents for kind, extents in order if kind == "announce"])
     assert not (announced % HUGE).any()

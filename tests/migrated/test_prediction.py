@@ -183,7 +183,7 @@ def test_an_abort_below_the_prediction_tells_nothing_about_the_cost() -> None:
 def test_refused_and_cancelled_attempts_teach_nothing() -> None:
     knowledge = Knowledge()
     for outcome in ("refused", "cancelled", "failed"):
-        knowledge.learn(record_of(predict(knowledge), truth_of(9.0), outcome), "class")  # type: ignore[arg-type]
+        knowledge.learn(record_of(predict(knowledge), truth_of(9.0), outcome), "class")
     assert knowledge.document() == Knowledge().document()
 
 
@@ -257,7 +257,7 @@ def seen(pages: int, elapsed_s: float = 1.0) -> Observation:
 def prediction_of(total_ms: float, upper_ms: float, memory_ms: float = 0.0) -> Prediction:
     components = dict.fromkeys(Component, 0)
     components[Component.STATE] = int(memory_ms * MS)
-    components["legs"] = int((total_ms - memory_ms) * MS)
+    components[Component.LEGS] = int((total_ms - memory_ms) * MS)
     return Prediction(int(total_ms * MS), int(upper_ms * MS), components, int(memory_ms * MS), "test", True, BASES)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrated.record.model import DowntimePart, downtime_of
+from migrated.errors import DocumentError
+from migrated.progress import Progress, read_progress
+from migrated.record.model import DowntimePart, Record, downtime_of
 from migrated.record.parts import CUT_FINER, Component, LogGroup, Part, PredictedPart, find_part, predicted_names
+from migrated.record.reading import read_record
 from migrated.record.terms import FINISHED, OUTCOMES, SIDES, STATUS_OF, Phase, QemuCheckpoint, Side, Status
 
 ROOT = Path(__file__).parents[2]
@@ -128,3 +134,49 @@ def test_parts_and_the_rest_sum_to_the_whole_by_part_by_component_and_by_group(
     assert sum(downtime.by_component().values()) == downtime.counted_ns == downtime.measured_ns - hold_ns
     assert sum(downtime.by_group().values()) + rest_ns == downtime.measured_ns
     assert downtime.limit_violated == (downtime.counted_ns > limit_ns)
+
+
+# --- documents of other versions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests" / "data" / "records").glob("*.json")), ids=lambda path: path.stem
+)
+def test_a_record_of_an_older_version_is_read_with_what_it_lacks_at_its_default(path: Path) -> None:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert not any("fence_ns" in row or "predicted_upper_ns" in row for row in document["rounds"])
+    record = read_record(document)
+    assert all(row.fence_ns == 0 and row.predicted_upper_ns is None for row in record.rounds)
+    assert all(part.known is not None for part in (record.downtime.parts if record.downtime else ()))
+
+
+def test_what_a_newer_version_added_is_left_out_wherever_it_stands(record_of: Callable[..., Record]) -> None:
+    record = record_of()
+    newer = json.loads(json.dumps(record.document()))
+    newer["carbon_g"] = 7
+    newer["rounds"][1]["weather"] = "fine"
+    newer["downtime"]["parts"][0]["mood"] = None
+    newer["parameters"]["teleport"] = True
+    assert read_record(newer) == record
+    assert newer["carbon_g"] == 7, "the document itself stays as it was told"
+
+
+def test_a_record_with_a_part_of_a_newer_version_is_read_and_sums_up(record_of: Callable[..., Record]) -> None:
+    newer = record_of().document()
+    newer["downtime"]["parts"].append({"name": "wake-up-of-2031", "side": "link", "ns": 250_000})
+    newer["downtime"]["unattributed_ns"] -= 250_000
+    downtime = read_record(newer).downtime
+    assert downtime is not None
+    assert sum(downtime.by_component().values()) == downtime.measured_ns
+
+
+def test_what_cannot_be_read_is_told_in_a_sentence(
+    record_of: Callable[..., Record], progress_of: Callable[..., Progress]
+) -> None:
+    told = "The document is no record that this version of migrated can read (outcome: "
+    with pytest.raises(DocumentError, match=re.escape(told) + ".*use the version that wrote it"):
+        read_record(record_of().document() | {"outcome": "teleported"})
+    newer = progress_of().model_dump(mode="json")
+    assert read_progress(newer | {"mood": "fine"}) == progress_of()
+    with pytest.raises(DocumentError, match=r"no snapshot of a migration that this version .*status"):
+        read_progress(newer | {"status": "dreaming"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TypedDict
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,16 @@ from protocol.clock import (
 
 MS = 1_000_000
 SECOND = 1_000 * MS
-EXACT = {"rho_ppb": 0, "resolution_ns": 0}
+
+
+class ClockQuality(TypedDict):
+    """How well a simulated clock runs."""
+
+    rho_ppb: int
+    resolution_ns: int
+
+
+EXACT: ClockQuality = {"rho_ppb": 0, "resolution_ns": 0}
 # A shared machine may stall in the middle of an example.
 unhurried = settings(deadline=None)
 VECTOR = ExportExchange(t1=1000000, t2=500000000, exported_at=500010000, t3=500020000, t4=1130000, imported_at=1150000)

@@ -46,13 +46,13 @@ def values(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     pattern = None
     for item in metadata:
         match item:
-            case Ge(ge):
+            case Ge(int(ge)):
                 limits["min_value"] = ge
-            case Gt(gt):
+            case Gt(int(gt)):
                 limits["min_value"] = gt + 1
-            case Le(le):
+            case Le(int(le)):
                 limits["max_value"] = le
-            case Lt(lt):
+            case Lt(int(lt)):
                 limits["max_value"] = lt - 1
             case MinLen(length):
                 limits["min_size"] = length

@@ -14,9 +14,7 @@ from scripts.documents import configuration
 
 
 def test_no_meaning_is_left_over() -> None:
-    keys = {
-        f"{section}.{name}" for section, field in Config.model_fields.items() for name in field.annotation.model_fields
-    }
+    keys = {f"{section}.{name}" for section, model in configuration.models().items() for name in model.model_fields}
     assert set(configuration.MEANINGS) <= keys
 
 

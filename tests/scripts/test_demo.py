@@ -40,7 +40,7 @@ def short_directory() -> Iterator[Path]:
 
 
 def test_a_demo_that_is_terminated_leaves_nothing_behind(tmp_path: Path, short_directory: Path) -> None:
-    command = [sys.executable, "-m", "scripts.demo", "--output", tmp_path, "--memory", "64MiB"]
+    command = [sys.executable, "-m", "scripts.demo", "--output", str(tmp_path), "--memory", "64MiB"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(short_directory)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=ROOT

@@ -12,8 +12,8 @@ import pytest
 from migrated.cli.daemon import main as migrated
 from migrated.cli.migratectl import main as migratectl
 from migrated.cli.options import parameter_options
-from migrated.config import Config
 from scripts.documents import man_pages
+from scripts.documents.configuration import models
 from scripts.documents.roff import roff
 
 PAGES = sorted(man_pages.DIRECTORY.iterdir())
@@ -43,9 +43,9 @@ def test_every_command_parameter_and_key_has_its_place() -> None:
             assert not missing, words
     for name in parameter_options():
         assert f"--{name} (" in text["migratectl.1"] or f"--{name}, --no-{name} (" in text["migratectl.1"]
-    for section, field in Config.model_fields.items():
+    for section, model in models().items():
         keys = text["migrated.toml.5"].partition(f"[{section}] ")[2]
-        for key in field.annotation.model_fields:
+        for key in model.model_fields:
             assert f"{key} (" in keys
 
 

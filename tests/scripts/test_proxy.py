@@ -45,10 +45,14 @@ ABORT = frame(messages.Abort(epoch=3, reason="no"))
 RECORD = frame(messages.Record(), bytes(range(256)) * 4096)
 
 
+Accepted = asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+"""The server's ends of connections, as they are accepted."""
+
+
 class Line:
     """A client's connection through the proxy, and the server's end of it."""
 
-    def __init__(self, client: tuple[asyncio.StreamReader, asyncio.StreamWriter], server: asyncio.Queue) -> None:
+    def __init__(self, client: tuple[asyncio.StreamReader, asyncio.StreamWriter], server: Accepted) -> None:
         self.reader, self.writer = client
         self._server = server
         self.there: asyncio.StreamReader
@@ -72,7 +76,7 @@ class Line:
 class Exchange:
     """A server, a proxy in front of it, and lines through it."""
 
-    def __init__(self, proxy: Proxy, accepted: asyncio.Queue) -> None:
+    def __init__(self, proxy: Proxy, accepted: Accepted) -> None:
         self.proxy = proxy
         self._accepted = accepted
         self.lines: list[Line] = []
@@ -94,7 +98,7 @@ class Exchange:
 
 @pytest.fixture
 async def exchange() -> AsyncIterator[Exchange]:
-    accepted: asyncio.Queue = asyncio.Queue()
+    accepted: Accepted = asyncio.Queue()
 
     async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await accepted.put((reader, writer))

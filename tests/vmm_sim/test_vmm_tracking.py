@@ -6,7 +6,6 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -213,14 +212,13 @@ async def test_a_running_guest_is_tracked_exactly(mode: str, house: Any) -> None
 
 
 @pytest.fixture
-def no_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_userfaultfd(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel without userfaultfd."""
 
     def refuse() -> int:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("migrated.kernel.userfault.open_userfaultfd", refuse)
-    return
 
 
 @pytest.mark.usefixtures("no_userfaultfd")
@@ -269,5 +267,5 @@ def page_table_kib() -> int:
 def test_trackers_leave_no_descriptor_behind(memory: GuestMemory) -> None:
     before = set(os.listdir("/proc/self/fd"))
     for mode in ("pagemap-scan", "logged"):
-        start_tracking(memory, mode).close()  # type: ignore[arg-type]  # a literal, one by one
+        start_tracking(memory, mode).close()
     assert set(os.listdir("/proc/self/fd")) == before

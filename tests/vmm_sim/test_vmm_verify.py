@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from vmm_sim.content import PAGE_SIZE, WORDS
@@ -33,12 +34,13 @@ def page_with(vmm: Vmm, *, generation_above: int) -> int:
     return int(np.flatnonzero(fits)[0]) + 1
 
 
-def content(vmm: Vmm, page: int, generation: int) -> np.ndarray:
+def content(vmm: Vmm, page: int, generation: int) -> npt.NDArray[np.uint64]:
     expected = vmm.workload.expected(vmm.vcpu.step, 0, page, page + 1)
     expected.generations[0] = generation
     out = np.empty((1, WORDS), dtype=np.uint64)
     expected.render(out)
-    return out[0]
+    page_content: npt.NDArray[np.uint64] = out[0]
+    return page_content
 
 
 def test_an_intact_guest_verifies(guest: Vmm) -> None:

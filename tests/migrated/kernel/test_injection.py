@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from migrated.kernel import injection
 from migrated.kernel.errors import InjectionError, TrackingError
 from migrated.kernel.injection import Inside, run_inside, tracer_of
+from migrated.kernel.syscalls import MACHINE
 from migrated.kernel.tracking import start_tracking
 from migrated.vmm.dirty_log import PagemapScanLog, Span
 from tests.migrated.kernel.conftest import MEMORY_BYTES, Target
@@ -205,7 +205,7 @@ print("filtered", flush=True)
 while True:
     time.sleep(0.01)
 """
-    if injection.MACHINE != "x86_64":
+    if MACHINE != "x86_64":
         pytest.skip("the filter here is written for x86-64")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None

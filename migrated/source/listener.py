@@ -1,0 +1,97 @@
+"""What the destination says on the control channel, handed to whoever waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+from pydantic import ValidationError
+
+from migrated.errors import CancelledByOperatorError, LinkLostError, MigrationError
+from migrated.link.control import ControlChannel
+from migrated.progress import Acknowledged
+from migrated.record.model import DestinationHalf
+from migrated.source.interruption import Interruption
+from migrated.source.ledger import OutgoingLedger
+from migrated.source.switchover import Happened, Item
+from protocol import messages
+from protocol.handover import SourceEvent
+
+log = structlog.get_logger()
+
+
+class Listener:
+    """Listens for one attempt.
+
+    Args:
+        ledger: gets the destination's half of the record.
+        interruption: is told when the destination gives up, or the channel is lost.
+        inbox: gets what concerns the hand-over.
+
+    Attributes:
+        acknowledged: what the destination said of itself, for operators.
+        reported: set when its half of the record came, or will not come any more.
+    """
+
+    def __init__(self, ledger: OutgoingLedger, interruption: Interruption, inbox: asyncio.Queue[Item]) -> None:
+        self.acknowledged = Acknowledged()
+        self.reported = asyncio.Event()
+        self._ledger = ledger
+        self._interruption = interruption
+        self._inbox = inbox
+        self._round_done: dict[int, asyncio.Future[messages.RoundDone]] = {}
+
+    def round_done(self, number: int) -> asyncio.Future[messages.RoundDone]:
+        """A future whose result is the acknowledgement of a round."""
+        future = self._round_done.get(number)
+        if future is None:
+            future = self._round_done[number] = asyncio.get_running_loop().create_future()
+        return future
+
+    async def listen(self, control: ControlChannel) -> None:
+        """Read until the channel is lost; its loss is an event for the hand-over."""
+        try:
+            while True:
+                received = await control.receive()
+                self._note(received.message)
+                match received.message:
+                    case messages.RoundDone(round=number):
+                        if not (done := self.round_done(number)).done():
+                            done.set_result(received.message)
+                    case messages.Report():
+                        self._take_report(received.payload)
+                    case messages.No(reason=reason, cause=cause) if self._interruption.undisturbed:
+                        kind = CancelledByOperatorError if cause == "cancelled" else MigrationError
+                        self._give_up(kind(f"the destination gave up: {reason}"))
+                    case _:
+                        self._inbox.put_nowait(received)
+        except LinkLostError as error:
+            self._give_up(error)
+            self._inbox.put_nowait(Happened(SourceEvent.LINK_LOST, f"the connection was lost: {error}"))
+
+    def _give_up(self, error: MigrationError) -> None:
+        """End the rounds with an error, in the middle of one too; without effect once the guest is stopped."""
+        if self._interruption.undisturbed:
+            self._interruption.end(error, SourceEvent.FAULT)
+        self.reported.set()
+
+    def _note(self, message: messages.Message) -> None:
+        """Keep for operators what the destination says of itself."""
+        said = self.acknowledged
+        match message:
+            case messages.RoundDone(round=number, bytes=received_bytes):
+                update: dict[str, object] = {"rounds": number, "received_bytes": said.received_bytes + received_bytes}
+            case messages.Ready(elapsed_ns=elapsed_ns):
+                update = {"vote": "ready", "counted_ns": elapsed_ns}
+            case messages.No():
+                update = {"vote": "no"}
+            case _:
+                return
+        self.acknowledged = said.model_copy(update=update)
+
+    def _take_report(self, payload: bytes) -> None:
+        try:
+            self._ledger.half = DestinationHalf.model_validate_json(payload)
+        except ValidationError as error:
+            log.warning("the destination's half of the record cannot be read", reason=str(error))
+        self.reported.set()

@@ -1,0 +1,254 @@
+"""How far an outgoing attempt has come, as types: each phase has what exists by then and knows what can be done.
+
+    Beginning -> Connected -> Opened -> Prepared -> Blackout
+                 a channel    session   hand-over,  switchover
+                                        rounds
+
+A phase goes on until the next one begins; the last that was reached is let go of at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from migrated.errors import LinkLostError, VmmError
+from migrated.record.model import Record
+from migrated.record.terms import Outcome, Phase
+from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
+from migrated.source.ledger import OutgoingLedger
+from migrated.source.precopy import Precopy, Transfer
+from migrated.source.session import Connection, Session
+from migrated.source.switchover import Switchover
+from protocol import messages
+from protocol.errors import ProtocolError
+from protocol.guest import PAGE_SIZE
+from protocol.handover import SourceEvent, SourceState
+
+_IN_DOUBT: Final = (
+    "COMMIT was sent and the destination has not answered; the guest stays stopped here until it does, or until "
+    "`migratectl resolve`"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the rounds come to now."""
+
+    remaining_bytes: int = 0
+    bandwidth_bytes_per_s: float = 0.0
+    dirty_rate_pages_per_s: float = 0.0
+    throttle_percent: int = 0
+
+
+class Beginning:
+    """Nothing exists but the attempt itself."""
+
+    @property
+    def label(self) -> str:
+        """The phase's name for operators."""
+        return Phase.SYNC
+
+    @property
+    def connected(self) -> bool:
+        """Whether a control channel stands."""
+        return False
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the destination may run the guest, and has not said so."""
+        return False
+
+    @property
+    def too_late(self) -> bool:
+        """Whether the attempt cannot be given up any more."""
+        return False
+
+    def figures(self) -> Figures:
+        """Figures of the rounds."""
+        return Figures()
+
+    def sent_bytes(self) -> int:
+        """Bytes that went over the data channels so far."""
+        return 0
+
+    def pace(self, bytes_per_s: int) -> None:
+        """An operator changed the cap on the bandwidth."""
+
+    def continue_switchover(self) -> bool:
+        """Let a held switchover go on. Returns False when none is held."""
+        return False
+
+    async def resolve(self, run_here: bool) -> bool:
+        """End a doubt by the operator's word. Returns False when there is none."""
+        return False
+
+    def outcome(self, cancelled: bool) -> tuple[Outcome, str | None] | None:
+        """How the hand-over ended, with the reason; None while it has not decided anything.
+
+        Args:
+            cancelled: whether an operator ended the attempt.
+        """
+        return None
+
+    async def give_up(self, reason: str) -> None:
+        """The attempt failed: tell the destination, and let the guest run where it is."""
+
+    async def let_go(self) -> None:
+        """Let go of everything but the control channel: threads, sockets, mappings, tracking, throttling."""
+
+    async def part(self, record: Record) -> None:
+        """Hand the record to the destination and close the control channel."""
+
+    async def decided(self) -> None:
+        """Wait until an attempt in doubt is decided."""
+
+    async def stop_asking(self) -> None:
+        """The daemon stops: what is in doubt is found again in the journal."""
+
+
+class Connected(Beginning):
+    """A control channel stands."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    @property
+    def connected(self) -> bool:
+        return self.connection.control.lost is None
+
+    async def part(self, record: Record) -> None:
+        with contextlib.suppress(LinkLostError, ProtocolError):
+            self.connection.control.send(messages.Record(), json.dumps(record.document()).encode())
+        await self.connection.control.close()
+
+
+class Opened(Connected):
+    """The destination has taken the offer; nothing is journaled yet."""
+
+    def __init__(self, session: Session, ledger: OutgoingLedger) -> None:
+        super().__init__(session.connection)
+        self.session = session
+        self.ledger = ledger
+
+    def sent_bytes(self) -> int:
+        return sum(channel.sent_bytes for channel in self.session.channels)
+
+    def pace(self, bytes_per_s: int) -> None:
+        self.session.sender.pace(bytes_per_s)
+
+    async def give_up(self, reason: str) -> None:
+        self.connection.give_up(self.ledger.epoch, reason)
+
+    async def let_go(self) -> None:
+        await self._close_session(guest_stays=True)
+
+    async def _close_session(self, *, guest_stays: bool) -> None:
+        await self.session.close(guest_stays=guest_stays)
+        self.ledger.encodings = self.session.sender.encodings
+
+
+class Prepared(Opened):
+    """The attempt is journaled and rounds can run."""
+
+    def __init__(self, opened: Opened, handover: SourceHandover, transfer: Transfer, precopy: Precopy) -> None:
+        super().__init__(opened.session, opened.ledger)
+        self.handover = handover
+        self.transfer = transfer
+        self.precopy = precopy
+
+    @property
+    def label(self) -> str:
+        return Phase.PRE_COPY
+
+    def figures(self) -> Figures:
+        ledger, precopy = self.ledger, self.precopy
+        remaining_bytes = precopy.remaining_pages * PAGE_SIZE
+        if not ledger.rounds:
+            remaining_bytes = max(0, (ledger.memory_pages - ledger.sparse_pages) * PAGE_SIZE - self.sent_bytes())
+        return Figures(
+            remaining_bytes, precopy.bandwidth.bytes_per_s, precopy.dirty_pages_per_s, precopy.throttle_percent
+        )
+
+    def pace(self, bytes_per_s: int) -> None:
+        super().pace(bytes_per_s)
+        self.precopy.bandwidth.forget()
+
+    async def give_up(self, reason: str) -> None:
+        if self.handover.state in (SourceState.RUNNING, SourceState.STOPPED):
+            await self.handover.take(SourceEvent.FAULT, self.connection.control, reason)
+
+    async def let_go(self) -> None:
+        guest_stays = self.handover.state is not SourceState.RETIRED
+        await self._close_session(guest_stays=guest_stays)
+        if guest_stays and self.precopy.throttle_percent:
+            with contextlib.suppress(VmmError):
+                await self.transfer.vmm.throttle(0)
+
+    async def stop_asking(self) -> None:
+        await self.handover.close()
+
+
+class Blackout(Prepared):
+    """The guest is stopped, or about to be: only the hand-over ends the attempt now.
+
+    Args:
+        hold: set when the operator lets the switchover go on; None without pause-before-switchover.
+    """
+
+    def __init__(self, prepared: Prepared, switchover: Switchover, hold: asyncio.Event | None) -> None:
+        super().__init__(prepared, prepared.handover, prepared.transfer, prepared.precopy)
+        self.switchover = switchover
+        self._hold = hold
+
+    @property
+    def label(self) -> str:
+        return self.switchover.phase
+
+    @property
+    def in_doubt(self) -> bool:
+        return self.handover.in_doubt
+
+    @property
+    def too_late(self) -> bool:
+        return self.handover.state in (SourceState.COMMITTED, SourceState.RETIRED)
+
+    def continue_switchover(self) -> bool:
+        if self._hold is None:
+            return False
+        self._hold.set()
+        return True
+
+    async def resolve(self, run_here: bool) -> bool:
+        if not self.handover.in_doubt:
+            return False
+        event = SourceEvent.RESOLVE_RUN_HERE if run_here else SourceEvent.RESOLVE_DISCARD
+        await self.handover.take(event, None, OPERATOR_KEEPS if run_here else None)
+        return True
+
+    def outcome(self, cancelled: bool) -> tuple[Outcome, str | None] | None:
+        match self.handover.state:
+            case SourceState.RETIRED:
+                return "completed", None
+            case SourceState.COMMITTED:
+                return "in-doubt", _IN_DOUBT
+            case SourceState.ABORTED:
+                return ("cancelled" if cancelled else "aborted"), self.handover.reason
+            case _:
+                return None
+
+    async def give_up(self, reason: str) -> None:
+        await super().give_up(reason)
+        if self.handover.state is SourceState.COMMITTED and not self.handover.in_doubt:
+            await self.handover.take(SourceEvent.DEADLINE, self.connection.control)
+
+    async def decided(self) -> None:
+        await self.handover.finished.wait()
+        self.switchover.account()
+        if self.handover.state is SourceState.ABORTED:
+            await self.session.tracking.stop_in_vmm()
+        self.ledger.ended_ns = time.monotonic_ns()

@@ -1,0 +1,123 @@
+"""What an operator sees of an outgoing attempt: its status and the events of its changes, the sentence that explains
+the last decision, and the snapshot of it all."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+
+from migrated.environment import Environment
+from migrated.parameters import limit_of
+from migrated.prediction.model import Prediction
+from migrated.progress import Progress
+from migrated.record.terms import Status
+from migrated.source.ledger import OutgoingLedger
+from migrated.source.listener import Listener
+from migrated.source.phases import Beginning
+from protocol.guest import PAGE_SIZE
+
+log = structlog.get_logger()
+
+
+class View:
+    """One attempt as an operator sees it.
+
+    Args:
+        env: where events go.
+        ledger: the figures so far.
+        listener: what the destination said of itself.
+    """
+
+    def __init__(self, env: Environment, ledger: OutgoingLedger, listener: Listener) -> None:
+        self.status: Status = "setup"
+        self._env = env
+        self._ledger = ledger
+        self._listener = listener
+        self._decision = "connecting"
+        self._prediction: Prediction | None = None
+        self._passes_told = 0
+
+    def set_status(self, status: Status) -> None:
+        """Enter a status; a change is an event."""
+        if self.status != status:
+            self.status = status
+            self._env.publish(
+                "MIGRATION",
+                {"status": status, "guest": self._ledger.guest, "migration-id": self._ledger.migration_id},
+            )
+
+    def guest_stopped(self, held: bool) -> None:
+        """After STOP, as QEMU has it; one who cancels meanwhile is not told otherwise."""
+        if self.status != "cancelling":
+            self.set_status("pre-switchover" if held else "device")
+
+    def became_doubtful(self, reason: str) -> None:
+        """COMMIT was sent and the destination does not answer."""
+        self.set_status("in-doubt")
+        self._env.publish(
+            "X_MIGRATED_IN_DOUBT",
+            {"guest": self._ledger.guest, "migration-id": self._ledger.migration_id, "reason": reason},
+        )
+
+    def say(self, sentence: str) -> None:
+        """What happens now."""
+        self._decision = sentence
+
+    def say_round(self, sentence: str, prediction: Prediction) -> None:
+        """Why the guest has not been stopped yet, or is now, and the prediction behind it."""
+        self._prediction = prediction
+        log.debug("round", round=self._ledger.round_count, decision=sentence)
+        self.tell_passes()
+        self.say(sentence)
+
+    def tell_passes(self) -> None:
+        """MIGRATION_PASS for every read of the dirty log since the last time, as QEMU has it."""
+        while self._passes_told < self._ledger.dirty_syncs:
+            self._passes_told += 1
+            self._env.publish(
+                "MIGRATION_PASS",
+                {"pass": self._passes_told, "guest": self._ledger.guest, "migration-id": self._ledger.migration_id},
+            )
+
+    def progress(self, phase: Beginning, label: str, reason: str | None) -> Progress:
+        """A snapshot.
+
+        Args:
+            phase: how far the attempt has come.
+            label: the phase's name, or what follows it.
+            reason: why the attempt ended, None while it has not, and when it completed.
+        """
+        ledger, figures, prediction = self._ledger, phase.figures(), self._prediction
+        sent_bytes = phase.sent_bytes() if not ledger.ended_ns else ledger.precopy_bytes + ledger.downtime_bytes
+        return Progress(
+            migration_id=ledger.migration_id,
+            guest=ledger.guest,
+            role="source",
+            peer=ledger.peer,
+            status=self.status,
+            phase=label,
+            started_at=ledger.started_at,
+            elapsed_ns=(ledger.ended_ns or time.monotonic_ns()) - ledger.began_ns,
+            setup_ns=ledger.setup_ns,
+            round=ledger.round_count,
+            dirty_sync_count=ledger.dirty_syncs,
+            total_bytes=ledger.memory_pages * PAGE_SIZE,
+            transferred_bytes=sent_bytes,
+            remaining_bytes=0 if self.status == "completed" else figures.remaining_bytes,
+            normal_pages=ledger.normal_pages,
+            zero_pages=ledger.zero_pages,
+            bandwidth_bytes_per_s=figures.bandwidth_bytes_per_s,
+            dirty_rate_pages_per_s=figures.dirty_rate_pages_per_s,
+            predicted_downtime_ns=prediction.total_ns if prediction is not None else None,
+            predicted_upper_ns=prediction.upper_ns if prediction is not None else None,
+            predicted_parts_ns=prediction.parts() if prediction is not None else {},
+            downtime_limit_ns=limit_of(ledger.parameters),
+            downtime_ns=ledger.interval.measured_ns if ledger.interval is not None else None,
+            throttle_percent=figures.throttle_percent,
+            decision=self._decision,
+            destination=ledger.destination_host,
+            acknowledged=self._listener.acknowledged,
+            reason=reason,
+            rounds=tuple(ledger.rounds),
+        )
