@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from migrated.cli.render import duration
+from migrated.cli.style import duration
 from scripts.basics import MIB
 from scripts.qemu_rig.baseline import Baseline
 from scripts.qemu_rig.gaps import Gap

@@ -11,7 +11,6 @@ QEMU, both with the daemons' own tracking and dirty log.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import mmap
 import os
 import threading
@@ -22,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from migrated.kernel.errors import InjectionError
 from migrated.kernel.process_memory import read
 from migrated.kernel.tracking import start_tracking
 from migrated.kernel.userfault import enable_write_tracking, open_userfaultfd, register
@@ -204,14 +202,7 @@ class Follower:
 
 async def follow(qemu: Qemu, disk: SlowDisk, fenced: bool) -> int:
     """Follow a guest while it reads, then stop it and send the rest. Returns how many pages of the copy are stale."""
-    address = await qemu.host_address(0)
-
-    async def tracked() -> Follower | None:
-        with contextlib.suppress(InjectionError):  # on a busy machine a thread may not stop in time
-            return await asyncio.to_thread(Follower, qemu.pid, address)
-        return None
-
-    follower = await until("QEMU's writes could not be tracked", tracked, WAIT_S)
+    follower = await asyncio.to_thread(Follower, qemu.pid, await qemu.host_address(0))
     try:
         disk.hold_process(qemu.pid)
         follower.read(np.array([[0, GUEST_BYTES // PAGE]]))
