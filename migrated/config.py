@@ -128,6 +128,8 @@ DirectoryPath = Annotated[Path, AfterValidator(_expand)]
 SocketPath = Annotated[Path, AfterValidator(_expand), AfterValidator(_fits_socket)]
 AddressText = Annotated[Address, BeforeValidator(_address)]
 Command = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_program)]
+NamePattern = Annotated[str, Field(pattern=r"^[^/\s]{1,255}$")]
+Rule = Annotated[str, Field(pattern=r"^[^/\s]{1,255}(/[^/\s]{1,64})?$")]
 PositiveSeconds = Annotated[Seconds, Field(gt=0, le=1_000_000)]
 
 
@@ -138,9 +140,14 @@ class Section(BaseModel):
 
 
 class ControlConfig(Section):
-    """``[control]``: the socket that migratectl and QMP clients use."""
+    """``[control]``: the socket that migratectl and QMP clients use, and who may use it: root and the daemon's own user
+    for everything, and the groups below."""
 
     socket: SocketPath = Path("/run/migrated/control.sock")
+    operators: str | None = Field(default=None, min_length=1)
+    """Group whose members may do everything."""
+    readers: str | None = Field(default=None, min_length=1)
+    """Group whose members may look but change nothing."""
 
 
 class StateConfig(Section):
@@ -160,6 +167,42 @@ class ListenConfig(Section):
     """``[listen]``: where a destination takes migrations."""
 
     address: AddressText = Address("127.0.0.1", 4460)
+
+
+class TlsConfig(Section):
+    """``[tls]``: who the hosts are to each other. With a certificate every connection between daemons is mutual TLS
+    1.3; without one they are plain, and only on loopback."""
+
+    certificate: DirectoryPath | None = None
+    """This host's certificate (PEM), followed by those between it and the authority; SIGHUP reads it again."""
+    key: DirectoryPath | None = None
+    """The certificate's private key (PEM, not encrypted), readable by the daemon alone; SIGHUP reads it again."""
+    authority: DirectoryPath | None = None
+    """Certificates (PEM) of the authority that certifies the hosts; no other is believed. SIGHUP reads it again."""
+    names: tuple[NamePattern, ...] = ("*",)
+    """Certificate names, with `*` for any text, of the hosts that this one talks to at all, in either direction."""
+    insecure: bool = False
+    """Talk without TLS to other hosts than this one. Whoever is on the way can then read, change and take guests."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> TlsConfig:
+        files = {"certificate": self.certificate, "key": self.key, "authority": self.authority}
+        missing = [name for name, path in files.items() if path is None]
+        if 0 < len(missing) < len(files):
+            raise ValueError(f"certificate, key and authority go together; missing: {', '.join(missing)}")
+        if not missing and self.insecure:
+            raise ValueError("insecure contradicts certificate: take one of them out")
+        return self
+
+
+class AuthorisationConfig(Section):
+    """``[authorisation]``: which hosts may do what, by the names in their certificates. A rule is `"NAME"`, or
+    `"NAME/GUEST"` for some guests only; `*` stands for any text in both."""
+
+    accept_from: tuple[Rule, ...] = ("*",)
+    """Hosts that may send guests here, and which guests."""
+    send_to: tuple[Rule, ...] = ("*",)
+    """Hosts that guests may be sent to from here, and which guests."""
 
 
 class VmmConfig(Section):
@@ -188,6 +231,14 @@ class LimitsConfig(Section):
     """Memory of one incoming guest."""
     connect_timeout_s: PositiveSeconds = 5.0
     handshake_timeout_s: PositiveSeconds = 15.0
+    max_connections: int = Field(default=512, ge=8, le=65_536)
+    """Migration connections that this host holds at once, in all."""
+    max_connections_per_address: int = Field(default=128, ge=4, le=65_536)
+    """Migration connections that one address may hold at once."""
+    max_handshakes: int = Field(default=32, ge=1, le=4096)
+    """Connections that have not told yet what they are; TLS handshakes are among them."""
+    max_handshakes_per_address: int = Field(default=16, ge=1, le=4096)
+    """Such connections of one address."""
     round_timeout_s: PositiveSeconds = 60.0
     """A round without any acknowledged progress for this long is lost."""
     stop_timeout_s: PositiveSeconds = 5.0
@@ -244,6 +295,8 @@ class Config(Section):
     state: StateConfig = StateConfig()
     history: HistoryConfig = HistoryConfig()
     listen: ListenConfig = ListenConfig()
+    tls: TlsConfig = TlsConfig()
+    authorisation: AuthorisationConfig = AuthorisationConfig()
     vmm: VmmConfig = Field(default_factory=VmmConfig)
     limits: LimitsConfig = LimitsConfig()
     migration: MigrationParameters = MigrationParameters()
@@ -251,6 +304,18 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     lock: LockConfig = LockConfig()
     clock: ClockConfig = ClockConfig()
+
+    @model_validator(mode="after")
+    def _rules_need_names(self) -> Config:
+        if (
+            self.tls.certificate is None
+            and (self.tls.names, *self.authorisation.model_dump().values()) != (("*",),) * 3
+        ):
+            raise ValueError(
+                "rules in [tls] names or [authorisation] need certificates: without TLS nobody has a name; set "
+                "[tls] certificate, key and authority"
+            )
+        return self
 
 
 def load_config(path: Path, environment: Mapping[str, str] | None = None) -> Config:

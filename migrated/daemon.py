@@ -23,6 +23,8 @@ from migrated.history import HistoryError
 from migrated.host.migration_host import MigrationHost
 from migrated.journal import JournalError
 from migrated.link.listener import Listener
+from migrated.link.security import PlainRefusedError
+from migrated.link.tls import CredentialsError
 from migrated.logs import LogCollector, configure, set_level
 from migrated.notify import Notifier
 from migrated.tasks import TaskSet
@@ -34,7 +36,8 @@ EXIT_FAILED: Final = 1
 _SWITCH_INTERVAL_S: Final = 0.0005
 """How long a thread may keep the interpreter from another: data threads and the event loop share it."""
 _TRACK_S: Final = 1.0
-_RELOADED: Final = frozenset({"migration", "log"})
+_CERTIFICATE_CHECK_S: Final = 3600.0
+_RELOADED: Final = frozenset({"migration", "log", "tls", "authorisation"})
 """Sections that a reload takes over (of [log] the level); a change of any other needs a restart."""
 
 
@@ -59,7 +62,7 @@ def run_daemon(config: Config, role: DaemonRole, read_again: Callable[[], Config
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         uvloop.run(_serve(config, role, collector, read_again))
-    except (StartError, ActivationError, ControlSocketError, JournalError, HistoryError) as error:
+    except (StartError, ActivationError, CredentialsError, ControlSocketError, JournalError, HistoryError) as error:
         log.error("the daemon cannot start", reason=str(error))
         return EXIT_FAILED
     return EXIT_OK
@@ -85,7 +88,7 @@ async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read
         await control.start()
         undo(control.close)
         await host.start()
-        listener = Listener(host.connected, config.limits.tcp_user_timeout_s)
+        listener = Listener(host.connected, config.limits, host.security, host.metrics.connection_refused)
         if role != "source":
             await _listen(listener, config, inherited)
             undo(listener.stop)
@@ -94,7 +97,8 @@ async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read
             undo(asyncio.to_thread, stop_metrics)
         undo(tasks.stop)
         tasks.start(notifier.feed_watchdog())
-        tasks.start(_track(host))
+        tasks.start(_track(host, listener))
+        tasks.start(_watch_certificate(host))
         gc.collect()
         gc.freeze()  # what a daemon starts with stays: the collector need not look at it again
         loop.add_signal_handler(signal.SIGHUP, lambda: tasks.start(_reload(host, config, read_again, notifier)))
@@ -119,6 +123,12 @@ async def _reload(host: MigrationHost, begun: Config, read_again: Callable[[], C
     else:
         host.set_defaults(config.migration)
         set_level(config.log.level)
+        try:
+            # Reading certificates takes a millisecond, and the new ones count from the next handshake on.
+            host.security.reload(config.tls, config.authorisation)
+        except CredentialsError as error:
+            log.error("the certificates were not reloaded: the old ones stay in use", reason=str(error))
+        _look_at_certificate(host)
         ignored = [
             name
             for name in Config.model_fields
@@ -138,6 +148,8 @@ def _on_signal(stop: asyncio.Event) -> None:
 async def _listen(listener: Listener, config: Config, inherited: socket.socket | None) -> None:
     try:
         await listener.start(config.listen.address, inherited)
+    except PlainRefusedError as error:
+        raise StartError(str(error)) from error
     except OSError as error:
         raise StartError(
             f"cannot listen on {config.listen.address}: {error.strerror or error}; is another daemon running there? "
@@ -157,8 +169,23 @@ def _serve_metrics(host: MigrationHost, config: Config) -> Callable[[], None] | 
         ) from error
 
 
-async def _track(host: MigrationHost) -> None:
+async def _watch_certificate(host: MigrationHost) -> None:
+    """Warn of a certificate that ends, again and again."""
+    while True:
+        _look_at_certificate(host)
+        await asyncio.sleep(_CERTIFICATE_CHECK_S)
+
+
+def _look_at_certificate(host: MigrationHost) -> None:
+    credentials = host.security.credentials
+    host.metrics.certificate(credentials.expires_at_s if credentials is not None else None)
+    if credentials is not None and (warning := credentials.expiry_warning()) is not None:
+        log.warning("the certificate ends", reason=warning)
+
+
+async def _track(host: MigrationHost, listener: Listener) -> None:
     """Keep the gauges of what runs up to date."""
     while True:
         host.metrics.track(host.progress(None))
+        host.metrics.connections(listener.connections)
         await asyncio.sleep(_TRACK_S)

@@ -12,6 +12,7 @@ from migrated.clock import HostClock
 from migrated.config import Config
 from migrated.guests import GuestRegistry
 from migrated.journal import Journal
+from migrated.link.security import LinkSecurity
 from migrated.prediction.knowledge import Knowledge
 from migrated.record.model import Record
 from migrated.record.terms import Role
@@ -26,6 +27,7 @@ class Environment:
     """One daemon, as the attempts see it.
 
     Attributes:
+        security: whom this host talks to, and how.
         knowledge: what past records taught about switchovers.
         resume_costs: what resuming guests took on this host.
         finish: takes each finished record, with this host's part in it.
@@ -36,6 +38,7 @@ class Environment:
 
     config: Config
     clock: HostClock
+    security: LinkSecurity
     journal: Journal
     guests: GuestRegistry
     knowledge: Knowledge

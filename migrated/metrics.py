@@ -90,6 +90,20 @@ class Metrics:
         self._remaining_now = Gauge(
             "migrated_running_remaining_bytes", "Bytes left of a running migration.", ("guest",), registry=self.registry
         )
+        self._connections = Gauge(
+            "migrated_connections", "Migration connections that were accepted and are open.", registry=self.registry
+        )
+        self._refused = Counter(
+            "migrated_connections_refused",
+            "Migration connections that were not taken, by kind of the reason.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self._certificate_end = Gauge(
+            "migrated_certificate_expiry_timestamp_seconds",
+            "When this host's certificate ends; 0 without TLS.",
+            registry=self.registry,
+        )
         for gauge in (self._running, self._in_doubt):
             for one in ROLES:
                 gauge.labels(one).set(0)
@@ -119,6 +133,18 @@ class Metrics:
             self._prediction_error.labels(role).observe(abs(downtime.predicted_ns / downtime.counted_ns - 1))
         if downtime.predicted_upper_ns is not None and downtime.counted_ns > downtime.predicted_upper_ns:
             self._late_predictions.labels(role).inc()
+
+    def connection_refused(self, reason: str) -> None:
+        """Count a connection that was not taken, by the kind of the reason."""
+        self._refused.labels(reason).inc()
+
+    def connections(self, count: int) -> None:
+        """Say how many migration connections are open."""
+        self._connections.set(count)
+
+    def certificate(self, expires_at_s: float | None) -> None:
+        """Say when this host's certificate ends (seconds since 1970), None without TLS."""
+        self._certificate_end.set(expires_at_s or 0)
 
     def track(self, progress: Iterable[Progress]) -> None:
         """Say what runs now, from all migrations that the daemon knows; call it at least once per scrape interval."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,10 +29,11 @@ from migrated.environment import Environment
 from migrated.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.guests import Guest
 from migrated.journal import JournalError
-from migrated.link import sockets
 from migrated.link.control import ControlChannel, Received
 from migrated.link.data import DataChannel
 from migrated.link.reply import Reply
+from migrated.link.security import Names
+from migrated.link.sockets import Connection
 from migrated.progress import Progress
 from migrated.record.model import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine, Record
 from migrated.record.parts import Part
@@ -186,17 +186,35 @@ class IncomingMigration:
         finally:
             await self._clean_up()
 
-    def join(self, join: messages.Join, sock: socket.socket, agreed: sockets.Agreed) -> None:
-        """Take a data channel in.
+    @property
+    def peer_names(self) -> Names:
+        """What the source's certificate calls it, empty without TLS."""
+        return self._control.names
+
+    def check_join(self, join: messages.Join, names: Names) -> None:
+        """Check that a data channel belongs to this session: by its token, and by who brings it.
+
+        Raises:
+            RemoteProtocolError: it does not.
+        """
+        if (
+            self._receiver is None
+            or names != self._control.names
+            or not secrets.compare_digest(join.token, self._token)
+        ):
+            raise RemoteProtocolError(
+                f"data channel {join.channel} does not prove to belong to this migration", ErrorCode.AUTH
+            )
+
+    def join(self, join: messages.Join, connection: Connection) -> None:
+        """Take in a data channel that was checked.
 
         Raises:
             RemoteProtocolError: it does not belong to this session.
         """
-        if self._receiver is None or not secrets.compare_digest(join.token, self._token):
-            raise RemoteProtocolError(
-                f"data channel {join.channel} does not prove to belong to this migration", ErrorCode.AUTH
-            )
-        self._receiver.add_channel(DataChannel(sock, join.channel, agreed))
+        if self._receiver is None:
+            raise RemoteProtocolError(f"data channel {join.channel} comes too late", ErrorCode.AUTH)
+        self._receiver.add_channel(DataChannel(connection, join.channel))
 
     def outcome_asked(self, decision: DestinationEvent, reply: Reply) -> None:
         """The source tells its decision again."""
@@ -280,7 +298,12 @@ class IncomingMigration:
             hello.epoch,
             self.guest_name,
             "destination",
-            {"peer": self._control.peer, "paused": hello.guest_paused, "started_at": self._started_at},
+            {
+                "peer": self._control.peer,
+                "peer_names": list(self._control.names),
+                "paused": hello.guest_paused,
+                "started_at": self._started_at,
+            },
         )
         self._digest = MemoryDigest(hello.guest.pages) if "digest-xxh3-frames" in hello.required else None
         self._receiver = PageReceiver(

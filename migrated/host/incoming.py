@@ -6,7 +6,6 @@ outcome (OUTCOME_ASK).
 
 from __future__ import annotations
 
-import socket
 from typing import Final
 
 import structlog
@@ -17,9 +16,10 @@ from migrated.destination.takeover import Takeover
 from migrated.environment import DaemonRole, Environment
 from migrated.guests import Guest
 from migrated.host.recovery import Recovery
-from migrated.link import sockets
 from migrated.link.control import ControlChannel
 from migrated.link.reply import Nobody, OneAnswer
+from migrated.link.security import Names
+from migrated.link.sockets import Connection, send_first
 from migrated.progress import Progress
 from migrated.tasks import TaskSet
 from protocol import messages
@@ -53,19 +53,21 @@ class IncomingAttempts:
         self._takeovers: dict[str, Takeover] = {}
         """Finished take-overs: they answer late questions better than the journal, which may not have been written."""
 
-    async def connected(self, first: Message, sock: socket.socket, agreed: sockets.Agreed) -> None:
+    async def connected(self, first: Message, connection: Connection) -> None:
         """Take a new connection by its first message (``link.listener.Handler``)."""
         match first:
             case messages.Hello():
-                await self._hello(first, sock, agreed)
+                await self._hello(first, connection)
             case messages.Join(migration_id=migration_id):
                 incoming = self._running.get(migration_id)
                 if incoming is None:
                     raise RemoteProtocolError("a data channel joins a migration that is not under way", ErrorCode.AUTH)
-                await sockets.send_first(sock, agreed, messages.Joined(channel=first.channel))
-                incoming.join(first, sock, agreed)
+                incoming.check_join(first, connection.wire.names)
+                await send_first(connection, messages.Joined(channel=first.channel))
+                incoming.join(first, connection)
             case messages.OutcomeAsk():
-                self._tasks.start(self._outcome_asked(first, sock, agreed))
+                self._check_asker(first, connection.wire.names)
+                self._tasks.start(self._outcome_asked(first, connection))
             case _:
                 raise RemoteProtocolError(f"a connection cannot begin with {first.TYPE.name}", ErrorCode.UNEXPECTED)
 
@@ -103,18 +105,17 @@ class IncomingAttempts:
 
     # Section: offers
 
-    async def _hello(self, hello: messages.Hello, sock: socket.socket, agreed: sockets.Agreed) -> None:
+    async def _hello(self, hello: messages.Hello, connection: Connection) -> None:
         limits = self._env.config.limits
         control = ControlChannel(
-            sock,
-            agreed,
+            connection,
             self._env.clock,
             heartbeat_interval_s=limits.heartbeat_interval_s,
             heartbeat_timeout_s=limits.heartbeat_timeout_s,
             received=1,
         )
         await control.start()
-        refusal = self._why_not(hello)
+        refusal = self._why_not(hello, connection.wire.names)
         if refusal is not None:
             log.warning("refused an incoming migration", guest=hello.guest.name, reason=refusal[1])
             control.send(messages.Refuse(code=int(refusal[0]), reason=refusal[1]))
@@ -125,7 +126,7 @@ class IncomingAttempts:
         self._running[hello.migration_id] = self._last[hello.guest.name] = incoming
         self._tasks.start(self._run(incoming))
 
-    def _why_not(self, hello: messages.Hello) -> tuple[ErrorCode, str] | None:
+    def _why_not(self, hello: messages.Hello, names: Names) -> tuple[ErrorCode, str] | None:
         if self._role == "source":
             return ErrorCode.BUSY, "this daemon is a source only and takes no guests in"
         if len(self._running) >= self._env.config.limits.max_incoming:
@@ -134,6 +135,9 @@ class IncomingAttempts:
             )
         if hello.migration_id in self._running or self._env.journal.attempt(hello.migration_id, "destination"):
             return ErrorCode.UNEXPECTED, "this migration id was used before"
+        for incoming in self._running.values():
+            if incoming.guest_name == hello.guest.name and incoming.peer_names != names:
+                return ErrorCode.BUSY, f"guest {hello.guest.name!r} is being taken in from another host"
         return None
 
     async def _end_older(self, hello: messages.Hello) -> None:
@@ -157,9 +161,20 @@ class IncomingAttempts:
 
     # Section: late questions
 
-    async def _outcome_asked(self, ask: messages.OutcomeAsk, sock: socket.socket, agreed: sockets.Agreed) -> None:
+    def _check_asker(self, ask: messages.OutcomeAsk, names: Names) -> None:
+        """Only the host that the guest came from may tell what becomes of it.
+
+        Raises:
+            RemoteProtocolError: another one asks.
+        """
+        attempt = self._env.journal.attempt(ask.migration_id, "destination")
+        owner = tuple(attempt.facts.get("peer_names", ())) if attempt is not None else ()
+        if owner and owner != names:  # a migration over plain TCP belongs to nobody
+            raise RemoteProtocolError("the outcome of this migration is asked for by another host", ErrorCode.AUTH)
+
+    async def _outcome_asked(self, ask: messages.OutcomeAsk, connection: Connection) -> None:
         """The source tells its decision again; whoever has the hand-over answers."""
-        reply = OneAnswer(sock, agreed)
+        reply = OneAnswer(connection)
         decision = DestinationEvent.COMMIT if ask.decision == "commit" else DestinationEvent.ABORT
         incoming = self._running.get(ask.migration_id)
         recovered = self._recovery.takeover(ask.migration_id)

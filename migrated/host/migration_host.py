@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import socket
 from typing import Any
 
 from migrated.clock import HostClock
@@ -26,7 +25,8 @@ from migrated.host.records import FinishedRecords
 from migrated.host.recovery import Recovery
 from migrated.journal import Journal
 from migrated.learned import keep_knowledge, load_knowledge
-from migrated.link import sockets
+from migrated.link.security import LinkSecurity
+from migrated.link.sockets import Connection
 from migrated.logs import LogCollector
 from migrated.metrics import Metrics
 from migrated.parameters import MigrationParameters
@@ -46,6 +46,10 @@ class MigrationHost:
         config: the configuration.
         role: which directions are allowed.
         collector: where the log lines of each migration are kept.
+
+    Raises:
+        CredentialsError: the files of ``[tls]`` cannot be used.
+        JournalError, HistoryError: what must survive a restart cannot be opened.
     """
 
     def __init__(self, config: Config, role: DaemonRole, collector: LogCollector) -> None:
@@ -53,6 +57,7 @@ class MigrationHost:
         self.stopping = asyncio.Event()
         """Set when an operator asked the daemon to quit."""
         self.metrics = Metrics()
+        self.security = LinkSecurity(config.tls, config.authorisation)
         self._role = role
         journal = Journal(config.state.directory)  # first: its lock keeps a second daemon away from all that lies there
         self._history = History(config.state.directory, config.history.max_records)
@@ -60,6 +65,7 @@ class MigrationHost:
         self._env = Environment(
             config=config,
             clock=HostClock(config.clock.hrtime_offset_ns, config.clock.wall_offset_ns, config.clock.drift_ppm),
+            security=self.security,
             journal=journal,
             guests=GuestRegistry(config.vmm, config.clock, config.lock),
             knowledge=load_knowledge(config.state.directory),
@@ -100,9 +106,9 @@ class MigrationHost:
         self._env.journal.close()
         self._history.close()
 
-    async def connected(self, first: Message, sock: socket.socket, agreed: sockets.Agreed) -> None:
+    async def connected(self, first: Message, connection: Connection) -> None:
         """Take a new connection by its first message (``link.listener.Handler``)."""
-        await self._incoming.connected(first, sock, agreed)
+        await self._incoming.connected(first, connection)
 
     def set_defaults(self, parameters: MigrationParameters) -> None:
         """The configuration was reloaded: what guests without parameters of their own use from now on."""

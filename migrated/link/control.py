@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,17 +19,28 @@ from typing import Final
 
 from migrated.clock import HostClock
 from migrated.errors import LinkLostError
-from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Agreed
+from migrated.link.budgets import Allowance
+from migrated.link.security import Names
+from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Connection
+from migrated.link.tls import READ_BYTES
 from protocol import messages
 from protocol.clock import ClockError, ClockExchange, OffsetEstimate, one_way_transit
 from protocol.errors import ErrorCode, RemoteProtocolError
-from protocol.frames import FrameParser
+from protocol.frames import HEADER_BYTES, FrameParser
 from protocol.messages import ClockAsk, ClockReply, Message
 
 KEPT_EXCHANGES: Final = 32
 _LEAVE_S: Final = 0.5
 """How long a peer is waited for that does not close its side."""
 _OPENING_EXCHANGES: Final = 8
+_MAX_UNREAD_BYTES: Final = 8 << 20
+"""A peer for which more waits to be sent does not read: the largest message has half of it."""
+_MESSAGES_AT_ONCE: Final = 4096
+_MESSAGES_PER_S: Final = 500.0
+"""What a peer may send: a DOWNTIME per device, of which there are at most 1024, and a few messages per round."""
+_BYTES_AT_ONCE: Final = 16 << 20
+_BYTES_PER_S: Final = float(1 << 20)
+_FRAMES_AT_ONCE: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +57,7 @@ class ControlChannel:
     """One control channel, either end.
 
     Args:
-        sock: connected, non-blocking, preface done; owned from here on.
-        agreed: what the prefaces settled.
+        connection: owned from here on.
         clock: this host's clocks.
         heartbeat_interval_s: how often to ask the peer's clock.
         heartbeat_timeout_s: silence after which the peer is lost.
@@ -57,8 +66,7 @@ class ControlChannel:
 
     def __init__(
         self,
-        sock: socket.socket,
-        agreed: Agreed,
+        connection: Connection,
         clock: HostClock,
         *,
         heartbeat_interval_s: float,
@@ -66,16 +74,18 @@ class ControlChannel:
         sent: int = 0,
         received: int = 0,
     ) -> None:
-        self.peer = _name_of(sock)
+        self.peer = connection.wire.peer
         self.max_silence_s = 0.0
-        self._sock = sock
-        self._agreed = agreed
+        self._wire = connection.wire
+        self._version = connection.agreed.version
         self._clock = clock
         self._interval_s = heartbeat_interval_s
         self._timeout_s = heartbeat_timeout_s
         self._sequence = itertools.count(sent)
-        self._parser = FrameParser(agreed.version, OUR_MAX_PAYLOAD_BYTES, received)
+        self._parser = FrameParser(self._version, OUR_MAX_PAYLOAD_BYTES, received)
         self._inbox: asyncio.Queue[Received | Exception] = asyncio.Queue()
+        self._messages_left = Allowance(_MESSAGES_AT_ONCE, _MESSAGES_PER_S)
+        self._bytes_left = Allowance(_BYTES_AT_ONCE, _BYTES_PER_S)
         self._asked: dict[int, int] = {}
         self._exchanges: deque[ClockExchange] = deque(maxlen=KEPT_EXCHANGES)
         self._answered = asyncio.Event()
@@ -88,7 +98,7 @@ class ControlChannel:
 
     async def start(self) -> None:
         """Begin to read and to keep the heartbeat."""
-        reader, self._writer = await asyncio.open_connection(sock=self._sock)
+        reader, self._writer = await asyncio.open_connection(sock=self._wire.sock)
         transport = self._writer.transport
         transport.set_write_buffer_limits(high=0)  # so that drain means: in the kernel's hands
         self._tasks = [asyncio.create_task(self._read(reader)), asyncio.create_task(self._beat())]
@@ -103,8 +113,15 @@ class ControlChannel:
             raise LinkLostError(str(self._failure)) from self._failure
         if self._writer is None or self._closed or self._writer.transport.is_closing():
             raise LinkLostError(f"the control channel to {self.peer} is closed")
-        head = messages.frame_head(self._agreed.version, message, next(self._sequence), payload_bytes=len(payload))
-        self._writer.write(head + payload)
+        head = messages.frame_head(self._version, message, next(self._sequence), payload_bytes=len(payload))
+        tls = self._wire.tls
+        self._writer.write(head + payload if tls is None else tls.encrypt(head, payload))
+        if self._writer.transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
+            error = LinkLostError(
+                f"{self.peer} does not read what it is sent: more than {_MAX_UNREAD_BYTES >> 20} MiB wait for it"
+            )
+            self._lose(error)
+            raise error
 
     async def receive(self) -> Received:
         """The next message.
@@ -117,6 +134,11 @@ class ControlChannel:
             self._inbox.put_nowait(item)  # every later call learns it too
             raise LinkLostError(str(item)) from item
         return item
+
+    @property
+    def names(self) -> Names:
+        """What the peer's certificate calls it, empty on a plain connection."""
+        return self._wire.names
 
     @property
     def lost(self) -> Exception | None:
@@ -190,8 +212,7 @@ class ControlChannel:
             with contextlib.suppress(ConnectionError, OSError, TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._writer.wait_closed()
-        else:
-            self._sock.close()
+        self._wire.close()
 
     async def _take_leave(self, writer: asyncio.StreamWriter) -> None:
         """Say that nothing more comes, and read on until the peer has said so too. A socket that is closed with
@@ -233,19 +254,38 @@ class ControlChannel:
                 return
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
+        tls = self._wire.tls
         try:
-            while data := await reader.read(1 << 17):
-                read_at_hrtime_ns, read_at_ns = self._clock.hrtime_ns(), time.monotonic_ns()
-                self._heard_at = time.monotonic()
-                for frame in self._parser.receive(data):
-                    message = messages.decode(frame.type, frame.meta)
-                    self._take(Received(message, frame.payload, read_at_hrtime_ns, read_at_ns))
+            data = tls.decrypt(b"") if tls is not None else b""  # what came together with the first frame
+            await self._hear(data)
+            while data := await reader.read(READ_BYTES):
+                await self._hear(data if tls is None else tls.decrypt(data))
             self._parser.receive_eof()
             self._lose(LinkLostError(f"{self.peer} closed the control channel"))
         except RemoteProtocolError as error:
             await self.fail(error)
+        except LinkLostError as error:
+            self._lose(error)
         except OSError as error:
             self._lose(LinkLostError(f"the control channel to {self.peer} broke: {error.strerror or error}"))
+
+    async def _hear(self, data: bytes) -> None:
+        """Take the frames that are complete now, and let others have the event loop between them."""
+        read_at_hrtime_ns, read_at_ns = self._clock.hrtime_ns(), time.monotonic_ns()
+        self._heard_at = time.monotonic()
+        for count, frame in enumerate(self._parser.receive(data), 1):
+            now_s = time.monotonic()
+            size_bytes = HEADER_BYTES + len(frame.meta) + len(frame.payload)
+            if not (self._messages_left.take(1, now_s) and self._bytes_left.take(size_bytes, now_s)):
+                raise RemoteProtocolError(
+                    "more was sent on the control channel than any migration needs", ErrorCode.TOO_LARGE
+                )
+            message = messages.decode(frame.type, frame.meta)
+            if frame.payload and not isinstance(message, messages.Report | messages.Record):
+                raise RemoteProtocolError(f"message {message.TYPE.name} has no payload", ErrorCode.TOO_LARGE)
+            self._take(Received(message, frame.payload, read_at_hrtime_ns, read_at_ns))
+            if count % _FRAMES_AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     def _take(self, received: Received) -> None:
         match received.message:
@@ -267,11 +307,3 @@ class ControlChannel:
                 self._lose(LinkLostError(f"{self.peer} ended the migration: {text}"))
             case _:
                 self._inbox.put_nowait(received)
-
-
-def _name_of(sock: socket.socket) -> str:
-    try:
-        host, port = sock.getpeername()[:2]
-    except OSError:
-        return "the peer"
-    return f"{host}:{port}"

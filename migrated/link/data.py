@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from migrated.errors import LinkLostError
-from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Agreed, tune_data
+from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Connection, tune_data
+from migrated.link.streams import StreamEndedError, stream_of
 from protocol import messages
 from protocol.frames import HEADER_BYTES, Header, SequenceCheck, check_meta, unpack_header
 from protocol.messages import Message
 
-MAX_VECTORS: Final = 1024
-"""IOV_MAX: the most buffers that one sendmsg or recvmsg takes."""
 SO_MAX_PACING_RATE: Final = 47
 _NO_PACING: Final = (1 << 64) - 1
 
@@ -28,19 +27,20 @@ class DataChannel:
     belongs to the channel's thread.
 
     Args:
-        sock: connected, preface and JOIN done.
+        connection: JOIN done; owned from here on.
         number: channel number.
-        agreed: what the prefaces settled.
     """
 
-    def __init__(self, sock: socket.socket, number: int, agreed: Agreed) -> None:
+    def __init__(self, connection: Connection, number: int) -> None:
+        sock = connection.wire.sock
         sock.setblocking(True)
         tune_data(sock)
         self.number = number
         self.sent_bytes = 0
         self.received_bytes = 0
-        self._sock = sock
-        self._agreed = agreed
+        self._wire = connection.wire
+        self._agreed = connection.agreed
+        self._stream = stream_of(sock, connection.wire.tls)
         self._sent = itertools.count(1)
         self._received = SequenceCheck(1)
         self._head = bytearray(HEADER_BYTES)
@@ -53,7 +53,7 @@ class DataChannel:
     def pace(self, bytes_per_s: int) -> None:
         """Cap this channel's rate in the kernel; 0 lifts the cap."""
         rate = _NO_PACING if bytes_per_s == 0 else bytes_per_s
-        self._sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("=Q", rate))
+        self._wire.sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("=Q", rate))
 
     def send(self, message: Message, payload: Sequence[memoryview] = (), round_number: int = 0) -> int:
         """Send one frame whose payload is the concatenation of byte views. Returns the bytes on the wire.
@@ -65,7 +65,10 @@ class DataChannel:
         head = messages.frame_head(
             self._agreed.version, message, next(self._sent), payload_bytes=payload_bytes, round_number=round_number
         )
-        self._send_all([memoryview(head), *payload])
+        try:
+            self._stream.send_all([memoryview(head), *payload])
+        except OSError as error:
+            raise self._lost(error) from error
         total = len(head) + payload_bytes
         self.sent_bytes += total
         return total
@@ -77,10 +80,10 @@ class DataChannel:
             LinkLostError: the connection is gone or ended.
             RemoteProtocolError: the frame is damaged or out of order.
         """
-        self._read_exactly(memoryview(self._head))
+        self._read([memoryview(self._head)])
         header = unpack_header(self._head, self._agreed.version, OUR_MAX_PAYLOAD_BYTES)
         meta = bytearray(header.meta_bytes)
-        self._read_exactly(memoryview(meta))
+        self._read([memoryview(meta)])
         check_meta(meta, header)
         self._received.accept(header.sequence)
         self.received_bytes += HEADER_BYTES + header.meta_bytes + header.payload_bytes
@@ -92,56 +95,24 @@ class DataChannel:
         Raises:
             LinkLostError: the connection is gone or ended.
         """
-        if len(views) == 1:
-            self._read_exactly(views[0])
-            return
-        pending = views
-        while pending:
-            try:
-                got = self._sock.recvmsg_into(pending[:MAX_VECTORS])[0]
-            except OSError as error:
-                raise self._lost(error) from error
-            if not got:
-                raise LinkLostError(f"data channel {self.number} ended in the middle of a payload")
-            pending = _skip(pending, got)
+        self._read(views)
 
     def interrupt(self) -> None:
         """End every call under way, from any thread."""
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._wire.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket. Call it when the channel's thread has ended."""
-        self._sock.close()
+        self._wire.close()
 
-    def _send_all(self, views: list[memoryview]) -> None:
-        pending = views
-        while pending:
-            try:
-                sent = self._sock.sendmsg(pending[:MAX_VECTORS])
-            except OSError as error:
-                raise self._lost(error) from error
-            pending = _skip(pending, sent)
-
-    def _read_exactly(self, view: memoryview) -> None:
-        filled = 0
-        while filled < len(view):
-            try:
-                got = self._sock.recv_into(view[filled:], 0, socket.MSG_WAITALL)
-            except OSError as error:
-                raise self._lost(error) from error
-            if not got:
-                raise LinkLostError(f"data channel {self.number} was closed by the peer")
-            filled += got
+    def _read(self, views: list[memoryview]) -> None:
+        try:
+            self._stream.read_into(views)
+        except StreamEndedError as error:
+            raise LinkLostError(f"data channel {self.number} was closed by the peer") from error
+        except OSError as error:
+            raise self._lost(error) from error
 
     def _lost(self, error: OSError) -> LinkLostError:
         return LinkLostError(f"data channel {self.number} broke: {error.strerror or error}")
-
-
-def _skip(views: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of the views after their first ``count`` bytes."""
-    for index, view in enumerate(views):
-        if count < len(view):
-            return [view[count:], *views[index + 1 :]]
-        count -= len(view)
-    return []

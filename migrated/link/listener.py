@@ -1,46 +1,81 @@
-"""The listening side: accepts connections and hands each over with its first message, which tells what it is."""
+"""The listening side: accepts connections and hands each over with its first message, which tells what it is.
+
+    accept -> a place? -> handshake, prefaces, first message within _STRANGER_S -> may it? -> handler
+
+Nothing of a stranger is kept: what does not tell what it is makes room for the next, oldest first.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
+import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from functools import partial
+from typing import Any, Final, Literal, TypeAlias
 
 import structlog
 
-from migrated.config import Address
-from migrated.errors import LinkLostError
+from migrated.config import Address, LimitsConfig
+from migrated.errors import LinkLostError, RefusedError
 from migrated.link import sockets
-from migrated.link.sockets import Agreed
+from migrated.link.budgets import Allowance, Places
+from migrated.link.security import LinkSecurity
+from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Connection, Wire
+from migrated.link.tls import READ_BYTES, TlsError
 from migrated.tasks import TaskSet
 from protocol import messages
-from protocol.errors import RemoteProtocolError
+from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.messages import Message
+from protocol.versions import MAJOR, pack_preface
 
 log = structlog.get_logger()
 
-_STRANGER_S = 10.0
+_STRANGER_S: Final = 10.0
 """A connection that has not told what it is by then is dropped."""
+_FAREWELL_S: Final = 1.0
+"""How long a peer that is told why it is refused may take to hear it."""
+_LOG_LINES: Final = 50
+_LOG_LINES_PER_S: Final = 2.0
+"""Refusals that are logged; all are counted."""
 
-Handler = Callable[[Message, socket.socket, Agreed], Coroutine[Any, Any, None]]
+_TLS_ONLY: Final = "this destination takes TLS only: set [tls] certificate, key and authority on the source too"
+
+Handler = Callable[[Message, Connection], Coroutine[Any, Any, None]]
+Refusal: TypeAlias = Literal["full", "slow", "tls", "authorisation", "protocol"]
+"""Why a connection was not taken: no place, not told in time what it is, no TLS, not allowed, broken protocol."""
 
 
 class Listener:
     """Accepts migration connections.
 
     Args:
-        handler: called with the first message of each connection; owns the socket from then on. When it raises
+        handler: called with the first message of each connection; owns the connection from then on. When it raises
             ``RemoteProtocolError`` the peer is told and the connection closed.
-        user_timeout_s: TCP user timeout of accepted connections.
+        limits: how many connections, and for how long.
+        security: TLS, and who may come.
+        on_refused: called for each connection that is not taken, with the kind of the reason.
     """
 
-    def __init__(self, handler: Handler, user_timeout_s: float) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        limits: LimitsConfig,
+        security: LinkSecurity,
+        on_refused: Callable[[Refusal], None] = lambda _: None,
+    ) -> None:
         self._handler = handler
-        self._user_timeout_s = user_timeout_s
+        self._limits = limits
+        self._security = security
+        self._on_refused = on_refused
         self._socket: socket.socket | None = None
         self._tasks = TaskSet()
+        self._places = Places(limits.max_connections, limits.max_connections_per_address)
+        self._strangers: dict[asyncio.Task[None], str] = {}
+        """Connections that have not told what they are, with their addresses, oldest first."""
+        self._lines = Allowance(_LOG_LINES, _LOG_LINES_PER_S)
         self.address: Address | None = None
 
     async def start(self, address: Address, inherited: socket.socket | None = None) -> None:
@@ -51,6 +86,7 @@ class Listener:
 
         Raises:
             OSError: the address cannot be bound.
+            PlainRefusedError: other hosts could come without TLS, and nobody has allowed it.
         """
         if inherited is not None:
             sock = inherited
@@ -58,6 +94,7 @@ class Listener:
             loop = asyncio.get_running_loop()
             found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
             family, kind, number, _, where = found[0]
+            self._security.check_listen(str(where[0]))
             sock = socket.socket(family, kind, number)
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -65,10 +102,11 @@ class Listener:
             except BaseException:
                 sock.close()
                 raise
+        host, port = sock.getsockname()[:2]
+        self._security.check_listen(host)
         sock.setblocking(False)
         sock.listen(128)
         self._socket = sock
-        host, port = sock.getsockname()[:2]
         self.address = Address(host, port)
         self._tasks.start(self._accept(sock))
 
@@ -79,36 +117,128 @@ class Listener:
             self._socket.close()
             self._socket = None
 
+    @property
+    def connections(self) -> int:
+        """How many connections are held, strangers among them."""
+        return self._places.held
+
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                sock, _ = await loop.sock_accept(listening)
+                sock, where = await loop.sock_accept(listening)
             except OSError as error:
-                log.error("a connection could not be accepted", reason=error.strerror)
-                await asyncio.sleep(0.1)  # out of descriptors: let some be freed
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self._refused("full", "this daemon has no file descriptor left; raise its LimitNOFILE", "anybody")
+                else:
+                    self._refused("full", f"a connection could not be accepted: {error.strerror}", "anybody")
+                await asyncio.sleep(0.1)  # let some be freed
                 continue
-            self._tasks.start(self._welcome(sock))
+            address = str(where[0])
+            if (full := self._places.why_full(address)) is not None:
+                reason = f"this host takes no more connections: {full} ([limits] max_connections)"
+                self._refused("full", reason, address)
+                self._turn_away(sock, reason)
+                continue
+            self._places.take(address)
+            self._make_room(address)
+            wire = Wire(
+                sock, self._security.accepting(str(Address(*where[:2]))), partial(self._places.give_back, address)
+            )
+            task = self._tasks.start(self._welcome(wire, address))
+            self._strangers[task] = address
+            task.add_done_callback(self._known)
 
-    async def _welcome(self, sock: socket.socket) -> None:
-        agreed: Agreed | None = None
+    def _make_room(self, address: str) -> None:
+        """Drop the oldest stranger, of this address or of all, when there are as many as may be: who is honest tells
+        what it is within milliseconds."""
+        same = [task for task, its in self._strangers.items() if its == address]
+        if len(same) >= self._limits.max_handshakes_per_address:
+            oldest = same[0]
+        elif len(self._strangers) >= self._limits.max_handshakes:
+            oldest = next(iter(self._strangers))
+        else:
+            return
+        its_address = self._strangers.pop(oldest)
+        oldest.cancel()
+        self._refused("slow", "it made room for newer ones before it told what it is", its_address)
+
+    def _known(self, task: asyncio.Task[Any] | None) -> None:
+        """A connection has told what it is, or is gone."""
+        if task is not None:
+            self._strangers.pop(task, None)
+
+    async def _welcome(self, wire: Wire, address: str) -> None:
+        connection: Connection | None = None
+        first: Message | None = None
         handed_over = False
         try:
-            sock.setblocking(False)
-            sockets.tune(sock, self._user_timeout_s)
+            wire.sock.setblocking(False)
+            sockets.tune(wire.sock, self._limits.tcp_user_timeout_s)
             async with asyncio.timeout(_STRANGER_S):
-                agreed = await sockets.accept_preface(sock)
-                first = await sockets.read_first(sock, agreed)
-            await self._handler(first, sock, agreed)
+                await wire.secure()
+                connection = Connection(wire, await sockets.exchange_prefaces(wire))
+                first = await sockets.read_first(connection)
+            self._known(asyncio.current_task())
+            self._security.check_peer(wire.names, wire.peer)
+            if isinstance(first, messages.Hello):
+                self._security.check_accept(wire.names, first.guest.name)
+            await self._handler(first, connection)
             handed_over = True
         except RemoteProtocolError as error:
-            log.warning("a connection was refused", reason=str(error))
-            if agreed is not None:
-                with contextlib.suppress(OSError, TimeoutError):
-                    async with asyncio.timeout(1.0):
-                        await sockets.send_first(sock, agreed, messages.Error.about(error))
-        except (LinkLostError, OSError, TimeoutError) as error:
+            self._refused("protocol", str(error), address)
+            await _farewell(wire, connection, messages.Error.about(error))
+        except RefusedError as error:
+            self._refused("authorisation", str(error), address)
+            await _farewell(wire, connection, _no(first, str(error)))
+        except TlsError as error:
+            self._refused("tls", str(error), address)
+            await _farewell(wire, None, messages.Error(code=int(ErrorCode.AUTH), text=_TLS_ONLY))
+        except TimeoutError:
+            self._refused("slow", f"it did not tell what it is within {_STRANGER_S:g} s", address)
+        except (LinkLostError, OSError) as error:
             log.debug("a connection ended before it told what it is", reason=str(error) or repr(error))
         finally:
             if not handed_over:
-                sock.close()
+                wire.close()
+
+    def _turn_away(self, sock: socket.socket, reason: str) -> None:
+        """Close a connection that has no place, and say why where that costs nothing."""
+        with sock, contextlib.suppress(OSError):
+            if self._security.credentials is None:
+                sock.setblocking(False)
+                sock.send(_plain(messages.Error(code=int(ErrorCode.BUSY), text=reason)))
+                sock.shutdown(socket.SHUT_WR)
+
+    def _refused(self, kind: Refusal, reason: str, address: str) -> None:
+        """Count a connection that is not taken, and log it unless there are too many."""
+        self._on_refused(kind)
+        if self._lines.take(1, time.monotonic()):
+            log.warning("a connection was refused", reason=reason, kind=kind, peer=address)
+
+
+def _no(first: Message | None, reason: str) -> Message:
+    """The answer to a peer that may not do what it wants."""
+    if isinstance(first, messages.Hello):
+        return messages.Refuse(code=int(ErrorCode.AUTH), reason=reason[:2000])
+    return messages.Error(code=int(ErrorCode.AUTH), text=reason[:2000])
+
+
+def _plain(message: Message) -> bytes:
+    """A preface and a first frame, for a peer whose own preface was not read."""
+    return pack_preface(OUR_MAX_PAYLOAD_BYTES) + messages.frame_head(MAJOR, message, sequence=0)
+
+
+async def _farewell(wire: Wire, connection: Connection | None, message: Message) -> None:
+    """Tell a peer why it is refused, as far as it can be told, and wait until it has heard it: a socket that is closed
+    with something unread resets the connection, and the last words could be lost with it."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(OSError, TimeoutError, LinkLostError):
+        async with asyncio.timeout(_FAREWELL_S):
+            if connection is not None:
+                await sockets.send_first(connection, message)
+            elif wire.tls is not None and wire.tls.plain_peer:
+                await loop.sock_sendall(wire.sock, _plain(message))
+            wire.sock.shutdown(socket.SHUT_WR)
+            while await loop.sock_recv(wire.sock, READ_BYTES):
+                pass

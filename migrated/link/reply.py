@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from typing import Protocol
 
-from migrated.link.sockets import Agreed, send_first
+from migrated.link.sockets import Connection, send_first
 from protocol.messages import Message
 
 
@@ -28,9 +27,8 @@ class Nobody:
 class OneAnswer:
     """A fresh connection that asked for an outcome: it gets the first message that is sent to it, and is closed."""
 
-    def __init__(self, sock: socket.socket, agreed: Agreed) -> None:
-        self._sock = sock
-        self._agreed = agreed
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
 
     def send(self, message: Message, payload: bytes = b"") -> None:
@@ -45,8 +43,8 @@ class OneAnswer:
             async with asyncio.timeout(timeout_s):
                 message = await self._answer
                 with contextlib.suppress(OSError):
-                    await send_first(self._sock, self._agreed, message)
+                    await send_first(self._connection, message)
         except TimeoutError:
             pass  # no answer yet: the source asks again
         finally:
-            self._sock.close()
+            self._connection.wire.close()

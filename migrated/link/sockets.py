@@ -1,7 +1,9 @@
 """Socket options and the opening of a connection, on raw non-blocking sockets.
 
+    connect or accept -> TLS handshake (in a thread) -> prefaces -> first frame -> control or data channel, or an answer
+
 A connection tells with its first frame what it is: HELLO or OUTCOME_ASK make it a control channel on the event loop,
-JOIN makes it a data channel in a thread. So the preface and the first frame are read here to the byte, and only then
+JOIN makes it a data channel in a thread. So everything up to the first frame is read here to the byte, and only then
 is the socket wrapped one way or the other.
 """
 
@@ -9,20 +11,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
+from migrated.config import Address
 from migrated.errors import LinkLostError
+from migrated.link.security import LinkSecurity, Names
+from migrated.link.tls import READ_BYTES, TlsSession, opens_with_tls
 from protocol import messages
-from protocol.errors import RemoteProtocolError
+from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, check_meta, unpack_header
 from protocol.messages import Message
-from protocol.versions import PREFACE_BYTES, Preface, agree_version, pack_preface, unpack_preface
+from protocol.versions import PREFACE_BYTES, agree_version, pack_preface, unpack_preface
 
 UNSENT_BYTES: Final = 256 << 10
 DATA_BUFFER_BYTES: Final = 4 << 20
 OUR_MAX_PAYLOAD_BYTES: Final = MAX_PAYLOAD_BYTES
+_HANDSHAKES: Final = ThreadPoolExecutor(1, "tls-handshake")
+"""Signatures and their checks take a millisecond, which the event loop has other uses for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,33 +60,117 @@ def tune_data(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
-async def connect(host: str, port: int, timeout_s: float, user_timeout_s: float) -> tuple[socket.socket, Agreed]:
-    """Open a connection and exchange prefaces.
+class Wire:
+    """One connection on a raw non-blocking socket, plain or with TLS, from which exactly as much is read as is asked
+    for. Whoever takes the connection over takes ``sock`` and ``tls`` on, and ``close``s the wire at the end.
+
+    Args:
+        sock: connected and non-blocking; owned from here on.
+        tls: TLS of the connection, None for a plain one; ``secure`` does its handshake.
+        on_close: called once, when it is closed.
+    """
+
+    def __init__(
+        self, sock: socket.socket, tls: TlsSession | None, on_close: Callable[[], None] = lambda: None
+    ) -> None:
+        self.sock = sock
+        self.tls = tls
+        self.peer = _name_of(sock)
+        self._on_close = on_close
+        self._closed = False
+
+    @property
+    def names(self) -> Names:
+        """What the peer's certificate calls it, empty on a plain connection."""
+        return self.tls.peer_names() if self.tls is not None else ()
+
+    async def secure(self) -> None:
+        """Do the TLS handshake, either side; nothing on a plain connection.
+
+        Raises:
+            TlsError: it failed; the peer was told as TLS tells it.
+            LinkLostError: the connection ended before.
+        """
+        if self.tls is None:
+            return
+        loop = asyncio.get_running_loop()
+        received, done = b"", False
+        while not done:
+            try:
+                done = await loop.run_in_executor(_HANDSHAKES, self.tls.handshake, received)
+            finally:
+                if to_send := self.tls.to_send():
+                    await loop.sock_sendall(self.sock, to_send)
+            if not done and not (received := await loop.sock_recv(self.sock, READ_BYTES)):
+                raise LinkLostError(
+                    f"{self.peer} closed the connection during the TLS handshake: its log says why, or it is no "
+                    "migrated daemon"
+                )
+
+    async def send(self, data: bytes) -> None:
+        """Send all of it."""
+        await asyncio.get_running_loop().sock_sendall(self.sock, self.tls.encrypt(data) if self.tls else data)
+
+    async def read_exactly(self, count: int) -> bytes:
+        """Read ``count`` bytes.
+
+        Raises:
+            LinkLostError: the connection ended before.
+        """
+        loop = asyncio.get_running_loop()
+        data = bytearray(count)
+        view = memoryview(data)
+        filled = 0
+        while filled < count:
+            if self.tls is None:
+                got = await loop.sock_recv_into(self.sock, view[filled:])
+                ended = not got
+            elif ended := not (got := self.tls.read_into(view[filled:])):
+                received = await loop.sock_recv(self.sock, READ_BYTES)
+                self.tls.receive(received)
+                ended = not received
+            if ended:
+                raise LinkLostError(f"the peer closed the connection after {filled} of {count} expected bytes")
+            filled += got
+        return bytes(data)
+
+    def close(self) -> None:
+        """Close the socket; idempotent."""
+        self.sock.close()
+        if not self._closed:
+            self._closed = True
+            self._on_close()
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """An open connection whose prefaces are exchanged."""
+
+    wire: Wire
+    agreed: Agreed
+
+
+async def connect(host: str, port: int, timeout_s: float, user_timeout_s: float, security: LinkSecurity) -> Connection:
+    """Open a connection, secure it and exchange prefaces.
 
     Raises:
-        LinkLostError: nobody answers there, or what answers is not a migrated daemon; the sentence names the address.
+        LinkLostError: nobody answers there, what answers is not a migrated daemon, or there is no TLS with it; the
+            sentence names the address.
+        RefusedError: this host may not talk to that one.
     """
-    loop = asyncio.get_running_loop()
     where = f"{host}:{port}"
     try:
         async with asyncio.timeout(timeout_s):
-            addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            family, kind, protocol_number, _, address = addresses[0]
-            sock = socket.socket(family, kind, protocol_number)
-            try:
-                sock.setblocking(False)
-                tune(sock, user_timeout_s)
-                await loop.sock_connect(sock, address)
-                await loop.sock_sendall(sock, pack_preface(OUR_MAX_PAYLOAD_BYTES))
-                return sock, _agree(unpack_preface(await read_exactly(sock, PREFACE_BYTES)))
-            except BaseException:
-                sock.close()
-                raise
+            return await _connect(host, port, user_timeout_s, security)
     except TimeoutError as error:
         raise LinkLostError(f"{where} did not answer within {timeout_s:g} s; is the destination running?") from error
     except socket.gaierror as error:
         raise LinkLostError(f"the host name {host!r} cannot be resolved: {error.strerror}") from error
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise LinkLostError(
+                f"no connection to {where}: this daemon has no file descriptor left; raise its LimitNOFILE"
+            ) from error
         raise LinkLostError(
             f"{where} cannot be reached: {error.strerror or error}; is `migrated destination` listening there?"
         ) from error
@@ -84,67 +178,87 @@ async def connect(host: str, port: int, timeout_s: float, user_timeout_s: float)
         raise LinkLostError(f"{where}: {error}") from error
 
 
-async def accept_preface(sock: socket.socket) -> Agreed:
-    """The listening side of the preface exchange.
+async def _connect(host: str, port: int, user_timeout_s: float, security: LinkSecurity) -> Connection:
+    loop = asyncio.get_running_loop()
+    addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, kind, protocol_number, _, address = addresses[0]
+    where = f"{host}:{port}"
+    tls = security.connecting(host, str(address[0]), where)
+    sock = socket.socket(family, kind, protocol_number)
+    try:
+        sock.setblocking(False)
+        tune(sock, user_timeout_s)
+        await loop.sock_connect(sock, address)
+        wire = Wire(sock, tls)
+        await wire.secure()
+        security.check_peer(wire.names, where)
+        return Connection(wire, await exchange_prefaces(wire))
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def exchange_prefaces(wire: Wire) -> Agreed:
+    """Say what this side speaks and hear what the other does; both sides do the same.
 
     Raises:
-        RemoteProtocolError, LinkLostError: see ``connect``.
+        RemoteProtocolError: the other side is no migrated daemon, uses TLS where this one does not, or speaks no
+            version of ours.
+        LinkLostError: the connection ended before.
     """
-    await asyncio.get_running_loop().sock_sendall(sock, pack_preface(OUR_MAX_PAYLOAD_BYTES))
-    return _agree(unpack_preface(await read_exactly(sock, PREFACE_BYTES)))
-
-
-def _agree(theirs: Preface) -> Agreed:
+    await wire.send(pack_preface(OUR_MAX_PAYLOAD_BYTES))
+    opening = await wire.read_exactly(PREFACE_BYTES)
+    if opens_with_tls(opening):
+        raise RemoteProtocolError(
+            "the peer opened with TLS and [tls] is not set here: set [tls] certificate, key and authority on both "
+            "hosts",
+            ErrorCode.AUTH,
+        )
+    theirs = unpack_preface(opening)
     return Agreed(agree_version(theirs), theirs.max_payload_bytes)
 
 
-async def read_exactly(sock: socket.socket, count: int) -> bytes:
-    """Read ``count`` bytes from a non-blocking socket.
-
-    Raises:
-        LinkLostError: the connection ended before.
-    """
-    loop = asyncio.get_running_loop()
-    data = bytearray(count)
-    view = memoryview(data)
-    filled = 0
-    while filled < count:
-        got = await loop.sock_recv_into(sock, view[filled:])
-        if not got:
-            raise LinkLostError(f"the peer closed the connection after {filled} of {count} expected bytes")
-        filled += got
-    return bytes(data)
+def _name_of(sock: socket.socket) -> str:
+    try:
+        name = sock.getpeername()
+    except OSError:
+        return "the peer"
+    return str(Address(*name[:2])) if isinstance(name, tuple) else "the peer"
 
 
-async def read_first(sock: socket.socket, agreed: Agreed) -> Message:
+async def read_first(connection: Connection) -> Message:
     """Read the peer's first frame of a connection and not a byte more. It must have no payload.
 
     Raises:
         RemoteProtocolError: it is damaged, not the first, or no message of the catalogue.
         LinkLostError: the connection ended before.
     """
-    head = await read_exactly(sock, HEADER_BYTES)
-    header = unpack_header(head, agreed.version, max_payload_bytes=0)
-    meta = await read_exactly(sock, header.meta_bytes)
+    wire = connection.wire
+    header = unpack_header(await wire.read_exactly(HEADER_BYTES), connection.agreed.version, max_payload_bytes=0)
+    meta = await wire.read_exactly(header.meta_bytes)
     check_meta(meta, header)
     if header.sequence:
         raise RemoteProtocolError(f"the first frame of a connection has number {header.sequence}, expected 0")
     return messages.decode(header.type, meta)
 
 
-async def send_first(sock: socket.socket, agreed: Agreed, message: Message) -> None:
-    """Send the first frame of a connection from a non-blocking socket."""
-    await asyncio.get_running_loop().sock_sendall(sock, messages.frame_head(agreed.version, message, sequence=0))
+async def send_first(connection: Connection, message: Message) -> None:
+    """Send the first frame of a connection."""
+    await connection.wire.send(messages.frame_head(connection.agreed.version, message, sequence=0))
 
 
-async def ask_first(sock: socket.socket, agreed: Agreed, question: Message, timeout_s: float) -> Message:
-    """Send the first frame of a connection from a non-blocking socket and return the peer's first frame.
+async def ask_first(connection: Connection, question: Message, timeout_s: float) -> Message:
+    """Send the first frame of a connection and return the peer's first frame.
 
     Raises:
-        RemoteProtocolError, LinkLostError: see ``read_first``.
+        RemoteProtocolError: see ``read_first``.
+        LinkLostError: the connection ended before, or the peer reported an error.
         OSError: the connection broke.
         TimeoutError: there was no answer in time.
     """
     async with asyncio.timeout(timeout_s):
-        await send_first(sock, agreed, question)
-        return await read_first(sock, agreed)
+        await send_first(connection, question)
+        answer = await read_first(connection)
+    if isinstance(answer, messages.Error):
+        raise LinkLostError(f"{connection.wire.peer} ended the connection: {answer.text}")
+    return answer

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import structlog
 
 from migrated.config import LimitsConfig
-from migrated.errors import LinkLostError
+from migrated.errors import LinkLostError, MigrationError
 from migrated.link import sockets
+from migrated.link.security import LinkSecurity
 from protocol import messages
 from protocol.errors import RemoteProtocolError
 from protocol.messages import Message
@@ -29,12 +30,14 @@ class OutcomeAsker:
 
     Attributes:
         host, port: its listen address.
+        security: whom this host talks to, and how.
         limits: bounds of every wait, and the first pause between two questions.
         migration_id, epoch: the attempt.
     """
 
     host: str
     port: int
+    security: LinkSecurity
     limits: LimitsConfig
     migration_id: str
     epoch: int
@@ -47,7 +50,7 @@ class OutcomeAsker:
             pause_s = min(_MAX_PAUSE_S, max(self.limits.outcome_retry_s, pause_s * 1.5))
             try:
                 answer = await self._exchange("commit")
-            except (LinkLostError, RemoteProtocolError, TimeoutError) as error:
+            except (MigrationError, RemoteProtocolError, TimeoutError) as error:
                 log.warning("the destination cannot be asked yet", reason=str(error), retry_s=round(pause_s, 1))
                 continue
             if isinstance(answer, messages.Running | messages.Discarded):
@@ -60,7 +63,7 @@ class OutcomeAsker:
             await asyncio.sleep(attempt * self.limits.outcome_retry_s)
             try:
                 await self._exchange("abort")
-            except (LinkLostError, RemoteProtocolError, TimeoutError) as error:
+            except (MigrationError, RemoteProtocolError, TimeoutError) as error:
                 log.debug("the destination cannot be told of the abort", reason=str(error))
             else:
                 return
@@ -69,12 +72,13 @@ class OutcomeAsker:
         ask = messages.OutcomeAsk.model_validate(
             {"migration_id": self.migration_id, "epoch": self.epoch, "decision": decision}
         )
-        sock, agreed = await sockets.connect(
-            self.host, self.port, self.limits.connect_timeout_s, self.limits.tcp_user_timeout_s
+        bounds = self.limits
+        connection = await sockets.connect(
+            self.host, self.port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s, self.security
         )
         try:
-            return await sockets.ask_first(sock, agreed, ask, self.limits.handshake_timeout_s)
+            return await sockets.ask_first(connection, ask, self.limits.handshake_timeout_s)
         except OSError as error:
             raise LinkLostError(f"{self.host}:{self.port}: {error.strerror or error}") from error
         finally:
-            sock.close()
+            connection.wire.close()

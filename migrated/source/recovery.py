@@ -44,7 +44,7 @@ class RecoveredHandover:
         self._parameters = MigrationParameters.model_validate(attempt.facts["parameters"])
         self._started = datetime.fromisoformat(attempt.facts["started_at"])
         host, port = parse_uri(attempt.facts["peer"])
-        asker = OutcomeAsker(host, port, env.config.limits, attempt.migration_id, attempt.epoch)
+        asker = OutcomeAsker(host, port, env.security, env.config.limits, attempt.migration_id, attempt.epoch)
         self._handover = SourceHandover(
             env,
             attempt.migration_id,

@@ -63,12 +63,10 @@ class Connection:
 
     Attributes:
         control: started; whoever holds the connection closes it.
-        agreed: what the prefaces settled, for the data channels too.
         host, port: the destination's listen address.
     """
 
     control: ControlChannel
-    agreed: sockets.Agreed
     host: str
     port: int
 
@@ -88,12 +86,11 @@ async def connect(env: Environment, host: str, port: int) -> Connection:
 
     Raises:
         LinkLostError: no daemon answers there.
+        RefusedError: this host may not talk to that one.
     """
     bounds = env.config.limits
-    sock, agreed = await sockets.connect(host, port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s)
     control = ControlChannel(
-        sock,
-        agreed,
+        await _open(env, host, port),
         env.clock,
         heartbeat_interval_s=bounds.heartbeat_interval_s,
         heartbeat_timeout_s=bounds.heartbeat_timeout_s,
@@ -103,7 +100,12 @@ async def connect(env: Environment, host: str, port: int) -> Connection:
     except BaseException:
         await control.close()
         raise
-    return Connection(control, agreed, host, port)
+    return Connection(control, host, port)
+
+
+async def _open(env: Environment, host: str, port: int) -> sockets.Connection:
+    bounds = env.config.limits
+    return await sockets.connect(host, port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s, env.security)
 
 
 class Tracking:
@@ -207,6 +209,7 @@ async def open_session(
         RefusedError: the destination does not take the guest; its reason is in the sentence.
         LinkLostError, MigrationError, VmmError: it could not be set up.
     """
+    env.security.check_send(connection.control.names, offer.description.name)
     async with contextlib.AsyncExitStack() as undo:
         hello = _hello(env, offer, parameters, migration_id, epoch)
         try:
@@ -295,19 +298,18 @@ async def _negotiate(env: Environment, connection: Connection, hello: messages.H
 async def _join(
     env: Environment, connection: Connection, migration_id: str, welcome: messages.Welcome, number: int
 ) -> DataChannel:
-    bounds = env.config.limits
-    sock, _ = await sockets.connect(
-        connection.host, connection.port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s
-    )
+    opened = await _open(env, connection.host, connection.port)
     try:
+        if opened.wire.names != connection.control.names:
+            raise LinkLostError(f"{connection.where} shows another certificate on data channel {number}")
         join = messages.Join(migration_id=migration_id, token=welcome.token, channel=number)
-        answer = await sockets.ask_first(sock, connection.agreed, join, bounds.handshake_timeout_s)
+        answer = await sockets.ask_first(opened, join, env.config.limits.handshake_timeout_s)
         if not isinstance(answer, messages.Joined):
             raise MigrationError(f"data channel {number} was answered with {answer.TYPE.name}")
     except TimeoutError as error:
-        sock.close()
+        opened.wire.close()
         raise LinkLostError(f"data channel {number} was not answered in time") from error
     except BaseException:
-        sock.close()
+        opened.wire.close()
         raise
-    return DataChannel(sock, number, connection.agreed)
+    return DataChannel(opened, number)

@@ -162,7 +162,7 @@ class Story:
             ledger.epoch,
             self._guest,
             session.offer.was_paused,
-            OutcomeAsker(target.host, target.port, limits, ledger.migration_id, ledger.epoch),
+            OutcomeAsker(target.host, target.port, env.security, limits, ledger.migration_id, ledger.epoch),
             on_doubt=self._view.became_doubtful,
         )
         transfer = Transfer(

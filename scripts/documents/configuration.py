@@ -28,9 +28,10 @@ from scripts.documents.blocks import Blocks, main
 DOCUMENT: Final = ROOT / "docs" / "configuration.md"
 
 MEANINGS: Final = {
-    "control.socket": "Created with mode 0660; `SOCKET.lock` beside it keeps a second daemon away.",
+    "control.socket": "Created with mode 0660, or 0666 with groups, whose members are known by their credentials; "
+    "`SOCKET.lock` beside it keeps a second daemon away.",
     "state.directory": "Journal, history, and what predictions have learned.",
-    "listen.address": "A destination without access control: bind it to a network that only your hosts share.",
+    "listen.address": "Without `[tls]` only loopback, unless `[tls] insecure` says otherwise.",
     "vmm.start_timeout_s": "How long a VMM may take to answer after its start.",
     "limits.connect_timeout_s": "One TCP connection to the destination.",
     "limits.handshake_timeout_s": "From the connection to the agreement on a migration.",

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import socket
 import time
 from typing import Any
 
 import msgpack
 import pytest
 
+from migrated.config import AuthorisationConfig, TlsConfig
 from migrated.link import sockets
+from migrated.link.security import LinkSecurity
 from protocol import messages
 from protocol.frames import HEADER_BYTES, check_meta, pack_header, unpack_header
 from protocol.guest import GuestDescription
@@ -23,6 +24,7 @@ from protocol.messages import FrameType
 from scripts.rig.pair import Pair
 from vmm_sim.client import VmmClient
 
+PLAIN = LinkSecurity(TlsConfig(), AuthorisationConfig())
 U64 = (1 << 64) - 1
 I64 = (1 << 63) - 1
 LIMITS = {"downtime_limit_ns": 10**10, "switchover_limit_ns": 0, "switchover_abort": True}
@@ -51,25 +53,25 @@ HOSTILE: dict[str, dict[str, Any]] = {
 class Hostile:
     """One connection, frame by frame, with metas that no model has checked."""
 
-    def __init__(self, sock: socket.socket, agreed: sockets.Agreed) -> None:
-        self.sock = sock
-        self.version = agreed.version
+    def __init__(self, connection: sockets.Connection) -> None:
+        self.wire = connection.wire
+        self.version = connection.agreed.version
         self.sequence = 0
 
     async def send(self, kind: FrameType, meta: dict[str, Any], round_number: int = 0) -> None:
         packed = msgpack.packb(meta, use_bin_type=True)
         head = pack_header(self.version, kind, packed, 0, self.sequence, round_number)
         self.sequence += 1
-        await asyncio.get_running_loop().sock_sendall(self.sock, head + packed)
+        await self.wire.send(head + packed)
 
     async def receive(self) -> messages.Message:
         """The next message that is no clock ask."""
         while True:
-            head = await sockets.read_exactly(self.sock, HEADER_BYTES)
+            head = await self.wire.read_exactly(HEADER_BYTES)
             header = unpack_header(head, self.version, 1 << 20)
-            meta = await sockets.read_exactly(self.sock, header.meta_bytes)
+            meta = await self.wire.read_exactly(header.meta_bytes)
             check_meta(meta, header)
-            await sockets.read_exactly(self.sock, header.payload_bytes)
+            await self.wire.read_exactly(header.payload_bytes)
             message = messages.decode(header.type, meta)
             if isinstance(message, messages.ClockAsk):
                 now = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
@@ -91,7 +93,7 @@ async def describe(pair: Pair) -> dict[str, Any]:
 async def open_session(pair: Pair, description: dict[str, Any]) -> tuple[Hostile, Hostile]:
     """As an honest source would, up to an acknowledged empty round."""
     migration_id = secrets.token_hex(16)
-    control = Hostile(*await sockets.connect("127.0.0.1", pair.b.port, 5.0, 5.0))
+    control = Hostile(await sockets.connect("127.0.0.1", pair.b.port, 5.0, 5.0, PLAIN))
     hello = {
         "migration_id": migration_id,
         "epoch": 1,
@@ -107,7 +109,7 @@ async def open_session(pair: Pair, description: dict[str, Any]) -> tuple[Hostile
     await control.send(FrameType.HELLO, hello)
     welcome = await control.receive()
     assert isinstance(welcome, messages.Welcome), welcome
-    data = Hostile(*await sockets.connect("127.0.0.1", pair.b.port, 5.0, 5.0))
+    data = Hostile(await sockets.connect("127.0.0.1", pair.b.port, 5.0, 5.0, PLAIN))
     await data.send(FrameType.JOIN, {"migration_id": migration_id, "token": welcome.token, "channel": 0})
     assert isinstance(await data.receive(), messages.Joined)
     await data.send(FrameType.BARRIER, {"round": 1}, round_number=1)
@@ -135,7 +137,7 @@ async def answer_to(control: Hostile) -> messages.Message | None:
 async def honest_again(pair: Pair) -> None:
     """The destination kept nothing and takes the next guest."""
     await pair.a.create_guest("honest", 16, workload="idle")
-    record = await pair.a.migrate("honest", pair.b)
+    record = await pair.a.migrate("honest", pair.b, downtime_limit=20_000)
     assert record["outcome"] == "completed", record["reason"]
     assert (await pair.b.verify("honest"))["ok"]
     await pair.b.command("x-migrated-guest-destroy", {"guest": "honest"})
@@ -160,8 +162,8 @@ async def test_hostile_time_data_is_refused_by_name_and_never_crashes(pair: Pair
         answer = await answer_to(control)
         assert answer is not None, name
         assert isinstance(answer, messages.No | messages.Error), name
-        control.sock.close()
-        data.sock.close()
+        control.wire.close()
+        data.wire.close()
     await honest_again(pair)
 
 
@@ -188,8 +190,8 @@ async def test_messages_out_of_turn_never_start_the_guest(pair: Pair, kind: Fram
     await control.send(kind, meta)
     answer = await answer_to(control)
     assert answer is None or isinstance(answer, messages.No | messages.Error)
-    control.sock.close()
-    data.sock.close()
+    control.wire.close()
+    data.wire.close()
     assert not [entry for entry in pair.b.run_log("victim") if entry["event"] == "run"]
     await honest_again(pair)
 
@@ -211,6 +213,6 @@ async def test_the_destination_counts_by_the_limits_of_the_last_downtime_message
     assert answer.cause == "limit"
     assert "downtime limit of 50 ms" in answer.reason
     assert time.monotonic() - began < 5, "HELLO's limit would have taken twice as long"
-    control.sock.close()
-    data.sock.close()
+    control.wire.close()
+    data.wire.close()
     await honest_again(pair)

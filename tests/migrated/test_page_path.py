@@ -26,7 +26,7 @@ from migrated.destination.decoding import allowed_encodings
 from migrated.destination.pages import ArrivedState, PageReceiver, RoundReceived
 from migrated.errors import LinkLostError, MigrationError
 from migrated.link.data import DataChannel
-from migrated.link.sockets import Agreed
+from migrated.link.sockets import Agreed, Connection, Wire
 from migrated.source import pages as source_pages
 from migrated.source.encoding import BatchEncoder, DeltaCache, EncodingTotals, LinkSpeed
 from migrated.source.pages import OutgoingState, PageSender, Sent
@@ -79,6 +79,11 @@ def description_of(pages: int) -> GuestDescription:
     )
 
 
+def data_channel(sock: socket.socket, number: int, peer_max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> DataChannel:
+    """A data channel over one end of a connection, as it is after JOIN."""
+    return DataChannel(Connection(Wire(sock, None), Agreed(MAJOR, peer_max_payload_bytes)), number)
+
+
 class Path:
     """Both ends over socket pairs. ``channels`` are the source's ends, for tests that send frames by hand."""
 
@@ -104,8 +109,8 @@ class Path:
         self.channels: list[DataChannel] = []
         for number in range(channels):
             near, far = socket.socketpair()
-            self.channels.append(DataChannel(near, number, Agreed(MAJOR, MAX_PAYLOAD_BYTES)))
-            self.receiver.add_channel(DataChannel(far, number, Agreed(MAJOR, MAX_PAYLOAD_BYTES)))
+            self.channels.append(data_channel(near, number))
+            self.receiver.add_channel(data_channel(far, number))
         self.sender: PageSender | None = None
         self.dirty: set[int] = set()
         self.number = 0
@@ -294,11 +299,10 @@ async def test_a_round_without_pages_is_closed_like_any_other() -> None:
 
 async def test_a_peer_that_takes_small_payloads_gets_small_batches() -> None:
     async with path(PAGES, 1) as both:
-        small = Agreed(MAJOR, 16 * PAGE_SIZE)
         near, far = socket.socketpair()
         both.channels[0].close()
-        both.channels = [DataChannel(near, 0, small)]
-        receiving = DataChannel(far, 0, Agreed(MAJOR, MAX_PAYLOAD_BYTES))
+        both.channels = [data_channel(near, 0, 16 * PAGE_SIZE)]
+        receiving = data_channel(far, 0)
         both.send_with()
         both.source.guest.words[:100] = noise(100, 1)
         assert both.sender is not None
@@ -692,7 +696,7 @@ async def test_an_error_that_is_kept_does_not_keep_guest_memory() -> None:
         await both.round(run(0, 16))
         message = pages_message(run(0, 2))
         head = messages.frame_head(MAJOR, message, 3, payload_bytes=2 * PAGE_SIZE, round_number=2)
-        sock = both.channels[0]._sock
+        sock = both.channels[0]._wire.sock
         sock.sendall(head + content_of(1))  # and the second page never comes
         sock.shutdown(socket.SHUT_RDWR)
         failure = await both.failure()
