@@ -19,7 +19,7 @@ LABEL: Final = 13
 VALUE: Final = 28
 """Columns of the names on the left and of the figures on the right."""
 HALVINGS: Final = 12
-"""What the curve of what is left shows: a round often leaves a hundredth of memory."""
+"""Range of the curve of memory left, in halvings: a round often leaves a hundredth."""
 CHART_ROWS: Final = 3
 WIDEST: Final = 2.5
 """A bound further out than so many limits is cut off."""

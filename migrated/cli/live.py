@@ -172,7 +172,7 @@ def curves(trace: Trace, width: int) -> View:
 
 
 def short(trace: Trace, width: int) -> View:
-    """What is left, what it would cost, and why not yet."""
+    """Memory left, predicted downtime, and why the guest is not stopped yet."""
     inner, progress = width - 4, trace.progress
     if trace.record is not None:
         return View(_title(trace), _outcome(trace.record, inner)[:2])
@@ -239,7 +239,7 @@ def _memory(trace: Trace, inner: int) -> Text:
 
 
 def _charts(trace: Trace, inner: int) -> list[Text]:
-    """What is left, on a logarithmic scale since it shrinks by factors, and what was sent against what was dirtied."""
+    """Curves of the memory left (logarithmic, since it shrinks by factors), of bandwidth and of dirty rate."""
     room, now, samples = drawn_width(inner), trace.last, trace.samples
     if trace.progress.role == "destination":
         moved = bucketed(samples, room, lambda sample: sample.bandwidth)
@@ -287,7 +287,7 @@ def _downtime(progress: Progress, inner: int) -> Text:
 
 
 def _destination(progress: Progress) -> str:
-    """What the destination itself has told so far, and what loading is expected to cost it."""
+    """A sentence on the figures that the destination has told, and on how long loading should take there."""
     host, said = str(progress.destination), progress.acknowledged
     if not host or said is None:
         return host
@@ -333,7 +333,7 @@ def _rounds(progress: Progress, inner: int) -> tuple[Text, list[Text]]:
 
 
 def _outcome(record: Record, inner: int) -> list[Text]:
-    """How it ended: the sentence, the downtime against its limit by part, what moved, what the destination counted."""
+    """The end: outcome, downtime against its limit by part, bytes moved, and the destination's own count."""
     style = outcome_style(record.outcome)
     lines = [Text(outcome_line(record), style=style, no_wrap=True, overflow="ellipsis")]
     downtime, ram = record.downtime, record.ram

@@ -1,4 +1,4 @@
-"""What every migratectl command shares: where the daemon is, how results and failures are told, and the exit status."""
+"""The session of a migratectl command: it reaches the daemon, tells results and failures, and sets the exit status."""
 
 from __future__ import annotations
 

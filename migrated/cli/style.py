@@ -1,4 +1,4 @@
-"""What all that people see on a terminal shares: colours, figures with their units, and tables."""
+"""Colours, figures with their units, and tables, as every view on a terminal uses them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was seen of a migration over time: the snapshots that the daemon told, and the curves that come of them."""
+"""A migration as it was seen over time: the snapshots that the daemon told, and the samples for its curves."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Sample(NamedTuple):
 
 @dataclass(slots=True)
 class Trace:
-    """What was seen of one migration."""
+    """The newest snapshot of one migration, its record once it has ended, and samples over time."""
 
     progress: Progress
     record: Record | None = None

@@ -27,7 +27,7 @@ Update = Callable[[list[Look]], None]
 
 @contextmanager
 def display(*, as_json: bool, stderr: bool, rounds: int = ROUNDS_ASKED, full_screen: bool = False) -> Iterator[Update]:
-    """Where snapshots of migrations go: JSON lines, a live view on a terminal, or plain lines.
+    """A place for snapshots of migrations: JSON lines, a live view on a terminal, or plain lines.
 
     Args:
         stderr: show on standard error, as standard output is for the result.

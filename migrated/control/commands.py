@@ -18,8 +18,10 @@ from migrated.control.schema import (
     parameter_document,
     parameter_values,
 )
+from migrated.errors import DocumentError
 from migrated.history import HistoryQuery, RecordNotFoundError
 from migrated.progress import Progress
+from migrated.record.reading import read_record
 from migrated.record.terms import FINISHED, OUTCOMES
 
 Arguments = Mapping[str, Any]
@@ -138,12 +140,15 @@ async def _query_migrate(operations: Operations, arguments: Arguments) -> Any:
         if latest.status not in FINISHED:
             return qemu.migration_info(latest, None)
         try:
-            record = await asyncio.to_thread(operations.record, latest.migration_id)
+            record = read_record(await asyncio.to_thread(operations.record, latest.migration_id))
         except (OperationError, RecordNotFoundError):
             record = None  # not written yet, or the history could not take it; the migration's own figures do
         return qemu.migration_info(latest, record)
     remembered = await asyncio.to_thread(operations.history, HistoryQuery(last=1, guest=guest))
-    return qemu.recorded_info(remembered[0]) if remembered else {}
+    try:
+        return qemu.recorded_info(read_record(remembered[0])) if remembered else {}
+    except DocumentError as error:
+        raise OperationError(str(error)) from error
 
 
 async def _query_status(operations: Operations, arguments: Arguments) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Final
 from migrated.control.operations import OperationError
 from migrated.parameters import MigrationParameters
 from migrated.progress import Progress
+from migrated.record.model import Ram, Record
 from migrated.record.terms import FINISHED, STATUS_OF
 from protocol.guest import PAGE_SIZE
 
@@ -90,18 +91,18 @@ def uri_of(arguments: Mapping[str, Any]) -> str:
     )
 
 
-def migration_info(progress: Progress, record: Mapping[str, Any] | None) -> dict[str, Any]:
+def migration_info(progress: Progress, record: Record | None) -> dict[str, Any]:
     """QEMU's MigrationInfo (times in ms, sizes in bytes), and our own members after it.
 
     Args:
         progress: the migration.
-        record: its record document, once it has ended; exact totals come from there.
+        record: its record, once it has ended; exact totals come from there.
     """
     info: dict[str, Any] = {
         "status": progress.status,
         "total-time": _ms(progress.elapsed_ns),
         "setup-time": _ms(progress.setup_ns),
-        "ram": _ram(progress, record["ram"] if record else None),
+        "ram": _ram(progress, record.ram if record is not None else None),
     }
     if progress.status in FINISHED:
         if progress.downtime_ns is not None:
@@ -131,39 +132,39 @@ def migration_info(progress: Progress, record: Mapping[str, Any] | None) -> dict
     }
 
 
-def recorded_info(record: Mapping[str, Any]) -> dict[str, Any]:
+def recorded_info(record: Record) -> dict[str, Any]:
     """MigrationInfo of a migration that only the history remembers."""
-    ram, downtime = record["ram"], record["downtime"]
+    ram, downtime = record.ram, record.downtime
     info: dict[str, Any] = {
-        "status": STATUS_OF[record["outcome"]],
-        "total-time": _ms(record["total_ns"]),
-        "setup-time": _ms(record["setup_ns"]),
+        "status": STATUS_OF[record.outcome],
+        "total-time": _ms(record.total_ns),
+        "setup-time": _ms(record.setup_ns),
         "ram": {
             **_ram_totals(ram),
-            "transferred": ram["transferred_bytes"],
+            "transferred": ram.transferred_bytes,
             "remaining": 0,
-            "total": ram["total_bytes"],
-            "duplicate": ram["zero_pages"],
-            "normal": ram["normal_pages"],
-            "normal-bytes": ram["normal_pages"] * ram["page_size"],
+            "total": ram.total_bytes,
+            "duplicate": ram.zero_pages,
+            "normal": ram.normal_pages,
+            "normal-bytes": ram.normal_pages * ram.page_size,
             "dirty-pages-rate": 0,
-            "mbps": _mbps(ram["transferred_bytes"] * 1e9 / record["total_ns"]) if record["total_ns"] else 0.0,
-            "dirty-sync-count": ram["dirty_sync_count"],
+            "mbps": _mbps(ram.transferred_bytes * 1e9 / record.total_ns) if record.total_ns else 0.0,
+            "dirty-sync-count": ram.dirty_sync_count,
         },
-        "guest": record["guest"],
-        "migration-id": record["migration_id"],
-        "peer": record["peer"],
-        "started-at": record["started_at"],
+        "guest": record.guest,
+        "migration-id": record.migration_id,
+        "peer": record.peer,
+        "started-at": record.started_at,
     }
     if downtime is not None:
-        info["downtime"] = _ms(downtime["measured_ns"])
-        info["downtime-ns"] = downtime["measured_ns"]
-    if record["reason"]:
-        info["error-desc"] = record["reason"]
+        info["downtime"] = _ms(downtime.measured_ns)
+        info["downtime-ns"] = downtime.measured_ns
+    if record.reason:
+        info["error-desc"] = record.reason
     return info
 
 
-def _ram(progress: Progress, ram: Mapping[str, Any] | None) -> dict[str, Any]:
+def _ram(progress: Progress, ram: Ram | None) -> dict[str, Any]:
     last = progress.rounds[-1] if progress.rounds else None
     running = {
         "page-size": PAGE_SIZE,
@@ -189,14 +190,14 @@ def _ram(progress: Progress, ram: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _ram_totals(ram: Mapping[str, Any]) -> dict[str, Any]:
+def _ram_totals(ram: Ram) -> dict[str, Any]:
     """What QEMU's MigrationStats has and only a record knows. There is no postcopy and no zero-copy here, hence 0."""
     return {
-        "page-size": ram["page_size"],
-        "multifd-bytes": ram["transferred_bytes"],
-        "pages-per-second": int(ram["pages_per_second"]),
-        "precopy-bytes": ram["precopy_bytes"],
-        "downtime-bytes": ram["downtime_bytes"],
+        "page-size": ram.page_size,
+        "multifd-bytes": ram.transferred_bytes,
+        "pages-per-second": int(ram.pages_per_second),
+        "precopy-bytes": ram.precopy_bytes,
+        "downtime-bytes": ram.downtime_bytes,
         "postcopy-requests": 0,
         "postcopy-bytes": 0,
         "dirty-sync-missed-zero-copy": 0,

@@ -34,7 +34,7 @@ from migrated.link.data import DataChannel
 from migrated.link.reply import Reply
 from migrated.link.security import Names
 from migrated.link.sockets import Connection
-from migrated.progress import Progress
+from migrated.progress import Moved, Progress, Standing, snapshot
 from migrated.record.model import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine, Record
 from migrated.record.parts import Part
 from migrated.record.terms import QemuCheckpoint, Status
@@ -46,7 +46,6 @@ from protocol.budget import DowntimeCount, abort_limit_ns, destination_remaining
 from protocol.clock import ClockError
 from protocol.digest import MemoryDigest
 from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
-from protocol.guest import PAGE_SIZE
 from protocol.guest_time import TimeAdjustError
 from protocol.handover import DestinationEvent, DestinationState, check_epoch
 from protocol.messages import NoCause
@@ -233,39 +232,29 @@ class IncomingMigration:
 
     def progress(self) -> Progress:
         """A snapshot for an operator."""
-        total_pages = self._hello.guest.pages
         counted_ns = self._count.now(time.monotonic_ns()) if self._count is not None else None
-        return Progress(
+        standing = Standing(
             migration_id=self.migration_id,
             guest=self.guest_name,
             role="destination",
             peer=self._control.peer,
-            status=self.status,
-            phase=str(self.takeover.state) if self.takeover is not None else "negotiating",
+            destination=self._env.host,
             started_at=self._started_at,
             elapsed_ns=time.monotonic_ns() - self._began_ns,
-            setup_ns=0,
+            status=self.status,
+            phase=str(self.takeover.state) if self.takeover is not None else "negotiating",
+            memory_bytes=self._hello.guest.memory_bytes,
+            downtime_limit_ns=abort_limit_ns(self._limits),
+            decision=f"received {self._rounds} rounds",
+            reason=self._reason,
+        )
+        moved = Moved(
             round=self._rounds,
-            dirty_sync_count=0,
-            total_bytes=total_pages * PAGE_SIZE,
             transferred_bytes=self._received_bytes,
-            remaining_bytes=0,
             normal_pages=self._normal_pages,
             zero_pages=self._zero_pages,
-            bandwidth_bytes_per_s=0.0,
-            dirty_rate_pages_per_s=0.0,
-            predicted_downtime_ns=None,
-            predicted_upper_ns=None,
-            predicted_parts_ns={},
-            downtime_limit_ns=abort_limit_ns(self._limits),
-            downtime_ns=counted_ns if self.status in ("device", "completed") else None,
-            throttle_percent=0,
-            decision=f"received {self._rounds} rounds",
-            destination=self._env.host,
-            acknowledged=None,
-            reason=self._reason,
-            rounds=(),
         )
+        return snapshot(standing, moved, downtime_ns=counted_ns if self.status in ("device", "completed") else None)
 
     # Section: negotiation
 

@@ -48,7 +48,7 @@ _ALL: Final = "*"
 
 @dataclass(frozen=True, slots=True)
 class _Prior:
-    """What holds of a component while nothing was learned: what it costs beside its base (calls to the VMM, wake-ups),
+    """The assumption on a component while nothing was learned: its cost beside its base (calls to the VMM, wake-ups),
     and its spread, a share of the base and an amount."""
 
     overhead_ns: int
@@ -247,7 +247,7 @@ def _scale_ns(estimates: Mapping[Component, _Estimate]) -> float:
 
 
 def _correction_key(key: str, component: Component, base_ns: int, *, memory_bound: bool) -> str:
-    """What rests on the link and what rests on a device errs differently."""
+    """The key of a correction. State that waits for the link and state that waits for a device err differently."""
     what = (
         f"{component}:{'memory' if memory_bound else 'device-saves'}"
         if component is Component.STATE

@@ -17,7 +17,7 @@ from migrated.record.parts import Component, PredictedPart
 
 @dataclass(frozen=True, slots=True)
 class Bases:
-    """What this attempt measured or tried, before any correction (ns).
+    """The bases of the components: measured or tried in this attempt, before any correction (ns).
 
     Memory and device saves run side by side, so the longer of the two counts.
     """

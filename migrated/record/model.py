@@ -79,7 +79,7 @@ class Downtime(RecordModel):
     hold_ns: int = 0
     predicted_parts_ns: dict[str, int] = Field(default_factory=dict)
     predicted_bases_ns: dict[str, int] = Field(default_factory=dict)
-    """What each component of the prediction rested on before correction."""
+    """The base of each component: measured or tried in this attempt, before earlier records corrected it."""
 
     @property
     def counted_ns(self) -> int:
@@ -87,7 +87,7 @@ class Downtime(RecordModel):
         return counted_ns(self.measured_ns, self.hold_ns)
 
     def by_component(self) -> dict[Component, int]:
-        """What each component of a prediction turned out to be (ns): the parts by component, what is attributed to none
+        """The actual duration of each component of a prediction (ns): the parts by component, the unattributed rest
         with the legs. They sum to the measured time without a hold."""
         sums = dict.fromkeys(Component, 0)
         for part in self.parts:
@@ -150,7 +150,7 @@ class RoundRow(RecordModel):
 
 
 class EncodingRow(RecordModel):
-    """What one encoding did over the attempt: batches, page bytes in, wire bytes out, time spent encoding."""
+    """Totals of one encoding over the attempt: batches, page bytes in, wire bytes out, time spent encoding."""
 
     encoding: str
     batches: int
@@ -189,7 +189,7 @@ class PhaseRow(RecordModel):
 
 
 class TimeSummary(RecordModel):
-    """How guest time was carried over: everything needed to compute the adjustment again."""
+    """The adjustment of the guest's clocks, with everything needed to compute it again."""
 
     policy: Literal["midpoint", "never-ahead", "never-behind", "freeze"]
     elapsed_lower_ns: int
@@ -206,7 +206,7 @@ class TimeSummary(RecordModel):
 
 
 class GuestGap(RecordModel):
-    """What the guest itself saw of the blackout: the gap between two of its heartbeats, on its own TSC, and on the
+    """The blackout as the guest itself saw it: the gap between two of its heartbeats, on its own TSC, and on the
     host's monotonic clock where both hosts are one (meaningless elsewhere)."""
 
     guest_ns: int
@@ -258,7 +258,7 @@ class Record(RecordModel):
 
     @property
     def stop_name(self) -> str:
-        """What the guest's stop is called: downtime when it was handed over, pause when it went on at the source."""
+        """The word for the guest's stop: downtime when it was handed over, pause when it went on at the source."""
         return "downtime" if self.outcome in HANDED_OVER else "pause"
 
     def document(self) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class Record(RecordModel):
 
 
 class DestinationHalf(RecordModel):
-    """What only the destination knows of an attempt."""
+    """The part of a record that only the destination knows; it sends it to the source as REPORT."""
 
     host: str
     load_ns: dict[str, int] = Field(default_factory=dict)

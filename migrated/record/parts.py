@@ -17,7 +17,7 @@ from migrated.record.terms import Side
 
 
 class Component(StrEnum):
-    """What a prediction of the downtime is summed from, in the order of time."""
+    """The terms that a prediction of the downtime is summed from, in the order of time."""
 
     STOP = "stop"
     DIRTY_LOG = "dirty-log"
@@ -101,7 +101,7 @@ class PredictedPart(Enum):
     DIRTY_LOG = ("dirty-log", Component.DIRTY_LOG, "source")
     MEMORY = ("memory", Component.STATE, "source")
     DEVICE_SAVES = ("device-saves", Component.STATE, "source")
-    """What saving devices adds to memory."""
+    """The time that saving devices takes beyond sending memory."""
     DEVICE_LOADS = ("device-loads", Component.DEVICE_LOADS, "destination")
     LEGS = ("legs", Component.LEGS, "link")
     RESUME = ("resume", Component.RESUME, "destination")
@@ -118,4 +118,4 @@ def predicted_names(component: Component) -> Iterator[str]:
 
 
 SIDE_OF_PREDICTED: Final[Mapping[str, Side]] = {piece.label: piece.side for piece in PredictedPart}
-"""Whose time a named piece of a prediction is."""
+"""The side of each named piece of a prediction."""

@@ -13,18 +13,18 @@ Role = Literal["source", "destination"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
 Side = Literal["source", "destination", "link"]
-"""Whose time a part of the downtime is: one host's, by its clock, or the way between them."""
+"""Where a part of the downtime passes: on one of the hosts, by its clock, or on the link between them."""
 SIDES: Final[tuple[Side, ...]] = ("source", "link", "destination")
 """In the order in which state travels."""
 
 Outcome = Literal["completed", "aborted", "cancelled", "failed", "refused", "in-doubt"]
-"""How an attempt ended; docs/record.md says what each means."""
+"""The end of an attempt; docs/record.md says what each means."""
 OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 
 Status = Literal[
     "setup", "active", "pre-switchover", "device", "completed", "cancelling", "cancelled", "failed", "in-doubt"
 ]
-"""How a migration stands: QEMU's MigrationStatus, and ``in-doubt``: COMMIT was sent and the destination has not
+"""The status of a migration: QEMU's MigrationStatus, and ``in-doubt``: COMMIT was sent and the destination has not
 answered."""
 
 STATUS_OF: Final[Mapping[Outcome, Status]] = {
@@ -77,4 +77,4 @@ class QemuCheckpoint(Enum):
 
 
 MEANING_OF_CHECKPOINT: Final[Mapping[str, str]] = {point.label: point.meaning for point in QemuCheckpoint}
-"""What each checkpoint means, by the name that it has in a record."""
+"""The meaning of each checkpoint, by the name that it has in a record."""

@@ -1,4 +1,4 @@
-"""What one looks up: parameters, log lines, and the record itself."""
+"""The sections to look things up in: parameters, log lines, and the record itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from migrated.report.timing import since_start_ns
 
 
 def parameters(fields: Fields) -> Section:
-    """What was asked for; bold where it is not the default."""
+    """The parameters of the attempt, in bold where they are not the default."""
     defaults = MigrationParameters().model_dump(mode="json")
     facts: list[tuple[Node, Node]] = []
     for path in fields.members("parameters"):
@@ -24,7 +24,7 @@ def parameters(fields: Fields) -> Section:
 
 
 def log(fields: Fields) -> Section | None:
-    """What both daemons said on this migration."""
+    """The log lines of both daemons on this migration."""
     if not fields.record.events:
         return None
     lines = []
@@ -50,7 +50,7 @@ def log(fields: Fields) -> Section | None:
 
 
 def further(fields: Fields) -> Section | None:
-    """What the record holds and no section above shows, so that the page is complete whatever a record grows."""
+    """Members of the record that no section above has shown, so that the page is complete whatever a record grows."""
     rest = fields.rest()
     return (
         section("further", "Further fields", facts_list([(path, fields.by_name(path)) for path in rest]))

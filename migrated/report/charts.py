@@ -1,5 +1,5 @@
-"""What is drawn: bars on a shared time axis (:func:`tracks`), plots over rounds (:func:`plot`), and the downtime as one
-bar with its short parts enlarged (:func:`magnified`).
+"""The drawings of a report: bars on a shared time axis (:func:`tracks`), plots over rounds (:func:`plot`), and the
+downtime as one bar with its short parts enlarged (:func:`magnified`).
 
 Text is never inside a drawing that scales, so that it stays readable at every width. Positions on a time axis are
 computed by the style sheet from ``--from`` and ``--span``; the page's script zooms by changing these two.
@@ -109,7 +109,7 @@ def _edge(ns: int, axis: Axis) -> str:
 
 
 def _shift(from_ns: int, span_ns: int, step_ns: int) -> float:
-    """Where the grid begins, as the share that ``background-position`` takes."""
+    """The offset of the grid, as the share that ``background-position`` takes."""
     return -(from_ns % step_ns) / (span_ns - step_ns) if span_ns != step_ns else 0.0
 
 

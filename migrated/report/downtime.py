@@ -28,7 +28,7 @@ COUNTS: Final = {
     "destination_measured_ns": "destination’s count at its vote",
     "hold_ns": "held by the operator",
 }
-"""What the record says about the counting: member, and its name on the page."""
+"""Members of the downtime that tell how it was counted, and their names on the page."""
 
 
 def prediction(fields: Fields) -> Section | None:
@@ -105,12 +105,12 @@ def _parts_of(downtime: Downtime, component: Component) -> list[str]:
 
 
 def component_title(downtime: Downtime, component: Component) -> str:
-    """What a component is called."""
+    """The name of a component on the page: those of its pieces in the prediction."""
     return " and ".join(_parts_of(downtime, component))
 
 
 def overruns(downtime: Downtime) -> dict[Component, int]:
-    """How much longer than predicted each component took (ns); negative when it was shorter."""
+    """Actual less predicted duration of each component (ns)."""
     actual, predicted = downtime.by_component(), downtime.predicted_parts_ns
     return {
         component: actual[component] - sum(predicted[name] for name in parts)
@@ -182,7 +182,7 @@ def breakdown(fields: Fields) -> Section | None:
 
 
 def _guest_gap(fields: Fields) -> str | None:
-    """What the guest saw of it: the gap between two of its own heartbeats."""
+    """The blackout as the guest saw it: the gap between two of its own heartbeats."""
     gap = fields.record.guest_gap
     if gap is None:
         return None

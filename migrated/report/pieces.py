@@ -45,7 +45,7 @@ def note(*words: Node) -> Markup:
 
 
 def zoom_hint() -> Markup:
-    """What the page's script adds; without it, nothing to see."""
+    """A remark on zooming, which only the page's script makes visible."""
     return el("p", "Choose a bar to enlarge its stretch of time.", class_="note scripted", hidden=True)
 
 

@@ -17,7 +17,7 @@ WORTH_NAMING: Final = 0.08
 
 
 def header(fields: Fields) -> Markup:
-    """What happened, in a sentence and a handful of figures."""
+    """The head of the page: the outcome in a sentence and a handful of figures."""
     identity = [
         el("span", "migration ", fields.show("migration_id")),
         el("span", "epoch ", fields.show("epoch")),
@@ -103,7 +103,7 @@ def _where_it_went(fields: Fields) -> Markup | None:
 
 
 def _against_limit(downtime: Downtime) -> str:
-    """How long the guest stood still, and what share of the limit that is. What the operator held does not count."""
+    """The time that the guest stood still, and its share of the limit, without what an operator held."""
     held, limit = downtime.hold_ns, downtime.limit_ns
     counted = downtime.counted_ns
     shown = short(downtime.measured_ns) + (f" ({short(held)} of it held by the operator)" if held else "")

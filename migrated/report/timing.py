@@ -94,7 +94,7 @@ def _guest_track(fields: Fields, stop_ns: int | None, downtime: Downtime | None)
 
 
 def _skew_ns(fields: Fields) -> int | None:
-    """How far the destination's wall clock is ahead of the source's: the middle of its bounds."""
+    """The destination's less the source's wall clock: the middle of its bounds; None when it is not known."""
     time = fields.record.time
     return None if time is None else sum(time.wall_clock_skew_ns) // 2
 
@@ -111,7 +111,7 @@ def _log_bars(fields: Fields) -> dict[Role, list[Bar]]:
 
 
 def since_start_ns(fields: Fields, at: str) -> int | None:
-    """How long after the beginning a wall clock said ``at``; None when that is no time."""
+    """The time from the beginning of the attempt until a wall clock said ``at`` (ns); None when ``at`` is no time."""
     try:
         passed = datetime.fromisoformat(at) - datetime.fromisoformat(fields.record.started_at)
     except (ValueError, TypeError):

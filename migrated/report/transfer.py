@@ -1,4 +1,4 @@
-"""What travelled: memory rounds, devices, encodings and the digest."""
+"""The sections on the transfer: memory rounds, devices, encodings and the digest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from migrated.report.pieces import Section, chip, facts_list, note, section, sha
 
 
 def rounds(fields: Fields) -> Section | None:
-    """What each round sent and left, and why the guest was not stopped yet."""
+    """The rounds: pages sent and left dirty by each, and why the guest was not stopped then."""
     paths = fields.rows("rounds")
     if not paths:
         return None
@@ -56,7 +56,7 @@ def rounds(fields: Fields) -> Section | None:
 
 
 def round_plots(fields: Fields) -> list[Markup]:
-    """What the rounds sent and left, how fast, and why the guest was not stopped earlier. One round needs no plot."""
+    """Plots over the rounds: pages, bandwidth, predicted downtime. One round needs no plot."""
     rounds, page = fields.record.rounds, fields.record.ram.page_size
     if len(rounds) < 2:
         return []
@@ -103,7 +103,7 @@ def round_plots(fields: Fields) -> list[Markup]:
 
 
 def devices(fields: Fields) -> Section | None:
-    """What every device weighed, and took to save and to load."""
+    """The devices: size of their states, time to save and to load them."""
     if not fields.record.devices:
         return None
     rows = []

@@ -1,10 +1,10 @@
-"""The ongoing record of an outgoing attempt: every figure as it becomes known. ``finish`` turns it into the frozen
-``Record``; nothing else builds one on the source."""
+"""The ongoing record of an outgoing attempt: every figure as it becomes known, of memory, rounds, blackout and devices.
+``finish`` turns it into the frozen ``Record``; nothing else builds one on the source."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -39,13 +39,121 @@ _ROUNDS_KEPT = 1000
 
 @dataclass(slots=True)
 class DeviceFigures:
-    """What one device cost on the source."""
+    """Sizes and durations of one device's state on the source."""
 
     description: DeviceDescription
     save_ns: int | None = None
     final_bytes: int = 0
     precopy_bytes: int = 0
     expected_load_ns: int | None = None
+
+
+@dataclass(slots=True)
+class MemoryFigures:
+    """Pages and bytes of guest memory that were sent. A page that travels twice counts twice."""
+
+    pages: int = 0
+    """All of the guest's."""
+    sparse_pages: int = 0
+    dirty_tracking: Literal["pagemap-scan", "logged"] | None = None
+    dirty_syncs: int = 0
+    normal_pages: int = 0
+    zero_pages: int = 0
+    postponed_pages: int = 0
+    precopy_bytes: int = 0
+    precopy_pages: int = 0
+    downtime_bytes: int = 0
+    downtime_pages: int = 0
+    encodings: Mapping[str, EncodingTotals] = field(default_factory=dict)
+
+    @property
+    def sent_bytes(self) -> int:
+        """On the wire, in rounds and in the downtime."""
+        return self.precopy_bytes + self.downtime_bytes
+
+    def ram(self, channels: int, moving_ns: int) -> Ram:
+        """The totals for the record.
+
+        Args:
+            channels: data channels.
+            moving_ns: how long memory could travel.
+        """
+        return Ram(
+            total_bytes=self.pages * PAGE_SIZE,
+            page_size=PAGE_SIZE,
+            transferred_bytes=self.sent_bytes,
+            normal_pages=self.normal_pages,
+            zero_pages=self.zero_pages,
+            sparse_pages=self.sparse_pages,
+            precopy_bytes=self.precopy_bytes,
+            downtime_bytes=self.downtime_bytes,
+            precopy_pages=self.precopy_pages,
+            downtime_pages=self.downtime_pages,
+            dirty_sync_count=self.dirty_syncs,
+            pages_per_second=(self.precopy_pages + self.downtime_pages) * 1e9 / max(1, moving_ns),
+            dirty_tracking=self.dirty_tracking,
+            channels=channels,
+            postponed_pages=self.postponed_pages,
+            encodings=tuple(
+                EncodingRow(
+                    encoding=name,
+                    batches=totals.batches,
+                    page_bytes=totals.page_bytes,
+                    wire_bytes=totals.wire_bytes,
+                    ns=totals.ns,
+                )
+                for name, totals in sorted(self.encodings.items())
+            ),
+        )
+
+
+@dataclass(slots=True)
+class RoundFigures:
+    """The rounds that are over, as many as a record can carry, and the last prediction."""
+
+    rows: list[RoundRow] = field(default_factory=list)
+    count: int = 0
+    prediction: Prediction | None = None
+
+    def add(self, row: RoundRow) -> None:
+        """Keep a round. So that a record can be sent, every second one of the older half goes when there are many."""
+        self.rows.append(row)
+        self.count += 1
+        if len(self.rows) > _ROUNDS_KEPT:
+            del self.rows[1 : _ROUNDS_KEPT // 2 : 2]
+
+
+@dataclass(slots=True)
+class BlackoutFigures:
+    """Figures of the time from the stop request to running vCPUs."""
+
+    parts: list[DowntimePart] = field(default_factory=list)
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    hold_ns: int = 0
+    source_digest: int | None = None
+    source_reported_ns: int | None = None
+    interval: DowntimeInterval | None = None
+    """The downtime, once it is known."""
+
+    def downtime(self, limit_ns: int, prediction: Prediction | None, half: DestinationHalf) -> Downtime | None:
+        """The downtime with its parts, the destination's own account filled in where it came."""
+        interval = self.interval
+        if interval is None:
+            return None
+        return downtime_of(
+            lower_ns=interval.lower_ns,
+            upper_ns=interval.upper_ns,
+            measured_ns=interval.measured_ns,
+            limit_ns=limit_ns,
+            parts=_refined(self.parts, half.parts),
+            predicted_ns=prediction.total_ns if prediction else None,
+            predicted_upper_ns=prediction.upper_ns if prediction else None,
+            source_reported_ns=self.source_reported_ns,
+            destination_measured_ns=half.counted_ns,
+            hold_ns=self.hold_ns,
+            predicted_parts_ns=prediction.parts() if prediction else None,
+            predicted_bases_ns=prediction.bases_by_name() if prediction else None,
+        )
 
 
 @dataclass(slots=True)
@@ -63,31 +171,12 @@ class OutgoingLedger:
     destination_host: str = ""
     setup_ns: int = 0
     ended_ns: int = 0
-    memory_pages: int = 0
-    sparse_pages: int = 0
-    dirty_tracking: Literal["pagemap-scan", "logged"] | None = None
-    dirty_syncs: int = 0
-    normal_pages: int = 0
-    zero_pages: int = 0
-    postponed_pages: int = 0
-    precopy_bytes: int = 0
-    downtime_bytes: int = 0
-    precopy_pages: int = 0
-    downtime_pages: int = 0
-    round_count: int = 0
-    prediction: Prediction | None = None
-    source_digest: int | None = None
-    source_reported_ns: int | None = None
-    hold_ns: int = 0
-    rounds: list[RoundRow] = field(default_factory=list)
+    memory: MemoryFigures = field(default_factory=MemoryFigures)
+    rounds: RoundFigures = field(default_factory=RoundFigures)
+    blackout: BlackoutFigures = field(default_factory=BlackoutFigures)
     devices: dict[tuple[str, str], DeviceFigures] = field(default_factory=dict)
-    checkpoints: list[Checkpoint] = field(default_factory=list)
     phases: list[PhaseRow] = field(default_factory=list)
-    parts: list[DowntimePart] = field(default_factory=list)
-    encodings: dict[str, EncodingTotals] = field(default_factory=dict)
     half: DestinationHalf = field(default_factory=lambda: DestinationHalf(host=""))
-    interval: DowntimeInterval | None = None
-    """The downtime, once it is known."""
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -100,56 +189,26 @@ class OutgoingLedger:
 
     def add_phase(self, name: Phase, begin_ns: int, end_ns: int) -> None:
         """A phase between two instants."""
-        self.phases.append(PhaseRow(name=name.value, begin_ns=begin_ns - self.began_ns, end_ns=end_ns - self.began_ns))
-
-    def add_round(self, row: RoundRow) -> None:
-        """Keep a round. So that a record can be sent, every second one of the older half goes when there are many."""
-        self.rounds.append(row)
-        self.round_count += 1
-        if len(self.rounds) > _ROUNDS_KEPT:
-            del self.rounds[1 : _ROUNDS_KEPT // 2 : 2]
+        row = PhaseRow(name=name.value, begin_ns=begin_ns - self.began_ns, end_ns=end_ns - self.began_ns)
+        self.phases.append(row)
 
     def part(self, part: Part, begin_ns: int, end_ns: int) -> None:
-        """A part of the downtime between two instants of the source's clock."""
+        """A part of the downtime between two instants."""
         self.add_part(part, end_ns - begin_ns)
 
     def add_part(self, part: Part, ns: int) -> None:
         """A part of the downtime by its length."""
-        self.parts.append(DowntimePart.of(part, ns))
+        self.blackout.parts.append(DowntimePart.of(part, ns))
 
     def checkpoint(self, point: QemuCheckpoint, ns: int) -> None:
         """One of QEMU's checkpoints, ``ns`` after the stop request."""
-        self.checkpoints.append(Checkpoint.of(point, ns))
-
-    def _downtime(self) -> Downtime | None:
-        """The downtime with its parts, the destination's own account filled in where it came."""
-        interval = self.interval
-        if interval is None:
-            return None
-        prediction = self.prediction
-        return downtime_of(
-            lower_ns=interval.lower_ns,
-            upper_ns=interval.upper_ns,
-            measured_ns=interval.measured_ns,
-            limit_ns=int(self.parameters.downtime_limit_ms * 1e6),
-            parts=_refined(self.parts, self.half.parts),
-            predicted_ns=prediction.total_ns if prediction else None,
-            predicted_upper_ns=prediction.upper_ns if prediction else None,
-            source_reported_ns=self.source_reported_ns,
-            destination_measured_ns=self.half.counted_ns,
-            hold_ns=self.hold_ns,
-            predicted_parts_ns=prediction.parts() if prediction else None,
-            predicted_bases_ns=prediction.bases_by_name() if prediction else None,
-        )
+        self.blackout.checkpoints.append(Checkpoint.of(point, ns))
 
     def finish(self, outcome: Outcome, reason: str | None, events: list[dict[str, str]]) -> Record:
         """The frozen record. ``events`` are the source's log lines."""
-        ended_ns = self.ended_ns or time.monotonic_ns()
-        total_ns = ended_ns - self.began_ns
-        transferred = self.precopy_bytes + self.downtime_bytes
-        pages = self.precopy_pages + self.downtime_pages
-        moving_ns = max(1, total_ns - self.setup_ns)
-        lines = [LogLine(side="source", **line) for line in events] + list(self.half.events)
+        total_ns = (self.ended_ns or time.monotonic_ns()) - self.began_ns
+        blackout, half, digest = self.blackout, self.half, self.blackout.source_digest
+        lines = [LogLine(side="source", **line) for line in events] + list(half.events)
         return Record(
             migration_id=self.migration_id,
             guest=self.guest,
@@ -163,45 +222,19 @@ class OutgoingLedger:
             parameters=self.parameters,
             total_ns=total_ns,
             setup_ns=self.setup_ns,
-            downtime=self._downtime(),
+            downtime=blackout.downtime(int(self.parameters.downtime_limit_ms * 1e6), self.rounds.prediction, half),
             devices=tuple(self._device_rows()),
-            checkpoints=(*self.checkpoints, *self.half.checkpoints),
-            rounds=tuple(self.rounds),
-            ram=Ram(
-                total_bytes=self.memory_pages * PAGE_SIZE,
-                page_size=PAGE_SIZE,
-                transferred_bytes=transferred,
-                normal_pages=self.normal_pages,
-                zero_pages=self.zero_pages,
-                sparse_pages=self.sparse_pages,
-                precopy_bytes=self.precopy_bytes,
-                downtime_bytes=self.downtime_bytes,
-                precopy_pages=self.precopy_pages,
-                downtime_pages=self.downtime_pages,
-                dirty_sync_count=self.dirty_syncs,
-                pages_per_second=pages * 1e9 / moving_ns,
-                dirty_tracking=self.dirty_tracking,
-                channels=self.parameters.channels,
-                postponed_pages=self.postponed_pages,
-                encodings=tuple(
-                    EncodingRow(
-                        encoding=name,
-                        batches=totals.batches,
-                        page_bytes=totals.page_bytes,
-                        wire_bytes=totals.wire_bytes,
-                        ns=totals.ns,
-                    )
-                    for name, totals in sorted(self.encodings.items())
-                ),
-            ),
+            checkpoints=(*blackout.checkpoints, *half.checkpoints),
+            rounds=tuple(self.rounds.rows),
+            ram=self.memory.ram(self.parameters.channels, total_ns - self.setup_ns),
             phases=tuple(self.phases),
-            time=self.half.time,
+            time=half.time,
             digest=Digest(
                 algorithm=ALGORITHM if self.parameters.digest else "off",
-                source=None if self.source_digest is None else f"{self.source_digest:016x}",
-                destination=self.half.digest,
+                source=None if digest is None else f"{digest:016x}",
+                destination=half.digest,
             ),
-            guest_gap=self.half.guest_gap,
+            guest_gap=half.guest_gap,
             events=tuple(sorted(lines, key=lambda line: line.at)),
         )
 

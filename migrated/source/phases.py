@@ -149,7 +149,7 @@ class Opened(Connected):
 
     async def _close_session(self, *, guest_stays: bool) -> None:
         await self.session.close(guest_stays=guest_stays)
-        self.ledger.encodings = self.session.sender.encodings
+        self.ledger.memory.encodings = self.session.sender.encodings
 
 
 class Prepared(Opened):
@@ -168,8 +168,8 @@ class Prepared(Opened):
     def figures(self) -> Figures:
         ledger, precopy = self.ledger, self.precopy
         remaining_bytes = precopy.remaining_pages * PAGE_SIZE
-        if not ledger.rounds:
-            remaining_bytes = max(0, (ledger.memory_pages - ledger.sparse_pages) * PAGE_SIZE - self.sent_bytes())
+        if not ledger.rounds.rows:
+            remaining_bytes = max(0, (ledger.memory.pages - ledger.memory.sparse_pages) * PAGE_SIZE - self.sent_bytes())
         return Figures(
             remaining_bytes, precopy.bandwidth.bytes_per_s, precopy.dirty_pages_per_s, precopy.throttle_percent
         )

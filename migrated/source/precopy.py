@@ -66,7 +66,7 @@ class Transfer:
         else:
             runs = await asyncio.to_thread(self.dirty_log.collect)
         self.scan_ns = time.monotonic_ns() - begin_ns
-        self.ledger.dirty_syncs += 1
+        self.ledger.memory.dirty_syncs += 1
         return runs
 
     async def send_round(self, runs: Runs) -> Sent:
@@ -78,9 +78,9 @@ class Transfer:
             self.dirty_log.restore(runs)
             raise
         self.control.send(messages.RoundEnd(round=self.round, pages=sent.normal_pages, zero_pages=sent.zero_pages))
-        self.ledger.normal_pages += sent.normal_pages
-        self.ledger.zero_pages += sent.zero_pages
-        self.ledger.postponed_pages += sent.postponed_pages
+        self.ledger.memory.normal_pages += sent.normal_pages
+        self.ledger.memory.zero_pages += sent.zero_pages
+        self.ledger.memory.postponed_pages += sent.postponed_pages
         return sent
 
     async def send_iteration(self, device: DeviceDescription, iteration: int) -> int:
@@ -184,7 +184,7 @@ class Precopy:
         transfer.scan_ns = 0  # arming walks everything once: it tells nothing about what a scan costs
         self._refuse_hopeless()
         runs = await asyncio.to_thread(transfer.memory.data_runs)  # the kernel walks all of it: 16 ms per GiB
-        transfer.ledger.sparse_pages = transfer.memory.pages - count_pages(runs)
+        transfer.ledger.memory.sparse_pages = transfer.memory.pages - count_pages(runs)
         while True:
             scanned = transfer.memory.pages if transfer.round else count_pages(runs)
             row = await self._round(runs, scanned)
@@ -209,8 +209,8 @@ class Precopy:
             self._parameters(), prediction, self.curve, Observation(dirty_pages, elapsed_s, bandwidth)
         )
         ledger = self._transfer.ledger
-        ledger.prediction = prediction
-        ledger.add_round(
+        ledger.rounds.prediction = prediction
+        ledger.rounds.add(
             row.model_copy(
                 update={
                     "dirty_pages": dirty_pages,
@@ -234,7 +234,7 @@ class Precopy:
         self._say(prediction.explain(limit_of(self._parameters())), prediction)
         reason = self._decider.hopeless(self._parameters(), prediction)
         if reason is not None:
-            self._transfer.ledger.prediction = prediction
+            self._transfer.ledger.rounds.prediction = prediction
             raise RefusedError(reason)
 
     async def _round(self, runs: Runs, scanned_pages: int) -> RoundRow:
@@ -255,8 +255,8 @@ class Precopy:
         # What is left is counted in pages: where encodings gain, they move faster than their bytes.
         self.bandwidth.add(max(sent.wire_bytes, sent.normal_pages * PAGE_SIZE) + device_bytes, ns)
         ledger = transfer.ledger
-        ledger.precopy_bytes += acknowledged_bytes
-        ledger.precopy_pages += sent.normal_pages + sent.zero_pages
+        ledger.memory.precopy_bytes += acknowledged_bytes
+        ledger.memory.precopy_pages += sent.normal_pages + sent.zero_pages
         return RoundRow(
             round=number,
             scanned_pages=scanned_pages,

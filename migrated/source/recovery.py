@@ -16,7 +16,7 @@ from migrated.errors import VmmError
 from migrated.guests import Guest
 from migrated.journal import Attempt
 from migrated.parameters import MigrationParameters, limit_of
-from migrated.progress import Progress
+from migrated.progress import Moved, Progress, Standing, snapshot
 from migrated.record.terms import Outcome, Status
 from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import OutgoingLedger
@@ -98,37 +98,22 @@ class RecoveredHandover:
         status: Status = "in-doubt"
         if self._handover.finished.is_set():
             status = "completed" if self._handover.state is SourceState.RETIRED else "failed"
-        return Progress(
+        standing = Standing(
             migration_id=attempt.migration_id,
             guest=attempt.guest,
             role="source",
             peer=attempt.facts["peer"],
-            status=status,
-            phase=str(self._handover.state),
+            destination=attempt.facts["peer"],
             started_at=attempt.facts["started_at"],
             elapsed_ns=max(0, int((datetime.now(UTC) - self._started).total_seconds() * 1e9)),
-            setup_ns=0,
-            round=0,
-            dirty_sync_count=0,
-            total_bytes=self._guest.memory_bytes if self._guest is not None else 0,
-            transferred_bytes=0,
-            remaining_bytes=0,
-            normal_pages=0,
-            zero_pages=0,
-            bandwidth_bytes_per_s=0.0,
-            dirty_rate_pages_per_s=0.0,
-            predicted_downtime_ns=None,
-            predicted_upper_ns=None,
-            predicted_parts_ns={},
+            status=status,
+            phase=str(self._handover.state),
+            memory_bytes=self._guest.memory_bytes if self._guest is not None else 0,
             downtime_limit_ns=limit_of(parameters),
-            downtime_ns=None,
-            throttle_percent=0,
             decision="taken up again after a restart of the daemon",
-            destination=attempt.facts["peer"],
-            acknowledged=None,
             reason=self._handover.reason,
-            rounds=(),
         )
+        return snapshot(standing, Moved())
 
     async def close(self) -> None:
         """Stop asking; the journal keeps what is open."""

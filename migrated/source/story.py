@@ -117,7 +117,7 @@ class Story:
         env, ledger = self._env, self._ledger
         description = await self._guest.vmm.describe()
         self.guest_class = class_key(description)
-        ledger.memory_pages = description.pages
+        ledger.memory.pages = description.pages
         ledger.devices = {(d.name, d.kind): DeviceFigures(d) for d in description.devices}
         self._view.say("negotiating")
         offer = await offer_of(self._guest.vmm, description)
@@ -130,7 +130,7 @@ class Story:
         opened = self.phase = Opened(session, ledger)
         # The session took the cap from when it was opened; it may have changed since.
         session.sender.pace(self._parameters().max_bandwidth_bytes_per_s)
-        ledger.dirty_tracking = session.tracking.log.mode
+        ledger.memory.dirty_tracking = session.tracking.log.mode
         ledger.destination_host = session.welcome.host
         for cost in session.welcome.load_costs:
             if (figures := ledger.devices.get((cost.name, cost.kind))) is not None:

@@ -139,7 +139,7 @@ class Switchover:
 
     def _tell_downtime(self) -> None:
         elapsed_ns = self._budget.counted_ns(time.monotonic_ns())
-        self._ledger.source_reported_ns = elapsed_ns
+        self._ledger.blackout.source_reported_ns = elapsed_ns
         self._control.send(
             messages.Downtime(
                 epoch=self._handover.epoch,
@@ -169,7 +169,7 @@ class Switchover:
         await self._hold.wait()
         end_ns = time.monotonic_ns()
         self._budget.hold_ends(end_ns)
-        self._ledger.hold_ns = self._budget.held_ns
+        self._ledger.blackout.hold_ns = self._budget.held_ns
         self._ledger.part(Part.HOLD, self._state_begin_ns, end_ns)
         self._state_begin_ns = end_ns
 
@@ -191,7 +191,7 @@ class Switchover:
             iterable_ns = time.monotonic_ns()
             await self._save_devices("non-iterable", sending)
             pages_ns = await pages
-            ledger.downtime_bytes += sum(await asyncio.gather(*sending))
+            ledger.memory.downtime_bytes += sum(await asyncio.gather(*sending))
         finally:
             for task in (pages, *sending):
                 task.cancel()
@@ -223,8 +223,8 @@ class Switchover:
     def _end_state(self) -> None:
         """Tell the destination what must be there for READY."""
         digest = self._transfer.sender.digest
-        self._ledger.source_digest = digest.value if digest is not None else None
-        self._ledger.source_reported_ns = elapsed_ns = self._budget.counted_ns(time.monotonic_ns())
+        self._ledger.blackout.source_digest = digest.value if digest is not None else None
+        self._ledger.blackout.source_reported_ns = elapsed_ns = self._budget.counted_ns(time.monotonic_ns())
         self._state_sent_ns = time.monotonic_ns()  # before the write: the answer cannot come earlier
         self._control.send(
             messages.StateEnd(
@@ -240,8 +240,8 @@ class Switchover:
     async def _send_pages(self, runs: Runs) -> int:
         """Send one more round in the blackout. Returns when its last byte was handed to the kernel."""
         sent = await self._transfer.send_round(runs)
-        self._ledger.downtime_bytes += sent.wire_bytes
-        self._ledger.downtime_pages += sent.normal_pages + sent.zero_pages
+        self._ledger.memory.downtime_bytes += sent.wire_bytes
+        self._ledger.memory.downtime_pages += sent.normal_pages + sent.zero_pages
         self._tell_downtime()
         return time.monotonic_ns()
 
@@ -353,7 +353,7 @@ class Switchover:
             completing_ns = min(ready.completing_ns, waited_ns)
             ledger.add_part(Part.COMPLETING, completing_ns)
             ledger.add_part(Part.STATE_END_AND_READY_LEGS, waited_ns - completing_ns)
-        verdict = self._budget.judge_ready(ready.digest, ledger.source_digest, time.monotonic_ns())
+        verdict = self._budget.judge_ready(ready.digest, ledger.blackout.source_digest, time.monotonic_ns())
         await handover.take(verdict.event, self._control, verdict.reason)
 
     # Section: the account
@@ -380,7 +380,7 @@ class Switchover:
         ledger.add_part(Part.COMMIT_LEG, leg_ns)
         ledger.add_part(Part.RESUME, running.resumed_after_ns)
         ledger.checkpoint(QemuCheckpoint.DOWNTIME_END, interval.measured_ns)
-        ledger.interval = interval
+        ledger.blackout.interval = interval
         ledger.ended_ns = self._budget.t0_ns + interval.measured_ns
 
     def _aborted(self) -> None:
@@ -388,12 +388,12 @@ class Switchover:
         handover, ledger = self._handover, self._ledger
         if not handover.resumed_at_ns:
             return
-        accounted_ns = self._budget.t0_ns + sum(part.ns for part in ledger.parts)
+        accounted_ns = self._budget.t0_ns + sum(part.ns for part in ledger.blackout.parts)
         ledger.part(Part.UNTIL_ABORT, min(accounted_ns, handover.resume_begin_ns), handover.resume_begin_ns)
         ledger.part(Part.RESUME_ON_SOURCE, handover.resume_begin_ns, handover.resumed_at_ns)
         pause_ns = handover.resumed_at_ns - self._budget.t0_ns
         ledger.checkpoint(QemuCheckpoint.DOWNTIME_END, pause_ns)
-        ledger.interval = DowntimeInterval(pause_ns, pause_ns)
+        ledger.blackout.interval = DowntimeInterval(pause_ns, pause_ns)
         ledger.ended_ns = handover.resumed_at_ns
 
 

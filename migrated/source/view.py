@@ -10,7 +10,7 @@ import structlog
 from migrated.environment import Environment
 from migrated.parameters import limit_of
 from migrated.prediction.model import Prediction
-from migrated.progress import Progress
+from migrated.progress import Moved, Progress, Standing, snapshot
 from migrated.record.terms import Status
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.listener import Listener
@@ -67,13 +67,13 @@ class View:
     def say_round(self, sentence: str, prediction: Prediction) -> None:
         """Why the guest has not been stopped yet, or is now, and the prediction behind it."""
         self._prediction = prediction
-        log.debug("round", round=self._ledger.round_count, decision=sentence)
+        log.debug("round", round=self._ledger.rounds.count, decision=sentence)
         self.tell_passes()
         self.say(sentence)
 
     def tell_passes(self) -> None:
         """MIGRATION_PASS for every read of the dirty log since the last time, as QEMU has it."""
-        while self._passes_told < self._ledger.dirty_syncs:
+        while self._passes_told < self._ledger.memory.dirty_syncs:
             self._passes_told += 1
             self._env.publish(
                 "MIGRATION_PASS",
@@ -89,35 +89,39 @@ class View:
             reason: why the attempt ended, None while it has not, and when it completed.
         """
         ledger, figures, prediction = self._ledger, phase.figures(), self._prediction
-        sent_bytes = phase.sent_bytes() if not ledger.ended_ns else ledger.precopy_bytes + ledger.downtime_bytes
-        return Progress(
+        memory, rounds, interval = ledger.memory, ledger.rounds, ledger.blackout.interval
+        standing = Standing(
             migration_id=ledger.migration_id,
             guest=ledger.guest,
             role="source",
             peer=ledger.peer,
-            status=self.status,
-            phase=label,
+            destination=ledger.destination_host,
             started_at=ledger.started_at,
             elapsed_ns=(ledger.ended_ns or time.monotonic_ns()) - ledger.began_ns,
+            status=self.status,
+            phase=label,
+            memory_bytes=memory.pages * PAGE_SIZE,
+            downtime_limit_ns=limit_of(ledger.parameters),
+            decision=self._decision,
+            reason=reason,
+        )
+        moved = Moved(
             setup_ns=ledger.setup_ns,
-            round=ledger.round_count,
-            dirty_sync_count=ledger.dirty_syncs,
-            total_bytes=ledger.memory_pages * PAGE_SIZE,
-            transferred_bytes=sent_bytes,
-            remaining_bytes=0 if self.status == "completed" else figures.remaining_bytes,
-            normal_pages=ledger.normal_pages,
-            zero_pages=ledger.zero_pages,
+            round=rounds.count,
+            dirty_sync_count=memory.dirty_syncs,
+            transferred_bytes=memory.sent_bytes if ledger.ended_ns else phase.sent_bytes(),
+            remaining_bytes=figures.remaining_bytes,
+            normal_pages=memory.normal_pages,
+            zero_pages=memory.zero_pages,
             bandwidth_bytes_per_s=figures.bandwidth_bytes_per_s,
             dirty_rate_pages_per_s=figures.dirty_rate_pages_per_s,
-            predicted_downtime_ns=prediction.total_ns if prediction is not None else None,
-            predicted_upper_ns=prediction.upper_ns if prediction is not None else None,
-            predicted_parts_ns=prediction.parts() if prediction is not None else {},
-            downtime_limit_ns=limit_of(ledger.parameters),
-            downtime_ns=ledger.interval.measured_ns if ledger.interval is not None else None,
             throttle_percent=figures.throttle_percent,
-            decision=self._decision,
-            destination=ledger.destination_host,
+            rounds=tuple(rounds.rows),
+        )
+        return snapshot(
+            standing,
+            moved,
+            prediction=prediction,
+            downtime_ns=interval.measured_ns if interval is not None else None,
             acknowledged=self._listener.acknowledged,
-            reason=reason,
-            rounds=tuple(ledger.rounds),
         )

@@ -150,14 +150,12 @@ def test_migration_info_has_qemus_members_in_qemus_units(progress_of: Any, recor
     assert (running["status"], running["total-time"], running["setup-time"]) == ("active", 700, 20)
     assert (running["expected-downtime"], running["remaining"]) == (412, 12 << 20)
     assert "downtime" not in running
-    ended = migration_info(
-        progress_of(status="completed", downtime_ns=66_400_000, remaining_bytes=0), record_of().document()
-    )
+    ended = migration_info(progress_of(status="completed", downtime_ns=66_400_000, remaining_bytes=0), record_of())
     assert ended["downtime"] == 66
     assert "remaining" not in ended
     assert "expected-downtime" not in ended
     assert ended["ram"]["downtime-bytes"] == 10 << 20
-    remembered = recorded_info(record_of(outcome="aborted", reason="Too late.").document())
+    remembered = recorded_info(record_of(outcome="aborted", reason="Too late."))
     assert (remembered["status"], remembered["error-desc"], remembered["downtime"]) == ("failed", "Too late.", 66)
     for info in (running, ended, remembered):
         check_arguments(info["ram"], [Argument(name, kind, "", required=True) for name, kind in RAM_MEMBERS.items()])

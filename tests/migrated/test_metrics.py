@@ -51,6 +51,18 @@ def test_finished_attempts_are_counted_by_what_they_were(
     assert found["migrated_transferred_bytes_total", "source"] == 4 * (300 << 20)
 
 
+def test_what_an_operator_held_is_no_error_of_the_prediction(
+    record_of: Callable[..., Any], downtime_of: Callable[..., Any]
+) -> None:
+    """Predicted 60 ms with a bound of 75; the guest stood still for 1,066 ms, of which 1,000 were held."""
+    metrics = Metrics()
+    metrics.observe(record_of(downtime=downtime_of(1_066_000_000, hold_ns=1_000_000_000)), "source")
+    found = values(metrics)
+    assert found["migrated_downtime_seconds_sum", "source"] == pytest.approx(1.066)
+    assert found["migrated_prediction_error_ratio_sum", "source"] == pytest.approx(6 / 66)
+    assert found.get(("migrated_prediction_bound_exceeded_total", "source"), 0) == 0
+
+
 def test_what_runs_now_is_told_and_forgotten_when_it_ends(progress_of: Callable[..., Any]) -> None:
     metrics = Metrics()
     assert values(metrics)["migrated_in_doubt", "source"] == 0

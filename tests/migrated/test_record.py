@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -87,6 +88,22 @@ def test_the_document_names_every_checkpoint_phase_outcome_and_piece_of_a_predic
     assert {piece.label for piece in PredictedPart} <= named
     # A hold is a phase of the progress only, and so is the end; in a record the hold is a part.
     assert {phase.value for phase in Phase} - {Phase.HOLD, Phase.FINISH} <= named
+
+
+def test_no_part_checkpoint_or_phase_is_spelled_outside_the_tables() -> None:
+    """Of words that mean nothing else: one that a status or a component has too may be spelled."""
+    others = {*get_args(Status), *Component, *(piece.label for piece in PredictedPart)}
+    names = {part.label for part in Part if "-" in part.label} | {point.label for point in QemuCheckpoint}
+    names |= {phase.value for phase in Phase if phase.value.startswith("Ram")}
+    assert len(names - others) > 20
+    spelled = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}"
+        for path in (ROOT / "migrated").rglob("*.py")
+        if path.parent.name != "record"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in names - others
+    ]
+    assert spelled == []
 
 
 def test_a_part_is_found_by_its_name_and_side_and_an_unknown_one_is_not() -> None:
