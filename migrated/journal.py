@@ -3,7 +3,8 @@
     <crc32 of the rest, 8 hex digits> {"at": ..., "migration_id": ..., "epoch": ..., "role": ..., "decision": ...}
 
 A decision is written before the message that tells it leaves; fsync follows in the background, because a guest's
-memory dies with its host anyway. A last line that was torn by a crash is recognised by its checksum and ignored.
+memory dies with its host anyway. A line that was torn, by a crash or a full disk, is recognised by its checksum or the
+missing end of line, and ignored: what it would have said was never acted on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ KEPT_ATTEMPTS: Final = 2000
 """Attempts kept when the journal is rewritten at start; a late COMMIT for an older one is answered as unknown."""
 
 _SYNC_DELAY_S: Final = 0.2
+_END_OF_TORN: Final = b"#\n"
+"""Ends a torn line before the next entry. A line that lacked nothing but its end must not become whole by that."""
 
 log = structlog.get_logger()
 
@@ -70,6 +73,7 @@ class Journal:
         self._epochs: dict[str, int] = {}
         self._syncs: set[asyncio.Future[None]] = set()
         self._sync_timer: asyncio.TimerHandle | None = None
+        self._ends_torn = False
         self.torn_lines = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -144,14 +148,13 @@ class Journal:
             self._fd = -1
 
     def _append(self, entry: dict[str, Any]) -> None:
-        line = _pack(entry)
+        line = (_END_OF_TORN if self._ends_torn else b"") + _pack(entry)
         try:
             written = os.write(self._fd, line)
         except OSError as error:
             raise JournalError(f"the journal {self._path} cannot be written: {error.strerror}") from error
-        if written != len(line):
-            with contextlib.suppress(OSError):
-                os.write(self._fd, b"\n")  # so that the next entry begins on a line of its own
+        self._ends_torn = written != len(line)
+        if self._ends_torn:
             raise JournalError(f"the journal {self._path} took only {written} of {len(line)} bytes: the disk is full")
         self._apply(entry)
         self._sync_later()
@@ -188,9 +191,7 @@ class Journal:
             data = self._path.read_bytes()
         except FileNotFoundError:
             return
-        for line in data.split(b"\n"):
-            if not line:
-                continue
+        for line in data.splitlines(keepends=True):
             entry = _unpack(line)
             if entry is None:
                 self.torn_lines += 1
@@ -228,7 +229,7 @@ def _pack(entry: dict[str, Any]) -> bytes:
 def _unpack(line: bytes) -> dict[str, Any] | None:
     checksum, _, body = line.partition(b" ")
     try:
-        if int(checksum, 16) != zlib.crc32(body):
+        if not body.endswith(b"\n") or int(checksum, 16) != zlib.crc32(body[:-1]):
             return None
         entry: dict[str, Any] = json.loads(body)
     except ValueError:

@@ -57,13 +57,15 @@ async def measure(aborts: int, busy: bool) -> tuple[list[Abort], list[str]]:
             await pair.b.create_guest("busy", 256, profile="busy")
         proxy = pair.way_to(pair.b)
         for number in range(aborts):
-            if number % 2:
-                proxy.arm(AtFrame(FrameType.DOWNTIME), Cut())
+            cut = proxy.arm(AtFrame(FrameType.DOWNTIME), Cut()) if number % 2 else None
             record = await pair.a.migrate("g1", proxy.uri, **FORCED)
             proxy.heal()
             await pair.settled("g1")
             if record["outcome"] != "aborted":
                 violations.append(f"attempt {number} is {record['outcome']}: {record['reason']}")
+                continue
+            if cut is not None and not cut.fired_at_ns:
+                violations.append(f"the network of attempt {number} was never cut: {record['reason']}")
                 continue
             abort = abort_of(record)
             found.append(abort)

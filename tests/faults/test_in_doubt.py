@@ -205,8 +205,9 @@ async def test_migratectl_says_in_doubt_and_resolves_with_a_warning(doubtful: Fa
         return CliRunner().invoke(main, ["--socket", str(doubtful.a.socket), *arguments])
 
     proxy = doubtful.way_to(doubtful.b)
-    proxy.arm(AtFrame(FrameType.RUNNING), Cut((Way.TO_SOURCE,)))
+    fault = proxy.arm(AtFrame(FrameType.RUNNING), Cut((Way.TO_SOURCE,)))
     ran = await asyncio.to_thread(migratectl, "--json", "migrate", "g1", proxy.uri, "--downtime-limit", "20s")
+    assert fault.fired_at_ns
     assert ran.exit_code == 4
     record = json.loads(ran.stdout)
     assert record["outcome"] == "in-doubt"

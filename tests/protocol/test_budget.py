@@ -47,13 +47,25 @@ def test_the_budget_is_spent_in_any_ratio(limit: int, tolerance: int, source: in
     assert abort_limit_ns(rule) == limit + tolerance
     assert must_abort(rule, source, destination) == must_abort(rule, source + destination, 0)
     assert must_abort(rule, source, destination) == must_abort(limits(limit + tolerance), source, destination)
-    assert must_abort(rule, source, destination) == (source + destination >= limit + tolerance)
 
 
-@given(ns, ns, ns)
-def test_commit_needs_room_for_its_own_leg(limit: int, elapsed: int, reserve: int) -> None:
-    assert may_commit(limits(limit), elapsed, reserve) == (elapsed + reserve <= limit)
-    assert may_commit(limits(limit, abort=False), elapsed, reserve)
+@pytest.mark.parametrize(
+    ("elapsed_ns", "reserve_ns", "fits"),
+    [
+        (0, 0, True),
+        (90 * MS, 10 * MS, True),
+        (90 * MS, 10 * MS + 1, False),
+        (90 * MS + 1, 10 * MS, False),
+        (100 * MS, 0, True),
+        (100 * MS, 1, False),
+        (0, 100 * MS, True),
+        (0, 100 * MS + 1, False),
+    ],
+)
+def test_commit_needs_room_for_its_own_leg(elapsed_ns: int, reserve_ns: int, fits: bool) -> None:
+    assert may_commit(limits(100 * MS), elapsed_ns, reserve_ns) is fits
+    assert may_commit(limits(60 * MS, 40 * MS), elapsed_ns, reserve_ns) is fits
+    assert may_commit(limits(100 * MS, abort=False), elapsed_ns, reserve_ns)
 
 
 @given(ns, ns)

@@ -91,7 +91,10 @@ async def test_a_guest_survives_the_way_there_and_back(house: Any, workload: str
     assert fired_ns - armed_ns >= 2_499_000_000
     verdict = await third.call("verify")
     assert verdict["ok"], verdict["message"]
-    assert third.run_log()[0]["monotonic_ns"] > second.run_log()[-1]["monotonic_ns"] - 10_000_000_000
+    (stopped,) = (entry for entry in second.run_log() if entry["event"] == "stop")
+    assert third.run_log()[0]["event"] == "run"
+    assert third.run_log()[0]["monotonic_ns"] >= stopped["monotonic_ns"], "one after the other"
+    assert third.run_log()[0]["step"] == stopped["step"]
     assert third.run_log()[0]["epoch"] == 2
 
 
