@@ -16,6 +16,7 @@ from migrated.link.security import LinkSecurity
 from migrated.prediction.knowledge import Knowledge
 from migrated.record.model import Record
 from migrated.record.terms import Role
+from migrated.run_marks import RunMarks
 from migrated.vmm.resume_costs import ResumeCosts
 
 DaemonRole = Literal["source", "destination", "host"]
@@ -29,6 +30,7 @@ class Environment:
     Attributes:
         security: whom this host talks to, and how.
         knowledge: what past records taught about switchovers.
+        run_marks: the daemon's own word on which guests ran here.
         resume_costs: what resuming guests took on this host.
         finish: takes each finished record, with this host's part in it.
         publish: sends a QMP event: name and data.
@@ -40,6 +42,7 @@ class Environment:
     clock: HostClock
     security: LinkSecurity
     journal: Journal
+    run_marks: RunMarks
     guests: GuestRegistry
     knowledge: Knowledge
     resume_costs: ResumeCosts

@@ -24,6 +24,7 @@ from typing import Any, Final
 import structlog
 
 from migrated.record.terms import Role
+from protocol.answers import may_close
 from protocol.handover import Decision
 
 KEPT_ATTEMPTS: Final = 2000
@@ -113,8 +114,18 @@ class Journal:
         """
         self._append({"migration_id": migration_id, "role": role, "decision": decision.value})
 
-    def close_attempt(self, migration_id: str, role: Role) -> None:
-        """Say that nothing of the attempt is left to do after a restart."""
+    def close_attempt(self, migration_id: str, role: Role, *, overtaken: bool = False) -> None:
+        """Say that nothing of the attempt is left to do after a restart.
+
+        Without effect for an incoming attempt whose end could not be journaled: a restarted daemon takes it up again,
+        or the source would never hear how it ended.
+
+        Args:
+            overtaken: a later epoch of the guest stands for it.
+        """
+        attempt = self._attempts.get((migration_id, role))
+        if role == "destination" and not overtaken and attempt is not None and not may_close(attempt.decisions):
+            return
         with contextlib.suppress(JournalError):
             self._append({"migration_id": migration_id, "role": role, "decision": "closed"})
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from scripts import prove_aborts, prove_matrix, soak
 from scripts.basics import say
-from tests.explorer.explorer import Model, explore
-from tests.explorer.mutants import MUTANTS
-from tests.explorer.simulator import simulate
+from scripts.proof.explorer import explore
+from scripts.proof.model import Model
+from scripts.proof.mutants import MUTANTS
+from scripts.proof.simulator import simulate
 
 
 def prove_explorer(options: argparse.Namespace) -> tuple[dict[str, int], bool]:

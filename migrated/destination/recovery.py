@@ -16,7 +16,7 @@ from migrated.guests import Guest
 from migrated.journal import Attempt
 from migrated.link.reply import Reply
 from protocol.errors import RemoteProtocolError
-from protocol.handover import DestinationEvent, destination_state_of
+from protocol.handover import DestinationEvent, DestinationState, destination_state_of
 
 log = structlog.get_logger()
 
@@ -63,6 +63,11 @@ class RecoveredTakeover:
         await takeover.finished.wait()
         log.info("the incoming migration is settled", state=takeover.state)
         self._env.journal.close_attempt(self._attempt.migration_id, "destination")
+
+    @property
+    def state(self) -> DestinationState:
+        """The hand-over's state."""
+        return self._takeover.state
 
     def is_older_than(self, guest: str, epoch: int) -> bool:
         """Whether an offer of ``epoch`` is of this guest and newer than what is still open here."""

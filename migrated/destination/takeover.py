@@ -1,4 +1,4 @@
-"""The destination's hand-over: READY or NO, then COMMIT or nothing. Carries out what protocol/handover.py decides.
+"""The destination's hand-over: READY or NO, then COMMIT or nothing. Carries out what protocol/executor.py asks for.
 
 It serves a migration that is under way as well as one that a restarted daemon found in its journal, so there is one
 place that can make an incoming guest run.
@@ -19,8 +19,11 @@ from migrated.errors import LinkLostError, VmmError
 from migrated.guests import Guest
 from migrated.journal import JournalError
 from migrated.link.reply import Reply
-from protocol import messages
-from protocol.handover import Action, Decision, DestinationEvent, DestinationState, destination_machine
+from migrated.run_marks import RunMarkError
+from migrated.transitions import Transitions
+from protocol import executor, messages
+from protocol.executor import DONE, DestinationEffect, DestinationExecutor, Outcome, Result, failed
+from protocol.handover import Decision, DestinationEvent, DestinationState
 from protocol.messages import Message, NoCause
 
 log = structlog.get_logger()
@@ -35,6 +38,10 @@ class ResumeTimes:
     end_ns: int
 
 
+def _nothing_loaded() -> messages.Ready:
+    raise RuntimeError("only LOADING leads to READY, and whoever loads a guest sets make_ready first")
+
+
 class Takeover:
     """One epoch of one incoming guest.
 
@@ -44,6 +51,11 @@ class Takeover:
         guest: the incoming guest, None when its process is gone.
         state: where it begins; not LOADING only after a restart of the daemon.
         keep_paused: the guest was paused on the source; it arrives paused.
+
+    Attributes:
+        make_ready: makes the READY message when it is voted; set by who loads the guest.
+        resume_times: of the resume, None before it and after a restart of the daemon.
+        finished: set when it is decided who runs the guest, and that is carried out.
     """
 
     def __init__(
@@ -57,32 +69,38 @@ class Takeover:
         keep_paused: bool = False,
     ) -> None:
         self.epoch = epoch
-        self.reason: str | None = None
-        self.cause: NoCause = "fault"
         self.resume_times: ResumeTimes | None = None
-        self.make_ready: Callable[[], messages.Ready] | None = None
+        self.make_ready: Callable[[], messages.Ready] = _nothing_loaded
         self.finished = asyncio.Event()
         self._env = env
         self._migration_id = migration_id
         self._guest_name = guest_name
         self._guest = guest
-        self._machine = destination_machine(state)
+        self._keep_paused = keep_paused
+        self._executor = DestinationExecutor(
+            state, locks=env.config.lock.directory is not None, keep_paused=keep_paused
+        )
         self._lock = asyncio.Lock()
         self._commit_read_ns = 0
-        self._keep_paused = keep_paused
-        self._transitions: list[tuple[int, DestinationState, DestinationEvent, DestinationState]] = []
-        if state in (DestinationState.RUNNING, DestinationState.DISCARDED):
+        self._commit_journaled_ns = 0
+        self._transitions = Transitions()
+        if self._executor.final:
             self.finished.set()
 
     @property
     def state(self) -> DestinationState:
         """The hand-over's state."""
-        return self._machine.state
+        return self._executor.state
+
+    @property
+    def reason(self) -> str | None:
+        """Why the guest was discarded, or could not be resumed yet; None when neither is so."""
+        return self._executor.reason
 
     @property
     def awaits_decision(self) -> bool:
         """READY was voted and only the source decides."""
-        return self._machine.state is DestinationState.READY
+        return self.state is DestinationState.READY
 
     async def take(
         self,
@@ -93,7 +111,7 @@ class Takeover:
         cause: NoCause = "fault",
         read_at_ns: int = 0,
     ) -> None:
-        """Feed one event to the machine and carry out what it asks for.
+        """Something happened: carry out all that it asks for.
 
         Args:
             reply: where answers go; None when the peer cannot be reached.
@@ -104,163 +122,160 @@ class Takeover:
             IllegalEventError: the peer broke the hand-over.
         """
         async with self._lock:
-            before = self._machine.state
+            before = self.state
             if event is DestinationEvent.COMMIT and before is DestinationState.READY:
                 self._commit_read_ns = read_at_ns or time.monotonic_ns()
-            if reason is not None and before in (DestinationState.LOADING, DestinationState.READY):
-                self.reason, self.cause = reason, cause
-            actions = self._machine.take(event)
-            if before is not self._machine.state:
-                self._transitions.append((time.monotonic_ns(), before, event, self._machine.state))
-            await self._carry_out(actions, reply)
-            if self._machine.state in (DestinationState.RUNNING, DestinationState.DISCARDED):
-                self._log_transitions()
-                self.finished.set()
-            resume = Action.RESUME_GUEST in actions and self._machine.state is DestinationState.COMMITTED
-            follow_up = await self._resume() if resume else None
-        if follow_up is not None:
-            await self.take(follow_up, reply, reason=self.reason)
-
-    def _log_transitions(self) -> None:
-        """Say what happened, now that no guest waits: a log that blocks must not cost downtime."""
-        begin_ns = self._transitions[0][0] if self._transitions else 0
-        for at_ns, before, event, state in self._transitions:
-            log.debug("hand-over", after_ms=round((at_ns - begin_ns) / 1e6, 3), state=state, was=before, because=event)
-        self._transitions.clear()
-
-    async def _carry_out(self, actions: tuple[Action, ...], reply: Reply | None) -> None:
-        unproved = False
-        for action in actions:
-            if unproved and action in (Action.SEND_DISCARDED, Action.SEND_NO):
-                continue  # what is not journaled must not be told; the source asks again
-            try:
-                await self._act(action, reply)
-            except JournalError as error:
-                log.error("a decision could not be journaled", decision=action, reason=str(error))
-                if action in (Action.JOURNAL_READY, Action.JOURNAL_COMMIT):
-                    self.reason, self.cause = str(error), "fault"
-                    await self._carry_out(self._machine.take(DestinationEvent.JOURNAL_FAILED), reply)
-                    return
-                unproved = action is Action.JOURNAL_DISCARD
-
-    async def _act(self, action: Action, reply: Reply | None) -> None:
-        match action:
-            case Action.JOURNAL_READY:
-                self._journal(Decision.READY)
-            case Action.JOURNAL_COMMIT:
-                self._journal(Decision.COMMIT)
-            case Action.JOURNAL_RUNNING:
-                self._journal(Decision.RUNNING)
-            case Action.JOURNAL_DISCARD:
-                self._journal(Decision.DISCARD)
-            case Action.SEND_READY:
-                assert self.make_ready is not None  # only LOADING leads here, and loading sets it
-                self._send(reply, self.make_ready())
-            case Action.SEND_NO:
-                self._send(reply, messages.No(epoch=self.epoch, cause=self.cause, reason=self._why()))
-            case Action.SEND_RUNNING:
-                self._send(reply, self._running())
-            case Action.SEND_DISCARDED:
-                self._send(reply, messages.Discarded(epoch=self.epoch, reason=self._why()))
-            case Action.SEND_OPEN:
-                open_ = messages.OutcomeOpen(epoch=self.epoch, reason="the destination is resuming the guest")
-                self._send(reply, open_)
-            case Action.DESTROY_GUEST:
-                await self._destroy()
-            case Action.RESUME_GUEST:
-                pass  # after the other actions, in take(): its result is the next event
-            case Action.REFUSE:
+            accepted = self._executor.take(event, reason, cause)
+            self._transitions.note(before, event, self.state)
+            while (effect := self._executor.effect) is not None:
+                before = self.state
+                self._executor.done(await self._carry_out(effect, reply))
+                self._transitions.note(before, effect, self.state)
+            if not accepted:
                 log.warning("too late to give up: the source decides now", state=self.state)
-            case _:
-                raise AssertionError(f"{action} is not an action of a destination")
+            if self._executor.final:
+                self._transitions.log()
+                self.finished.set()
 
-    def _journal(self, decision: Decision) -> None:
-        self._env.journal.decide(self._migration_id, "destination", decision)
+    async def _carry_out(self, effect: DestinationEffect, reply: Reply | None) -> Outcome:
+        match effect:
+            case executor.Journal(decision=decision):
+                return self._journal(decision)
+            case executor.TakeLock():
+                return await self._take_lock()
+            case executor.LookAtGuest():
+                return await self._look()
+            case executor.WriteMark():
+                return self._mark(ran=True)
+            case executor.WithdrawMark():
+                return self._mark(ran=False)
+            case executor.ResumeGuest():
+                return await self._resume()
+            case executor.EndGuest():
+                return await self._end_guest()
+            case executor.DestroyGuest():
+                return await self._destroy()
+            case executor.SendReady():
+                return self._send(reply, self.make_ready())
+            case executor.SendNo(cause=cause, reason=reason):
+                return self._send(reply, messages.No(epoch=self.epoch, cause=cause, reason=reason[:2000]))
+            case executor.SendRunning() | executor.SendDiscarded() | executor.SendOpen():
+                return self._send(reply, answer_message(effect, self.epoch, self.resume_times))
 
-    def _send(self, reply: Reply | None, message: Message) -> None:
+    def _journal(self, decision: Decision) -> Outcome:
+        try:
+            self._env.journal.decide(self._migration_id, "destination", decision)
+        except JournalError as error:
+            log.error("a decision could not be journaled", decision=decision, reason=str(error))
+            return failed(error)
+        if decision is Decision.COMMIT:
+            self._commit_journaled_ns = time.monotonic_ns()
+        return DONE
+
+    def _send(self, reply: Reply | None, message: Message) -> Outcome:
         """Answer where an answer can still be heard: the peer asks again on a fresh connection if it gets none."""
         if reply is not None:
             with contextlib.suppress(LinkLostError):
                 reply.send(message)
+        return DONE
 
-    def _why(self) -> str:
-        return (self.reason or "the destination discarded the guest")[:2000]
+    # Section: the guest
 
-    def _running(self) -> messages.Running:
-        times, now_ns = self.resume_times, time.monotonic_ns()
-        if times is None:  # after a restart of the daemon: when it resumed is not known any more
-            return messages.Running(epoch=self.epoch, resumed_after_ns=0, sent_after_ns=0)
-        return messages.Running(
-            epoch=self.epoch,
-            resumed_after_ns=times.end_ns - times.commit_read_ns,
-            sent_after_ns=now_ns - times.commit_read_ns,
-        )
+    async def _take_lock(self) -> Outcome:
+        if self._guest is None:
+            return _process_gone()
+        try:
+            await self._guest.vmm.take_lock()
+        except VmmError as error:
+            return failed(error)
+        return DONE
 
-    async def _resume(self) -> DestinationEvent | None:
-        """Run the guest.
-
-        Returns:
-            RESUMED; RESUME_FAILED only when it is sure that it never ran and never will; None when neither can be
-            told, so that COMMITTED stands until the source asks again or the daemon is restarted.
-        """
+    async def _look(self) -> Outcome:
         guest = self._guest
-        begin_ns = time.monotonic_ns()
         if guest is None:
-            self.reason = "the incoming guest's process ended before it was resumed"
-            return self._after_end()
+            return _process_gone()
         try:
-            running_at_ns = await self._run(guest)
+            state = (await guest.vmm.status()).state
         except VmmError as error:
-            self.reason = f"the guest could not be resumed: {error}"
-            if await _runs(guest):
-                running_at_ns = time.monotonic_ns()  # the answer was lost, the guest was not
-            else:
-                return await self._make_sure_it_never_runs(guest)
-        if self._commit_read_ns:
-            self.resume_times = ResumeTimes(self._commit_read_ns, begin_ns, running_at_ns)
-        guest.overlay, guest.migration_id = None, None
-        return DestinationEvent.RESUMED
+            return failed(error)
+        if state == "incoming":
+            return Outcome(Result.WAITS)
+        if state == "running" or self._keep_paused:
+            self._is_ours(guest, time.monotonic_ns())  # the answer to a resume was lost, the guest was not
+            return Outcome(Result.RUNS)
+        return Outcome(Result.STANDS)
 
-    async def _run(self, guest: Guest) -> int:
-        """Take the guest over. Returns when it ran, or was ours (monotonic, ns)."""
-        if self._env.config.lock.directory is not None:
-            await guest.vmm.take_lock()
-        state = (await guest.vmm.status()).state
-        if self._keep_paused:
-            if state == "incoming":
+    def _mark(self, *, ran: bool) -> Outcome:
+        marks = self._env.run_marks
+        try:
+            (marks.write if ran else marks.withdraw)(self._guest_name, self.epoch)
+        except RunMarkError as error:
+            log.error("a run mark could not be written", reason=str(error))
+            return failed(error)
+        return DONE
+
+    async def _resume(self) -> Outcome:
+        guest = self._guest
+        if guest is None:
+            return _process_gone()
+        try:
+            if self._keep_paused:
                 await guest.vmm.pause()
-        elif state != "running":
-            return await guest.vmm.resume(self.epoch)
-        return time.monotonic_ns()
-
-    async def _make_sure_it_never_runs(self, guest: Guest) -> DestinationEvent | None:
-        try:
-            await self._env.guests.destroy(guest)
+                self._is_ours(guest, time.monotonic_ns())
+            else:
+                self._is_ours(guest, await guest.vmm.resume(self.epoch))
         except VmmError as error:
-            log.error("the guest could not be resumed, and its process does not end", reason=str(error))
-            return None
-        self._guest = None
-        return self._after_end()
+            return failed(error)
+        return DONE
 
-    def _after_end(self) -> DestinationEvent:
-        """The guest's process is gone: its run log tells whether it ran here."""
+    def _is_ours(self, guest: Guest, at_ns: int) -> None:
+        if self._commit_read_ns:
+            self.resume_times = ResumeTimes(self._commit_read_ns, self._commit_journaled_ns, at_ns)
+        guest.overlay, guest.migration_id = None, None
+
+    async def _end_guest(self) -> Outcome:
+        if self._guest is not None:
+            try:
+                await self._env.guests.destroy(self._guest)
+            except VmmError as error:
+                log.error("the guest could not be resumed, and its process does not end", reason=str(error))
+                return Outcome(Result.UNKNOWN, str(error))
+            self._guest = None
         if self._env.guests.ever_ran(self._guest_name, self.epoch):
             log.error("the guest ran here and its process has ended", guest=self._guest_name)
-            return DestinationEvent.RESUMED
-        return DestinationEvent.RESUME_FAILED
+            return Outcome(Result.RUNS)
+        return Outcome(Result.NEVER_RAN)
 
-    async def _destroy(self) -> None:
+    async def _destroy(self) -> Outcome:
         guest, self._guest = self._guest, None
-        if guest is None:
-            return
-        try:
-            await self._env.guests.destroy(guest)
-        except VmmError as error:
-            log.error("the discarded guest cannot be destroyed; it stays stopped", reason=str(error))
+        if guest is not None:
+            try:
+                await self._env.guests.destroy(guest)
+            except VmmError as error:
+                log.error("the discarded guest cannot be destroyed; it stays stopped", reason=str(error))
+        return DONE
 
 
-async def _runs(guest: Guest) -> bool:
-    try:
-        return (await guest.vmm.status()).state == "running"
-    except VmmError:
-        return False
+def _process_gone() -> Outcome:
+    return failed("the incoming guest's process ended before it was resumed")
+
+
+def answer_message(answer: executor.Answer, epoch: int, times: ResumeTimes | None = None) -> Message:
+    """An answer to a decision that the source told, as a message.
+
+    Args:
+        times: when the guest was resumed, None when that is not known (any more).
+    """
+    match answer:
+        case executor.SendRunning() if times is not None:
+            return messages.Running(
+                epoch=epoch,
+                resumed_after_ns=times.end_ns - times.commit_read_ns,
+                sent_after_ns=time.monotonic_ns() - times.commit_read_ns,
+            )
+        case executor.SendRunning():
+            return messages.Running(epoch=epoch, resumed_after_ns=0, sent_after_ns=0)
+        case executor.SendDiscarded(reason=reason):
+            return messages.Discarded(epoch=epoch, reason=reason[:2000])
+        case executor.SendOpen(reason=reason):
+            return messages.OutcomeOpen(epoch=epoch, reason=reason[:2000])

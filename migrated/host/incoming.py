@@ -12,7 +12,8 @@ import structlog
 
 from migrated.control.operations import OperationError
 from migrated.destination.migration import IncomingMigration
-from migrated.destination.takeover import Takeover
+from migrated.destination.recovery import RecoveredTakeover
+from migrated.destination.takeover import Takeover, answer_message
 from migrated.environment import DaemonRole, Environment
 from migrated.guests import Guest
 from migrated.host.recovery import Recovery
@@ -23,8 +24,9 @@ from migrated.link.sockets import Connection, send_first
 from migrated.progress import Progress
 from migrated.tasks import TaskSet
 from protocol import messages
+from protocol.answers import journaled_answer, newer_epoch, who_answers
 from protocol.errors import ErrorCode, RemoteProtocolError
-from protocol.handover import DestinationEvent, DestinationState, destination_state_of
+from protocol.handover import DestinationEvent
 from protocol.messages import Message
 
 log = structlog.get_logger()
@@ -141,11 +143,12 @@ class IncomingAttempts:
         return None
 
     async def _end_older(self, hello: messages.Hello) -> None:
-        """A newer epoch of a guest is the source's ABORT of an older one whose message was lost."""
+        """See every older attempt of a guest through that is offered with a newer epoch."""
         for incoming in list(self._running.values()):
             takeover = incoming.takeover
             if incoming.guest_name == hello.guest.name and takeover is not None and takeover.epoch < hello.epoch:
-                incoming.outcome_asked(DestinationEvent.ABORT, Nobody())
+                if (event := newer_epoch(takeover.state)) is not None:
+                    incoming.outcome_asked(event, Nobody())
                 await takeover.finished.wait()
         await self._recovery.end_older(hello.guest.name, hello.epoch)
 
@@ -176,28 +179,27 @@ class IncomingAttempts:
         """The source tells its decision again; whoever has the hand-over answers."""
         reply = OneAnswer(connection)
         decision = DestinationEvent.COMMIT if ask.decision == "commit" else DestinationEvent.ABORT
-        incoming = self._running.get(ask.migration_id)
-        recovered = self._recovery.takeover(ask.migration_id)
-        if incoming is not None and incoming.takeover is not None and not incoming.takeover.finished.is_set():
-            incoming.outcome_asked(decision, reply)
-        elif recovered is not None:
-            await recovered.take(decision, reply)
-        elif (takeover := self._takeovers.get(ask.migration_id)) is not None:
-            await takeover.take(decision, reply, reason="the source keeps its guest")
-        else:
-            reply.send(self._journaled_answer(ask))
+        one = who_answers(
+            self._under_way(ask.migration_id),
+            self._recovery.takeover(ask.migration_id),
+            self._takeovers.get(ask.migration_id),
+        )
+        match one:
+            case IncomingMigration():
+                one.outcome_asked(decision, reply)
+            case RecoveredTakeover():
+                await one.take(decision, reply)
+            case Takeover():
+                await one.take(decision, reply, reason="the source keeps its guest")
+            case None:
+                attempt = self._env.journal.attempt(ask.migration_id, "destination")
+                answer = journaled_answer(decision, attempt.decisions if attempt is not None else None)
+                reply.send(answer_message(answer, attempt.epoch if attempt is not None else ask.epoch))
         await reply.deliver(self._env.config.limits.handshake_timeout_s)
 
-    def _journaled_answer(self, ask: messages.OutcomeAsk) -> Message:
-        attempt = self._env.journal.attempt(ask.migration_id, "destination")
-        if attempt is None:
-            if ask.decision == "abort":
-                return messages.Discarded(epoch=ask.epoch, reason="the destination has nothing of this migration")
-            return messages.OutcomeOpen(
-                epoch=ask.epoch, reason="the destination's journal does not know this migration: resolve it by hand"
-            )
-        if destination_state_of(attempt.decisions) is DestinationState.RUNNING:
-            return messages.Running(epoch=attempt.epoch, resumed_after_ns=0, sent_after_ns=0)
-        if destination_state_of(attempt.decisions) is DestinationState.DISCARDED:
-            return messages.Discarded(epoch=attempt.epoch, reason="the destination discarded the guest")
-        return messages.OutcomeOpen(epoch=attempt.epoch, reason="the outcome is still open")
+    def _under_way(self, migration_id: str) -> IncomingMigration | None:
+        """An attempt whose hand-over is not finished, None when there is none."""
+        incoming = self._running.get(migration_id)
+        if incoming is None or incoming.takeover is None or incoming.takeover.finished.is_set():
+            return None
+        return incoming

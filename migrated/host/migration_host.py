@@ -31,6 +31,7 @@ from migrated.logs import LogCollector
 from migrated.metrics import Metrics
 from migrated.parameters import MigrationParameters
 from migrated.progress import Progress
+from migrated.run_marks import RunMarks
 from migrated.tasks import TaskSet
 from migrated.vmm.resume_costs import ResumeCosts
 from protocol.messages import Message
@@ -67,6 +68,7 @@ class MigrationHost:
             clock=HostClock(config.clock.hrtime_offset_ns, config.clock.wall_offset_ns, config.clock.drift_ppm),
             security=self.security,
             journal=journal,
+            run_marks=RunMarks(config.state.directory),
             guests=GuestRegistry(config.vmm, config.clock, config.lock),
             knowledge=load_knowledge(config.state.directory),
             resume_costs=ResumeCosts(),
@@ -104,6 +106,7 @@ class MigrationHost:
         await self._env.guests.close()
         keep_knowledge(self._env.config.state.directory, self._env.knowledge)
         self._env.journal.close()
+        self._env.run_marks.close()
         self._history.close()
 
     async def connected(self, first: Message, connection: Connection) -> None:

@@ -19,7 +19,7 @@ from migrated.link.reply import Nobody
 from migrated.progress import Progress
 from migrated.source.recovery import RecoveredHandover
 from migrated.tasks import TaskSet
-from protocol.handover import DestinationEvent
+from protocol.answers import newer_epoch
 
 log = structlog.get_logger()
 
@@ -45,7 +45,7 @@ class Recovery:
         current, overtaken = journal.open_attempts()
         for attempt in overtaken:
             log.warning("an attempt that a later one has overtaken is closed", migration_id=attempt.migration_id)
-            journal.close_attempt(attempt.migration_id, attempt.role)
+            journal.close_attempt(attempt.migration_id, attempt.role, overtaken=True)
         for attempt in current:
             if attempt.guest in guests.silent:
                 log.error("an open attempt waits for its guest to answer", guest=attempt.guest, role=attempt.role)
@@ -72,10 +72,10 @@ class Recovery:
         return self._incoming.get(migration_id)
 
     async def end_older(self, guest: str, epoch: int) -> None:
-        """An offer of a guest with a newer epoch is the source's ABORT of every older one."""
+        """See every older attempt of a guest through that is offered with a newer epoch."""
         for recovered in self._incoming.values():
-            if recovered.is_older_than(guest, epoch):
-                await recovered.take(DestinationEvent.ABORT, Nobody())
+            if recovered.is_older_than(guest, epoch) and (event := newer_epoch(recovered.state)) is not None:
+                await recovered.take(event, Nobody())
 
     async def resolve(self, migration_id: str, run_here: bool) -> bool:
         """End an outgoing attempt by the operator's word. Returns False when it is not one that is in doubt here."""

@@ -1,4 +1,4 @@
-"""The source's hand-over: carries out what protocol/handover.py decides, now and after a restart of the daemon.
+"""The source's hand-over: carries out what protocol/executor.py asks for, now and after a restart of the daemon.
 
 This is the only place on the source that resumes, retires or commits a guest that was stopped for a migration.
 """
@@ -18,15 +18,16 @@ from migrated.errors import LinkLostError, VmmError
 from migrated.guests import Guest
 from migrated.journal import JournalError
 from migrated.link.control import ControlChannel
+from migrated.run_marks import RunMarkError
 from migrated.source.outcome import OutcomeAsker
 from migrated.tasks import TaskSet
-from protocol import messages
-from protocol.handover import Action, Decision, SourceEvent, SourceState, source_machine
+from migrated.transitions import Transitions
+from protocol import executor, messages
+from protocol.executor import DONE, Outcome, SourceEffect, SourceExecutor, failed
+from protocol.handover import Decision, SourceEvent, SourceState
 
 log = structlog.get_logger()
 
-_ENDS_DOUBT = (SourceEvent.DISCARDED, SourceEvent.RESOLVE_RUN_HERE)
-"""What gives the guest back after COMMIT; its reason is the attempt's."""
 OPERATOR_KEEPS: Final = "the operator resolved the doubt: the guest runs here"
 
 
@@ -44,8 +45,10 @@ class SourceHandover:
 
     Attributes:
         stopped_at_ns, resumed_at_ns: end of the stop and of the resume on this host's monotonic clock, 0 before.
+        resume_begin_ns: when taking the guest back began, 0 before.
         decided_at_ns, journaled_at_ns, committed_at_ns: around the decision to commit, 0 before.
         running: the destination's RUNNING once it came, and when it was read.
+        finished: set when it is decided who runs the guest, and that is carried out.
     """
 
     def __init__(
@@ -57,12 +60,9 @@ class SourceHandover:
         was_paused: bool,
         asker: OutcomeAsker,
         state: SourceState = SourceState.RUNNING,
-        on_doubt: Callable[[str], None] | None = None,
+        on_doubt: Callable[[str], None] = lambda _why: None,
     ) -> None:
         self.epoch = epoch
-        self.reason: str | None = None
-        self.in_doubt = False
-        self.stop_cost_ns = 0
         self.stopped_at_ns = 0
         self.resume_begin_ns = 0
         self.resumed_at_ns = 0
@@ -77,20 +77,30 @@ class SourceHandover:
         self._guest = guest
         self._was_paused = was_paused
         self._asker = asker
-        self._machine = source_machine(state)
+        self._executor = SourceExecutor(state, locks=env.config.lock.directory is not None, was_paused=was_paused)
         self._lock = asyncio.Lock()
         self._tasks = TaskSet()
         self._on_doubt = on_doubt
         self._asking: asyncio.Task[None] | None = None
-        self._transitions: list[tuple[int, SourceState, SourceEvent, SourceState]] = []
+        self._transitions = Transitions()
 
     @property
     def state(self) -> SourceState:
         """The hand-over's state."""
-        return self._machine.state
+        return self._executor.state
+
+    @property
+    def reason(self) -> str | None:
+        """Why the attempt ended as it did, None while nothing ended it."""
+        return self._executor.reason
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether COMMIT was told and is not answered."""
+        return self._executor.in_doubt
 
     async def take(self, event: SourceEvent, reply: ControlChannel | None, reason: str | None = None) -> bool:
-        """Feed one event to the machine and carry out what it asks for.
+        """Something happened: carry out all that it asks for.
 
         Args:
             reply: the session's control channel while it stands.
@@ -101,161 +111,172 @@ class SourceHandover:
 
         Raises:
             IllegalEventError: the peer broke the hand-over.
-            VmmError: the guest could not be stopped (STOP only).
         """
         async with self._lock:
-            before = self._machine.state
-            if reason is not None and (before in (SourceState.RUNNING, SourceState.STOPPED) or event in _ENDS_DOUBT):
-                self.reason = self.reason or reason
+            before = self.state
             if event is SourceEvent.READY_IN_TIME and before is SourceState.STOPPED:
                 self.decided_at_ns = time.monotonic_ns()
-            actions = self._machine.take(event)
-            if before is not self._machine.state:
-                self._transitions.append((time.monotonic_ns(), before, event, self._machine.state))
-            await self._carry_out(actions, reply)
-            if self._machine.state in (SourceState.RETIRED, SourceState.ABORTED):
-                self.in_doubt = False
-                self._log_transitions()
-                self.finished.set()
-                self._stop_asking()
-        return Action.REFUSE not in actions
-
-    def _stop_asking(self) -> None:
-        """Nothing is in doubt any more: an operator may have settled what the destination never answered."""
-        if self._asking is not None and self._asking is not asyncio.current_task():
-            self._asking.cancel()
-        self._asking = None
-
-    def _log_transitions(self) -> None:
-        """Say what happened, now that no guest waits: a log that blocks must not cost downtime."""
-        begin_ns = self._transitions[0][0] if self._transitions else 0
-        for at_ns, before, event, state in self._transitions:
-            log.debug("hand-over", after_ms=round((at_ns - begin_ns) / 1e6, 3), state=state, was=before, because=event)
-        self._transitions.clear()
-
-    async def _carry_out(self, actions: tuple[Action, ...], reply: ControlChannel | None) -> None:
-        for action in actions:
-            try:
-                await self._act(action, reply)
-            except JournalError as error:
-                log.error("a decision could not be journaled", decision=action, reason=str(error))
-                if action is Action.JOURNAL_COMMIT:
-                    # Not journaled, so it must not be sent: the guest is still ours.
-                    self.reason = self.reason or str(error)
-                    await self._carry_out(self._machine.take(SourceEvent.JOURNAL_FAILED), reply)
-                    return
-                # What the destination proved stays true without our note: a restarted daemon asks again.
+            accepted = self._executor.take(event, reason)
+            self._transitions.note(before, event, self.state)
+            while (effect := self._executor.effect) is not None:
+                before = self.state
+                self._executor.done(await self._carry_out(effect, reply))
+                self._transitions.note(before, effect, self.state)
+            if not accepted:
+                log.warning("too late: COMMIT was sent and the destination may run the guest", state=self.state)
+            if self._executor.final:
+                self._end()
+        return accepted
 
     async def close(self) -> None:
         """Stop asking and telling."""
         await self._tasks.stop()
 
-    async def _act(self, action: Action, reply: ControlChannel | None) -> None:
-        match action:
-            case Action.STOP_GUEST:
-                await self._stop()
-            case Action.JOURNAL_COMMIT:
-                self._env.journal.decide(self._migration_id, "source", Decision.COMMIT)
-                self.journaled_at_ns = time.monotonic_ns()
-            case Action.JOURNAL_ABORT:
-                self._env.journal.decide(self._migration_id, "source", Decision.ABORT)
-            case Action.JOURNAL_RETIRED:
-                self._env.journal.decide(self._migration_id, "source", Decision.RETIRED)
-            case Action.SEND_COMMIT:
-                await self._release_lock()
-                # Stamped before the write: the destination cannot have read it earlier.
-                self.committed_at_ns = self.committed_at_ns or time.monotonic_ns()
-                if reply is not None:
-                    with contextlib.suppress(LinkLostError):  # the loss is an event of its own
-                        reply.send(messages.Commit(epoch=self.epoch))
-            case Action.SEND_ABORT:
-                self._send_abort(reply)
-            case Action.RESUME_GUEST:
-                await self._resume()
-            case Action.RETIRE_GUEST:
-                await self._retire()
-            case Action.ASK_OUTCOME:
-                self._ask_outcome()
-            case Action.REFUSE:
-                log.warning("too late: COMMIT was sent and the destination may run the guest", state=self.state)
-            case _:
-                raise AssertionError(f"{action} is not an action of a source")
+    def _end(self) -> None:
+        """It is decided, and nothing is in doubt any more: an operator may have settled what the destination never
+        answered."""
+        if self._guest is not None and self.state is SourceState.ABORTED:
+            self._guest.overlay = None
+        self._transitions.log()
+        self.finished.set()
+        if self._asking is not None and self._asking is not asyncio.current_task():
+            self._asking.cancel()
+        self._asking = None
 
-    async def _stop(self) -> None:
+    async def _carry_out(self, effect: SourceEffect, reply: ControlChannel | None) -> Outcome:
+        match effect:
+            case executor.StopGuest():
+                return await self._stop()
+            case executor.Journal(decision=decision):
+                return self._journal(decision)
+            case executor.ReleaseLock():
+                return await self._release_lock()
+            case executor.TakeLock():
+                return await self._take_lock()
+            case executor.WriteMark():
+                return self._write_mark()
+            case executor.ResumeGuest():
+                return await self._resume()
+            case executor.RetireGuest():
+                return await self._retire()
+            case executor.SendCommit():
+                return self._send_commit(reply)
+            case executor.SendAbort(reason=reason):
+                return self._send_abort(reply, reason)
+            case executor.AskOutcome():
+                return self._ask_outcome()
+
+    async def _stop(self) -> Outcome:
         if self._guest is None:
-            raise VmmError("the guest's process is gone")
-        if self._was_paused:
-            self.stopped_at_ns = time.monotonic_ns()
-            return
-        self._env.hold_events(self._migration_id)
-        self.stop_cost_ns = await self._guest.vmm.pause()
+            return failed("the guest's process is gone")
+        if not self._was_paused:
+            self._env.hold_events(self._migration_id)
+            try:
+                await self._guest.vmm.pause()
+            except VmmError as error:
+                return failed(error)
+            self._env.publish("STOP", {"guest": self._guest.name})
         self.stopped_at_ns = time.monotonic_ns()
-        self._env.publish("STOP", {"guest": self._guest.name})
+        return DONE
 
-    async def _release_lock(self) -> None:
-        """COMMIT is journaled: the destination may take the guest's lock. Before COMMIT leaves, so that it finds it
-        free."""
-        if self._guest is not None and self._env.config.lock.directory is not None:
+    def _journal(self, decision: Decision) -> Outcome:
+        try:
+            self._env.journal.decide(self._migration_id, "source", decision)
+        except JournalError as error:
+            log.error("a decision could not be journaled", decision=decision, reason=str(error))
+            return failed(error)
+        if decision is Decision.COMMIT:
+            self.journaled_at_ns = time.monotonic_ns()
+        return DONE
+
+    async def _release_lock(self) -> Outcome:
+        if self._guest is not None:
             try:
                 await self._guest.vmm.release_lock()
             except VmmError as error:
                 log.error("the guest's lock could not be released", reason=str(error))
+                return failed(error)
+        return DONE
 
-    async def _resume(self) -> None:
+    async def _take_lock(self) -> Outcome:
+        self._resume_begins()
+        if self._guest is not None:
+            try:
+                await self._guest.vmm.take_lock()
+            except VmmError as error:
+                return self._not_resumed(self._guest, error)
+        return DONE
+
+    def _write_mark(self) -> Outcome:
+        self._resume_begins()
+        if self._guest is not None:
+            try:
+                self._env.run_marks.write(self._guest.name, self.epoch)
+            except RunMarkError as error:
+                log.error("a run mark could not be written", reason=str(error))
+                return failed(error)
+        return DONE
+
+    async def _resume(self) -> Outcome:
         """Let the guest run as it did before; nothing is lost when it was never stopped."""
+        self._resume_begins()
         guest = self._guest
         if guest is None:
             log.error("the guest's process is gone: there is nothing to resume")
-            return
-        self.resume_begin_ns = time.monotonic_ns()
+            return DONE
         try:
             if self._was_paused:
                 await guest.vmm.interrupt()
-                running_at_ns = time.monotonic_ns()
+                self.resumed_at_ns = time.monotonic_ns()
             else:
-                if self._env.config.lock.directory is not None:
-                    await guest.vmm.take_lock()
-                running_at_ns = await guest.vmm.resume(self.epoch)
+                self.resumed_at_ns = await guest.vmm.resume(self.epoch)
+                self._env.publish("RESUME", {"guest": guest.name})
         except VmmError as error:
-            log.error("the guest could not be resumed", guest=guest.name, reason=str(error))
-            self.reason = f"{self.reason or 'aborted'}; then the guest could not be resumed: {error}"
-            return
-        finally:
-            guest.overlay = None
-        self.resumed_at_ns = running_at_ns
-        if not self._was_paused:
-            self._env.publish("RESUME", {"guest": guest.name})
+            return self._not_resumed(guest, error)
+        return DONE
 
-    async def _retire(self) -> None:
+    def _resume_begins(self) -> None:
+        self.resume_begin_ns = self.resume_begin_ns or time.monotonic_ns()
+
+    def _not_resumed(self, guest: Guest, error: VmmError) -> Outcome:
+        log.error("the guest could not be resumed", guest=guest.name, reason=str(error))
+        return failed(error)
+
+    async def _retire(self) -> Outcome:
         guest, self._guest = self._guest, None
-        if guest is None:
-            return
-        guest.overlay = "retired"
-        try:
-            await self._env.guests.destroy(guest)
-        except VmmError as error:
-            log.error("the retired guest's process does not end; it stays stopped", reason=str(error))
+        if guest is not None:
+            guest.overlay = "retired"
+            try:
+                await self._env.guests.destroy(guest)
+            except VmmError as error:
+                log.error("the retired guest's process does not end; it stays stopped", reason=str(error))
+        return DONE
 
-    def _send_abort(self, reply: ControlChannel | None) -> None:
-        reason = (self.reason or "the source keeps its guest")[:2000]
+    def _send_commit(self, reply: ControlChannel | None) -> Outcome:
+        # Stamped before the write: the destination cannot have read it earlier.
+        self.committed_at_ns = self.committed_at_ns or time.monotonic_ns()
+        if reply is not None:
+            with contextlib.suppress(LinkLostError):  # the loss is an event of its own
+                reply.send(messages.Commit(epoch=self.epoch))
+        return DONE
+
+    def _send_abort(self, reply: ControlChannel | None, reason: str) -> Outcome:
         if reply is not None:
             with contextlib.suppress(LinkLostError):
-                reply.send(messages.Abort(epoch=self.epoch, reason=reason))
-                return
+                reply.send(messages.Abort(epoch=self.epoch, reason=reason[:2000]))
+                return DONE
         # The channel is gone: tell it over a fresh one, so that the destination need not wait for its time-out.
         self._tasks.start(self._asker.tell_abort())
+        return DONE
 
-    def _ask_outcome(self) -> None:
-        if self.in_doubt:
-            return
-        self.in_doubt = True
+    def _ask_outcome(self) -> Outcome:
         if self._guest is not None:
             self._guest.overlay = "in-doubt"
         why = "COMMIT was sent and the destination has not answered: the guest may run there and stays stopped here"
         log.error("the migration is in doubt", reason=why)
-        if self._on_doubt is not None:
-            self._on_doubt(why)
+        self._on_doubt(why)
         self._asking = self._tasks.start(self._settle())
+        return DONE
 
     async def _settle(self) -> None:
         """Ask until the destination tells the outcome."""
@@ -264,5 +285,4 @@ class SourceHandover:
             self.running, self.running_read_ns = answer, time.monotonic_ns()
             await self.take(SourceEvent.RUNNING, None)
         else:
-            self.reason = f"the destination discarded the guest: {answer.reason}"
-            await self.take(SourceEvent.DISCARDED, None)
+            await self.take(SourceEvent.DISCARDED, None, f"the destination discarded the guest: {answer.reason}")

@@ -114,11 +114,9 @@ class Switchover:
         work: asyncio.Task[None] | None = None
         self._budget.stop_asked(time.monotonic_ns())
         try:
-            try:
-                await self._handover.take(SourceEvent.STOP, self._control)
-            except VmmError as error:
-                await self._handover.take(SourceEvent.FAULT, self._control, f"the guest could not be stopped: {error}")
-                return
+            await self._handover.take(SourceEvent.STOP, self._control)
+            if self._handover.state is not SourceState.STOPPED:
+                return  # it could not be stopped
             self._stopped()
             work = asyncio.create_task(self._move_state())
             await self._see_through()

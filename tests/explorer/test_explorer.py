@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from protocol.handover import DESTINATION, SOURCE
-from tests.explorer.explorer import Explorer, Guest, Model, explore
-from tests.explorer.mutants import MUTANTS, Mutant
+from scripts.proof.explorer import Explorer, explore
+from scripts.proof.model import Guest, Model
+from scripts.proof.mutants import MUTANTS, Mutant
 
 
 def test_no_interleaving_breaks_a_rule_and_every_row_is_used(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +50,7 @@ def test_the_explorer_reaches_the_ends_that_matter() -> None:
     ends = {
         (source.attempt, source.state.value, source.guest, destination.state.value, destination.guest)
         for source, destination in explorer.pairs()
-        if not source.tasks and not destination.tasks
+        if not source.memory.steps and not destination.memory.steps
     }
     for attempt in (1, 2):
         assert (attempt, "retired", Guest.NONE, "running", Guest.RUNS) in ends, "completed"

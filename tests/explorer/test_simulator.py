@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.explorer.mutants import MUTANTS, Mutant
-from tests.explorer.simulator import simulate
+from scripts.proof.mutants import MUTANTS, Mutant
+from scripts.proof.simulator import simulate
 
 SEEDS = 250
 MUTANT_SEEDS = 250

@@ -1,6 +1,6 @@
 """The hand-over tables, row by row: every event in every state, and what a journal gives back after a restart.
 
-What the rows are worth together is shown by the explorer (tests/explorer), which runs both machines against a bad
+What the rows are worth together is shown by the explorer (scripts/proof), which runs both sides against a bad
 network, crashes and restarts.
 """
 

@@ -26,10 +26,10 @@ from protocol.handover import (
 )
 from protocol.messages import Limits, Message
 from protocol.pages import indices_of, pack_runs, runs_of, split_runs
-from tests.explorer.actor import Actor, Attempt
-from tests.explorer.guest import GUEST_FREQ, Vmm
-from tests.explorer.kernel import MS, SECOND, Host, Process, Steps
-from tests.explorer.network import Channel, Control, End, Link, Listener, connect
+from scripts.proof.actor import Actor, Attempt
+from scripts.proof.guest import GUEST_FREQ, Vmm
+from scripts.proof.kernel import MS, SECOND, Host, Process, Steps
+from scripts.proof.network import Channel, Control, End, Link, Listener, connect
 
 BATCH_PAGES: Final = 8
 HANDSHAKE_NS: Final = 15 * SECOND

@@ -17,7 +17,7 @@ from protocol.errors import RemoteProtocolError
 from protocol.frames import MAX_PAYLOAD_BYTES, FrameParser
 from protocol.messages import ClockAsk, ClockReply, FrameType, Message
 from protocol.versions import PREFACE_BYTES, agree_version, pack_preface, unpack_preface
-from tests.explorer.kernel import MS, SECOND, Call, Process, World
+from scripts.proof.kernel import MS, SECOND, Call, Process, World
 
 HEARTBEAT_NS: Final = 500 * MS
 SILENCE_NS: Final = 5 * SECOND

@@ -12,7 +12,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tests.explorer.kernel import Call, Host, World
+from scripts.proof.kernel import Call, Host, World
 
 WORDS: Final = 512
 GUEST_FREQ: Final = 2_100_000_000

@@ -13,8 +13,8 @@ from enum import StrEnum
 from typing import Final, Generic, TypeVar
 
 from protocol.handover import Action, Decision, IllegalEventError, Machine
-from tests.explorer.kernel import Process, Steps
-from tests.explorer.network import Channel
+from scripts.proof.kernel import Process, Steps
+from scripts.proof.network import Channel
 
 STEP_NS: Final = 20_000
 """What a daemon needs for an action by itself; a crash can fall into it."""

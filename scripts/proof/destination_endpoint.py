@@ -29,10 +29,10 @@ from protocol.handover import (
 from protocol.messages import Message
 from protocol.pages import indices_of, unpack_runs
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, agree_capabilities
-from tests.explorer.actor import Actor, Attempt
-from tests.explorer.guest import WORDS, Vmm
-from tests.explorer.kernel import MS, SECOND, Host, Process, Steps
-from tests.explorer.network import Channel, Control, End, Listener
+from scripts.proof.actor import Actor, Attempt
+from scripts.proof.guest import WORDS, Vmm
+from scripts.proof.kernel import MS, SECOND, Host, Process, Steps
+from scripts.proof.network import Channel, Control, End, Listener
 
 READY_TIMEOUT_NS: Final = 10 * SECOND
 BUILD_NS: Final = 5 * MS

@@ -22,11 +22,11 @@ from protocol.handover import (
     SourceTable,
 )
 from protocol.messages import FrameType, Limits
-from tests.explorer.destination_endpoint import DestinationDaemon
-from tests.explorer.guest import Estate, Vmm
-from tests.explorer.kernel import MS, SECOND, BrokenRuleError, Call, Host, World
-from tests.explorer.network import Link
-from tests.explorer.source_endpoint import SourceDaemon, Wish
+from scripts.proof.destination_endpoint import DestinationDaemon
+from scripts.proof.guest import Estate, Vmm
+from scripts.proof.kernel import MS, SECOND, BrokenRuleError, Call, Host, World
+from scripts.proof.network import Link
+from scripts.proof.source_endpoint import SourceDaemon, Wish
 
 FAULTY_NS: Final = 40 * SECOND
 """No fault begins or lasts beyond this."""

@@ -1,0 +1,66 @@
+"""What a destination answers for attempts that no hand-over in memory stands for, and what a newer epoch means for an
+older one.
+
+    HELLO of a newer epoch     the source took its guest back from every older one
+    OUTCOME?                   who has the hand-over in memory answers; without one the journal does
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, TypeVar
+
+from protocol.executor import DESTINATION_FINAL, Answer, SendDiscarded, SendOpen, SendRunning
+from protocol.handover import Decision, DestinationEvent, DestinationState, destination_state_of
+
+HandOver = TypeVar("HandOver")
+
+_STILL_THE_SOURCES: Final = frozenset({DestinationState.LOADING, DestinationState.READY})
+
+
+def newer_epoch(state: DestinationState) -> DestinationEvent | None:
+    """What an older attempt is told when the source offers the same guest with a newer epoch.
+
+    The source offers a guest only when it is its own, so a newer epoch is the ABORT of an older one whose message was
+    lost. Where COMMIT is journaled, or the end is decided, it changes nothing: None.
+    """
+    return DestinationEvent.ABORT if state in _STILL_THE_SOURCES else None
+
+
+def who_answers(running: HandOver | None, taken_up: HandOver | None, ended: HandOver | None) -> HandOver | None:
+    """Which hand-over takes a decision that the source tells over a fresh connection; None: the journal answers.
+
+    One in memory knows more than the journal, which may not have been written.
+
+    Args:
+        running: the one of an attempt that is under way.
+        taken_up: the one that this daemon took up from its journal.
+        ended: the one of an attempt that ended in this life of the daemon.
+    """
+    return next((one for one in (running, taken_up, ended) if one is not None), None)
+
+
+def journaled_answer(decision: DestinationEvent, journal: Sequence[Decision] | None) -> Answer:
+    """What the journal says to a decision that the source tells.
+
+    Args:
+        decision: COMMIT or ABORT.
+        journal: what was decided in this attempt, None when the journal does not know it.
+    """
+    if journal is None:
+        if decision is DestinationEvent.ABORT:
+            return SendDiscarded("the destination has nothing of this migration")
+        return SendOpen("the destination's journal does not know this migration: resolve it by hand")
+    match destination_state_of(journal):
+        case DestinationState.RUNNING:
+            return SendRunning()
+        case DestinationState.DISCARDED:
+            return SendDiscarded("the destination discarded the guest")
+        case _:
+            return SendOpen("the outcome is still open")
+
+
+def may_close(journal: Sequence[Decision]) -> bool:
+    """Whether an incoming attempt may be closed in the journal: only when its end is journaled. One that could not be
+    written (a full disk) is written by the daemon that takes the attempt up again."""
+    return destination_state_of(journal) in DESTINATION_FINAL

@@ -1,0 +1,611 @@
+"""What surrounds the hand-over tables: it takes one event, and gives effects one at a time until all is carried out.
+
+    take(event) -> effect -> carried out -> done(outcome) -> effect -> done(outcome) -> ... -> effect is None
+
+The tables in ``protocol.handover`` say which actions an event asks for, in which order. Here is all that stands
+between an action and what is really done: the steps that an action consists of (the ownership lock is let go of before
+COMMIT is told, and taken before a guest runs; the mark "ran in epoch N" is written before it runs), and what follows
+when a step fails (what is not journaled is not told; what a resume led to is the next event). The executor does
+nothing itself: the daemons carry effects out for real, the explorer and the simulator in a model. So what is proved is
+what ships.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Generic, NamedTuple, TypeAlias, TypeVar
+
+from protocol.handover import (
+    DESTINATION,
+    SOURCE,
+    Action,
+    Decision,
+    DestinationEvent,
+    DestinationState,
+    DestinationTable,
+    Machine,
+    SourceEvent,
+    SourceState,
+    SourceTable,
+)
+from protocol.messages import NoCause
+
+
+class Result(StrEnum):
+    """How an effect ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    """It was not done. For ``LookAtGuest``: the guest's VMM does not answer, or has ended."""
+    RUNS = "runs"
+    """The guest runs, or has run, in this epoch (``LookAtGuest``, ``EndGuest``)."""
+    WAITS = "waits"
+    """The guest is complete and has not run since it was built (``LookAtGuest``)."""
+    STANDS = "stands"
+    """The guest does not run now; whether it has run cannot be seen (``LookAtGuest``)."""
+    NEVER_RAN = "never-ran"
+    """The guest's process is gone, and it never ran in this epoch (``EndGuest``)."""
+    UNKNOWN = "unknown"
+    """The guest's process does not end, so nothing can be said of it (``EndGuest``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an effect ended, and for a failure why."""
+
+    result: Result
+    reason: str = ""
+
+
+DONE: Final = Outcome(Result.DONE)
+
+
+def failed(reason: object) -> Outcome:
+    """The outcome of an effect that was not done."""
+    return Outcome(Result.FAILED, str(reason))
+
+
+# Section: effects
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """Write a decision so that it survives a kill of the daemon. DONE or FAILED."""
+
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class StopGuest:
+    """Stop the vCPUs. DONE or FAILED."""
+
+
+@dataclass(frozen=True, slots=True)
+class TakeLock:
+    """Take the guest's ownership lock; without effect when it is held. DONE or FAILED."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseLock:
+    """Let go of the guest's ownership lock; without effect when it is not held. DONE or FAILED."""
+
+
+@dataclass(frozen=True, slots=True)
+class LookAtGuest:
+    """Ask the VMM for the guest's state. RUNS, WAITS, STANDS or FAILED."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteMark:
+    """Write down that the guest runs here in this epoch, before it does. DONE or FAILED."""
+
+
+@dataclass(frozen=True, slots=True)
+class WithdrawMark:
+    """Write down that the guest has not run here in this epoch after all. DONE or FAILED."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeGuest:
+    """Give the guest to its user: run it, or leave it paused if it was paused when the migration began. DONE or
+    FAILED."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndGuest:
+    """End a guest that could not be resumed, and find out from the marks whether it ran. RUNS, NEVER_RAN or
+    UNKNOWN."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetireGuest:
+    """End the source's copy: the guest runs on the destination. DONE."""
+
+
+@dataclass(frozen=True, slots=True)
+class DestroyGuest:
+    """End the destination's guest: it was discarded. DONE."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskOutcome:
+    """The attempt is in doubt: say so, and tell COMMIT over fresh connections until it is answered. DONE."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendCommit:
+    """Tell the destination to run the guest. DONE, also when the peer cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendAbort:
+    """Tell the destination that the source keeps its guest. DONE, also when the peer cannot be reached."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendReady:
+    """Vote READY. DONE, as every answer: a peer that did not get it asks again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendNo:
+    """Vote NO. DONE."""
+
+    cause: NoCause
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendRunning:
+    """Answer that the guest runs here. DONE."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendDiscarded:
+    """Answer that the guest was discarded and will never run here. DONE."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendOpen:
+    """Answer that the outcome is still open. DONE."""
+
+    reason: str
+
+
+SourceEffect: TypeAlias = (
+    StopGuest
+    | Journal
+    | ReleaseLock
+    | TakeLock
+    | WriteMark
+    | ResumeGuest
+    | RetireGuest
+    | SendCommit
+    | SendAbort
+    | AskOutcome
+)
+Answer: TypeAlias = SendRunning | SendDiscarded | SendOpen
+"""What a destination answers when it is told a decision."""
+DestinationEffect: TypeAlias = (
+    Journal
+    | TakeLock
+    | LookAtGuest
+    | WriteMark
+    | WithdrawMark
+    | ResumeGuest
+    | EndGuest
+    | DestroyGuest
+    | SendReady
+    | SendNo
+    | Answer
+)
+
+
+class Step(StrEnum):
+    """Steps that no table names: parts of an action."""
+
+    TAKE_LOCK = "take-lock"
+    RELEASE_LOCK = "release-lock"
+    LOOK = "look-at-guest"
+    LOOK_AGAIN = "look-again"
+    WRITE_MARK = "write-mark"
+    WITHDRAW_MARK = "withdraw-mark"
+    RUN = "run"
+    END_GUEST = "end-guest"
+
+
+StateT = TypeVar("StateT", bound=StrEnum)
+EventT = TypeVar("EventT", bound=StrEnum)
+EffectT = TypeVar("EffectT")
+
+JOURNALED: Final = {action: Decision(action.removeprefix("journal-")) for action in Action if "journal-" in action}
+RESUME_STEPS: Final = frozenset({Step.TAKE_LOCK, Step.LOOK, Step.WRITE_MARK, Step.RUN})
+
+
+class Memory(NamedTuple, Generic[StateT]):
+    """All that decides what an executor does next, apart from the sentences: a proof can go on from any point."""
+
+    state: StateT
+    steps: tuple[StrEnum, ...]
+    in_doubt: bool
+    unsure: bool
+
+
+class Executor(ABC, Generic[StateT, EventT, EffectT]):
+    """One side of one epoch.
+
+    Args:
+        machine: the side's table and the state in which it begins.
+        final: states in which it is decided who runs the guest.
+        steps: what an action consists of; an action that is not named is a step by itself.
+        locks: whether guests have ownership locks here.
+        marks: whether this resume makes the guest run, so that a mark is written; False for a guest that stays paused.
+
+    Attributes:
+        reason: why the attempt ended as it did, None while nothing ended it.
+        in_doubt: COMMIT was told and is not answered; the source asks until it is.
+    """
+
+    def __init__(
+        self,
+        machine: Machine[StateT, EventT],
+        final: frozenset[StateT],
+        steps: Mapping[Action, tuple[Step | Action, ...]],
+        *,
+        locks: bool,
+        marks: bool,
+    ) -> None:
+        self.reason: str | None = None
+        self.in_doubt = False
+        self._machine = machine
+        self._final = final
+        self._steps_of = steps
+        self._left_out = {*(() if locks else (Step.TAKE_LOCK, Step.RELEASE_LOCK)), *(() if marks else MARK_STEPS)}
+        self._unsure = False
+        self._steps: tuple[StrEnum, ...] = ()
+
+    @property
+    def state(self) -> StateT:
+        """The hand-over's state."""
+        return self._machine.state
+
+    @property
+    def final(self) -> bool:
+        """Whether it is decided who runs the guest."""
+        return self._machine.state in self._final
+
+    @property
+    def memory(self) -> Memory[StateT]:
+        """Where it is now; give it back to ``recall`` to go on from here."""
+        return Memory(self._machine.state, self._steps, self.in_doubt, self._unsure)
+
+    def recall(self, memory: Memory[StateT]) -> None:
+        """Go on from where an executor with the same rules was."""
+        self._machine.state = memory.state
+        self._steps, self.in_doubt, self._unsure = memory.steps, memory.in_doubt, memory.unsure
+
+    def take(self, event: EventT, reason: str | None = None) -> bool:
+        """Something happened. Carry the effects out before the next event is taken.
+
+        Args:
+            reason: why, for events that end the attempt.
+
+        Returns:
+            False when it was refused because it comes too late (a cancel after COMMIT).
+
+        Raises:
+            IllegalEventError: the peer broke the hand-over; nothing changed.
+            RuntimeError: effects of an earlier event are not carried out.
+        """
+        if self._steps:
+            raise RuntimeError(f"{event} was taken while {self._steps[0]} is being carried out")
+        return self._take(event, reason)
+
+    @property
+    def effect(self) -> EffectT | None:
+        """What must be carried out now, None when everything is."""
+        return self._effect_of(self._steps[0]) if self._steps else None
+
+    def done(self, outcome: Outcome) -> None:
+        """The effect was carried out, or could not be."""
+        step, self._steps = self._steps[0], self._steps[1:]
+        self._follow(step, outcome)
+        self._skip()
+
+    def _take(self, event: EventT, reason: str | None) -> bool:
+        before = self._machine.state
+        actions = self._machine.take(event)
+        self._keep_reason(before, event, reason)
+        self._steps = tuple(step for action in actions if action is not Action.REFUSE for step in self._expand(action))
+        self._taken(before, event)
+        self._skip()
+        return Action.REFUSE not in actions
+
+    def _expand(self, action: Action) -> tuple[StrEnum, ...]:
+        return tuple(step for step in self._steps_of.get(action, (action,)) if step not in self._left_out)
+
+    def _drop_resume(self) -> None:
+        """Leave out what is left of a resume."""
+        self._steps = tuple(step for step in self._steps if step not in RESUME_STEPS)
+
+    @abstractmethod
+    def _keep_reason(self, before: StateT, event: EventT, reason: str | None) -> None:
+        """Decide whether a reason is the attempt's."""
+
+    @abstractmethod
+    def _taken(self, before: StateT, event: EventT) -> None:
+        """The event was taken; the steps are those of its row."""
+
+    @abstractmethod
+    def _effect_of(self, step: StrEnum) -> EffectT:
+        """What a step is for those who carry it out."""
+
+    @abstractmethod
+    def _follow(self, step: StrEnum, outcome: Outcome) -> None:
+        """What the outcome of a step leads to."""
+
+    @abstractmethod
+    def _skip(self) -> None:
+        """Leave out steps at the head that are nothing to carry out."""
+
+
+MARK_STEPS: Final = (Step.WRITE_MARK, Step.WITHDRAW_MARK)
+
+
+# Section: the source
+
+SOURCE_STEPS: Final[Mapping[Action, tuple[Step | Action, ...]]] = {
+    # COMMIT is journaled: the destination may take the lock, and must find it free when it hears of it.
+    Action.SEND_COMMIT: (Step.RELEASE_LOCK, Action.SEND_COMMIT),
+    Action.ASK_OUTCOME: (Step.RELEASE_LOCK, Action.ASK_OUTCOME),
+    Action.RESUME_GUEST: (Step.TAKE_LOCK, Step.WRITE_MARK, Step.RUN),
+}
+SOURCE_FINAL: Final = frozenset({SourceState.ABORTED, SourceState.RETIRED})
+_ENDS_DOUBT: Final = frozenset({SourceEvent.DISCARDED, SourceEvent.RESOLVE_RUN_HERE})
+
+
+class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
+    """The source's side of one epoch.
+
+    Args:
+        state: where it begins; after a restart what ``source_state_of`` read from the journal.
+        locks: whether guests have ownership locks here.
+        was_paused: the guest was paused when the migration began, and stays so when it is taken back.
+        table: the rules; only a proof that breaks them on purpose passes others.
+    """
+
+    def __init__(
+        self,
+        state: SourceState = SourceState.RUNNING,
+        *,
+        locks: bool,
+        was_paused: bool = False,
+        table: SourceTable = SOURCE,
+    ) -> None:
+        super().__init__(Machine("source", table, state), SOURCE_FINAL, SOURCE_STEPS, locks=locks, marks=not was_paused)
+
+    def _keep_reason(self, before: SourceState, event: SourceEvent, reason: str | None) -> None:
+        """What ends the attempt before COMMIT, or gives the guest back after it, is the reason: the first one."""
+        if before in (SourceState.RUNNING, SourceState.STOPPED) or event in _ENDS_DOUBT:
+            self.reason = self.reason or reason
+
+    def _taken(self, before: SourceState, event: SourceEvent) -> None:
+        self.in_doubt = self.in_doubt and self.state is SourceState.COMMITTED
+
+    def _effect_of(self, step: StrEnum) -> SourceEffect:
+        match step:
+            case Action.STOP_GUEST:
+                return StopGuest()
+            case Action.SEND_COMMIT:
+                return SendCommit()
+            case Action.SEND_ABORT:
+                return SendAbort(self.reason or "the source keeps its guest")
+            case Action.RETIRE_GUEST:
+                return RetireGuest()
+            case Action.ASK_OUTCOME:
+                return AskOutcome()
+            case Step.RELEASE_LOCK:
+                return ReleaseLock()
+            case Step.TAKE_LOCK:
+                return TakeLock()
+            case Step.WRITE_MARK:
+                return WriteMark()
+            case Step.RUN:
+                return ResumeGuest()
+            case Action() if step in JOURNALED:
+                return Journal(JOURNALED[step])
+            case _:
+                raise RuntimeError(f"{step} is nothing that a source does")
+
+    def _follow(self, step: StrEnum, outcome: Outcome) -> None:
+        if step is Action.ASK_OUTCOME:
+            self.in_doubt = True
+        if outcome.result is not Result.FAILED:
+            return
+        match step:
+            case Action.STOP_GUEST:
+                self._take(SourceEvent.FAULT, f"the guest could not be stopped: {outcome.reason}")
+            case Action.JOURNAL_COMMIT:
+                self._commit_not_journaled(outcome.reason)
+            case Step.TAKE_LOCK | Step.RUN:
+                # Whoever cannot get the lock must not run.
+                self._drop_resume()
+                self.reason = f"{self.reason or 'aborted'}; then the guest could not be resumed: {outcome.reason}"
+            # What the destination proved stays true without our note: a restarted daemon asks again. No decision of
+            # the source rests on its mark. A lock that is not let go of makes the destination discard the guest.
+
+    def _commit_not_journaled(self, why: str) -> None:
+        """COMMIT is not journaled, so it must not be told: the guest is still the source's."""
+        self.reason = self.reason or why
+        self._take(SourceEvent.JOURNAL_FAILED, None)
+
+    def _skip(self) -> None:
+        """One who is asking already need not begin to."""
+        while self.in_doubt and self._steps and self._steps[0] in (Step.RELEASE_LOCK, Action.ASK_OUTCOME):
+            self._steps = self._steps[1:]
+
+
+# Section: the destination
+
+DESTINATION_STEPS: Final[Mapping[Action, tuple[Step | Action, ...]]] = {
+    Action.RESUME_GUEST: (Step.TAKE_LOCK, Step.LOOK, Step.WRITE_MARK, Step.RUN),
+}
+DESTINATION_FINAL: Final = frozenset({DestinationState.RUNNING, DestinationState.DISCARDED})
+_TOLD_WHEN_JOURNALED: Final = frozenset({Action.SEND_NO, Action.SEND_DISCARDED})
+
+
+class DestinationExecutor(Executor[DestinationState, DestinationEvent, DestinationEffect]):
+    """The destination's side of one epoch.
+
+        COMMIT -> lock -> look: runs already? -> mark "ran in epoch N" -> run -> RESUMED
+                    |       | no answer            |                      |
+                    |       v                      |                      v
+                    |   end the process; the marks tell <-- stands --- look again -> runs: RESUMED
+                    |                                                     | waits: withdraw the mark, end the process
+                    `-----------------------------------------------------^
+
+    Args:
+        state: where it begins; after a restart what ``destination_state_of`` read from the journal.
+        locks: whether guests have ownership locks here.
+        keep_paused: the guest was paused on the source; it arrives paused.
+        table: the rules; only a proof that breaks them on purpose passes others.
+
+    Attributes:
+        cause: what kind of reason ended the attempt.
+    """
+
+    def __init__(
+        self,
+        state: DestinationState = DestinationState.LOADING,
+        *,
+        locks: bool,
+        keep_paused: bool = False,
+        table: DestinationTable = DESTINATION,
+    ) -> None:
+        super().__init__(
+            Machine("destination", table, state),
+            DESTINATION_FINAL,
+            DESTINATION_STEPS,
+            locks=locks,
+            marks=not keep_paused,
+        )
+        self.cause: NoCause = "fault"
+        self._cause_told: NoCause = "fault"
+
+    def take(self, event: DestinationEvent, reason: str | None = None, cause: NoCause = "fault") -> bool:
+        """Something happened; as for any executor. ``cause`` is the kind of the reason."""
+        self._cause_told = cause
+        return super().take(event, reason)
+
+    def _keep_reason(self, before: DestinationState, event: DestinationEvent, reason: str | None) -> None:
+        """What makes the destination discard the guest is the reason; nothing that leaves the decision open is."""
+        decided_here = before in (DestinationState.LOADING, DestinationState.READY)
+        if event is DestinationEvent.RESUMED:
+            self.reason = None  # an earlier try to resume may have failed
+        elif reason is not None and decided_here and self.state is DestinationState.DISCARDED:
+            self.reason, self.cause = reason, self._cause_told
+
+    def _taken(self, before: DestinationState, event: DestinationEvent) -> None:
+        """The source asks again while the last try to resume has shown nothing: try again."""
+        if event is DestinationEvent.COMMIT and before is self.state is DestinationState.COMMITTED and self._unsure:
+            self._unsure = False
+            self._steps = self._expand(Action.RESUME_GUEST)
+
+    def _effect_of(self, step: StrEnum) -> DestinationEffect:
+        match step:
+            case Action.SEND_READY:
+                return SendReady()
+            case Action.SEND_NO:
+                return SendNo(self.cause, self._why())
+            case Action.SEND_RUNNING:
+                return SendRunning()
+            case Action.SEND_DISCARDED:
+                return SendDiscarded(self._why())
+            case Action.SEND_OPEN:
+                return SendOpen("the destination is resuming the guest")
+            case Action.DESTROY_GUEST:
+                return DestroyGuest()
+            case Step.TAKE_LOCK:
+                return TakeLock()
+            case Step.LOOK | Step.LOOK_AGAIN:
+                return LookAtGuest()
+            case Step.WRITE_MARK:
+                return WriteMark()
+            case Step.WITHDRAW_MARK:
+                return WithdrawMark()
+            case Step.RUN:
+                return ResumeGuest()
+            case Step.END_GUEST:
+                return EndGuest()
+            case Action() if step in JOURNALED:
+                return Journal(JOURNALED[step])
+            case _:
+                raise RuntimeError(f"{step} is nothing that a destination does")
+
+    def _why(self) -> str:
+        return self.reason or "the destination discarded the guest"
+
+    def _follow(self, step: StrEnum, outcome: Outcome) -> None:
+        match step:
+            case Action.JOURNAL_READY | Action.JOURNAL_COMMIT if outcome.result is Result.FAILED:
+                self._vote_not_journaled(outcome.reason)
+            case Action.JOURNAL_DISCARD if outcome.result is Result.FAILED:
+                self._discard_not_journaled()
+            case Step.LOOK | Step.LOOK_AGAIN | Step.END_GUEST | Step.RUN:
+                self._resume(step, outcome)
+            case Step.TAKE_LOCK | Step.WRITE_MARK | Step.WITHDRAW_MARK if outcome.result is Result.FAILED:
+                self._resume(step, outcome)
+            # RUNNING that is not journaled may be told: a restarted daemon finds COMMIT and the guest that runs.
+
+    def _vote_not_journaled(self, why: str) -> None:
+        """Neither READY nor COMMIT counts without its record, and nothing that follows it is done."""
+        self.reason, self.cause = why, "fault"
+        self._take(DestinationEvent.JOURNAL_FAILED, None)
+
+    def _discard_not_journaled(self) -> None:
+        """What is not journaled must not be told; the source asks again."""
+        self._steps = tuple(step for step in self._steps if step not in _TOLD_WHEN_JOURNALED)
+
+    def _resume(self, step: StrEnum, outcome: Outcome) -> None:
+        """One step of resuming the guest; the last of them leads to the next event."""
+        match step, outcome.result:
+            case (Step.LOOK | Step.LOOK_AGAIN | Step.END_GUEST, Result.RUNS) | (Step.RUN, Result.DONE):
+                self._next(DestinationEvent.RESUMED)
+            case Step.LOOK, Result.WAITS | Result.STANDS:
+                pass  # on to the mark
+            case Step.LOOK_AGAIN, Result.WAITS:
+                # Its VMM says that it never ran, so the mark must not say that it did once its process is gone.
+                self._next(*(step for step in (Step.WITHDRAW_MARK, Step.END_GUEST) if step not in self._left_out))
+            case Step.LOOK | Step.LOOK_AGAIN, _:
+                self._could_not(outcome.reason)
+                self._next(Step.END_GUEST)
+            case Step.END_GUEST, Result.NEVER_RAN:
+                self._next(DestinationEvent.RESUME_FAILED)
+            case Step.END_GUEST | Step.WITHDRAW_MARK, _:
+                self._could_not(outcome.reason)
+                self._unsure = True
+                self._next(Action.SEND_OPEN)
+            case _:
+                self._could_not(outcome.reason)
+                self._next(Step.LOOK_AGAIN)
+
+    def _next(self, *steps: StrEnum) -> None:
+        """What follows a resume, in place of what is left of it and behind what else the event asked for."""
+        self._steps = (*(step for step in self._steps if step not in RESUME_STEPS | {Step.END_GUEST}), *steps)
+
+    def _could_not(self, why: str) -> None:
+        if why:
+            self.reason = f"the guest could not be resumed: {why}"
+
+    def _skip(self) -> None:
+        """What a resume led to is an event, and taken as soon as nothing else of the last one is left."""
+        while len(self._steps) == 1 and isinstance(event := self._steps[0], DestinationEvent):
+            self._steps = ()
+            self._take(event, None)

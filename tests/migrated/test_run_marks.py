@@ -1,0 +1,67 @@
+"""The daemon's marks survive it, are bounded, and a torn one is none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from migrated.run_marks import KEPT_MARKS, RunMarkError, RunMarks
+
+
+def test_a_mark_survives_the_daemon_and_can_be_withdrawn(tmp_path: Path) -> None:
+    marks = RunMarks(tmp_path)
+    marks.write("g1", 3)
+    marks.write("g1", 4)
+    marks.withdraw("g1", 4)
+    marks.close()
+    again = RunMarks(tmp_path)
+    assert again.ran("g1", 3)
+    assert not again.ran("g1", 4)
+    assert not again.ran("g2", 3)
+    again.close()
+
+
+def test_the_same_mark_is_written_once(tmp_path: Path) -> None:
+    marks = RunMarks(tmp_path)
+    for _ in range(3):
+        marks.write("g1", 1)
+    marks.close()
+    assert len((tmp_path / "run-marks").read_bytes().splitlines()) == 1
+
+
+def test_a_torn_line_is_no_mark(tmp_path: Path) -> None:
+    marks = RunMarks(tmp_path)
+    marks.write("g1", 1)
+    marks.write("g1", 2)
+    marks.close()
+    path = tmp_path / "run-marks"
+    path.write_bytes(path.read_bytes()[:-5])
+    again = RunMarks(tmp_path)
+    assert again.ran("g1", 1)
+    assert not again.ran("g1", 2)
+    again.close()
+
+
+def test_the_oldest_marks_go(tmp_path: Path) -> None:
+    marks = RunMarks(tmp_path)
+    for epoch in range(KEPT_MARKS + 10):
+        marks.write("g1", epoch)
+    marks.close()
+    again = RunMarks(tmp_path)
+    assert not again.ran("g1", 9)
+    assert again.ran("g1", 10)
+    assert len((tmp_path / "run-marks").read_bytes().splitlines()) == KEPT_MARKS
+    again.close()
+
+
+def test_a_mark_that_cannot_be_written_is_none(tmp_path: Path) -> None:
+    marks = RunMarks(tmp_path)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, marks._fd)
+    os.close(full)
+    with pytest.raises(RunMarkError, match="cannot be written"):
+        marks.write("g1", 1)
+    assert not marks.ran("g1", 1)
+    marks.close()
