@@ -24,7 +24,8 @@ import pytest
 from migrated.kernel.process_memory import read
 from migrated.kernel.tracking import start_tracking
 from migrated.kernel.userfault import enable_write_tracking, open_userfaultfd, register
-from migrated.vmm.dirty_log import PagemapScanLog, Span
+from migrated.vmm.dirty_log import PagemapScanLog
+from migrated.vmm.memory import Span
 from protocol.pages import Runs
 from scripts.basics import MIB
 from scripts.qemu_rig.baseline import booted
