@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import structlog
 
+from migrated.base.errors import LinkLostError, VmmError
 from migrated.environment import Environment
-from migrated.errors import LinkLostError, VmmError
-from migrated.guests import Guest
-from migrated.journal import JournalError
+from migrated.guests.registry import Guest
 from migrated.link.reply import Reply
-from migrated.run_marks import RunMarkError
-from migrated.transitions import Transitions
+from migrated.observe.transitions import Transitions
+from migrated.state.journal import JournalError
+from migrated.state.run_marks import RunMarkError
 from protocol import executor, messages
 from protocol.executor import DONE, DestinationEffect, DestinationExecutor, Outcome, Result, failed
 from protocol.handover import Decision, DestinationEvent, DestinationState

@@ -13,15 +13,15 @@ from typing import Final
 
 import structlog
 
+from migrated.base.errors import LinkLostError, VmmError
+from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
-from migrated.errors import LinkLostError, VmmError
-from migrated.guests import Guest
-from migrated.journal import JournalError
+from migrated.guests.registry import Guest
 from migrated.link.control import ControlChannel
-from migrated.run_marks import RunMarkError
+from migrated.observe.transitions import Transitions
 from migrated.source.outcome import OutcomeAsker
-from migrated.tasks import TaskSet
-from migrated.transitions import Transitions
+from migrated.state.journal import JournalError
+from migrated.state.run_marks import RunMarkError
 from protocol import executor, messages
 from protocol.executor import DONE, Outcome, SourceEffect, SourceExecutor, failed
 from protocol.handover import Decision, SourceEvent, SourceState
