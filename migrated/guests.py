@@ -256,12 +256,13 @@ class GuestRegistry:
             del self._ending[guest.name]
             ended.set()
 
-    def ever_ran(self, name: str, epoch: int) -> bool:
-        """Whether a guest of this name ran on this host in this epoch, by the run log that its VMM wrote first."""
+    def ever_ran(self, name: str, epoch: int) -> bool | None:
+        """Whether a guest of this name ran on this host in this epoch, by the run log that its VMM wrote first; None
+        when its VMM kept none."""
         try:
             lines = (self._config.directory / f"{name}.runlog").read_bytes().splitlines()
         except FileNotFoundError:
-            return False
+            return None
         for line in lines:
             with contextlib.suppress(ValueError, KeyError):
                 entry = json.loads(line)
