@@ -1,0 +1,99 @@
+"""What the driver remembers of each of its guests, in a file beside the guest's socket, so that a restarted daemon
+finds the guest and knows what ran.
+
+    NAME.sock     the QMP socket, or a link to the one of a QEMU that somebody else started
+    NAME.place    this record
+    NAME.runlog   QEMU's own log of its run state (-trace vm_state_notify)
+    NAME.log      what QEMU says on its error output
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from migrated.errors import VmmError
+
+_RUNS: Final = re.compile(rb"\bvm_state_notify running 1\b")
+
+
+class Place(BaseModel):
+    """The record of one guest.
+
+    Attributes:
+        name: of the guest.
+        started_here: this driver started its QEMU; otherwise somebody else did.
+        run_log: QEMU's log of its run state, None where it keeps none.
+        incoming: it was started empty and has not been resumed since.
+        epoch: that of the last resume that was asked for; 0 before the first.
+        run_log_bytes: how long the run log was before that.
+        state_bytes: what its device state weighed when it was last saved; 0 before.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    started_here: bool
+    run_log: Path | None = None
+    incoming: bool = False
+    epoch: int = 0
+    run_log_bytes: int = 0
+    state_bytes: int = 0
+
+
+def place_path(api_socket: Path) -> Path:
+    """Where the record of a guest lies."""
+    return api_socket.with_suffix(".place")
+
+
+def read_place(api_socket: Path) -> Place:
+    """The record of the guest behind a socket.
+
+    Raises:
+        VmmError: there is none, or it cannot be used.
+    """
+    path = place_path(api_socket)
+    try:
+        return Place.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise VmmError(
+            f"the record {path} of a QEMU guest cannot be used ({error}); adopt the guest anew: remove {api_socket} "
+            "and "
+            "'migratectl guest adopt'"
+        ) from error
+
+
+def write_place(api_socket: Path, place: Place) -> None:
+    """Replace the record, whole or not at all."""
+    path = place_path(api_socket)
+    fresh = path.with_suffix(".place.new")
+    fresh.write_text(place.model_dump_json())
+    os.replace(fresh, path)
+
+
+def log_size(path: Path | None) -> int:
+    """How long a run log is now."""
+    try:
+        return path.stat().st_size if path is not None else 0
+    except FileNotFoundError:
+        return 0
+
+
+def ran_after(path: Path, offset: int) -> bool:
+    """Whether the run log says that vCPUs ran, from a byte on."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return _RUNS.search(file.read()) is not None
+    except FileNotFoundError:
+        return False
+
+
+def forget(api_socket: Path) -> None:
+    """Remove what was kept of a guest whose process has ended, but for its logs."""
+    api_socket.unlink(missing_ok=True)
+    place_path(api_socket).unlink(missing_ok=True)

@@ -1,0 +1,164 @@
+"""Where guest memory is: what QEMU lists, against QEMUs of every kind, and texts of versions that are not here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from migrated.errors import VmmError
+from migrated.kernel import process_memory
+from migrated.vmm.qemu.ram import (
+    Mapping,
+    Ram,
+    RamBlock,
+    arrange,
+    by_size,
+    find_ram,
+    parse_blocks,
+    parse_view,
+    seen_of,
+)
+from migrated.vmm.qemu.ram import (
+    place as put,
+)
+from tests.migrated.qemu.conftest import BareQemu
+
+MIB = 1 << 20
+
+
+def carried(ram: Ram) -> dict[str, tuple[int, str, bool]]:
+    return {one.block.label: (one.block.size, one.block.backing, one.block.shared) for one in ram.carried}
+
+
+async def test_private_memory_video_memory_and_firmware(bare_qemu: BareQemu) -> None:
+    ram = await find_ram(await bare_qemu("-device", "VGA", "-device", "virtio-rng-pci"))
+    assert not ram.lost
+    assert carried(ram) == {
+        "ram@0x0": (64 * MIB, "private", False),
+        "0000:00:01.0/vga.vram": (16 * MIB, "private", False),
+        "pc.bios": (256 << 10, "private", False),
+    }
+    assert [one.first_page for one in ram.carried] == [0, 16384, 20480]
+    assert {block.role for block in ram.rebuilt} == {"rebuilt"}
+
+
+async def test_an_incoming_qemu_has_the_same_pages(bare_qemu: BareQemu) -> None:
+    arguments = ("-device", "VGA")
+    here, there = await bare_qemu(*arguments), await bare_qemu(*arguments, "-incoming", "defer", "-S")
+    assert carried(await find_ram(here)) == carried(await find_ram(there))
+
+
+@pytest.mark.parametrize("kind", ["file", "memfd"])
+async def test_shared_memory(bare_qemu: BareQemu, place: Path, kind: str) -> None:
+    path = f",mem-path={place}/ram" if kind == "file" else ""
+    backend = f"memory-backend-{kind},id=mine,size=64M,share=on{path}"
+    ram = await find_ram(await bare_qemu("-object", backend, machine="pc,accel=tcg,memory-backend=mine"))
+    assert carried(ram)["ram@0x0"] == (64 * MIB, kind, True)
+
+
+async def test_numa_backends_of_different_kinds(bare_qemu: BareQemu) -> None:
+    ram = await find_ram(
+        await bare_qemu(
+            "-object", "memory-backend-ram,id=n0,size=32M", "-object", "memory-backend-memfd,id=n1,size=32M,share=on",
+            "-numa", "node,memdev=n0", "-numa", "node,memdev=n1",
+        )
+    )  # fmt: skip
+    assert carried(ram)["ram@0x0"] == (32 * MIB, "private", False)
+    assert carried(ram)["ram@0x2000000"] == (32 * MIB, "memfd", True)
+
+
+async def test_four_gibibytes_around_the_pci_hole_are_one_block(bare_qemu: BareQemu) -> None:
+    ram = await find_ram(await bare_qemu(memory="4G"))
+    block = ram.carried[0].block
+    assert block.size == 4096 * MIB
+    assert block.seen[0].guest_address == 0
+    above = [seen for seen in block.seen if seen.guest_address >= 1 << 32]
+    assert above
+    assert above[0].offset + sum(seen.size for seen in above) == block.size
+
+
+async def test_what_is_found_is_the_guests_memory(bare_qemu: BareQemu) -> None:
+    """Firmware begins its last 16 bytes with a jump: read through the address that was found."""
+    qmp = await bare_qemu()
+    firmware = next(one for one in (await find_ram(qmp)).carried if one.block.role == "firmware")
+    into = np.zeros(16, np.uint8)
+    process_memory.read(qmp.pid, np.array([[firmware.address + firmware.block.size - 16, 16]], np.uint64), into)
+    assert into[0] == 0xEA
+
+
+def test_newer_qemus_tell_the_address() -> None:
+    text = """\
+              Block Name    PSize              Offset               Used              Total                HVA  RO
+                  pc.ram    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007fc0d7e00000  rw
+   0000:00:01.0/vga.vram    2 MiB  0x0000000010080000 0x0000000001000000 0x0000000001000000 0x00007fc0d6a00000  rw
+"""
+    assert parse_blocks(text) == [
+        ("pc.ram", 0x10000000, 0x7FC0D7E00000),
+        ("0000:00:01.0/vga.vram", 0x1000000, 0x7FC0D6A00000),
+    ]
+    with pytest.raises(VmmError, match="lists no blocks"):
+        parse_blocks("unknown command: 'info ramblock'")
+
+
+def test_only_the_view_of_the_cpus_counts() -> None:
+    text = """\
+FlatView #0
+ AS "I/O", root: io
+  0000000000000000-0000000000000007 (prio 0, ram): other
+
+FlatView #1
+ AS "memory", root: system
+ Root memory region: system
+  0000000100000000-000000017fffffff (prio 0, ram): pc.ram @0000000080000000 KVM
+  0000000000000000-000000007fffffff (prio 0, ram): pc.ram KVM
+  00000000fd000000-00000000fdffffff (prio 1, ram): vga.vram
+  00000000fec00000-00000000fec00fff (prio 0, i/o): ioapic
+"""
+    view = parse_view(text)
+    names = ["pc.ram", "0000:00:01.0/vga.vram", "0000:00:02.0/vga.vram"]
+    assert [seen.guest_address for seen in seen_of("pc.ram", names, view)] == [0, 1 << 32]
+    assert seen_of("pc.ram", names, view)[1].offset == 0x80000000
+    # Two cards with memory of the same name cannot be told apart here.
+    assert seen_of("0000:00:01.0/vga.vram", names, view) == ()
+    assert len(seen_of("0000:00:01.0/vga.vram", names[:2], view)) == 1
+
+
+def guarded(begin: int, size: int) -> list[Mapping]:
+    anonymous = ("00:00", 0, "")
+    return [
+        Mapping(begin, begin + size, "rw-p", 0, *anonymous),
+        Mapping(begin + size, begin + size + 4096, "---p", 0, *anonymous),
+    ]
+
+
+def test_an_unseen_block_is_found_by_its_size_only_where_that_is_certain() -> None:
+    video = RamBlock("vga.vram", 16 * MIB, "device")
+    one = guarded(0x7F0000000000, 16 * MIB)
+    two = guarded(0x7F1000000000, 16 * MIB)
+    assert by_size([video], one)[0].address == 0x7F0000000000
+    assert by_size([video], one + two)[0].address is None
+    other = RamBlock("other.vram", 16 * MIB, "device")
+    assert [block.address for block in by_size([video, other], one)] == [None, None]
+    assert by_size([video], guarded(0x7F0000000000, 8 * MIB))[0].address is None
+    assert arrange(by_size([video, other], one)).lost == (other, video)
+
+
+def test_a_block_is_put_only_where_all_of_it_is_mapped_as_one_thing() -> None:
+    block = RamBlock("pc.ram", 8192, "main")
+    first = Mapping(0x1000, 0x2000, "rw-s", 0, "fd:00", 7, "/ram")
+    same = [first, Mapping(0x2000, 0x3000, "rw-s", 4096, "fd:00", 7, "/ram")]
+    assert put(block, 0x1000, same).address == 0x1000
+    assert put(block, 0x2000, same).address is None
+    other = [first, same[1]._replace(inode=8)]
+    assert put(block, 0x1000, other).address is None
+    assert put(block, None, same).address is None
+
+
+async def test_memory_of_a_process_that_ended(bare_qemu: BareQemu) -> None:
+    qmp = await bare_qemu()
+    os.kill(qmp.pid, 9)
+    with pytest.raises(VmmError):
+        await find_ram(qmp)
