@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import msgpack
 
-from migrated.config import AuthorisationConfig, TlsConfig
 from migrated.link import sockets
 from migrated.link.security import LinkSecurity
+from migrated.settings.config import AuthorisationConfig, TlsConfig
 from protocol import messages
 from protocol.frames import HEADER_BYTES, check_meta, pack_header, unpack_header
 from protocol.guest import GuestDescription

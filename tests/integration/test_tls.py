@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from migrated.config import AuthorisationConfig, TlsConfig
 from migrated.link.security import LinkSecurity
+from migrated.settings.config import AuthorisationConfig, TlsConfig
 from protocol import messages
 from protocol.errors import ErrorCode
 from protocol.messages import FrameType

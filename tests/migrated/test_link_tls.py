@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 import structlog
 
-from migrated.config import Address, AuthorisationConfig, LimitsConfig, TlsConfig
-from migrated.errors import LinkLostError, RefusedError
+from migrated.base.errors import LinkLostError, RefusedError
 from migrated.link import sockets
 from migrated.link.data import DataChannel
 from migrated.link.listener import Listener
 from migrated.link.security import LinkSecurity, PlainRefusedError, is_loopback
 from migrated.link.sockets import Connection
 from migrated.link.tls import Credentials, CredentialsError
+from migrated.settings.config import Address, AuthorisationConfig, LimitsConfig, TlsConfig
 from protocol import messages
 from protocol.messages import Barrier, Message
 from protocol.versions import MAJOR, pack_preface
