@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from migrated.base.errors import DocumentError
 from migrated.control import qemu
 from migrated.control.operations import EVENTS_LOST, GuestSpec, OperationError, Operations
 from migrated.control.schema import (
@@ -18,11 +19,10 @@ from migrated.control.schema import (
     parameter_document,
     parameter_values,
 )
-from migrated.errors import DocumentError
-from migrated.history import HistoryQuery, RecordNotFoundError
-from migrated.progress import Progress
+from migrated.observe.progress import Progress
 from migrated.record.reading import read_record
 from migrated.record.terms import FINISHED, OUTCOMES
+from migrated.state.history import HistoryQuery, RecordNotFoundError
 
 Arguments = Mapping[str, Any]
 Handler = Callable[[Operations, Arguments], Awaitable[Any]]
@@ -35,8 +35,9 @@ MAX_HISTORY: Final = 1000
 class Command:
     """One command.
 
-    ``changes``: who called is logged. ``oob``: may be executed out of band. ``waits``: ends with its client, as nothing
-    hangs on it. ``large``: its result is encoded in a thread, as that may take longer than the event loop can spare.
+    ``changes``: for operators only, and who called is logged. ``oob``: may be executed out of band. ``waits``: ends
+    with its client, as nothing hangs on it. ``large``: its result is encoded in a thread, as that may take longer than
+    the event loop can spare.
     """
 
     name: str
@@ -486,6 +487,7 @@ _TABLE: Final = (
         "Predicted downtime and total time with bounds, and whether the limit can be met.",
         (GUEST, URI, CHANNELS, *PARAMETER_ARGUMENTS),
         _estimate,
+        changes=True,  # it connects to another host and tracks the guest's writes
     ),
     Command("x-migrated-metrics", "All metrics in Prometheus' text form.", "An object with 'text'.", (), _metrics),
 )

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from migrated.errors import VmmError, VmmGoneError
+from migrated.base.errors import VmmError, VmmGoneError
 from migrated.kernel import pagemap
 from migrated.vmm.memory import (
     WORDS_PER_PAGE,

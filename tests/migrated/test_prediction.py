@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrated.parameters import MigrationParameters
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation
 from migrated.prediction.knowledge import Knowledge
@@ -20,6 +19,7 @@ from migrated.prediction.model import Bases, Prediction
 from migrated.record.model import Digest, DowntimePart, Ram, Record, downtime_of
 from migrated.record.parts import Component, Part
 from migrated.record.terms import Outcome
+from migrated.settings.parameters import MigrationParameters
 
 MS = 1_000_000
 BASES = Bases(

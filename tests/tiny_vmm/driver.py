@@ -17,8 +17,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from migrated.config import Config
-from migrated.errors import VmmError, VmmGoneError, VmmSilentError
+from migrated.base.errors import VmmError, VmmGoneError, VmmSilentError
+from migrated.settings.config import Config
 from migrated.vmm import spawn
 from migrated.vmm.dirty_log import DirtyLog, PagemapScanLog
 from migrated.vmm.memory import GuestMemory, ProcessMemory, Span

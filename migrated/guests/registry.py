@@ -16,9 +16,9 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from migrated.config import Config
-from migrated.errors import RefusedError, VmmError, VmmGoneError, VmmSilentError
-from migrated.tasks import TaskSet
+from migrated.base.errors import RefusedError, VmmError, VmmGoneError, VmmSilentError
+from migrated.base.tasks import TaskSet
+from migrated.settings.config import Config
 from migrated.vmm import spawn
 from migrated.vmm.seam import Driver, GuestRequest, VmmGuest
 from protocol.guest import GuestDescription
