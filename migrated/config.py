@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from migrated.parameters import Bytes, MigrationParameters, Seconds
+from migrated.parameters import Bytes, MigrationParameters, Milliseconds, Seconds
 
 ENV_PREFIX: Final = "MIGRATED_"
 MAX_SOCKET_PATH_BYTES: Final = 107
@@ -210,8 +210,12 @@ class VmmConfig(Section):
 
     directory: DirectoryPath = Path("/run/migrated/guests")
     """API sockets of guests; a restarted daemon finds its guests by them."""
+    driver: str = "sim"
+    """The driver with which ``guest create`` starts guests."""
+    drivers: tuple[str, ...] = ()
+    """Drivers beside the built-in ones, each as ``module:Class``, with a module on the daemon's import path."""
     command: Command = ("vmm-sim",)
-    """The VMM and fixed arguments; a bare name is looked up beside the daemon's interpreter, then on PATH."""
+    """The simulated VMM and fixed arguments; a bare name is looked up beside the daemon's interpreter, then on PATH."""
     start_timeout_s: PositiveSeconds = 10.0
     profiles: DirectoryPath = Path("configs/guests")
     """Guest profiles that ``guest create --profile NAME`` finds by name."""
@@ -248,6 +252,9 @@ class LimitsConfig(Section):
     """A control channel silent for this long is lost."""
     ready_timeout_s: PositiveSeconds = 10.0
     """A destination that voted READY and hears no decision discards the guest after this."""
+    guessed_resume_reserve_ms: Milliseconds = Field(default=10.0, gt=0, le=60_000)
+    """Kept back from the downtime limit for the resume of a guest whose VMM can only guess what that costs, until
+    resumes on this host have shown it."""
     outcome_retry_s: PositiveSeconds = 1.0
     """First pause between two questions for the outcome of an attempt in doubt; it backs off from here."""
     tcp_user_timeout_s: PositiveSeconds = 10.0

@@ -62,7 +62,15 @@ def run_daemon(config: Config, role: DaemonRole, read_again: Callable[[], Config
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         uvloop.run(_serve(config, role, collector, read_again))
-    except (StartError, ActivationError, CredentialsError, ControlSocketError, JournalError, HistoryError) as error:
+    except (
+        StartError,
+        ConfigError,
+        ActivationError,
+        CredentialsError,
+        ControlSocketError,
+        JournalError,
+        HistoryError,
+    ) as error:
         log.error("the daemon cannot start", reason=str(error))
         return EXIT_FAILED
     return EXIT_OK

@@ -1,28 +1,26 @@
 """The guests of this host: starting them, finding them again after a restart of the daemon, noticing their end.
 
-A guest is a process of its own. Its API socket ``NAME.sock`` in the VMM directory is how it is found; beside it lie
-the VMM's log and the run log that it writes.
+A guest is a process of its own. Its API socket, named after it, is how the driver that started it finds it again. Which
+driver starts a guest is decided by ``[vmm] driver``, or by the description of one that comes in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import structlog
 
-from migrated.config import ClockConfig, LockConfig, VmmConfig
+from migrated.config import Config
 from migrated.errors import RefusedError, VmmError, VmmGoneError, VmmSilentError
 from migrated.tasks import TaskSet
 from migrated.vmm import spawn
-from migrated.vmm.base import Vmm
-from migrated.vmm.sim import SimVmm, incoming_command
+from migrated.vmm.seam import Driver, GuestRequest, VmmGuest
 from protocol.guest import GuestDescription
 
 log = structlog.get_logger()
@@ -48,7 +46,7 @@ class Guest:
     name: str
     uuid: str
     memory_bytes: int
-    vmm: Vmm
+    vmm: VmmGuest
     api_socket: Path
     migration_id: str | None = None
     overlay: Overlay | None = None
@@ -98,24 +96,13 @@ class GuestRegistry:
     """All guests of one daemon.
 
     Args:
-        config: where API sockets are and how a VMM is started.
-        lock: where ownership locks lie.
-        clock: how this host's clocks are shifted; guests started here get the same.
+        config: where guests are found and which driver starts them.
+        drivers: all that this host has, by name.
     """
 
-    def __init__(self, config: VmmConfig, clock: ClockConfig, lock: LockConfig) -> None:
+    def __init__(self, config: Config, drivers: Mapping[str, Driver]) -> None:
         self._config = config
-        self._lock = lock
-        # A VMM lives on the same host: where the host's clocks are shifted, its are too.
-        self._command = [*config.command]
-        if clock != ClockConfig():
-            self._command += [
-                "--hrtime-offset-ns", str(clock.hrtime_offset_ns),
-                "--wall-offset-ns", str(clock.wall_offset_ns),
-                "--clock-drift-ppm", str(clock.drift_ppm),
-            ]  # fmt: skip
-        if lock.directory is not None:
-            self._command += ["--lock-directory", str(lock.directory)]
+        self._drivers = drivers
         self._guests: dict[str, Guest] = {}
         self._starting: set[str] = set()
         self._ending: dict[str, asyncio.Event] = {}
@@ -129,49 +116,49 @@ class GuestRegistry:
 
     async def open(self) -> None:
         """Find the guests that are running already. One that does not answer holds this up for ANSWER_S at most."""
-        self._config.directory.mkdir(parents=True, exist_ok=True)
-        if self._lock.directory is not None:
-            self._lock.directory.mkdir(parents=True, exist_ok=True)
-        await asyncio.gather(*(self._find(path) for path in sorted(self._config.directory.glob("*.sock"))))
+        self._config.vmm.directory.mkdir(parents=True, exist_ok=True)
+        if self._config.lock.directory is not None:
+            self._config.lock.directory.mkdir(parents=True, exist_ok=True)
+        found = [(driver, place) for driver in self._drivers.values() for place in driver.places()]
+        await asyncio.gather(*(self._find(driver, place) for driver, place in found))
 
-    async def _find(self, path: Path) -> None:
+    async def _find(self, driver: Driver, path: Path) -> None:
         """Take up the guest behind a socket; go on asking in the background if it is silent."""
         try:
-            await self._take_up(path, ANSWER_S)
+            await self._take_up(driver, path, ANSWER_S)
         except VmmSilentError as error:
             log.error("a guest does not answer", guest=path.stem, reason=str(error))
             reason = f"{error}, and has not since the daemon began; it is asked until it does, or its process ends"
             self.silent[path.stem] = SilentGuest(path.stem, error.pid or None, path, reason)
-            self._asking.start(self._keep_asking(path))
+            self._asking.start(self._keep_asking(driver, path))
 
-    async def _take_up(self, path: Path, timeout_s: float | None) -> None:
+    async def _take_up(self, driver: Driver, path: Path, timeout_s: float | None) -> None:
         """Take up the guest behind a socket, if it is one that can be used.
 
         Raises:
             VmmSilentError: it did not answer in time.
         """
         try:
-            vmm = await SimVmm.attach(path, timeout_s)
+            vmm = await driver.attach(path, timeout_s)
             try:
-                self._adopt(vmm, await vmm.describe(), path)
+                self._adopt(vmm, await vmm.describe())
             except BaseException:
                 await vmm.close()
                 raise
             log.info("found a running guest", guest=vmm.name, pid=vmm.pid)
         except VmmGoneError as error:
             log.warning("a stale API socket was left behind", socket=str(path), reason=str(error))
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            driver.tidy(path)
         except VmmSilentError:
             raise
         except VmmError as error:
             log.error("a guest cannot be used", socket=str(path), reason=str(error))
 
-    async def _keep_asking(self, path: Path) -> None:
+    async def _keep_asking(self, driver: Driver, path: Path) -> None:
         """Wait for as long as it takes until a silent guest answers or ends; one connection waits, none piles up."""
         while True:
             try:
-                await self._take_up(path, None)
+                await self._take_up(driver, path, None)
             except VmmSilentError:
                 await asyncio.sleep(_AGAIN_S)
             else:
@@ -206,41 +193,45 @@ class GuestRegistry:
         """One guest, None when there is none."""
         return self._guests.get(name)
 
-    async def create(self, name: str, arguments: list[str]) -> Guest:
-        """Start a new guest.
+    async def create(self, request: GuestRequest) -> Guest:
+        """Start a new guest with the driver that the configuration names.
 
         Raises:
             RefusedError: the name is taken.
             VmmError: the VMM does not start.
         """
-        path = await self._claim(name)
+        driver = self._drivers[self._config.vmm.driver]
+        await self._claim(request.name)
         try:
-            command = [*self._command, "--name", name, "--api-socket", str(path), *arguments]
-            return await self._start(command, path)
+            return await self._started(await driver.create(request))
         finally:
-            self._starting.discard(name)
+            self._starting.discard(request.name)
 
     async def create_incoming(self, description: GuestDescription) -> Guest:
         """Start an empty guest equal to the description, waiting for state.
 
         Raises:
-            RefusedError: the name or the uuid is taken here.
+            RefusedError: the name or the uuid is taken here, or this host lacks the guest's driver.
             VmmError: the VMM does not start or cannot be such a guest.
         """
+        driver = self._drivers.get(description.vmm)
+        if driver is None:
+            raise RefusedError(
+                f"guest {description.name!r} needs the driver {description.vmm!r}, which the destination lacks; it has "
+                f"{', '.join(sorted(self._drivers))}. Configure it there under [vmm] drivers"
+            )
         for guest in self._guests.values():
             if guest.uuid == description.uuid:
                 raise RefusedError(
                     f"the guest with uuid {description.uuid} is already on the destination, as {guest.name!r}"
                 )
-        path = await self._claim(description.name)
+        await self._claim(description.name)
         try:
-            guest = await self._start(incoming_command(self._command, description, path), path)
+            guest = await self._started(await driver.create_incoming(description))
             guest.overlay = "incoming"
             return guest
         finally:
             self._starting.discard(description.name)
-            with contextlib.suppress(FileNotFoundError):
-                path.with_suffix(".incoming").unlink()
 
     async def destroy(self, guest: Guest) -> None:
         """End a guest and forget it. When this returns its process is gone.
@@ -257,39 +248,28 @@ class GuestRegistry:
             ended.set()
 
     def ever_ran(self, name: str, epoch: int) -> bool:
-        """Whether a guest of this name ran on this host in this epoch, by the run log that its VMM wrote first."""
-        try:
-            lines = (self._config.directory / f"{name}.runlog").read_bytes().splitlines()
-        except FileNotFoundError:
-            return False
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError):
-                entry = json.loads(line)
-                if entry["event"] == "run" and entry["epoch"] == epoch:
-                    return True
-        return False
+        """Whether a guest of this name ran on this host in this epoch, by the logs that VMMs write before they run."""
+        return any(driver.ran(name, epoch) for driver in self._drivers.values())
 
-    async def _claim(self, name: str) -> Path:
+    async def _claim(self, name: str) -> None:
         """Reserve a name; one whose process is just ending becomes free first."""
         while (ending := self._ending.get(name)) is not None:
             await ending.wait()
-        path = self._config.directory / f"{name}.sock"
         if name in self._guests or name in self._starting or name in self.silent:
             raise RefusedError(f"a guest named {name!r} is already on this host; choose another name or destroy it")
         self._starting.add(name)
-        return path
 
-    async def _start(self, command: list[str], path: Path) -> Guest:
-        vmm = await SimVmm.start(command, path, self._config.start_timeout_s)
+    async def _started(self, vmm: VmmGuest) -> Guest:
+        """Take up a guest that its driver has just started; one that cannot be used is ended."""
         try:
-            return self._adopt(vmm, await vmm.describe(), path)
+            return self._adopt(vmm, await vmm.describe())
         except BaseException:
             with contextlib.suppress(VmmError):
                 await vmm.destroy()
             raise
 
-    def _adopt(self, vmm: Vmm, description: GuestDescription, path: Path) -> Guest:
-        guest = Guest(description.name, description.uuid, description.memory_bytes, vmm, path)
+    def _adopt(self, vmm: VmmGuest, description: GuestDescription) -> Guest:
+        guest = Guest(description.name, description.uuid, description.memory_bytes, vmm, vmm.api_socket)
         try:
             guest.pidfd = os.pidfd_open(vmm.pid)
         except ProcessLookupError as error:

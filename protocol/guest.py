@@ -67,16 +67,23 @@ class DeviceDescription(WireModel):
 
 
 class GuestDescription(WireModel):
-    """Everything the destination must know to build an equal guest, or to refuse."""
+    """Everything the destination must know to build an equal guest, or to refuse.
+
+    ``vmm`` names the driver that the guest needs. ``guest_time`` says whether the guest's time travels apart from its
+    devices; if not, no TIME_ASK is sent. ``guest_freq`` is the guest's TSC frequency (Hz), 0 where the VMM does not
+    say.
+    """
 
     name: GuestName
     uuid: Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
+    vmm: Name
     machine: Name
     page_size: Annotated[int, Field(gt=0, le=1 << 21)]
     memory: Annotated[tuple[MemoryRegion, ...], Field(min_length=1, max_length=64)]
     devices: Annotated[tuple[DeviceDescription, ...], Field(max_length=MAX_DEVICES)]
     vcpus: Annotated[int, Field(ge=1, le=4096)]
-    guest_freq: Annotated[int, Field(gt=0, lt=1 << 64)]
+    guest_freq: Annotated[int, Field(ge=0, lt=1 << 64)]
+    guest_time: bool
     expected_stop_ns: NonNegativeNs = 0
     expected_resume_ns: NonNegativeNs = 0
     vmm_config: Annotated[bytes, Field(max_length=MAX_VMM_CONFIG_BYTES)] = b""
@@ -85,6 +92,8 @@ class GuestDescription(WireModel):
     def _regions_fit_together(self) -> GuestDescription:
         if self.page_size != PAGE_SIZE:
             raise ValueError(f"page size {self.page_size} is not supported: only {PAGE_SIZE} is")
+        if self.guest_time and not self.guest_freq:
+            raise ValueError("guest_freq must be known where guest_time says that the guest's time travels")
         expected = 0
         for region in self.memory:
             if region.size_bytes % PAGE_SIZE:
@@ -114,7 +123,7 @@ class GuestDescription(WireModel):
     def differences(self, other: GuestDescription) -> list[str]:
         """What makes ``other`` unfit to take this guest's state: one phrase each, empty when nothing does."""
         found: list[str] = []
-        for field in ("uuid", "machine", "page_size", "vcpus", "guest_freq"):
+        for field in ("uuid", "vmm", "machine", "page_size", "vcpus", "guest_freq", "guest_time"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
                 found.append(f"{field} is {mine} here and {theirs} there")

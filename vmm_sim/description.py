@@ -15,6 +15,8 @@ from vmm_sim.config import ConfigError, GuestConfig, explain
 from vmm_sim.devices import Device
 from vmm_sim.memory import memory_regions
 
+DRIVER: Final = "sim"
+"""What the daemons call their driver for this VMM."""
 MACHINE: Final = "vmm-sim-1"
 _VERSION: Final = 1
 
@@ -33,12 +35,14 @@ def build_description(config: GuestConfig, devices: Collection[Device], cost_see
     return GuestDescription(
         name=config.name,
         uuid=config.uuid,
+        vmm=DRIVER,
         machine=MACHINE,
         page_size=PAGE_SIZE,
         memory=memory_regions(config.memory_bytes),
         devices=tuple(DeviceDescription(**device.describe()) for device in devices),
         vcpus=config.vcpus,
         guest_freq=config.guest_freq,
+        guest_time=True,
         expected_stop_ns=1000 * (config.stop_us + sum(device.config.stop_us for device in devices)),
         expected_resume_ns=1000 * (config.resume_us + sum(device.config.resume_us for device in devices)),
         vmm_config=packed,

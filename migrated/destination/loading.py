@@ -1,7 +1,7 @@
 """Loading: everything that arrives is put into the incoming guest, in the order that correctness needs.
 
 iterable state of the rounds   as it comes
-time data                      before any final device state
+time data                      before any final device state, where the guest's time travels
 final iterable state           after the time data
 everything else                after STATE_END and the last page, since a device may look into guest memory
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import structlog
@@ -19,7 +18,7 @@ from migrated.clock import HostClock
 from migrated.destination.pages import ArrivedState
 from migrated.errors import MigrationError
 from migrated.record.model import TimeSummary
-from migrated.vmm.base import DeviceState, Vmm
+from migrated.vmm.seam import StatePart, VmmGuest
 from protocol import messages
 from protocol.clock import ExportExchange, OffsetEstimate
 from protocol.guest_time import (
@@ -33,9 +32,6 @@ from protocol.guest_time import (
 from protocol.messages import TimeRules
 
 log = structlog.get_logger()
-
-_CHEAP_NS = 300_000
-"""Loads expected to cost less are asked for together: the call would cost more than the load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +62,16 @@ class Loading:
         devices: (name, kind) of every device that must have its final state loaded.
         rules: how guest time is carried over.
         clock: this host's clocks.
-        load_costs: what loading each device is expected to cost here (ns), by name and kind.
     """
 
     def __init__(
         self,
-        vmm: Vmm,
+        vmm: VmmGuest,
         devices: set[tuple[str, str]],
         rules: TimeRules,
         clock: HostClock,
-        load_costs: Mapping[tuple[str, str], int],
     ) -> None:
         self.done = Loaded()
-        self._load_costs = load_costs
         self._vmm = vmm
         self._devices = devices
         self._rules = rules
@@ -123,46 +116,48 @@ class Loading:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
-            await self._load([state, *self._cheap_followers(state)])
+            if state.meta.final:
+                await self._load_final(state)
+            else:
+                await self._load_iteration(state)
         await self._import_time()  # also when the guest has no devices at all
         missing = self._devices - self.done.final_devices
         if missing:
             names = ", ".join(f"{name} ({kind})" for name, kind in sorted(missing))
             raise MigrationError(f"the final state of {names} never arrived")
 
-    def _cheap_followers(self, first: ArrivedState) -> list[ArrivedState]:
-        """States that can be loaded in the same call: they are here, next in order, as final, and as cheap."""
-        if not self._groupable(first) or not self._complete.done():
-            return []
-        found: list[ArrivedState] = []
-        while (state := self._states.get(first.meta.order + 1 + len(found))) is not None and self._groupable(state):
-            found.append(self._states.pop(state.meta.order))
-        return found
-
-    def _groupable(self, state: ArrivedState) -> bool:
-        meta = state.meta
-        cheap = self._load_costs.get((meta.name, meta.kind), 0) < _CHEAP_NS
-        return meta.final and meta.kind == "non-iterable" and cheap
-
-    async def _load(self, states: list[ArrivedState]) -> None:
-        meta = states[0].meta
-        if not meta.final:
-            await self._vmm.load_device(meta.name, meta.kind, states[0].data, False)
-        else:
-            await self._import_time()
-            if meta.kind == "non-iterable":
-                await asyncio.shield(self._complete)
-            costs = await self._vmm.load_devices(
-                [DeviceState(state.meta.name, state.meta.kind, state.data) for state in states]
+    async def _load_iteration(self, state: ArrivedState) -> None:
+        """Load what an iterable device sent in a round."""
+        iterations = self._vmm.iterations
+        if iterations is None:
+            raise MigrationError(
+                f"device {state.meta.name} sent state in a round, which the driver {self._vmm.driver!r} cannot load"
             )
-            for state, ns in zip(states, costs, strict=True):
-                self.done.load_ns[f"{state.meta.name}/{state.meta.kind}"] = ns
-                self.done.final_devices.add((state.meta.name, state.meta.kind))
-        self.done.states += len(states)
+        await iterations.load_iteration(_part(state))
+        self.done.states += 1
+
+    async def _load_final(self, first: ArrivedState) -> None:
+        """Load a final state, with all that follow it, are here, and may be loaded now."""
+        await self._import_time()
+        if first.meta.kind == "non-iterable":
+            await asyncio.shield(self._complete)
+        ready = [first]
+        while (state := self._states.get(first.meta.order + len(ready))) is not None and self._may_be_loaded(state):
+            ready.append(self._states.pop(state.meta.order))
+        costs_ns = await self._vmm.state_in([_part(state) for state in ready])
+        for state, ns in zip(ready, costs_ns, strict=True):
+            self.done.load_ns[f"{state.meta.name}/{state.meta.kind}"] = ns
+            self.done.final_devices.add((state.meta.name, state.meta.kind))
+        self.done.states += len(ready)
+
+    def _may_be_loaded(self, state: ArrivedState) -> bool:
+        """Whether a state that follows final ones can be loaded with them."""
+        return state.meta.final and (state.meta.kind == "iterable" or self._complete.done())
 
     async def _import_time(self) -> None:
-        """Adjust the guest's time to this host and import it, once."""
-        if self.done.time is not None:
+        """Adjust the guest's time to this host and import it, once, if it travels."""
+        guest_time = self._vmm.time
+        if guest_time is None or self.done.time is not None:
             return
         arrived, offset = await asyncio.shield(self._time)
         data, rules = arrived.data, self._rules
@@ -178,7 +173,7 @@ class Loading:
         )
         daemon_ns = self._clock.hrtime_ns() - imported_at_ns
         error_ns = interval.error_ns(elapsed_ns) if rules.policy != "freeze" else interval.upper_ns
-        imported = await self._vmm.import_time(adjustment.adjusted, error_ns)
+        imported = await guest_time.import_time(adjustment.adjusted, error_ns)
         skew = wall_clock_skew(data.time, adjustment.adjusted, interval)
         if certain_ns := provable_skew(skew):
             log.warning("the hosts' wall clocks disagree", at_least_ms=round(abs(certain_ns) / 1e6, 3))
@@ -204,3 +199,7 @@ class Loading:
                 vmm_ticks=imported.vmm_ticks,
             ),
         )
+
+
+def _part(state: ArrivedState) -> StatePart:
+    return StatePart(state.meta.name, state.meta.kind, state.data)

@@ -39,8 +39,8 @@ from migrated.record.model import Checkpoint, DestinationHalf, DowntimePart, Gue
 from migrated.record.parts import Part
 from migrated.record.terms import QemuCheckpoint, Status
 from migrated.tasks import TaskSet
-from migrated.vmm.base import DryRun
 from migrated.vmm.memory import GuestMemory, shared_huge_pages
+from migrated.vmm.seam import ExpectedCosts
 from protocol import messages
 from protocol.budget import DowntimeCount, abort_limit_ns, destination_remaining_ns
 from protocol.clock import ClockError
@@ -128,7 +128,9 @@ class IncomingMigration:
         self._receiver: PageReceiver | None = None
         self._loading: Loading | None = None
         self._loading_task: asyncio.Task[None] | None = None
-        self._dry = DryRun((), 0, 0)
+        self._costs = ExpectedCosts((), 0, 0, 0, "guessed")
+        self._resume_ns = 0
+        """What the resume here is counted with."""
         self._count: DowntimeCount | None = None
         self._deadline: asyncio.TimerHandle | None = None
         self._ready_timer: asyncio.TimerHandle | None = None
@@ -281,7 +283,8 @@ class IncomingMigration:
         if differences := hello.guest.differences(built):
             raise RefusedError(f"this host cannot build an equal guest: {'; '.join(differences)}")
         self._memory = await guest.vmm.memory()
-        self._dry = await guest.vmm.typical_dry_run("load")
+        self._costs = await guest.vmm.expected_costs("load")
+        self._resume_ns = env.resume_costs.expected_ns(guest.vmm.driver, self._costs, abort_limit_ns(hello.limits))
         env.journal.begin(
             self.migration_id,
             hello.epoch,
@@ -314,15 +317,14 @@ class IncomingMigration:
             {(d.name, d.kind) for d in hello.guest.devices},
             hello.time_rules,
             env.clock,
-            {(cost.name, cost.kind): cost.ns for cost in self._dry.devices},
         )
         self._loading_task = self._tasks.start(self._load())
         self._tell(
             messages.Welcome(
                 token=self._token,
                 capabilities=tuple(sorted(agreed)),
-                load_costs=self._dry.devices,
-                resume_ns=self._dry.resume_ns,
+                load_costs=self._costs.devices,
+                resume_ns=self._resume_ns,
                 ready_timeout_ns=int(env.config.limits.ready_timeout_s * 1e9),
                 host=env.host,
             )
@@ -469,7 +471,8 @@ class IncomingMigration:
             if self._receiver is not None:
                 self._receiver.guest_stopped()
             self._set_status("device")
-            self._ask_time()
+            if self._hello.guest.guest_time:
+                self._ask_time()
         else:
             self._count.hear(source_downtime_ns, transit_ns, received.read_at_ns)
         self._source_reported_ns = source_downtime_ns
@@ -491,7 +494,7 @@ class IncomingMigration:
     def _reserve_ns(self) -> int:
         """Upper bound of what follows the vote: the READY leg, the COMMIT leg and the resume, here or, after a NO, on
         the source; and the vote itself, so that a NO is heard before the source's own deadline."""
-        return _VOTE_NS + self._control.round_trip_ns() + max(self._dry.resume_ns, self._source_resume_ns)
+        return _VOTE_NS + self._control.round_trip_ns() + max(self._resume_ns, self._source_resume_ns)
 
     def _remaining_ns(self) -> int | None:
         if self._count is None:
@@ -582,7 +585,8 @@ class IncomingMigration:
             self._log_costs()
             times = takeover.resume_times
             if times is not None and not self._hello.guest_paused:
-                self._env.resume_costs.add(times.end_ns - times.commit_read_ns, self._dry.resume_ns)
+                took_ns = times.end_ns - times.commit_read_ns
+                self._env.resume_costs.add(self._hello.guest.vmm, took_ns, self._costs)
             if not self._hello.guest_paused:
                 self._env.publish("RESUME", {"guest": self.guest_name})
         else:
@@ -620,9 +624,9 @@ class IncomingMigration:
         """What the guest saw of the blackout, once it beat again."""
         if self.takeover is None or self.takeover.state is not DestinationState.RUNNING or self._guest is None:
             return None
-        with contextlib.suppress(VmmError, KeyError, TypeError, ValidationError):
-            gap = (await self._guest.vmm.status()).detail["stop_gap"]
-            return GuestGap(guest_ns=gap["guest_ns"], host_ns=gap["host_ns"])
+        with contextlib.suppress(VmmError):
+            if (gap := (await self._guest.vmm.status()).observed_gap) is not None:
+                return GuestGap(guest_ns=gap.guest_ns, host_ns=gap.host_ns)
         return None
 
     def _half(self, guest_gap: GuestGap | None) -> DestinationHalf:

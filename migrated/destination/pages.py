@@ -3,8 +3,8 @@
 Run tables are checked against the memory map before a byte of payload is read, so nothing can be written outside the
 guest. A page that stays zero is never touched; one that becomes zero again is given back to the host.
 
-    plain, long runs, pages that are here      -> received into guest memory
-    anything else -> staging -> decode, hash   -> long runs of new pages written through the file, the rest scattered
+    plain, long runs, mapped pages that are here -> received into guest memory
+    anything else -> staging -> decode, hash     -> long runs of new pages written as such, the rest scattered
     EXTENTS -> huge pages, populated by a thread of its own, ahead of the stream, in the first round only
     after the first round: what went through the file is mapped, by a thread of its own, until the guest stops
 """
@@ -25,7 +25,7 @@ import xxhash
 from migrated.destination.decoding import check_encoding, decode
 from migrated.errors import LinkLostError
 from migrated.link.data import DataChannel
-from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, drop_views
+from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, Words, drop_views
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.errors import ErrorCode, RemoteProtocolError
@@ -269,6 +269,8 @@ class _Populator:
     def _run(self) -> None:
         while (work := self._work.get()) is not None and not self._ending:
             start, count = work
+            if self._memory.mapped(start, count) is None:
+                continue  # not in a mapping of ours
             if not self._memory.populate_huge(start, count):
                 return  # no memory, or not on this host: whoever writes finds out
             self.mapped[start : start + count] = True
@@ -308,8 +310,12 @@ class _Mapper:
             runs = runs_of(np.flatnonzero(self._present[begin : begin + _POPULATED_AT_ONCE]))
             # Many short runs would cost a call each, more than the faults that they save.
             for start, count in runs[runs[:, 1] >= _MAPPED_RUN].tolist():
+                if self._ending:
+                    return
+                if self._memory.mapped(begin + start, count) is None:
+                    continue
                 # A page that is given back just now would get memory again for nothing, and would still read as zero.
-                if self._ending or not self._memory.map(begin + start, count):
+                if not self._memory.map(begin + start, count):
                     return
 
 
@@ -319,7 +325,7 @@ class _ChannelReceiver:
     def __init__(self, owner: PageReceiver, channel: DataChannel) -> None:
         self._owner = owner
         self._channel = channel
-        self._stage: npt.NDArray[np.uint64] = np.empty((MAX_PAYLOAD_BYTES // PAGE_SIZE, WORDS_PER_PAGE), np.uint64)
+        self._stage: Words = np.empty((MAX_PAYLOAD_BYTES // PAGE_SIZE, WORDS_PER_PAGE), np.uint64)
         self._packed = np.empty(MAX_PAYLOAD_BYTES, np.uint8).data
         self._round = 1
         self._received = RoundReceived()
@@ -376,8 +382,11 @@ class _ChannelReceiver:
         check_encoding(message.encoding, owner.encodings, header.payload_bytes, count)
         indices = indices_of(runs)
         few = len(runs) <= _DIRECT_RUNS
+        places: list[memoryview] = []
         if few and message.encoding == "plain" and (owner.present[indices] | owner.populator.mapped[indices]).all():
-            batch_hash = self._receive_in_place(runs)
+            places = self._places(runs)
+        if places:
+            batch_hash = self._receive_in_place(places)
             self._check_hash(batch_hash, message, indices)
         else:
             staged = self._receive_in_staging(header, message, indices)
@@ -397,9 +406,17 @@ class _ChannelReceiver:
                 ErrorCode.CORRUPT,
             )
 
-    def _receive_in_place(self, runs: Runs) -> int:
-        view = self._owner.memory.view
-        places = [view[start * PAGE_SIZE : (start + count) * PAGE_SIZE] for start, count in runs.tolist()]
+    def _places(self, runs: Runs) -> list[memoryview]:
+        """The runs in place, as bytes; empty when some of them are not mapped here."""
+        places: list[memoryview] = []
+        for start, count in runs.tolist():
+            words = self._owner.memory.mapped(start, count)
+            if words is None:
+                return []
+            places.append(words.data.cast("B"))
+        return places
+
+    def _receive_in_place(self, places: list[memoryview]) -> int:
         self._channel.read_into(places)
         if self._owner.digest is None:
             return 0
@@ -410,7 +427,7 @@ class _ChannelReceiver:
             hasher.update(place)
         return hasher.intdigest()
 
-    def _receive_in_staging(self, header: Header, message: messages.Pages, indices: Indices) -> npt.NDArray[np.uint64]:
+    def _receive_in_staging(self, header: Header, message: messages.Pages, indices: Indices) -> Words:
         """The decoded pages, shape (n, 512)."""
         staged = self._stage[: len(indices)]
         if message.encoding == "plain":
@@ -423,26 +440,27 @@ class _ChannelReceiver:
         decode(message.encoding, packed, staged)
         return staged
 
-    def _take_current(self, indices: Indices, staged: npt.NDArray[np.uint64]) -> None:
+    def _take_current(self, indices: Indices, staged: Words) -> None:
         """Copy pages as they are now. What is not here is zero and is not looked at: that would populate it."""
-        words, here = self._owner.memory.words, self._owner.present[indices]
+        memory, here = self._owner.memory, self._owner.present[indices]
         if here.all():
-            np.take(words, indices, axis=0, out=staged, mode="clip")
-        else:
-            staged[:] = 0
-            staged[here] = words[indices[here]]
+            memory.read(indices, staged)
+            return
+        current: Words = np.empty((int(here.sum()), WORDS_PER_PAGE), np.uint64)
+        memory.read(indices[here], current)
+        staged[:] = 0
+        staged[here] = current
 
-    def _place(self, runs: Runs | None, indices: Indices, staged: npt.NDArray[np.uint64]) -> None:
+    def _place(self, runs: Runs | None, indices: Indices, staged: Words) -> None:
         """Put staged pages into guest memory; ``runs`` when they are few."""
         memory = self._owner.memory
         if runs is None or self._owner.present[indices].all():
-            memory.words[indices] = staged
+            memory.write(indices, staged)
             return
-        view = staged.data.cast("B")
         done = 0
         for start, count in runs.tolist():
-            memory.write(start, view[done : done + count * PAGE_SIZE])
-            done += count * PAGE_SIZE
+            memory.write_new(start, staged[done : done + count])
+            done += count
 
     def _take_zero_pages(self, header: Header, message: messages.ZeroPages) -> None:
         owner = self._owner

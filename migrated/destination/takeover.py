@@ -184,8 +184,10 @@ class Takeover:
     async def _take_lock(self) -> Outcome:
         if self._guest is None:
             return _process_gone()
+        if (lock := self._guest.vmm.lock) is None:
+            return DONE
         try:
-            await self._guest.vmm.take_lock()
+            await lock.take()
         except VmmError as error:
             return failed(error)
         return DONE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -14,6 +13,7 @@ from migrated.errors import MigrationError, VmmError
 from migrated.guests import ANSWER_S, UNRESPONSIVE, Guest, UnknownGuestError
 from migrated.host.commands import asked
 from migrated.host.recovery import Recovery
+from migrated.vmm.seam import GuestRequest
 
 log = structlog.get_logger()
 
@@ -29,26 +29,20 @@ class GuestCommands:
     def __init__(self, env: Environment, recovery: Recovery) -> None:
         self._env = env
         self._guests = env.guests
-        self._profiles = env.config.vmm.profiles
         self._recovery = recovery
 
     async def create(self, spec: GuestSpec) -> dict[str, Any]:
         """Start a guest and wait until its VMM answers."""
-        arguments = ["--memory", str(spec.memory_bytes)]
-        if spec.profile is not None:
-            arguments += ["--profile", str(self._profile_path(spec.profile))]
-        if spec.workload is not None:
-            arguments += ["--workload", spec.workload]
-        if spec.dirty_rate_bytes_per_s is not None:
-            arguments += ["--dirty-rate", f"{spec.dirty_rate_bytes_per_s}"]
-        if spec.seed is not None:
-            arguments += ["--seed", str(spec.seed)]
-        if spec.paused:
-            arguments.append("--paused")
-        for key, value in spec.options.items():
-            arguments += [f"--{key}", value]
+        own = {
+            "profile": spec.profile,
+            "workload": spec.workload,
+            "dirty-rate": spec.dirty_rate_bytes_per_s,
+            "seed": spec.seed,
+            **spec.options,
+        }
+        options = {key: value for key, value in own.items() if value is not None}
         try:
-            guest = await self._guests.create(spec.name, arguments)
+            guest = await self._guests.create(GuestRequest(spec.name, spec.memory_bytes, spec.paused, options))
         except MigrationError as error:
             raise OperationError(str(error)) from error
         log.info("guest created", guest=guest.name, pid=guest.vmm.pid)
@@ -92,7 +86,7 @@ class GuestCommands:
 
     async def verify(self, name: str) -> dict[str, Any]:
         """Check every byte of a guest's memory."""
-        return await asked(self.get(name).vmm.verify())
+        return await asked(self.get(name).vmm.own_operation("verify", {}))
 
     def get(self, name: str) -> Guest:
         """One guest that answers.
@@ -136,15 +130,6 @@ class GuestCommands:
 
     def _silent(self, name: str) -> dict[str, Any]:
         return self._guests.silent[name].summary(self._recovery.postponed_of(name))
-
-    def _profile_path(self, profile: str) -> Path:
-        path = Path(profile)
-        if path.suffix != ".toml" and len(path.parts) == 1:
-            path = self._profiles / f"{profile}.toml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in self._profiles.glob("*.toml"))) or "none"
-            raise OperationError(f"there is no guest profile {profile!r} ({path}); profiles here: {known}")
-        return path
 
 
 def _plain(value: Any) -> Any:

@@ -33,6 +33,7 @@ from migrated.parameters import MigrationParameters
 from migrated.progress import Progress
 from migrated.run_marks import RunMarks
 from migrated.tasks import TaskSet
+from migrated.vmm.drivers import load_drivers
 from migrated.vmm.resume_costs import ResumeCosts
 from protocol.messages import Message
 from protocol.versions import MAJOR, MINOR
@@ -69,9 +70,9 @@ class MigrationHost:
             security=self.security,
             journal=journal,
             run_marks=RunMarks(config.state.directory),
-            guests=GuestRegistry(config.vmm, config.clock, config.lock),
+            guests=GuestRegistry(config, load_drivers(config)),
             knowledge=load_knowledge(config.state.directory),
-            resume_costs=ResumeCosts(),
+            resume_costs=ResumeCosts(int(config.limits.guessed_resume_reserve_ms * 1e6)),
             host=host_name(config),
             finish=self._records.finish,
             publish=self.events.publish,

@@ -10,6 +10,8 @@ import os
 import platform
 from typing import Final
 
+MAP_NORESERVE: Final = 0x4000
+"""Reserve addresses without the promise of memory (older Pythons do not name it)."""
 MADV_DONTNEED: Final = 4
 MADV_HUGEPAGE: Final = 14
 MADV_POPULATE_READ: Final = 22

@@ -6,7 +6,10 @@ step, so that no write between two scans is missed.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import mmap
+import os
 import struct
 from typing import Final
 
@@ -27,6 +30,9 @@ PAGE_IS_PFNZERO: Final = 1 << 5
 
 _ARGUMENT: Final = struct.Struct("=12Q")
 _WALK_END: Final = 4
+_ENTRIES_AT_ONCE: Final = 1 << 16
+_ENTRY_HELD: Final = np.uint64(1 << 63 | 1 << 62)
+"""Bits of an entry of pagemap: present, swapped."""
 
 Vector = npt.NDArray[np.uint64]
 """Room for ranges that a scan finds: rows of (first address, end address, categories), shape (n, 3)."""
@@ -91,6 +97,42 @@ def scan(
         begin = _ARGUMENT.unpack(argument)[_WALK_END]
     if len(pieces) == 1:
         return pieces[0]
+    return np.concatenate(pieces) if pieces else np.empty((0, 2), np.uint64)
+
+
+def held(pagemap_fd: int, begin: int, end: int, vector: Vector) -> Ranges:
+    """The ranges of pages between two addresses that are in memory or swapped out; pages that only share the kernel's
+    page of zeros are left out. In private anonymous memory every other page reads as zero.
+
+    Raises:
+        OSError: the pagemap cannot be read.
+    """
+    try:
+        return scan(
+            pagemap_fd,
+            begin,
+            end,
+            vector,
+            inverted=PAGE_IS_PFNZERO,
+            all_of=PAGE_IS_PFNZERO,
+            any_of=PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            returned=PAGE_IS_PRESENT,
+        )
+    except OSError as error:
+        if error.errno != errno.ENOTTY:
+            raise
+    return _held_by_entries(pagemap_fd, begin, end)
+
+
+def _held_by_entries(pagemap_fd: int, begin: int, end: int) -> Ranges:
+    """``held`` on a kernel without PAGEMAP_SCAN: one entry of 8 bytes for each page."""
+    pieces: list[Ranges] = []
+    for first in range(begin // mmap.PAGESIZE, end // mmap.PAGESIZE, _ENTRIES_AT_ONCE):
+        count = min(_ENTRIES_AT_ONCE, end // mmap.PAGESIZE - first)
+        entries = np.frombuffer(os.pread(pagemap_fd, 8 * count, 8 * first), np.uint64)
+        here = np.concatenate(([False], (entries & _ENTRY_HELD) != 0, [False]))
+        edges = np.flatnonzero(here[1:] != here[:-1]).reshape(-1, 2)
+        pieces.append((edges + first).astype(np.uint64) * np.uint64(mmap.PAGESIZE))
     return np.concatenate(pieces) if pieces else np.empty((0, 2), np.uint64)
 
 

@@ -134,7 +134,8 @@ class Checkpoint(RecordModel):
 
 
 class RoundRow(RecordModel):
-    """One pre-copy round. ``scan_ns``, ``fence_ns`` are inside ``ns``. Bandwidth is acknowledged bytes over ``ns``."""
+    """One pre-copy round. ``scan_ns`` is the read of the dirty log before it; ``fence_ns``, inside ``ns``, the wait
+    after that for writes that bypass the page tables. Bandwidth is acknowledged bytes over the round's time."""
 
     round: int
     scanned_pages: int

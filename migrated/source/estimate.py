@@ -41,7 +41,7 @@ async def estimate(
         RefusedError, LinkLostError, MigrationError, VmmError: the destination or the guest cannot be asked.
     """
     description = await guest.vmm.describe()
-    offer = await offer_of(guest.vmm, description)
+    offer = await offer_of(guest.vmm, description, parameters)
     connection = await connect(env, host, port)
     try:
         session = await open_session(env, guest.vmm, connection, offer, parameters, secrets.token_hex(16), epoch=1)

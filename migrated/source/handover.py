@@ -190,9 +190,9 @@ class SourceHandover:
         return DONE
 
     async def _release_lock(self) -> Outcome:
-        if self._guest is not None:
+        if self._guest is not None and (lock := self._guest.vmm.lock) is not None:
             try:
-                await self._guest.vmm.release_lock()
+                await lock.release()
             except VmmError as error:
                 log.error("the guest's lock could not be released", reason=str(error))
                 return failed(error)
@@ -200,9 +200,9 @@ class SourceHandover:
 
     async def _take_lock(self) -> Outcome:
         self._resume_begins()
-        if self._guest is not None:
+        if self._guest is not None and (lock := self._guest.vmm.lock) is not None:
             try:
-                await self._guest.vmm.take_lock()
+                await lock.take()
             except VmmError as error:
                 return self._not_resumed(self._guest, error)
         return DONE

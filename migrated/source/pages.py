@@ -26,7 +26,7 @@ import xxhash
 from migrated.errors import LinkLostError
 from migrated.link.data import DataChannel
 from migrated.source.encoding import BatchEncoder, EncodedBatch, EncodingTotals
-from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, drop_views
+from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, Words, drop_views
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.guest import PAGE_SIZE
@@ -105,7 +105,8 @@ class PageSender:
         channels: joined data channels, owned from here on.
         digest: the source's running digest, None when it is off.
         encoder_of: makes the encoder of one channel's thread.
-        clear_dirty: clears a run of pages (first, number) in the dirty log and returns how many were dirty.
+        clear_dirty: clears a run of pages (first, number) in the dirty log, just before they are read, and returns how
+            many were dirty; None for a guest that needs a fence between the one and the other.
         announce: whether the peer takes EXTENTS.
     """
 
@@ -115,12 +116,12 @@ class PageSender:
         channels: list[DataChannel],
         digest: MemoryDigest | None,
         encoder_of: Callable[[], BatchEncoder],
-        clear_dirty: Callable[[int, int], int],
+        clear_dirty: Callable[[int, int], int] | None,
         *,
         announce: bool = False,
     ) -> None:
         self.clear_dirty = clear_dirty
-        self._memory = memory
+        self.memory = memory
         self._announce = announce
         self.batch_pages = min(BATCH_PAGES, *(channel.max_payload_bytes // PAGE_SIZE for channel in channels))
         self._channels = channels
@@ -135,11 +136,6 @@ class PageSender:
         """Start the threads."""
         for worker in self._workers:
             worker.thread.start()
-
-    @property
-    def words(self) -> npt.NDArray[np.uint64]:
-        """Guest memory as u64, shape (pages, 512)."""
-        return self._memory.words
 
     @property
     def digest(self) -> MemoryDigest | None:
@@ -159,6 +155,7 @@ class PageSender:
             LinkLostError: a channel is gone.
         """
         share = total_pages(runs) // (4 * len(self._channels))
+        runs = self.memory.cut(runs)
         stretches = split_runs(runs, min(max(share, _LEAST_PAGES), _STRETCH_PAGES))
         jobs = [_page_job(stretch, number) for stretch in stretches]
         if self._announce and number == 1:
@@ -239,8 +236,8 @@ class _Worker:
         self.channel = channel
         self.encoder = encoder
         self.inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self.stage: npt.NDArray[np.uint64] = np.empty((BATCH_PAGES, WORDS_PER_PAGE), np.uint64)
-        self.spare: npt.NDArray[np.uint64] = np.empty((BATCH_PAGES, WORDS_PER_PAGE), np.uint64)
+        self.stage: Words = np.empty((BATCH_PAGES, WORDS_PER_PAGE), np.uint64)
+        self.spare: Words = np.empty((BATCH_PAGES, WORDS_PER_PAGE), np.uint64)
         self.thread = threading.Thread(target=self._run, name=f"data-channel-{channel.number}", daemon=True)
 
     def _run(self) -> None:
@@ -267,14 +264,18 @@ class _Worker:
     def send_pages(self, runs: Runs, round_number: int, sent: Sent) -> None:
         """Read, classify, encode, hash and send a stretch."""
         if len(runs) > _LONG_RUNS:
-            for batch in split_runs(runs, self.owner.batch_pages):
-                self._send_scattered(batch, round_number, sent)
+            self._send_copied(runs, round_number, sent)
             return
-        words = self.owner.words
+        memory, clear_dirty = self.owner.memory, self.owner.clear_dirty
         for start, count in runs.tolist():
-            sent.postponed_pages += self.owner.clear_dirty(start, count)
-            nonzero = _nonzero(words[start : start + count])
+            if clear_dirty is not None:
+                sent.postponed_pages += clear_dirty(start, count)
             kept = np.array([[start, count]], np.int64)
+            words = memory.mapped(start, count)
+            if words is None:
+                self._send_copied(kept, round_number, sent)
+                continue
+            nonzero = _nonzero(words)
             if not nonzero.all():
                 self._send_zero(start + np.flatnonzero(~nonzero), round_number, sent)
                 kept = runs_of(start + np.flatnonzero(nonzero))
@@ -282,25 +283,26 @@ class _Worker:
                 indices = indices_of(batch)
                 staged = self.stage[: len(indices)]
                 if len(batch) == 1:
-                    first = int(batch[0, 0])
+                    first = int(batch[0, 0]) - start
                     np.copyto(staged, words[first : first + len(indices)])
                 else:
-                    np.take(words, indices, axis=0, out=staged, mode="clip")
+                    np.take(words, indices - start, axis=0, out=staged, mode="clip")
                 self._send_content(batch, indices, staged, round_number, sent)
 
-    def _send_scattered(self, runs: Runs, round_number: int, sent: Sent) -> None:
-        """Send a batch of many runs."""
-        indices = indices_of(runs)
-        staged = self.stage[: len(indices)]
-        np.take(self.owner.words, indices, axis=0, out=staged, mode="clip")
-        nonzero = _nonzero(staged)
-        if not nonzero.all():
-            self._send_zero(indices[~nonzero], round_number, sent)
-            indices = indices[nonzero]
-            np.compress(nonzero, staged, axis=0, out=self.spare[: len(indices)])
-            runs, staged = runs_of(indices), self.spare[: len(indices)]
-        if len(indices):
-            self._send_content(runs, indices, staged, round_number, sent)
+    def _send_copied(self, runs: Runs, round_number: int, sent: Sent) -> None:
+        """Send pages that are best copied before they are looked at: many short runs, or memory in another process."""
+        for batch in split_runs(runs, self.owner.batch_pages):
+            indices = indices_of(batch)
+            staged = self.stage[: len(indices)]
+            self.owner.memory.read(indices, staged)
+            nonzero = _nonzero(staged)
+            if not nonzero.all():
+                self._send_zero(indices[~nonzero], round_number, sent)
+                indices = indices[nonzero]
+                np.compress(nonzero, staged, axis=0, out=self.spare[: len(indices)])
+                batch, staged = runs_of(indices), self.spare[: len(indices)]
+            if len(indices):
+                self._send_content(batch, indices, staged, round_number, sent)
 
     def _send_zero(self, pages: Indices, round_number: int, sent: Sent) -> None:
         sent.zero_pages += len(pages)
@@ -312,9 +314,7 @@ class _Worker:
             zero = messages.ZeroPages(runs=pack_runs(runs[begin : begin + _MAX_RUNS]))
             sent.wire_bytes += self.channel.send(zero, round_number=round_number)
 
-    def _send_content(
-        self, runs: Runs, indices: Indices, staged: npt.NDArray[np.uint64], round_number: int, sent: Sent
-    ) -> None:
+    def _send_content(self, runs: Runs, indices: Indices, staged: Words, round_number: int, sent: Sent) -> None:
         sent.normal_pages += len(indices)
         for batch in self.encoder.encode(indices, staged, round_number, sent.encodings):
             self._send_batch(batch, runs if batch.indices is indices else runs_of(batch.indices), round_number, sent)
@@ -333,30 +333,29 @@ class _Worker:
 
     def announce(self, granules: Runs, sent: Sent) -> None:
         """Look at runs of huge pages and announce those in which no page is zero."""
-        words = self.owner.words
         dense: list[Indices] = []
         for start, count in granules.tolist():
-            first, pages = start * HUGE_PAGES, count * HUGE_PAGES
-            heads = _nonzero_heads(words[first : first + pages])
-            dense.append(start + np.flatnonzero(heads.reshape(count, HUGE_PAGES).all(axis=1)))
-        found = runs_of(np.concatenate(dense))
-        if len(found):
+            words = self.owner.memory.mapped(start * HUGE_PAGES, count * HUGE_PAGES)
+            if words is not None:
+                heads = _nonzero_heads(words)
+                dense.append(start + np.flatnonzero(heads.reshape(count, HUGE_PAGES).all(axis=1)))
+        if dense and len(found := runs_of(np.concatenate(dense))):
             extents = messages.Extents(runs=pack_runs(found * HUGE_PAGES))
             sent.wire_bytes += self.channel.send(extents, round_number=1)
 
 
-def _any_bit(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+def _any_bit(words: Words) -> npt.NDArray[np.bool_]:
     """Which rows are not all zero."""
     found: npt.NDArray[np.bool_] = np.bitwise_or.reduce(words, axis=1) != 0
     return found
 
 
-def _nonzero_heads(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+def _nonzero_heads(words: Words) -> npt.NDArray[np.bool_]:
     """Which pages show in their first cache line that they are not zero; ``words`` has shape (n, 512)."""
     return _any_bit(words[:, :_TESTED_WORDS])
 
 
-def _nonzero(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+def _nonzero(words: Words) -> npt.NDArray[np.bool_]:
     """Which pages are not zero. They are read in place: zero memory is never copied, memory in use only where it is
     needed. ``words`` has shape (n, 512)."""
     found = _nonzero_heads(words)

@@ -185,9 +185,9 @@ class Prepared(Opened):
     async def let_go(self) -> None:
         guest_stays = self.handover.state is not SourceState.RETIRED
         await self._close_session(guest_stays=guest_stays)
-        if guest_stays and self.precopy.throttle_percent:
+        if guest_stays:
             with contextlib.suppress(VmmError):
-                await self.transfer.vmm.throttle(0)
+                await self.precopy.end_throttle()
 
     async def stop_asking(self) -> None:
         await self.handover.close()

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
 import xxhash
 
-from migrated.errors import LinkLostError, MigrationError, RefusedError
+from migrated.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.link.control import ControlChannel
 from migrated.parameters import MigrationParameters, limit_of
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
@@ -22,9 +22,9 @@ from migrated.prediction.model import Prediction
 from migrated.record.model import RoundRow
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.pages import OutgoingState, PageSender, Sent
-from migrated.vmm.base import SavedDevice, Vmm
 from migrated.vmm.dirty_log import DirtyLog
 from migrated.vmm.memory import GuestMemory
+from migrated.vmm.seam import Iterations, StatePart, VmmGuest
 from protocol import messages
 from protocol.guest import PAGE_SIZE, DeviceDescription, GuestDescription
 from protocol.pages import Runs, count_pages
@@ -43,23 +43,29 @@ _IDLE_PAUSE_S = 0.05
 class Transfer:
     """What both the rounds and the switchover send with, and the numbers that go on counting from one to the other."""
 
-    vmm: Vmm
+    vmm: VmmGuest
     guest: GuestDescription
     memory: GuestMemory
     dirty_log: DirtyLog
     sender: PageSender
     control: ControlChannel
     ledger: OutgoingLedger
-    save_costs: Mapping[tuple[str, str], int]
-    """What saving each device is expected to cost (ns), by name and kind."""
     round: int = 0
     state_order: int = 0
     scan_ns: int = 0
+    fence_ns: int = 0
+    """What the fence after the last collect took."""
     iterations: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     """Bytes that each iterable device had new in the last two rounds, the older first."""
 
+    @property
+    def collect_ns(self) -> int:
+        """What the last collect took, with its fence."""
+        return self.scan_ns + self.fence_ns
+
     async def collect(self) -> Runs:
-        """Read and clear the dirty log, off the event loop."""
+        """Read and clear the dirty log, off the event loop, and wait for what writes around it: from then until the
+        next collect pages may be read."""
         begin_ns = time.monotonic_ns()
         if 0 < self.scan_ns < _QUICK_SCAN_NS:
             runs = self.dirty_log.collect()  # shorter than the way to a thread and back
@@ -67,6 +73,7 @@ class Transfer:
             runs = await asyncio.to_thread(self.dirty_log.collect)
         self.scan_ns = time.monotonic_ns() - begin_ns
         self.ledger.memory.dirty_syncs += 1
+        self.fence_ns = await self.vmm.fence()
         return runs
 
     async def send_round(self, runs: Runs) -> Sent:
@@ -83,16 +90,16 @@ class Transfer:
         self.ledger.memory.postponed_pages += sent.postponed_pages
         return sent
 
-    async def send_iteration(self, device: DeviceDescription, iteration: int) -> int:
+    async def send_iteration(self, iterations: Iterations, device: DeviceDescription, number: int) -> int:
         """Save what an iterable device has new in a round (counted from 0) and send it. Returns its bytes."""
-        saved = await self.vmm.save_device(device.name, device.kind, iteration)
-        key = (device.name, device.kind)
-        self.iterations[key] = (self.iterations.get(key, (0, 0))[1], len(saved.state))
-        if not len(saved.state):
+        part = await iterations.save_iteration(device.name, number)
+        key = (part.name, part.kind)
+        self.iterations[key] = (self.iterations.get(key, (0, 0))[1], len(part.data))
+        if not len(part.data):
             return 0
-        self.ledger.devices[device.name, device.kind].precopy_bytes += len(saved.state)
-        await self.sender.send_devices([self._state(device, saved, final=False)])
-        return len(saved.state)
+        self.ledger.devices[key].precopy_bytes += len(part.data)
+        await self.sender.send_devices([self._state(part, final=False)])
+        return len(part.data)
 
     def final_device_bytes(self) -> int:
         """What the device states will weigh at a stop: what the guest's description says, or more for a device that
@@ -104,37 +111,44 @@ class Transfer:
             total += max(device.state_bytes, expected)
         return total
 
-    async def save_final(self, devices: Sequence[DeviceDescription]) -> asyncio.Future[int]:
-        """Save the final states of some devices and begin to send them.
+    def send_final(self, parts: Sequence[StatePart]) -> asyncio.Future[int]:
+        """Begin to send final states.
 
         Returns:
-            What ends when they were handed to the kernel, with their bytes. The next devices can be saved meanwhile.
+            A future whose result is their number of bytes, once they were handed to the kernel. The next ones can be
+            saved meanwhile.
+
+        Raises:
+            VmmError: the guest's description has no such device.
         """
-        saved = await self.vmm.save_devices([(device.name, device.kind) for device in devices])
         states = []
-        for device, one in zip(devices, saved, strict=True):
-            figures = self.ledger.devices[device.name, device.kind]
-            figures.save_ns, figures.final_bytes = one.ns, len(one.state)
-            states.append(self._state(device, one, final=True))
+        for part in parts:
+            figures = self.ledger.devices.get((part.name, part.kind))
+            if figures is None:
+                raise VmmError(
+                    f"guest {self.vmm.name} has state of a device {part.name} ({part.kind}) that it did not describe"
+                )
+            figures.save_ns, figures.final_bytes = part.save_ns, len(part.data)
+            states.append(self._state(part, final=True))
         return asyncio.ensure_future(self._send_states(states))
 
     async def _send_states(self, states: list[OutgoingState]) -> int:
         await self.sender.send_devices(states)
         return sum(len(state.data) for state in states)
 
-    def _state(self, device: DeviceDescription, saved: SavedDevice, *, final: bool) -> OutgoingState:
+    def _state(self, part: StatePart, *, final: bool) -> OutgoingState:
         meta = messages.DeviceState(
             order=self.state_order,
-            name=device.name,
-            kind=device.kind,
+            name=part.name,
+            kind=part.kind,
             final=final,
             offset=0,
-            total_bytes=len(saved.state),
-            digest=xxhash.xxh3_64_intdigest(saved.state),
-            save_ns=saved.ns,
+            total_bytes=len(part.data),
+            digest=xxhash.xxh3_64_intdigest(part.data),
+            save_ns=part.save_ns,
         )
         self.state_order += 1
-        return OutgoingState(meta, saved.state)
+        return OutgoingState(meta, part.data)
 
 
 class Precopy:
@@ -222,11 +236,18 @@ class Precopy:
                 }
             )
         )
-        if verdict.throttle_percent != self.throttle_percent:
-            await self._transfer.vmm.throttle(verdict.throttle_percent)
+        throttle = self._transfer.vmm.throttle
+        if throttle is not None and verdict.throttle_percent != self.throttle_percent:
+            await throttle.set_throttle(verdict.throttle_percent)
             self.throttle_percent = verdict.throttle_percent
         self._say(verdict.sentence, prediction)
         return verdict
+
+    async def end_throttle(self) -> None:
+        """Let the vCPUs run as before."""
+        throttle = self._transfer.vmm.throttle
+        if throttle is not None and self.throttle_percent:
+            await throttle.set_throttle(0)
 
     def _refuse_hopeless(self) -> None:
         """Do not begin when the costs that no round can lower are over the limit already."""
@@ -241,19 +262,21 @@ class Precopy:
         """Send one round and wait for its acknowledgement."""
         transfer = self._transfer
         begin_ns = time.monotonic_ns()
-        scan_ns = transfer.scan_ns
+        scan_ns, fence_ns = transfer.scan_ns, transfer.fence_ns
         # Devices first: the barrier of the round then covers them, and the acknowledged bytes are those of the time.
         device_bytes = 0
-        for device in transfer.guest.devices:
-            if device.kind == "iterable":
-                device_bytes += await transfer.send_iteration(device, transfer.round)
+        if (iterations := transfer.vmm.iterations) is not None:
+            for device in transfer.guest.devices:
+                if device.kind == "iterable":
+                    device_bytes += await transfer.send_iteration(iterations, device, transfer.round)
         sent = await transfer.send_round(runs)
         number = transfer.round
         await self._wait_for_progress(self._acknowledged(number))
-        ns = time.monotonic_ns() - begin_ns
+        sending_ns = time.monotonic_ns() - begin_ns
+        ns = sending_ns + fence_ns
         acknowledged_bytes = sent.wire_bytes + device_bytes
         # What is left is counted in pages: where encodings gain, they move faster than their bytes.
-        self.bandwidth.add(max(sent.wire_bytes, sent.normal_pages * PAGE_SIZE) + device_bytes, ns)
+        self.bandwidth.add(max(sent.wire_bytes, sent.normal_pages * PAGE_SIZE) + device_bytes, sending_ns)
         ledger = transfer.ledger
         ledger.memory.precopy_bytes += acknowledged_bytes
         ledger.memory.precopy_pages += sent.normal_pages + sent.zero_pages
@@ -265,7 +288,8 @@ class Precopy:
             bytes=acknowledged_bytes,
             ns=ns,
             scan_ns=scan_ns,
-            bandwidth_bytes_per_s=acknowledged_bytes * 1e9 / max(1, ns),
+            fence_ns=fence_ns,
+            bandwidth_bytes_per_s=acknowledged_bytes * 1e9 / max(1, sending_ns),
             dirty_rate_pages_per_s=0.0,
             predicted_downtime_ns=None,
             decision="",

@@ -23,9 +23,10 @@ from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.model import Bases
 from migrated.source.encoding import encoder_factory
 from migrated.source.pages import PageSender
-from migrated.vmm.base import DryRun, Vmm
 from migrated.vmm.dirty_log import DirtyLog
 from migrated.vmm.memory import GuestMemory
+from migrated.vmm.requirements import unmet
+from migrated.vmm.seam import ExpectedCosts, VmmGuest
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.guest import PAGE_SIZE, GuestDescription
@@ -41,20 +42,23 @@ class Offer:
 
     description: GuestDescription
     was_paused: bool
-    dry_save: DryRun
+    costs: ExpectedCosts
 
 
-async def offer_of(vmm: Vmm, description: GuestDescription) -> Offer:
+async def offer_of(vmm: VmmGuest, description: GuestDescription, parameters: MigrationParameters) -> Offer:
     """Find out what can be offered of a guest.
 
     Raises:
-        RefusedError: the guest is itself waiting for a migration.
+        RefusedError: the guest is itself waiting for a migration, or cannot be moved with these parameters.
         VmmError: the guest cannot be asked.
     """
     status = await vmm.status()
     if status.state == "incoming":
         raise RefusedError(f"guest {description.name!r} is itself waiting for an incoming migration")
-    return Offer(description, status.state == "paused", await vmm.typical_dry_run("save"))
+    reason = unmet(vmm, description, parameters) or await vmm.why_not_migrate()
+    if reason is not None:
+        raise RefusedError(reason)
+    return Offer(description, status.state == "paused", await vmm.expected_costs("save"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,7 @@ class Tracking:
         log: its dirty log, owned from here on.
     """
 
-    def __init__(self, vmm: Vmm, log: DirtyLog) -> None:
+    def __init__(self, vmm: VmmGuest, log: DirtyLog) -> None:
         self.log = log
         self.guest_stays = True
         """Whether there is a guest left whose VMM must be told."""
@@ -162,17 +166,17 @@ class Session:
         Args:
             dirty_pages: pages that would travel while the guest stands still.
             device_bytes: device states that would.
-            scan_ns: cost of a dirty-log read.
+            scan_ns: cost of a dirty-log read, with its fence.
             bandwidth: the link.
         """
-        dry_save = self.offer.dry_save
+        costs = self.offer.costs
         remaining_bytes = dirty_pages * PAGE_SIZE + device_bytes
         rate = bandwidth.for_bytes(remaining_bytes)
         return Bases(
-            stop_ns=dry_save.pause_ns,
+            stop_ns=costs.pause_ns,
             dirty_log_ns=2 * scan_ns,
             memory_ns=int(remaining_bytes * 1e9 / rate) if rate else 0,
-            save_ns=sum(cost.ns for cost in dry_save.devices),
+            save_ns=sum(cost.ns for cost in costs.devices),
             load_ns=sum(cost.ns for cost in self.welcome.load_costs),
             legs_ns=2 * self.connection.control.typical_round_trip_ns(),
             resume_ns=self.welcome.resume_ns,
@@ -190,7 +194,7 @@ class Session:
 
 async def open_session(
     env: Environment,
-    vmm: Vmm,
+    vmm: VmmGuest,
     connection: Connection,
     offer: Offer,
     parameters: MigrationParameters,
@@ -228,7 +232,7 @@ async def open_session(
                 channels,
                 MemoryDigest(offer.description.pages) if parameters.digest else None,
                 encoder_factory(parameters, welcome.capabilities),
-                tracking.log.clear,
+                None if vmm.needs_fence else tracking.log.clear,
                 announce="extents" in welcome.capabilities,
             )
             undo.push_async_callback(sender.stop)

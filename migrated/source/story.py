@@ -120,7 +120,7 @@ class Story:
         ledger.memory.pages = description.pages
         ledger.devices = {(d.name, d.kind): DeviceFigures(d) for d in description.devices}
         self._view.say("negotiating")
-        offer = await offer_of(self._guest.vmm, description)
+        offer = await offer_of(self._guest.vmm, description, self._parameters())
         connection = await connect(env, self._target.host, self._target.port)
         self.phase = Connected(connection)
         parameters = self._parameters()
@@ -173,7 +173,6 @@ class Story:
             session.sender,
             session.connection.control,
             ledger,
-            {(cost.name, cost.kind): cost.ns for cost in session.offer.dry_save.devices},
         )
         precopy = Precopy(
             transfer,
@@ -191,14 +190,14 @@ class Story:
         parameters = self._parameters()
         hold = asyncio.Event() if parameters.pause_before_switchover else None
         limits = session.limits(parameters)
-        dry_save = session.offer.dry_save
+        driver, costs = self._guest.vmm.driver, session.offer.costs
         switchover = Switchover(
             prepared.transfer,
             handover,
             limits,
             SourceReserves(
                 commit_ns=session.connection.control.round_trip_ns() + session.welcome.resume_ns,
-                own_resume_ns=env.resume_costs.reserve_ns(dry_save, abort_limit_ns(limits)),
+                own_resume_ns=env.resume_costs.reserve_ns(driver, costs, abort_limit_ns(limits)),
             ),
             pending,
             self._inbox,
@@ -211,7 +210,7 @@ class Story:
         self.phase = Blackout(prepared, switchover, hold)
         await switchover.run()
         if switchover.gave_back_ns is not None and not session.offer.was_paused:
-            env.resume_costs.add(switchover.gave_back_ns, dry_save.resume_ns)
+            env.resume_costs.add(driver, switchover.gave_back_ns, costs)
         if handover.state is SourceState.RETIRED:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_REPORT_S):
@@ -222,7 +221,7 @@ class Story:
         return self._env.knowledge.predict(
             self._ledger.guest,
             self.guest_class,
-            session.bases(dirty_pages, transfer.final_device_bytes(), transfer.scan_ns, bandwidth),
+            session.bases(dirty_pages, transfer.final_device_bytes(), transfer.collect_ns, bandwidth),
             coverage=self._parameters().prediction_coverage_pct / 100,
             bandwidth_known=bandwidth.bytes_per_s > 0 or not dirty_pages,
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -30,14 +30,12 @@ from protocol import messages
 from protocol.blackout import SourceBudget, SourceReserves
 from protocol.budget import DowntimeInterval, measured_downtime
 from protocol.errors import ProtocolError, RemoteProtocolError
-from protocol.guest import DeviceDescription, DeviceKind
+from protocol.guest import DeviceKind
 from protocol.handover import SourceEvent, SourceState, check_epoch
 from protocol.messages import Limits
 from protocol.pages import Runs
 
 log = structlog.get_logger()
-
-_CHEAP_NS = 300_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +110,14 @@ class Switchover:
         """
         gc.freeze()
         work: asyncio.Task[None] | None = None
-        self._budget.stop_asked(time.monotonic_ns())
         try:
+            try:
+                await self._transfer.vmm.prepare_stop()
+            except VmmError as error:
+                reason = f"the stop could not be prepared: {error}"
+                await self._handover.take(SourceEvent.FAULT, self._control, reason)
+                return
+            self._budget.stop_asked(time.monotonic_ns())
             await self._handover.take(SourceEvent.STOP, self._control)
             if self._handover.state is not SourceState.STOPPED:
                 return  # it could not be stopped
@@ -177,10 +181,12 @@ class Switchover:
         begin_ns = time.monotonic_ns()
         transfer.dirty_log.restore(self._pending)
         runs = await self._collect()
-        scanned_ns = time.monotonic_ns()
+        fenced_ns = time.monotonic_ns()
+        scanned_ns = fenced_ns - self._transfer.fence_ns
         # From the end of the stop, or of the hold, to here: the first DOWNTIME message.
         ledger.part(Part.DOWNTIME_MESSAGE, self._state_begin_ns, begin_ns)
         ledger.part(Part.FINAL_DIRTY_LOG_READ, begin_ns, scanned_ns)
+        self._fence_part(scanned_ns, fenced_ns)
         # Devices are saved while the last pages are on their way.
         pages = asyncio.create_task(self._send_pages(runs))
         sending: list[asyncio.Future[int]] = []
@@ -195,19 +201,20 @@ class Switchover:
                 task.cancel()
             await asyncio.gather(pages, *sending, return_exceptions=True)
         saved_ns = time.monotonic_ns()
-        ledger.part(Part.FINAL_PAGES, scanned_ns, pages_ns)
+        ledger.part(Part.FINAL_PAGES, fenced_ns, pages_ns)
         ledger.part(Part.DEVICE_SAVES, pages_ns, saved_ns)
         ledger.add_phase(Phase.FINAL_PAGES, begin_ns, pages_ns)
-        ledger.add_phase(Phase.DEVICES, scanned_ns, saved_ns)
+        ledger.add_phase(Phase.DEVICES, fenced_ns, saved_ns)
         ledger.checkpoint(QemuCheckpoint.ITERABLE_SAVED, max(pages_ns, iterable_ns) - self._budget.t0_ns)
         # Saving a device may write guest memory.
         runs = await self._collect()
-        rescanned_ns = time.monotonic_ns()
+        complete_ns = refenced_ns = time.monotonic_ns()
+        rescanned_ns = refenced_ns - self._transfer.fence_ns
         ledger.part(Part.DIRTY_LOG_READ_AFTER_SAVES, saved_ns, rescanned_ns)
-        complete_ns = rescanned_ns
+        self._fence_part(rescanned_ns, refenced_ns)
         if len(runs):
             complete_ns = await self._send_pages(runs)
-            ledger.part(Part.PAGES_AFTER_SAVES, rescanned_ns, complete_ns)
+            ledger.part(Part.PAGES_AFTER_SAVES, refenced_ns, complete_ns)
         ledger.checkpoint(QemuCheckpoint.NON_ITERABLE_SAVED, complete_ns - self._budget.t0_ns)
         self._end_state()
         ledger.part(Part.STATE_END, complete_ns, self._state_sent_ns)
@@ -217,6 +224,10 @@ class Switchover:
         runs = await self._transfer.collect()
         self._on_scan()
         return runs
+
+    def _fence_part(self, begin_ns: int, end_ns: int) -> None:
+        if end_ns > begin_ns:
+            self._ledger.part(Part.FENCE, begin_ns, end_ns)
 
     def _end_state(self) -> None:
         """Tell the destination what must be there for READY."""
@@ -244,11 +255,9 @@ class Switchover:
         return time.monotonic_ns()
 
     async def _save_devices(self, kind: DeviceKind, sending: list[asyncio.Future[int]]) -> None:
-        """Save devices one after the other; each state is sent while the next device is saved."""
-        devices = [device for device in self._transfer.guest.devices if device.kind == kind]
-        costs = self._transfer.save_costs
-        for group in _grouped(devices, [costs.get((device.name, device.kind), 0) for device in devices]):
-            sending.append(await self._transfer.save_final(group))
+        """Save all devices of a kind; what the VMM gave is sent while the next is saved."""
+        async for parts in self._transfer.vmm.state_out(kind):
+            sending.append(self._transfer.send_final(parts))
             self._tell_downtime()
 
     # Section: waiting and deciding
@@ -331,8 +340,13 @@ class Switchover:
     async def _answer_time(self, ask: messages.TimeAsk, received: Received) -> None:
         """Export the guest's time inside the destination's exchange."""
         begin_ns = time.monotonic_ns()
+        guest_time = self._transfer.vmm.time
+        if guest_time is None:
+            reason = "the destination asked for the guest's time, which does not travel apart from its devices"
+            await self._handover.take(SourceEvent.FAULT, self._control, reason)
+            return
         try:
-            exported = await self._transfer.vmm.export_time()
+            exported = await guest_time.export_time()
             self._control.send(
                 messages.TimeData(
                     nonce=ask.nonce, time=exported, t2_ns=received.read_at_hrtime_ns, t3_ns=self._clock.hrtime_ns()
@@ -393,18 +407,3 @@ class Switchover:
         ledger.checkpoint(QemuCheckpoint.DOWNTIME_END, pause_ns)
         ledger.blackout.interval = DowntimeInterval(pause_ns, pause_ns)
         ledger.ended_ns = handover.resumed_at_ns
-
-
-def _grouped(devices: list[DeviceDescription], costs_ns: list[int]) -> Iterator[list[DeviceDescription]]:
-    """Devices in order, cheap neighbours together: asking for each alone would cost more than it does."""
-    group: list[DeviceDescription] = []
-    for device, cost_ns in zip(devices, costs_ns, strict=True):
-        if cost_ns < _CHEAP_NS:
-            group.append(device)
-            continue
-        if group:
-            yield group
-            group = []
-        yield [device]
-    if group:
-        yield group

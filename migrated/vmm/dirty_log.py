@@ -15,7 +15,6 @@ import mmap
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
@@ -23,20 +22,11 @@ import numpy.typing as npt
 
 from migrated.errors import VmmError
 from migrated.kernel import pagemap
+from migrated.vmm.memory import Span
 from protocol.guest import PAGE_SIZE
 from protocol.pages import NO_RUNS, Runs, indices_of, runs_of
 
 _VECTOR_RANGES: Final = 16384
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A piece of guest memory as it is mapped in the VMM: ``pages`` pages from page ``first_page`` of the guest on, at
-    ``address`` of the VMM's process."""
-
-    address: int
-    pages: int
-    first_page: int
 
 
 class DirtyLog(ABC):

@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
+from migrated.config import Config
 from migrated.errors import VmmError
 from migrated.vmm.dirty_log import DirtyLog
 from migrated.vmm.memory import GuestMemory
-from protocol.guest import GuestDescription
+from protocol.guest import DeviceKind, GuestDescription
 from protocol.guest_time import VmTimeData
 from protocol.messages import DeviceCost
 
-DeviceKind: TypeAlias = Literal["iterable", "non-iterable"]
 GuestState: TypeAlias = Literal["running", "paused", "incoming"]
 DirtyTracking: TypeAlias = Literal["auto", "pagemap-scan", "logged"]
 Side: TypeAlias = Literal["save", "load"]
@@ -140,9 +140,11 @@ class VmmGuest(ABC):
         name, pid: of the guest, of its VMM's process.
         api_socket: how the VMM is reached.
         time, iterations, throttle, lock: the facets, None where the VMM lacks one.
+        dirty_tracking: ways of tracking writes that can be asked for by name, beside ``auto``.
     """
 
     driver: ClassVar[str]
+    dirty_tracking: ClassVar[frozenset[str]] = frozenset()
     name: str
     pid: int
     api_socket: Path
@@ -182,7 +184,7 @@ class VmmGuest(ABC):
 
     @property
     def needs_fence(self) -> bool:
-        """Whether writes can bypass the page tables (a drive with O_DIRECT)."""
+        """Whether writes can bypass the page tables (a drive with O_DIRECT). Asked once, when tracking begins."""
         return False
 
     @abstractmethod
@@ -239,20 +241,37 @@ class VmmGuest(ABC):
 
 @dataclass(frozen=True, slots=True)
 class GuestRequest:
-    """A guest to create. ``options`` are the driver's own, already split from the common ones."""
+    """A guest to create. ``options`` are the driver's own: what it does not know it refuses with a sentence."""
 
     name: str
+    memory_bytes: int
+    paused: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Driver(ABC):
-    """One kind of VMM on this host."""
+    """One kind of VMM on this host.
+
+    Attributes:
+        name: of the driver, as in a guest's description.
+
+    Args:
+        config: the daemon's configuration.
+    """
 
     name: ClassVar[str]
 
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
     @abstractmethod
     def places(self) -> Sequence[Path]:
-        """Where guests of this driver may be found now: API sockets in the guests' directory."""
+        """Where guests of this driver may be found now: API sockets, each named after its guest (NAME.sock). Those of
+        another driver than ``sim`` lie in a directory of their own below ``[vmm] directory``."""
+
+    def tidy(self, place: Path) -> None:
+        """Remove what a guest left behind whose process has ended."""
+        place.unlink(missing_ok=True)
 
     @abstractmethod
     async def attach(self, api_socket: Path, timeout_s: float | None) -> VmmGuest:

@@ -110,6 +110,8 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         guest = GuestDescription(
             name="g1",
             uuid="00000000-0000-0000-0000-000000000001",
+            vmm="sim",
+            guest_time=True,
             machine="sim",
             page_size=4096,
             memory=(MemoryRegion(name="ram", guest_address=0, size_bytes=pages * 4096, offset_pages=0),),

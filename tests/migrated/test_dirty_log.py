@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog, Span
+from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog
+from migrated.vmm.memory import Span
 from protocol.pages import Runs, indices_of
 from vmm_sim.errors import VmmError
 from vmm_sim.memory import GuestMemory

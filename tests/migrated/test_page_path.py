@@ -31,7 +31,7 @@ from migrated.source import pages as source_pages
 from migrated.source.encoding import BatchEncoder, DeltaCache, EncodingTotals, LinkSpeed
 from migrated.source.pages import OutgoingState, PageSender, Sent
 from migrated.vmm import memory as memory_module
-from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory
+from migrated.vmm.memory import WORDS_PER_PAGE, FileRegion, MappedMemory
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
@@ -53,7 +53,7 @@ class Memory:
         fd = os.memfd_create("page-path", os.MFD_CLOEXEC)
         os.ftruncate(fd, pages * PAGE_SIZE)
         self.file = os.dup(fd)
-        self.guest = GuestMemory(fd, pages)
+        self.guest = MappedMemory([FileRegion(fd, pages)])
 
     def content(self) -> bytes:
         return os.pread(self.file, self.guest.pages * PAGE_SIZE, 0)
@@ -70,6 +70,8 @@ def description_of(pages: int) -> GuestDescription:
     return GuestDescription(
         name="g1",
         uuid="00000000-0000-0000-0000-0000000000a1",
+        vmm="sim",
+        guest_time=True,
         machine="sim",
         page_size=PAGE_SIZE,
         memory=(MemoryRegion(name="ram", guest_address=0, size_bytes=pages * PAGE_SIZE, offset_pages=0),),
@@ -213,7 +215,7 @@ writes = st.tuples(
 )
 
 
-def write(memory: GuestMemory, kind: str, start: int, count: int, seed: int) -> npt.NDArray[np.int64]:
+def write(memory: MappedMemory, kind: str, start: int, count: int, seed: int) -> npt.NDArray[np.int64]:
     """Write pages as a guest would. Returns their numbers."""
     pages = np.arange(start, min(start + count, PAGES))
     if kind == "stride":
@@ -360,7 +362,7 @@ async def test_holes_and_zero_pages_take_no_memory_on_the_destination(announce: 
         assert both.destination.backed_pages() == 2 * HUGE - 5 + 5
 
 
-def mapped_pages(memory: GuestMemory) -> int:
+def mapped_pages(memory: MappedMemory) -> int:
     """How many pages of a mapping have an entry in the page tables: bit 63 in /proc/self/pagemap."""
     with pathlib.Path("/proc/self/pagemap").open("rb") as pagemap:
         pagemap.seek(memory.words.ctypes.data // PAGE_SIZE * 8)
@@ -462,7 +464,7 @@ async def test_memory_is_written_whole_also_when_the_kernel_takes_less_at_a_time
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:1000], offset))
     memory = Memory(8)
     try:
-        memory.guest.write(3, memoryview(content_of(2)))
+        memory.guest.write_new(3, np.frombuffer(content_of(2), np.uint64).reshape(2, WORDS_PER_PAGE))
         assert memory.content() == bytes(3 * PAGE_SIZE) + content_of(2) + bytes(3 * PAGE_SIZE)
     finally:
         memory.close()

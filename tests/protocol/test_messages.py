@@ -99,14 +99,17 @@ def guests(draw: st.DrawFn) -> GuestDescription:
     fields = {
         name: values(field.annotation, field.metadata)
         for name, field in GuestDescription.model_fields.items()
-        if name not in ("memory", "devices", "page_size")
+        if name not in ("memory", "devices", "page_size", "guest_time", "guest_freq")
     }
+    guest_time = draw(st.booleans())
     return draw(
         st.builds(
             GuestDescription,
             memory=st.just(tuple(regions)),
             devices=st.just(tuple(devices)),
             page_size=st.just(4096),
+            guest_time=st.just(guest_time),
+            guest_freq=st.integers(int(guest_time), (1 << 64) - 1),
             **fields,
         )
     )
@@ -280,6 +283,8 @@ def guest(**changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "name": "g1",
         "uuid": "00000000-0000-0000-0000-000000000001",
+        "vmm": "sim",
+        "guest_time": True,
         "machine": "sim",
         "page_size": 4096,
         "memory": (

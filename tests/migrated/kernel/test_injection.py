@@ -19,7 +19,8 @@ from migrated.kernel.errors import InjectionError, TrackingError
 from migrated.kernel.injection import Inside, run_inside, tracer_of
 from migrated.kernel.syscalls import MACHINE
 from migrated.kernel.tracking import start_tracking
-from migrated.vmm.dirty_log import PagemapScanLog, Span
+from migrated.vmm.dirty_log import PagemapScanLog
+from migrated.vmm.memory import Span
 from tests.migrated.kernel.conftest import MEMORY_BYTES, Target
 
 _INJECTOR = """

@@ -1,0 +1,112 @@
+"""Finding, starting and attaching simulated guests.
+
+In ``[vmm] directory`` lie, for each guest, its API socket NAME.sock, its log NAME.log and the run log NAME.runlog, in
+which its VMM writes a line before its vCPUs run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgpack
+
+from migrated.config import ClockConfig, Config
+from migrated.errors import VmmError
+from migrated.vmm import spawn
+from migrated.vmm.seam import Driver, GuestRequest
+from migrated.vmm.sim.calls import QUICK_S, Calls
+from migrated.vmm.sim.guest import GONE_S, SimGuest
+from protocol.guest import GuestDescription
+
+_LOOK_AGAIN_S: Final = 0.01
+
+
+class SimDriver(Driver):
+    """The simulated VMM. Options of a guest are options of ``vmm-sim``; ``profile`` may be the name of one in
+    ``[vmm] profiles``."""
+
+    name = "sim"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._directory = config.vmm.directory
+        self._command = [*config.vmm.command]
+        # A VMM lives on the same host: where the host's clocks are shifted, its are too.
+        clock = config.clock
+        if clock != ClockConfig():
+            self._command += [
+                "--hrtime-offset-ns", str(clock.hrtime_offset_ns),
+                "--wall-offset-ns", str(clock.wall_offset_ns),
+                "--clock-drift-ppm", str(clock.drift_ppm),
+            ]  # fmt: skip
+        if config.lock.directory is not None:
+            self._command += ["--lock-directory", str(config.lock.directory)]
+
+    def places(self) -> Sequence[Path]:
+        return sorted(self._directory.glob("*.sock"))
+
+    async def attach(self, api_socket: Path, timeout_s: float | None = QUICK_S) -> SimGuest:
+        calls = await Calls.connect(api_socket, timeout_s)
+        return SimGuest(calls, api_socket, locked=self.config.lock.directory is not None)
+
+    async def create(self, request: GuestRequest) -> SimGuest:
+        arguments = ["--memory", str(request.memory_bytes)]
+        for key, value in request.options.items():
+            arguments += [f"--{key}", str(self._profile_path(value) if key == "profile" else value)]
+        if request.paused:
+            arguments.append("--paused")
+        return await self._start(request.name, arguments)
+
+    async def create_incoming(self, description: GuestDescription) -> SimGuest:
+        path = self._directory / f"{description.name}.incoming"
+        path.write_bytes(msgpack.packb(description.model_dump(), use_bin_type=True))
+        try:
+            return await self._start(description.name, ["--incoming-description", str(path)])
+        finally:
+            path.unlink(missing_ok=True)
+
+    def ran(self, name: str, epoch: int) -> bool | None:
+        try:
+            lines = (self._directory / f"{name}.runlog").read_bytes().splitlines()
+        except FileNotFoundError:
+            return None
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError):
+                entry = json.loads(line)
+                if entry["event"] == "run" and entry["epoch"] == epoch:
+                    return True
+        return False
+
+    def _profile_path(self, profile: str) -> Path:
+        path, profiles = Path(profile), self.config.vmm.profiles
+        if path.suffix != ".toml" and len(path.parts) == 1:
+            path = profiles / f"{profile}.toml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in profiles.glob("*.toml"))) or "none"
+            raise VmmError(f"there is no guest profile {profile!r} ({path}); profiles here: {known}")
+        return path
+
+    async def _start(self, name: str, arguments: list[str]) -> SimGuest:
+        """Start a guest process and connect to it."""
+        api_socket = self._directory / f"{name}.sock"
+        log_path = api_socket.with_suffix(".log")
+        command = [*self._command, "--name", name, "--api-socket", str(api_socket), *arguments]
+        pid = spawn.start_process(command, log_path)
+        timeout_s = self.config.vmm.start_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if api_socket.exists():
+                with contextlib.suppress(VmmError):
+                    return await self.attach(api_socket)
+            if spawn.reap(pid):
+                raise VmmError(f"the VMM ended at once: {spawn.last_lines(log_path) or 'it said nothing'}")
+            if time.monotonic() > deadline:
+                await spawn.make_sure_gone(pid, GONE_S)
+                raise VmmError(f"the VMM did not answer within {timeout_s:g} s; its log is {log_path}")
+            await asyncio.sleep(_LOOK_AGAIN_S)

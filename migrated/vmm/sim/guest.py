@@ -1,0 +1,243 @@
+"""One simulated guest behind the seam.
+
+Devices are saved and loaded one by one, so that each state travels while the next is saved; those that cost less than
+a call are asked for together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, TypeVar
+
+from pydantic import ValidationError
+
+from migrated.errors import VmmError
+from migrated.vmm import spawn
+from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog
+from migrated.vmm.memory import FileRegion, GuestMemory, MappedMemory, Span
+from migrated.vmm.seam import (
+    DirtyTracking,
+    ExpectedCosts,
+    GuestStatus,
+    GuestTime,
+    Iterations,
+    ObservedGap,
+    OwnershipLock,
+    Side,
+    StatePart,
+    Throttle,
+    TimeImport,
+    VmmGuest,
+)
+from migrated.vmm.sim.calls import PAUSE_S, STATE_S, VERIFY_S, Calls
+from protocol.guest import PAGE_SIZE, DeviceKind, GuestDescription
+from protocol.guest_time import VmTimeData
+from protocol.messages import DeviceCost
+
+_CHEAP_NS: Final = 300_000
+"""A device that is expected to cost less is asked for together with its neighbours: the call would cost more."""
+_DRY_RUNS: Final = 15
+GONE_S: Final = 10.0
+"""How long a killed process may take to go."""
+
+One = TypeVar("One")
+
+
+class _Time(GuestTime):
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def export_time(self) -> VmTimeData:
+        return VmTimeData.model_validate((await self._calls.call("time-export")).meta["time"])
+
+    async def import_time(self, time: VmTimeData, error_ns: int) -> TimeImport:
+        meta = (await self._calls.call("time-import", time=time.model_dump(), error_ns=error_ns)).meta
+        return TimeImport(vmm_ns=meta["vmm_ns"], vmm_ticks=meta["vmm_ticks"])
+
+
+class _Iterations(Iterations):
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def save_iteration(self, name: str, number: int) -> StatePart:
+        reply = await self._calls.call("device-save", STATE_S, name=name, kind="iterable", round=number)
+        return StatePart(name, "iterable", reply.payload, reply.meta["ns"])
+
+    async def load_iteration(self, part: StatePart) -> int:
+        reply = await self._calls.call("device-load", STATE_S, part.data, name=part.name, kind=part.kind, final=False)
+        return int(reply.meta["ns"])
+
+
+class _Throttle(Throttle):
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def set_throttle(self, percent: int) -> None:
+        await self._calls.call("throttle", percent=percent)
+
+
+class _Lock(OwnershipLock):
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def take(self) -> None:
+        await self._calls.call("lock")
+
+    async def release(self) -> None:
+        await self._calls.call("unlock")
+
+
+class SimGuest(VmmGuest):
+    """A connected simulated guest.
+
+    Args:
+        calls: the connection, owned from here on.
+        api_socket: where the VMM listens.
+        locked: whether this host keeps ownership locks.
+    """
+
+    driver = "sim"
+    dirty_tracking = frozenset({"pagemap-scan", "logged"})
+
+    def __init__(self, calls: Calls, api_socket: Path, *, locked: bool) -> None:
+        self.name = calls.name
+        self.pid = calls.pid
+        self.api_socket = api_socket
+        self.time = _Time(calls)
+        self.iterations = _Iterations(calls)
+        self.throttle = _Throttle(calls)
+        self.lock = _Lock(calls) if locked else None
+        self._calls = calls
+        self._description: GuestDescription | None = None
+        self._costs_ns: dict[tuple[str, str], int] = {}
+        """What saving or loading each device is expected to cost, by name and kind; whichever was asked for last."""
+
+    async def describe(self) -> GuestDescription:
+        reply = await self._calls.call("describe")
+        try:
+            self._description = GuestDescription.model_validate(reply.meta["description"])
+        except ValidationError as error:
+            raise VmmError(f"the VMM of guest {self.name} describes it in a way we cannot use: {error}") from error
+        return self._description
+
+    async def status(self) -> GuestStatus:
+        meta = (await self._calls.call("status")).meta
+        gap = meta.get("stop_gap")
+        return GuestStatus(
+            state=meta["state"],
+            pid=meta["pid"],
+            epoch=meta["epoch"],
+            detail=dict(meta),
+            observed_gap=ObservedGap(gap["guest_ns"], gap["host_ns"]) if gap else None,
+        )
+
+    async def memory(self) -> GuestMemory:
+        reply = await self._calls.call("memory")
+        return MappedMemory([FileRegion(reply.fds[0], reply.meta["bytes"] // PAGE_SIZE)])
+
+    async def start_dirty_log(self, mode: DirtyTracking) -> DirtyLog:
+        reply = await self._calls.call("dirty-log-start", mode=mode, present_only=True)
+        pages = reply.meta["bytes"] // PAGE_SIZE
+        if reply.meta["mode"] == "pagemap-scan":
+            present_only = bool(reply.meta.get("present_only", False))
+            return PagemapScanLog(reply.fds[0], [Span(reply.meta["address"], pages, 0)], present_only)
+        return ByteMapLog(reply.fds[0], pages)
+
+    async def stop_dirty_log(self) -> None:
+        await self._calls.call("dirty-log-stop")
+
+    async def pause(self) -> int:
+        return int((await self._calls.call("pause", PAUSE_S)).meta["ns"])
+
+    async def resume(self, epoch: int) -> int:
+        return int((await self._calls.call("resume", PAUSE_S, epoch=epoch)).meta["running_at_ns"])
+
+    async def interrupt(self) -> None:
+        await self._calls.call("interrupt")
+
+    async def state_out(self, kind: DeviceKind) -> AsyncIterator[Sequence[StatePart]]:
+        description = self._description or await self.describe()
+        devices = [(device.name, device.kind) for device in description.devices if device.kind == kind]
+        for group in _grouped(devices, [self._costs_ns.get(device, 0) for device in devices]):
+            wanted = [(name, device_kind, 0) for name, device_kind in group]
+            reply = await self._calls.call("devices-save", STATE_S, devices=wanted)
+            view, offset = memoryview(reply.payload), 0
+            parts: list[StatePart] = []
+            for (name, device_kind), meta in zip(group, reply.meta["saved"], strict=True):
+                state = view[offset : offset + meta["bytes"]]
+                parts.append(StatePart(name, device_kind, state, meta["ns"]))
+                offset += meta["bytes"]
+            yield parts
+
+    async def state_in(self, parts: Sequence[StatePart]) -> Sequence[int]:
+        costs: list[int] = []
+        for group in _grouped(parts, [self._costs_ns.get((part.name, part.kind), 0) for part in parts]):
+            described = [(part.name, part.kind, len(part.data)) for part in group]
+            payload = b"".join(part.data for part in group)
+            reply = await self._calls.call("devices-load", STATE_S, payload, devices=described)
+            costs += [int(meta["ns"]) for meta in reply.meta["loaded"]]
+        return costs
+
+    async def expected_costs(self, side: Side) -> ExpectedCosts:
+        """The median of a few rehearsals, for each device and for stop and resume: one odd run must not decide."""
+        runs: list[dict[str, Any]] = []
+        call_ns = 0
+        for _ in range(_DRY_RUNS):
+            begin_ns = time.monotonic_ns()
+            runs.append((await self._calls.call("dry-run", side=side)).meta)
+            call_ns = max(call_ns, time.monotonic_ns() - begin_ns)
+        devices = tuple(
+            DeviceCost(name=rows[0]["name"], kind=rows[0]["kind"], ns=int(median(row["ns"] for row in rows)))
+            for rows in zip(*(run["devices"] for run in runs), strict=True)
+        )
+        self._costs_ns = {(cost.name, cost.kind): cost.ns for cost in devices}
+        return ExpectedCosts(
+            devices=devices,
+            pause_ns=int(median(run["pause_ns"] for run in runs)),
+            resume_ns=int(median(run["resume_ns"] for run in runs)),
+            call_ns=call_ns,
+            basis="tried",
+        )
+
+    async def own_operation(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """``verify`` compares every byte of memory with what it must be; ``set-dirty-rate`` changes how fast the
+        workload writes (``bytes_per_s``)."""
+        match name:
+            case "verify":
+                meta = (await self._calls.call("verify", VERIFY_S)).meta
+                return {key: value for key, value in meta.items() if key != "id"}
+            case "set-dirty-rate":
+                await self._calls.call("set-rate", dirty_rate=arguments["bytes_per_s"])
+                return {}
+            case _:
+                return await super().own_operation(name, arguments)
+
+    async def destroy(self) -> None:
+        with contextlib.suppress(VmmError):
+            await self._calls.call("destroy")
+        await self.close()
+        if not await spawn.make_sure_gone(self.pid, GONE_S):
+            raise VmmError(f"the VMM of guest {self.name} (pid {self.pid}) does not end; end it by hand")
+        self.api_socket.unlink(missing_ok=True)
+
+    async def close(self) -> None:
+        await self._calls.close()
+
+
+def _grouped(items: Sequence[One], costs_ns: Sequence[int]) -> Iterator[list[One]]:
+    """The items in order, cheap neighbours together."""
+    group: list[One] = []
+    for item, cost_ns in zip(items, costs_ns, strict=True):
+        if cost_ns < _CHEAP_NS:
+            group.append(item)
+            continue
+        if group:
+            yield group
+            group = []
+        yield [item]
+    if group:
+        yield group
