@@ -15,7 +15,6 @@ from typing import Final
 
 from migrated.record.parts import Component, PredictedPart
 
-
 _FAST_BYTES_PER_S: Final = 450 << 20
 """From this bandwidth on a link counts as fast: what counts is what a page costs at both ends, not the wire."""
 
@@ -27,7 +26,7 @@ class Bases:
     Memory and device saves run side by side, so the longer of the two counts.
 
     Attributes:
-        devices, device_bytes: how many device states travel at the stop, and their bytes.
+        devices, device_bytes: device states that are loaded in a call of their own, and the bytes of all.
         bandwidth_bytes_per_s: of large transfers, 0 while unknown.
         busy: whether this host has more to do than processors.
         spreads_ns: how far single tries lay from the base, for components that were tried more than once.
