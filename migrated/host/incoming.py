@@ -6,14 +6,18 @@ outcome (OUTCOME_ASK).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 
 from migrated.control.operations import OperationError
 from migrated.destination.migration import IncomingMigration
+from migrated.destination.offer import Offer, Refusal
 from migrated.destination.recovery import RecoveredTakeover
 from migrated.destination.takeover import Takeover, answer_message
+from migrated.destination.view import View
+from migrated.destination.welcome import welcome
 from migrated.environment import DaemonRole, Environment
 from migrated.guests import Guest
 from migrated.host.recovery import Recovery
@@ -49,9 +53,12 @@ class IncomingAttempts:
         self._role = role
         self._recovery = recovery
         self._tasks = tasks
+        self._offered: dict[str, Offer] = {}
+        """Offers that are looked at, by migration id."""
         self._running: dict[str, IncomingMigration] = {}
-        self._last: dict[str, IncomingMigration] = {}
-        """The last one of each guest since the daemon's start."""
+        """Attempts under way, by migration id."""
+        self._last: dict[str, Callable[[], Progress]] = {}
+        """Snapshots of the last one of each guest since the daemon's start."""
         self._takeovers: dict[str, Takeover] = {}
         """Finished take-overs: they answer late questions better than the journal, which may not have been written."""
 
@@ -79,8 +86,12 @@ class IncomingAttempts:
         Raises:
             OperationError: only the source decides any more.
         """
+        reason = "cancelled by the destination's operator"
+        for offer in self._offered.values():
+            if offer.hello.guest.name == guest:
+                offer.cancel(reason)
         for incoming in self._running.values():
-            if incoming.guest_name == guest and not incoming.cancel("cancelled by the destination's operator"):
+            if incoming.guest_name == guest and not incoming.cancel(reason):
                 raise OperationError(
                     f"the incoming migration of {guest!r} cannot be cancelled any more: READY was voted and only the "
                     "source decides"
@@ -88,14 +99,17 @@ class IncomingAttempts:
 
     def cancel_all(self, reason: str) -> None:
         """Give up what can be given up."""
-        for incoming in list(self._running.values()):
+        for offer in self._offered.values():
+            offer.cancel(reason)
+        for incoming in self._running.values():
             incoming.cancel(reason)
 
     def guest_gone(self, guest: Guest) -> None:
         """A guest's process ended by itself."""
-        incoming = self._running.get(guest.migration_id or "")
-        if incoming is not None:
-            incoming.guest_gone()
+        holder = guest.migration_id or ""
+        attempt = self._running.get(holder) or self._offered.get(holder)
+        if attempt is not None:
+            attempt.guest_gone()
 
     def knows(self, guest: str) -> bool:
         """Whether a guest of this name was taken in, or was to be, since the daemon's start."""
@@ -103,7 +117,7 @@ class IncomingAttempts:
 
     def progress(self) -> list[Progress]:
         """A snapshot of the last attempt of every guest."""
-        return [migration.progress() for migration in self._last.values()]
+        return [progress() for progress in self._last.values()]
 
     # Section: offers
 
@@ -119,48 +133,60 @@ class IncomingAttempts:
         await control.start()
         refusal = self._why_not(hello, connection.wire.names)
         if refusal is not None:
-            log.warning("refused an incoming migration", guest=hello.guest.name, reason=refusal[1])
-            control.send(messages.Refuse(code=int(refusal[0]), reason=refusal[1]))
+            log.warning("refused an incoming migration", guest=hello.guest.name, reason=refusal.reason)
+            refusal.tell(control)
             self._tasks.start(control.close())
             return
         await self._end_older(hello)
-        incoming = IncomingMigration(self._env, control, hello)
-        self._running[hello.migration_id] = self._last[hello.guest.name] = incoming
-        self._tasks.start(self._run(incoming))
+        offer = Offer(control, hello, View(self._env, hello, control.peer))
+        self._offered[hello.migration_id] = offer
+        self._last[hello.guest.name] = offer.progress
+        self._tasks.start(self._run(offer))
 
-    def _why_not(self, hello: messages.Hello, names: Names) -> tuple[ErrorCode, str] | None:
+    def _why_not(self, hello: messages.Hello, names: Names) -> Refusal | None:
         if self._role == "source":
-            return ErrorCode.BUSY, "this daemon is a source only and takes no guests in"
-        if len(self._running) >= self._env.config.limits.max_incoming:
-            return ErrorCode.BUSY, (
-                f"{len(self._running)} incoming migrations are under way, the most that [limits] max_incoming allows"
+            return Refusal(ErrorCode.BUSY, "this daemon is a source only and takes no guests in")
+        under_way = len(self._offered) + len(self._running)
+        if under_way >= self._env.config.limits.max_incoming:
+            return Refusal(
+                ErrorCode.BUSY,
+                f"{under_way} incoming migrations are under way, the most that [limits] max_incoming allows",
             )
-        if hello.migration_id in self._running or self._env.journal.attempt(hello.migration_id, "destination"):
-            return ErrorCode.UNEXPECTED, "this migration id was used before"
-        for incoming in self._running.values():
-            if incoming.guest_name == hello.guest.name and incoming.peer_names != names:
-                return ErrorCode.BUSY, f"guest {hello.guest.name!r} is being taken in from another host"
+        known = hello.migration_id in self._offered or hello.migration_id in self._running
+        if known or self._env.journal.attempt(hello.migration_id, "destination"):
+            return Refusal(ErrorCode.UNEXPECTED, "this migration id was used before")
+        others = [offer.control.names for offer in self._offered.values() if offer.hello.guest.name == hello.guest.name]
+        others += [one.peer_names for one in self._running.values() if one.guest_name == hello.guest.name]
+        if any(other != names for other in others):
+            return Refusal(ErrorCode.BUSY, f"guest {hello.guest.name!r} is being taken in from another host")
         return None
 
     async def _end_older(self, hello: messages.Hello) -> None:
         """See every older attempt of a guest through that is offered with a newer epoch."""
         for incoming in list(self._running.values()):
-            takeover = incoming.takeover
-            if incoming.guest_name == hello.guest.name and takeover is not None and takeover.epoch < hello.epoch:
-                if (event := newer_epoch(takeover.state)) is not None:
+            if incoming.guest_name == hello.guest.name and incoming.takeover.epoch < hello.epoch:
+                if (event := newer_epoch(incoming.takeover.state)) is not None:
                     incoming.outcome_asked(event, Nobody())
-                await takeover.finished.wait()
+                await incoming.takeover.finished.wait()
         await self._recovery.end_older(hello.guest.name, hello.epoch)
 
-    async def _run(self, incoming: IncomingMigration) -> None:
+    async def _run(self, offer: Offer) -> None:
+        migration_id = offer.hello.migration_id
         try:
-            await incoming.run()
+            answer = await welcome(self._env, offer)
         finally:
-            self._running.pop(incoming.migration_id, None)
-            if incoming.takeover is not None:
-                self._takeovers[incoming.migration_id] = incoming.takeover
-                while len(self._takeovers) > _TAKEOVERS_KEPT:
-                    del self._takeovers[next(iter(self._takeovers))]
+            del self._offered[migration_id]
+        if isinstance(answer, Refusal):
+            return
+        self._running[migration_id] = answer
+        self._last[offer.hello.guest.name] = answer.progress
+        try:
+            await answer.run()
+        finally:
+            del self._running[migration_id]
+            self._takeovers[migration_id] = answer.takeover
+            while len(self._takeovers) > _TAKEOVERS_KEPT:
+                del self._takeovers[next(iter(self._takeovers))]
 
     # Section: late questions
 
@@ -200,6 +226,6 @@ class IncomingAttempts:
     def _under_way(self, migration_id: str) -> IncomingMigration | None:
         """An attempt whose hand-over is not finished, None when there is none."""
         incoming = self._running.get(migration_id)
-        if incoming is None or incoming.takeover is None or incoming.takeover.finished.is_set():
+        if incoming is None or incoming.takeover.finished.is_set():
             return None
         return incoming

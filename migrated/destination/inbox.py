@@ -1,0 +1,49 @@
+"""What happens to an incoming attempt, as items of one queue: the actor takes one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from migrated.destination.pages import ArrivedState, RoundReceived
+from migrated.link.control import Received
+from migrated.link.reply import Reply
+from protocol.handover import DestinationEvent
+from protocol.messages import NoCause
+
+
+@dataclass(frozen=True, slots=True)
+class RoundArrived:
+    """A round is complete on every data channel."""
+
+    number: int
+    received: RoundReceived
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Something failed: what it means for the hand-over, and why."""
+
+    event: DestinationEvent
+    cause: NoCause
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeAsked:
+    """The source tells its decision over a fresh connection."""
+
+    decision: DestinationEvent
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class LoadingDone:
+    """Everything is in the guest since this instant (monotonic, ns)."""
+
+    at_ns: int
+
+
+Item: TypeAlias = Received | RoundArrived | ArrivedState | Broken | OutcomeAsked | LoadingDone
+Inbox: TypeAlias = asyncio.Queue[Item]

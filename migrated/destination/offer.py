@@ -1,0 +1,64 @@
+"""An offer as it came, and the refusal that may answer it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+
+from migrated.destination.inbox import Broken, Inbox
+from migrated.destination.view import View
+from migrated.errors import LinkLostError
+from migrated.link.control import ControlChannel
+from migrated.progress import Progress
+from protocol import messages
+from protocol.errors import ErrorCode, RemoteProtocolError
+from protocol.handover import DestinationEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why an offer is not taken."""
+
+    code: ErrorCode
+    reason: str
+
+    @classmethod
+    def because_of(cls, error: Exception) -> Refusal:
+        """The refusal that an error in taking the offer comes to."""
+        code = error.code if isinstance(error, RemoteProtocolError) else ErrorCode.GUEST_MISMATCH
+        return cls(code, str(error))
+
+    def tell(self, control: ControlChannel) -> None:
+        """Send it, while the channel stands."""
+        with contextlib.suppress(LinkLostError):
+            control.send(messages.Refuse(code=int(self.code), reason=self.reason[:2000]))
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a source offers, and what goes on from the offer to the end of the attempt.
+
+    Attributes:
+        control: the session's control channel, started.
+        hello: the offer.
+        view: what an operator sees.
+        inbox: what happens to the attempt; it waits here until the offer is taken.
+    """
+
+    control: ControlChannel
+    hello: messages.Hello
+    view: View
+    inbox: Inbox = field(default_factory=asyncio.Queue)
+
+    def cancel(self, reason: str) -> None:
+        """Give the attempt up from this side."""
+        self.inbox.put_nowait(Broken(DestinationEvent.CANCEL, "cancelled", reason))
+
+    def guest_gone(self) -> None:
+        """The incoming guest's process ended by itself."""
+        self.inbox.put_nowait(Broken(DestinationEvent.FAULT, "fault", "the incoming guest's process ended"))
+
+    def progress(self) -> Progress:
+        """A snapshot while the offer is looked at, or after it was refused."""
+        return self.view.progress("negotiating", self.hello.limits, None)

@@ -1,0 +1,87 @@
+"""What an operator sees of an incoming attempt: its status and the events of its changes, what has arrived, and the
+snapshot of it all."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from migrated.environment import Environment
+from migrated.progress import Moved, Progress, Standing, snapshot
+from migrated.record.terms import Status
+from protocol import messages
+from protocol.budget import abort_limit_ns
+from protocol.messages import Limits
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has arrived: the last round that is in place, payload bytes, pages with and without content."""
+
+    rounds: int = 0
+    received_bytes: int = 0
+    normal_pages: int = 0
+    zero_pages: int = 0
+
+
+class View:
+    """One attempt as an operator sees it, from the offer on.
+
+    Args:
+        env: the daemon.
+        hello: the source's offer.
+        peer: the source's address.
+    """
+
+    def __init__(self, env: Environment, hello: messages.Hello, peer: str) -> None:
+        self.status: Status = "setup"
+        self.reason: str | None = None
+        """Why the attempt ended, None while it has not and when it completed."""
+        self.tally = Tally()
+        self.started_at = datetime.now(UTC).isoformat()
+        self._began_ns = time.monotonic_ns()
+        self._env = env
+        self._hello = hello
+        self._peer = peer
+
+    def set_status(self, status: Status) -> None:
+        """Enter a status; a change is an event."""
+        if self.status != status:
+            self.status = status
+            self._env.publish(
+                "MIGRATION",
+                {"status": status, "guest": self._hello.guest.name, "migration-id": self._hello.migration_id},
+            )
+
+    def progress(self, phase: str, limits: Limits, counted_ns: int | None) -> Progress:
+        """A snapshot.
+
+        Args:
+            phase: what the hand-over stands at.
+            limits: the budget in force.
+            counted_ns: the downtime by our own count, None before it begins.
+        """
+        tally = self.tally
+        standing = Standing(
+            migration_id=self._hello.migration_id,
+            guest=self._hello.guest.name,
+            role="destination",
+            peer=self._peer,
+            destination=self._env.host,
+            started_at=self.started_at,
+            elapsed_ns=time.monotonic_ns() - self._began_ns,
+            status=self.status,
+            phase=phase,
+            memory_bytes=self._hello.guest.memory_bytes,
+            downtime_limit_ns=abort_limit_ns(limits),
+            decision=f"received {tally.rounds} rounds",
+            reason=self.reason,
+        )
+        moved = Moved(
+            round=tally.rounds,
+            transferred_bytes=tally.received_bytes,
+            normal_pages=tally.normal_pages,
+            zero_pages=tally.zero_pages,
+        )
+        return snapshot(standing, moved, downtime_ns=counted_ns if self.status in ("device", "completed") else None)

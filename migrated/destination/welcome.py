@@ -1,0 +1,139 @@
+"""Taking an offer: an empty guest that equals the one offered, and everything that it is filled with; or a refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+
+import structlog
+
+from migrated.destination.decoding import allowed_encodings
+from migrated.destination.inbox import Broken, RoundArrived
+from migrated.destination.loading import Loading
+from migrated.destination.migration import Equipment, IncomingMigration
+from migrated.destination.offer import Offer, Refusal
+from migrated.destination.pages import PageReceiver
+from migrated.destination.takeover import Takeover
+from migrated.environment import Environment
+from migrated.errors import MigrationError, RefusedError, VmmError
+from migrated.guests import Guest
+from migrated.journal import JournalError
+from migrated.vmm.memory import shared_huge_pages
+from protocol import messages
+from protocol.budget import abort_limit_ns
+from protocol.digest import MemoryDigest
+from protocol.errors import ProtocolError
+from protocol.guest_time import TimeAdjustError
+from protocol.handover import DestinationEvent, DestinationState
+from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, agree_capabilities
+
+log = structlog.get_logger()
+
+
+async def welcome(env: Environment, offer: Offer) -> IncomingMigration | Refusal:
+    """Build the empty guest and take the offer.
+
+    Returns:
+        The attempt, which sends WELCOME when it runs. Or why the offer is refused: the source has been told, nothing
+        that was built is left, and the channel is closed.
+    """
+    hello, view = offer.hello, offer.view
+    structlog.contextvars.bind_contextvars(
+        migration_id=hello.migration_id, guest=hello.guest.name, role="destination", peer=offer.control.peer
+    )
+    try:
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(offer.control.close)
+            try:
+                incoming = await _build(env, offer, undo)
+            except (MigrationError, ProtocolError, TimeAdjustError, JournalError, ValueError) as error:
+                refusal = Refusal.because_of(error)
+                view.reason = refusal.reason
+                log.warning("refused an incoming migration", reason=refusal.reason)
+                refusal.tell(offer.control)  # before anything is undone: the source waits for it
+                return refusal
+            undo.pop_all()
+            return incoming
+    finally:
+        if view.reason is not None:
+            view.set_status("failed")
+
+
+async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack) -> IncomingMigration:
+    """Build everything that the attempt needs.
+
+    Args:
+        undo: gets what must be undone when the offer is not taken in the end.
+
+    Raises:
+        RefusedError, VmmError, ProtocolError, TimeAdjustError, JournalError: it cannot be taken.
+    """
+    hello = offer.hello
+    # Announcements serve to populate huge pages; small ones cost less where their content is written.
+    ours = CAPABILITIES if shared_huge_pages() else CAPABILITIES - {"extents"}
+    agreed = agree_capabilities(frozenset(hello.capabilities), ours, frozenset(hello.required) | REQUIRED_CAPABILITIES)
+    if hello.guest.memory_bytes > env.config.limits.max_memory_bytes:
+        raise RefusedError(
+            f"the guest has {hello.guest.memory_bytes >> 20} MiB of memory, this host takes at most "
+            f"{env.config.limits.max_memory_bytes >> 20} MiB ([limits] max_memory_bytes)"
+        )
+    guest = await env.guests.create_incoming(hello.guest)
+    undo.push_async_callback(_destroy, env, guest)
+    guest.migration_id = hello.migration_id
+    built = await guest.vmm.describe()
+    if differences := hello.guest.differences(built):
+        raise RefusedError(f"this host cannot build an equal guest: {'; '.join(differences)}")
+    memory = await guest.vmm.memory()
+    undo.push_async_callback(asyncio.to_thread, memory.release)
+    costs = await guest.vmm.expected_costs("load")
+    env.journal.begin(
+        hello.migration_id,
+        hello.epoch,
+        hello.guest.name,
+        "destination",
+        {
+            "peer": offer.control.peer,
+            "peer_names": list(offer.control.names),
+            "paused": hello.guest_paused,
+            "started_at": offer.view.started_at,
+        },
+    )
+    takeover = Takeover(env, hello.migration_id, hello.epoch, hello.guest.name, guest, keep_paused=hello.guest_paused)
+    inbox, digest = offer.inbox, MemoryDigest(hello.guest.pages) if "digest-xxh3-frames" in hello.required else None
+
+    def channel_failed(error: Exception) -> None:
+        # Once everything arrived the data channels have done their work, and their end means nothing.
+        if takeover.state is DestinationState.LOADING:
+            inbox.put_nowait(Broken(DestinationEvent.FAULT, "fault", f"a data channel failed: {error}"))
+
+    receiver = PageReceiver(
+        memory,
+        hello.guest,
+        digest,
+        hello.channels,
+        allowed_encodings(agreed),
+        on_round=lambda number, received: inbox.put_nowait(RoundArrived(number, received)),
+        on_state=inbox.put_nowait,
+        on_failure=channel_failed,
+    )
+    loading = Loading(
+        guest.vmm,
+        {(d.name, d.kind) for d in hello.guest.devices},
+        hello.time_rules,
+        env.clock,
+    )
+    answer = messages.Welcome(
+        token=secrets.token_bytes(16),
+        capabilities=tuple(sorted(agreed)),
+        load_costs=costs.devices,
+        resume_ns=env.resume_costs.expected_ns(guest.vmm.driver, costs, abort_limit_ns(hello.limits)),
+        ready_timeout_ns=int(env.config.limits.ready_timeout_s * 1e9),
+        host=env.host,
+    )
+    return IncomingMigration(env, offer, Equipment(guest, memory, digest, receiver, loading, takeover, answer, costs))
+
+
+async def _destroy(env: Environment, guest: Guest) -> None:
+    with contextlib.suppress(VmmError):
+        await env.guests.destroy(guest)

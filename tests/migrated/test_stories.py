@@ -1,0 +1,436 @@
+"""The stories of both sides, inside one process and against real guests.
+
+open_session   fails at each of its steps: nothing is left behind, and the destination has been told
+welcome        an attempt with everything it needs, or a refusal after which nothing is left
+Reservation    a guest is free again whatever happens to the attempt
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrated.clock import HostClock
+from migrated.config import Address, Config, ControlConfig, LimitsConfig, StateConfig, VmmConfig
+from migrated.destination.migration import IncomingMigration
+from migrated.destination.offer import Offer, Refusal
+from migrated.destination.view import View
+from migrated.destination.welcome import welcome
+from migrated.environment import Environment
+from migrated.errors import LinkLostError, MigrationError, RefusedError, VmmError
+from migrated.guests import Guest, GuestRegistry
+from migrated.journal import Journal
+from migrated.link.control import ControlChannel
+from migrated.link.listener import Listener
+from migrated.link.security import LinkSecurity
+from migrated.link.sockets import Connection, send_first
+from migrated.parameters import MigrationParameters
+from migrated.prediction.knowledge import Knowledge
+from migrated.record.model import Record
+from migrated.record.terms import Role
+from migrated.reservation import Reservation
+from migrated.run_marks import RunMarks
+from migrated.source.migration import OutgoingMigration
+from migrated.source.session import Session, connect, offer_of, open_session
+from migrated.source.story import Target
+from migrated.vmm.drivers import load_drivers
+from migrated.vmm.resume_costs import ResumeCosts
+from migrated.vmm.seam import GuestRequest
+from protocol import messages
+from protocol.errors import ErrorCode
+from protocol.messages import Message
+
+ID = "0123456789abcdef" * 2
+PARAMETERS = MigrationParameters(channels=2)
+WELCOME = messages.Welcome(
+    token=bytes(16),
+    capabilities=("digest-xxh3-frames", "switchover-abort"),
+    load_costs=(),
+    resume_ns=0,
+    ready_timeout_ns=10**9,
+    host="a scripted destination",
+)
+
+
+def environment(directory: Path, **limits: Any) -> Environment:
+    """One host's environment; its events are dropped."""
+    config = Config(
+        control=ControlConfig(socket=directory / "control.sock"),
+        state=StateConfig(directory=directory / "state"),
+        vmm=VmmConfig(directory=directory / "vmm", command=("vmm-sim",)),
+        limits=LimitsConfig(**limits),
+    )
+    return Environment(
+        config=config,
+        clock=HostClock(),
+        security=LinkSecurity(config.tls, config.authorisation),
+        journal=Journal(config.state.directory),
+        run_marks=RunMarks(config.state.directory),
+        guests=GuestRegistry(config, load_drivers(config)),
+        knowledge=Knowledge(),
+        resume_costs=ResumeCosts(10_000_000),
+        host=directory.name,
+        finish=lambda _record, _role: None,
+        publish=lambda _name, _data: None,
+        hold_events=lambda _migration: None,
+        take_log=lambda _migration: [],
+    )
+
+
+@asynccontextmanager
+async def opened(env: Environment) -> AsyncIterator[Environment]:
+    """A host that is up; its guests end with it."""
+    await env.guests.open()
+    try:
+        yield env
+    finally:
+        for name in env.guests.names():
+            await env.guests.destroy(env.guests.get(name))
+        await env.guests.close()
+        env.journal.close()
+        env.run_marks.close()
+
+
+@pytest.fixture
+async def source(tmp_path: Path) -> AsyncIterator[Environment]:
+    async with opened(environment(tmp_path / "a")) as env:
+        yield env
+
+
+@pytest.fixture
+async def guest(source: Environment) -> Guest:
+    return await source.guests.create(GuestRequest("g1", 4 << 20))
+
+
+def held() -> list[str]:
+    """What a session holds of this process: guest memory, page maps, and threads."""
+    files = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            files.append(os.readlink(f"/proc/self/fd/{number}"))
+        except FileNotFoundError:  # the directory's own
+            continue
+    kept = [name for name in files if "memfd" in name or name.endswith("pagemap")]
+    return sorted(kept) + sorted(thread.name for thread in threading.enumerate() if "channel" in thread.name)
+
+
+class Destination:
+    """A destination that does what a test says, on a real listener.
+
+    Args:
+        clock: for its end of the control channel.
+        on_hello: answers the offer.
+        on_join: answers a data channel.
+    """
+
+    def __init__(
+        self,
+        clock: HostClock,
+        on_hello: Callable[[ControlChannel], None],
+        on_join: Callable[[int], bool] = lambda _number: True,
+    ) -> None:
+        self.controls: list[ControlChannel] = []
+        self.data: list[Connection] = []
+        self._clock = clock
+        self._on_hello = on_hello
+        self._on_join = on_join
+
+    async def connected(self, first: Message, connection: Connection) -> None:
+        if isinstance(first, messages.Hello):
+            control = ControlChannel(
+                connection, self._clock, heartbeat_interval_s=1.0, heartbeat_timeout_s=30.0, received=1
+            )
+            await control.start()
+            self.controls.append(control)
+            self._on_hello(control)
+        elif isinstance(first, messages.Join) and self._on_join(first.channel):
+            await send_first(connection, messages.Joined(channel=first.channel))
+            self.data.append(connection)
+        else:
+            connection.wire.close()
+
+    async def heard(self) -> Message:
+        """The first message after the offer."""
+        return (await self.controls[0].receive()).message
+
+    async def all_closed(self) -> bool:
+        """Wait until the source has closed every data channel. Returns whether it sent nothing on them before."""
+        sent = 0
+        for connection in self.data:
+            with contextlib.suppress(LinkLostError, OSError):
+                sent += len(await connection.wire.read_exactly(1))
+            connection.wire.close()
+        return sent == 0
+
+    async def close(self) -> None:
+        for control in self.controls:
+            await control.close()
+
+
+async def open_to(
+    env: Environment, guest: Guest, handler: Callable[..., Any], *, kept: Callable[[Session], None] = lambda _: None
+) -> None:
+    """Open a session to a handler's listener and close it again.
+
+    Args:
+        kept: called with the session while it is open.
+    """
+    listener = Listener(handler, env.config.limits, env.security)
+    await listener.start(Address("127.0.0.1", 0))
+    assert listener.address is not None
+    description = await guest.vmm.describe()
+    connection = await connect(env, *listener.address)
+    try:
+        offer = await offer_of(guest.vmm, description, PARAMETERS)
+        session = await open_session(env, guest.vmm, connection, offer, PARAMETERS, ID, 1)
+        kept(session)
+        connection.give_up(1, "the test is over")
+        await session.close()
+    finally:
+        await connection.control.close()
+        await listener.stop()
+
+
+def says(message: Message) -> Callable[[ControlChannel], None]:
+    """Answers every offer with one message."""
+    return lambda control: control.send(message)
+
+
+async def test_a_session_is_complete_and_leaves_nothing_when_it_is_closed(source: Environment, guest: Guest) -> None:
+    before, seen = held(), []
+
+    def kept(session: Session) -> None:
+        seen.append(held())
+        assert session.welcome == WELCOME
+        assert len(session.channels) == PARAMETERS.channels
+        assert session.connection.control.round_trip_ns() > 0
+        assert session.memory.pages == session.offer.description.pages
+
+    destination = Destination(source.clock, says(WELCOME))
+    await open_to(source, guest, destination.connected, kept=kept)
+    assert seen[0] != before
+    assert held() == before
+    assert await destination.all_closed()
+    await destination.close()
+
+
+REFUSAL = messages.Refuse(code=int(ErrorCode.BUSY), reason="this host is full")
+
+
+@pytest.mark.parametrize(
+    ("on_hello", "error", "sentence"),
+    [
+        (says(REFUSAL), RefusedError, "the destination refused: this host is full"),
+        (says(messages.Joined(channel=0)), MigrationError, "answered the offer with JOINED"),
+        (lambda control: control._lose(LinkLostError("cut")), LinkLostError, "closed|broke|reset"),
+    ],
+    ids=["refused", "answered out of turn", "hung up on"],
+)
+async def test_an_offer_that_is_not_taken_leaves_nothing(
+    source: Environment,
+    guest: Guest,
+    on_hello: Callable[[ControlChannel], None],
+    error: type[MigrationError],
+    sentence: str,
+) -> None:
+    before, destination = held(), Destination(source.clock, on_hello)
+    with pytest.raises(error, match=sentence):
+        await open_to(source, guest, destination.connected)
+    assert held() == before
+    assert destination.data == []
+    await destination.close()
+
+
+async def test_a_data_channel_that_is_refused_closes_those_before_it(source: Environment, guest: Guest) -> None:
+    before, destination = held(), Destination(source.clock, says(WELCOME), lambda number: number == 0)
+    with pytest.raises(LinkLostError):
+        await open_to(source, guest, destination.connected)
+    assert held() == before
+    assert isinstance(await destination.heard(), messages.Abort)
+    assert len(destination.data) == 1
+    assert await destination.all_closed()
+    await destination.close()
+
+
+async def test_a_guest_that_ends_while_the_session_is_opened(source: Environment, guest: Guest) -> None:
+    before, ending = held(), []
+
+    def on_join(number: int) -> bool:
+        if number == PARAMETERS.channels - 1:
+            os.kill(guest.vmm.pid, 9)
+            ending.append(number)
+        return True
+
+    destination = Destination(source.clock, says(WELCOME), on_join)
+    with pytest.raises(VmmError):
+        await open_to(source, guest, destination.connected)
+    assert ending
+    assert held() == before
+    assert isinstance(await destination.heard(), messages.Abort)
+    assert await destination.all_closed()
+    await destination.close()
+
+
+async def test_a_channel_lost_before_the_legs_are_measured_ends_threads_and_tracking(
+    source: Environment, guest: Guest
+) -> None:
+    before = held()
+    destination = Destination(source.clock, says(WELCOME))
+
+    def on_join(number: int) -> bool:
+        if number == PARAMETERS.channels - 1:
+            destination.controls[0]._lose(LinkLostError("cut"))
+        return True
+
+    destination._on_join = on_join
+    with pytest.raises(LinkLostError):
+        await open_to(source, guest, destination.connected)
+    assert held() == before
+    assert await destination.all_closed()
+    await destination.close()
+    again = Destination(source.clock, says(WELCOME))  # the guest can be moved as if nothing had been
+    await open_to(source, guest, again.connected)
+    assert await again.all_closed()
+    await again.close()
+
+
+class Welcoming:
+    """A destination's side up to the answer of an offer."""
+
+    def __init__(self, env: Environment) -> None:
+        self.answer: asyncio.Future[IncomingMigration | Refusal] = asyncio.get_running_loop().create_future()
+        self.offers: list[Offer] = []
+        self.ran: list[asyncio.Task[None]] = []
+        self._env = env
+
+    async def connected(self, first: Message, connection: Connection) -> None:
+        if isinstance(first, messages.Hello):
+            control = ControlChannel(
+                connection, self._env.clock, heartbeat_interval_s=1.0, heartbeat_timeout_s=30.0, received=1
+            )
+            await control.start()
+            self.offers.append(Offer(control, first, View(self._env, first, control.peer)))
+            self.ran.append(asyncio.create_task(self._take(self.offers[0])))
+        elif isinstance(first, messages.Join):
+            answer = await self.answer
+            assert isinstance(answer, IncomingMigration)
+            await send_first(connection, messages.Joined(channel=first.channel))
+            answer.join(first, connection)
+
+    async def _take(self, offer: Offer) -> None:
+        answer = await welcome(self._env, offer)
+        self.answer.set_result(answer)
+        if isinstance(answer, IncomingMigration):
+            await answer.run()
+
+
+async def test_an_offer_that_is_taken_gives_an_attempt_that_ends_with_the_source(
+    source: Environment, guest: Guest, tmp_path: Path
+) -> None:
+    before = held()
+    async with opened(environment(tmp_path / "b")) as env:
+        here = Welcoming(env)
+        names: list[list[str]] = []
+        await open_to(source, guest, here.connected, kept=lambda _session: names.append(env.guests.names()))
+        await here.ran[0]
+        assert names == [["g1"]]
+        assert env.guests.names() == []
+        attempt = env.journal.attempt(ID, "destination")
+        assert attempt is not None
+        assert attempt.closed
+        assert here.offers[0].view.status == "failed"
+    assert held() == before
+
+
+async def test_a_guest_that_is_too_large_is_refused_with_a_sentence(
+    source: Environment, guest: Guest, tmp_path: Path
+) -> None:
+    async with opened(environment(tmp_path / "b", max_memory_bytes=1 << 20)) as env:
+        here = Welcoming(env)
+        with pytest.raises(RefusedError, match="this host takes at most 1 MiB"):
+            await open_to(source, guest, here.connected)
+        answer = await here.answer
+        assert isinstance(answer, Refusal)
+        assert answer.code is ErrorCode.GUEST_MISMATCH
+        assert "takes at most 1 MiB" in answer.reason
+        assert env.journal.attempt(ID, "destination") is None
+        progress = here.offers[0].progress()
+        assert (progress.status, progress.reason) == ("failed", answer.reason)
+
+
+async def test_a_refusal_after_the_guest_was_built_ends_the_guest(
+    source: Environment, guest: Guest, tmp_path: Path
+) -> None:
+    before = held()
+    async with opened(environment(tmp_path / "b")) as env:
+        env.journal.close()  # the offer cannot be journaled, so it must not be taken
+        here = Welcoming(env)
+        with pytest.raises(RefusedError, match=r"the journal .* cannot be written"):
+            await open_to(source, guest, here.connected)
+        assert isinstance(await here.answer, Refusal)
+        assert env.guests.names() == []
+        assert list((tmp_path / "b" / "vmm").glob("*.sock")) == []
+    assert held() == before
+
+
+async def test_a_reservation_ends_with_an_error(guest: Guest) -> None:
+    reservation = Reservation(guest, ID)
+    assert guest.migration_id == ID
+    with pytest.raises(VmmError), reservation:
+        await guest.vmm.own_operation("no such one", {})
+    assert guest.migration_id is None
+
+
+async def test_a_reservation_that_has_ended_leaves_the_next_one_alone(guest: Guest) -> None:
+    with Reservation(guest, ID) as first:
+        first.end()
+        with Reservation(guest, "estimate"):
+            first.end()
+            assert guest.migration_id == "estimate"
+    assert guest.migration_id is None
+
+
+async def test_a_guest_is_free_again_when_the_record_cannot_be_kept(source: Environment, guest: Guest) -> None:
+    def finish(_record: Record, _role: Role) -> None:
+        raise OSError("the disk is full")
+
+    source.finish = finish
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]  # nobody listens there once it is closed
+    reservation = Reservation(guest, ID)
+    target = Target(f"tcp:127.0.0.1:{port}", "127.0.0.1", port)
+    migration = OutgoingMigration(source, guest, reservation, target, PARAMETERS, ID, 1)
+    with pytest.raises(OSError, match="the disk is full"), reservation:
+        await migration.run()
+    assert guest.migration_id is None
+    assert migration.decided.is_set()
+    assert migration.status == "failed"
+    assert migration.record is not None
+    assert migration.record.outcome == "failed"
+
+
+async def test_what_ends_an_attempt_before_it_has_begun_ends_it(source: Environment, guest: Guest) -> None:
+    destination = Destination(source.clock, says(WELCOME))
+    listener = Listener(destination.connected, source.config.limits, source.security)
+    await listener.start(Address("127.0.0.1", 0))
+    assert listener.address is not None
+    host, port = listener.address
+    reservation = Reservation(guest, ID)
+    migration = OutgoingMigration(
+        source, guest, reservation, Target(f"tcp:{host}:{port}", host, port), PARAMETERS, ID, 1
+    )
+    assert await migration.cancel()
+    await migration.run()
+    assert migration.status == "cancelled"
+    assert destination.controls == []
+    assert guest.migration_id is None
+    await listener.stop()
