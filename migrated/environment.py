@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from migrated.clock import HostClock
-from migrated.config import Config
-from migrated.guests import GuestRegistry
-from migrated.journal import Journal
+from migrated.base.clock import HostClock
+from migrated.guests.registry import GuestRegistry
 from migrated.link.security import LinkSecurity
 from migrated.prediction.knowledge import Knowledge
 from migrated.record.model import Record
 from migrated.record.terms import Role
-from migrated.run_marks import RunMarks
+from migrated.settings.config import Config
+from migrated.state.journal import Journal
+from migrated.state.run_marks import RunMarks
 from migrated.vmm.resume_costs import ResumeCosts
 
 DaemonRole = Literal["source", "destination", "host"]

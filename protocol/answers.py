@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, TypeVar
 
-from protocol.executor import DESTINATION_FINAL, Answer, SendDiscarded, SendOpen, SendRunning
+from protocol.effects import Answer, SendDiscarded, SendOpen, SendRunning
+from protocol.executor import DESTINATION_FINAL
 from protocol.handover import Decision, DestinationEvent, DestinationState, destination_state_of
 
 HandOver = TypeVar("HandOver")

@@ -54,7 +54,7 @@ def host(path: Path) -> None:
 @click.argument("path", type=click.Path(path_type=Path), metavar="FILE")
 def check_config(path: Path) -> None:
     """Check a configuration file: every problem with its file, key and reason."""
-    from migrated.config import ConfigError, load_config
+    from migrated.settings.config import ConfigError, load_config
 
     try:
         load_config(path)
@@ -65,13 +65,13 @@ def check_config(path: Path) -> None:
 
 
 def _run(path: Path, role: Literal["source", "destination", "host"]) -> None:
-    from migrated.config import ConfigError, load_config
+    from migrated.settings.config import ConfigError, load_config
 
     try:
         config = load_config(path)
     except ConfigError as error:
         click.echo(str(error), err=True)
         sys.exit(EXIT_BAD_CONFIG)
-    from migrated.daemon import run_daemon
+    from migrated.service.daemon import run_daemon
 
     sys.exit(run_daemon(config, role, lambda: load_config(path)))

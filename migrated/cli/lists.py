@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from migrated.base.errors import DocumentError
 from migrated.cli.style import (
     STATUS_STYLES,
     add_fact,
@@ -20,7 +21,6 @@ from migrated.cli.style import (
     outcome_style,
     rate,
 )
-from migrated.errors import DocumentError
 from migrated.record.reading import read_record
 from protocol.units import format_size
 

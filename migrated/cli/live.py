@@ -35,7 +35,7 @@ from migrated.cli.drawing import (
 from migrated.cli.render import outcome_line
 from migrated.cli.style import STATUS_STYLES, clean, duration, outcome_style, rate
 from migrated.cli.trace import Look, Trace
-from migrated.progress import Progress
+from migrated.observe.progress import Progress
 from migrated.record.model import DowntimePart, Record, RoundRow
 from migrated.record.parts import SIDE_OF_PREDICTED, PredictedPart
 from protocol.guest import PAGE_SIZE

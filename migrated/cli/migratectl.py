@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
+from migrated.base.errors import DocumentError
 from migrated.cli.options import (
     RATE,
     SIZE,
@@ -29,7 +30,6 @@ from migrated.cli.options import (
 )
 from migrated.cli.session import EXIT_FAILED, Session, default_socket, exit_status
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
-from migrated.errors import DocumentError
 from migrated.record.terms import FINISHED, OUTCOMES
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ def cancel(session: Session, name: str) -> None:
     """Cancel the guest's migration; the guest runs on here. Waits until it has ended."""
 
     async def work(client: ControlClient) -> Any:
-        from migrated.progress import read_progress
+        from migrated.observe.progress import read_progress
 
         found = await client.command("x-migrated-status", {"guest": name, "rounds": 0})
         running = [progress for progress in map(read_progress, found) if progress.status not in FINISHED]

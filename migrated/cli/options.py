@@ -158,7 +158,7 @@ def key_values(settings: Iterable[str]) -> dict[str, str]:
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
     from migrated.control.operations import OperationError
     from migrated.control.schema import parameter_values
-    from migrated.parameters import MigrationParameters
+    from migrated.settings.parameters import MigrationParameters
 
     try:
         parameter_values(given, MigrationParameters())

@@ -22,9 +22,9 @@ from migrated.cli.style import (
     outcome_style,
     rate,
 )
-from migrated.parameters import MigrationParameters
-from migrated.progress import Progress
+from migrated.observe.progress import Progress
 from migrated.record.model import Checkpoint, DeviceRow, Digest, Downtime, PhaseRow, Ram, Record, RoundRow, TimeSummary
+from migrated.settings.parameters import MigrationParameters
 from protocol.units import format_size
 
 BAR_WIDTH: Final = 60

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import click
 
+from migrated.base.errors import DocumentError
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
-from migrated.errors import DocumentError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

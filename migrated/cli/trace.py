@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Self
 
-from migrated.progress import Progress, read_progress
+from migrated.observe.progress import Progress, read_progress
 from migrated.record.model import Record
 from migrated.record.parts import PredictedPart
 from migrated.record.reading import read_record

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from migrated.base.errors import DocumentError
 from migrated.control import qemu
 from migrated.control.operations import EVENTS_LOST, GuestSpec, OperationError, Operations
 from migrated.control.schema import (
@@ -18,11 +19,10 @@ from migrated.control.schema import (
     parameter_document,
     parameter_values,
 )
-from migrated.errors import DocumentError
-from migrated.history import HistoryQuery, RecordNotFoundError
-from migrated.progress import Progress
+from migrated.observe.progress import Progress
 from migrated.record.reading import read_record
 from migrated.record.terms import FINISHED, OUTCOMES
+from migrated.state.history import HistoryQuery, RecordNotFoundError
 
 Arguments = Mapping[str, Any]
 Handler = Callable[[Operations, Arguments], Awaitable[Any]]

@@ -11,9 +11,9 @@ from typing import Any, Final, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from migrated.history import HistoryQuery
-from migrated.parameters import MigrationParameters
-from migrated.progress import Progress
+from migrated.observe.progress import Progress
+from migrated.settings.parameters import MigrationParameters
+from migrated.state.history import HistoryQuery
 from protocol.guest import MAX_MEMORY_BYTES, GuestName
 
 ErrorKind = Literal["GenericError", "CommandNotFound", "DeviceNotActive", "DeviceNotFound", "KVMMissingCap"]

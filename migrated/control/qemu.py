@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from migrated.control.operations import OperationError
-from migrated.parameters import MigrationParameters
-from migrated.progress import Progress
+from migrated.observe.progress import Progress
 from migrated.record.model import Ram, Record
 from migrated.record.terms import FINISHED, STATUS_OF
+from migrated.settings.parameters import MigrationParameters
 from protocol.guest import PAGE_SIZE
 
 RUN_STATES: Final = {

@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 from pydantic import ValidationError
 
 from migrated.control.operations import OperationError
-from migrated.parameters import MigrationParameters
+from migrated.settings.parameters import MigrationParameters
 
 JsonType = Literal["string", "integer", "number", "boolean", "object", "array"]
 

@@ -28,7 +28,7 @@ from migrated.control.commands import COMMANDS, Command, version_document
 from migrated.control.framing import JsonSplitter, Malformed, RequestTooLargeError, encode, parse
 from migrated.control.operations import ErrorKind, OperationError, Operations
 from migrated.control.schema import check_arguments
-from migrated.history import HistoryError, RecordNotFoundError
+from migrated.state.history import HistoryError, RecordNotFoundError
 
 MAX_CLIENTS: Final = 128
 MAX_IN_FLIGHT: Final = 8

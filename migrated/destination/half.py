@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import structlog
 
+from migrated.base.errors import VmmError
 from migrated.destination.loading import Loaded
 from migrated.destination.phases import Arriving, Final
 from migrated.destination.takeover import ResumeTimes, Takeover
-from migrated.errors import VmmError
-from migrated.guests import Guest
+from migrated.guests.registry import Guest
 from migrated.record.model import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine
 from migrated.record.parts import Part
 from migrated.record.terms import QemuCheckpoint

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from migrated.clock import HostClock
+from migrated.base.clock import HostClock
+from migrated.base.errors import MigrationError
 from migrated.destination.pages import ArrivedState
-from migrated.errors import MigrationError
 from migrated.record.model import TimeSummary
 from migrated.vmm.seam import StatePart, VmmGuest
 from protocol import messages

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import structlog
 from pydantic import ValidationError
 
+from migrated.base.errors import LinkLostError, MigrationError
+from migrated.base.tasks import TaskSet
 from migrated.destination.half import VoteTimes, guest_gap_of, half_of, log_costs
 from migrated.destination.inbox import Broken, Item, LoadingDone, OutcomeAsked, RoundArrived
 from migrated.destination.loading import ArrivedTime, Loading
@@ -26,16 +28,14 @@ from migrated.destination.phases import Alarm, Arriving, Blackout, Final, Terms
 from migrated.destination.rounds import Rounds
 from migrated.destination.takeover import Takeover
 from migrated.environment import Environment
-from migrated.errors import LinkLostError, MigrationError
-from migrated.guests import Guest
+from migrated.guests.registry import Guest
 from migrated.link.control import ControlChannel, Received
 from migrated.link.data import DataChannel
 from migrated.link.reply import Reply
 from migrated.link.security import Names
 from migrated.link.sockets import Connection
-from migrated.progress import Progress
+from migrated.observe.progress import Progress
 from migrated.record.model import Record
-from migrated.tasks import TaskSet
 from migrated.vmm.memory import GuestMemory
 from migrated.vmm.seam import ExpectedCosts
 from protocol import messages

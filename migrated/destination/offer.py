@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
+from migrated.base.errors import LinkLostError
 from migrated.destination.inbox import Broken, Inbox
 from migrated.destination.view import View
-from migrated.errors import LinkLostError
 from migrated.link.control import ControlChannel
-from migrated.progress import Progress
+from migrated.observe.progress import Progress
 from protocol import messages
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.handover import DestinationEvent

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from migrated.base.errors import LinkLostError
 from migrated.destination.decoding import check_encoding, decode
-from migrated.errors import LinkLostError
 from migrated.link.data import DataChannel
 from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, Words, drop_views
 from protocol import messages

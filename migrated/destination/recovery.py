@@ -12,9 +12,9 @@ import structlog
 
 from migrated.destination.takeover import Takeover
 from migrated.environment import Environment
-from migrated.guests import Guest
-from migrated.journal import Attempt
+from migrated.guests.registry import Guest
 from migrated.link.reply import Reply
+from migrated.state.journal import Attempt
 from protocol.errors import RemoteProtocolError
 from protocol.handover import DestinationEvent, DestinationState, destination_state_of
 

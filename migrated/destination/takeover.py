@@ -14,15 +14,16 @@ from dataclasses import dataclass
 
 import structlog
 
+from migrated.base.errors import LinkLostError, VmmError
 from migrated.environment import Environment
-from migrated.errors import LinkLostError, VmmError
-from migrated.guests import Guest
-from migrated.journal import JournalError
+from migrated.guests.registry import Guest
 from migrated.link.reply import Reply
-from migrated.run_marks import RunMarkError
-from migrated.transitions import Transitions
-from protocol import executor, messages
-from protocol.executor import DONE, DestinationEffect, DestinationExecutor, Outcome, Result, failed
+from migrated.observe.transitions import Transitions
+from migrated.state.journal import JournalError
+from migrated.state.run_marks import RunMarkError
+from protocol import effects, messages
+from protocol.effects import DONE, DestinationEffect, Outcome, Result, failed
+from protocol.executor import DestinationExecutor
 from protocol.handover import Decision, DestinationEvent, DestinationState
 from protocol.messages import Message, NoCause
 
@@ -139,27 +140,27 @@ class Takeover:
 
     async def _carry_out(self, effect: DestinationEffect, reply: Reply | None) -> Outcome:
         match effect:
-            case executor.Journal(decision=decision):
+            case effects.Journal(decision=decision):
                 return self._journal(decision)
-            case executor.TakeLock():
+            case effects.TakeLock():
                 return await self._take_lock()
-            case executor.LookAtGuest():
+            case effects.LookAtGuest():
                 return await self._look()
-            case executor.WriteMark():
+            case effects.WriteMark():
                 return self._mark(ran=True)
-            case executor.WithdrawMark():
+            case effects.WithdrawMark():
                 return self._mark(ran=False)
-            case executor.ResumeGuest():
+            case effects.ResumeGuest():
                 return await self._resume()
-            case executor.EndGuest():
+            case effects.EndGuest():
                 return await self._end_guest()
-            case executor.DestroyGuest():
+            case effects.DestroyGuest():
                 return await self._destroy()
-            case executor.SendReady():
+            case effects.SendReady():
                 return self._send(reply, self.make_ready())
-            case executor.SendNo(cause=cause, reason=reason):
+            case effects.SendNo(cause=cause, reason=reason):
                 return self._send(reply, messages.No(epoch=self.epoch, cause=cause, reason=reason[:2000]))
-            case executor.SendRunning() | executor.SendDiscarded() | executor.SendOpen():
+            case effects.SendRunning() | effects.SendDiscarded() | effects.SendOpen():
                 return self._send(reply, answer_message(effect, self.epoch, self.resume_times))
 
     def _journal(self, decision: Decision) -> Outcome:
@@ -243,7 +244,10 @@ class Takeover:
                 log.error("the guest could not be resumed, and its process does not end", reason=str(error))
                 return Outcome(Result.UNKNOWN, str(error))
             self._guest = None
-        if self._env.guests.ever_ran(self._guest_name, self.epoch):
+        ran = self._env.guests.ever_ran(self._guest_name, self.epoch)
+        if ran is None:
+            ran = self._env.run_marks.ran(self._guest_name, self.epoch)
+        if ran:
             log.error("the guest ran here and its process has ended", guest=self._guest_name)
             return Outcome(Result.RUNS)
         return Outcome(Result.NEVER_RAN)
@@ -262,22 +266,22 @@ def _process_gone() -> Outcome:
     return failed("the incoming guest's process ended before it was resumed")
 
 
-def answer_message(answer: executor.Answer, epoch: int, times: ResumeTimes | None = None) -> Message:
+def answer_message(answer: effects.Answer, epoch: int, times: ResumeTimes | None = None) -> Message:
     """An answer to a decision that the source told, as a message.
 
     Args:
         times: when the guest was resumed, None when that is not known (any more).
     """
     match answer:
-        case executor.SendRunning() if times is not None:
+        case effects.SendRunning() if times is not None:
             return messages.Running(
                 epoch=epoch,
                 resumed_after_ns=times.end_ns - times.commit_read_ns,
                 sent_after_ns=time.monotonic_ns() - times.commit_read_ns,
             )
-        case executor.SendRunning():
+        case effects.SendRunning():
             return messages.Running(epoch=epoch, resumed_after_ns=0, sent_after_ns=0)
-        case executor.SendDiscarded(reason=reason):
+        case effects.SendDiscarded(reason=reason):
             return messages.Discarded(epoch=epoch, reason=reason[:2000])
-        case executor.SendOpen(reason=reason):
+        case effects.SendOpen(reason=reason):
             return messages.OutcomeOpen(epoch=epoch, reason=reason[:2000])

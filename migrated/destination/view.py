@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from migrated.environment import Environment
-from migrated.progress import Moved, Progress, Standing, snapshot
+from migrated.observe.progress import Moved, Progress, Standing, snapshot
 from migrated.record.terms import Status
 from protocol import messages
 from protocol.budget import abort_limit_ns

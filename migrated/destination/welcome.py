@@ -8,6 +8,7 @@ import secrets
 
 import structlog
 
+from migrated.base.errors import MigrationError, RefusedError, VmmError
 from migrated.destination.decoding import allowed_encodings
 from migrated.destination.inbox import Broken, RoundArrived
 from migrated.destination.loading import Loading
@@ -16,9 +17,8 @@ from migrated.destination.offer import Offer, Refusal
 from migrated.destination.pages import PageReceiver
 from migrated.destination.takeover import Takeover
 from migrated.environment import Environment
-from migrated.errors import MigrationError, RefusedError, VmmError
-from migrated.guests import Guest
-from migrated.journal import JournalError
+from migrated.guests.registry import Guest
+from migrated.state.journal import JournalError
 from migrated.vmm.memory import shared_huge_pages
 from protocol import messages
 from protocol.budget import abort_limit_ns

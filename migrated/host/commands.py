@@ -7,10 +7,10 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from migrated.config import parse_uri
+from migrated.base.errors import VmmError
 from migrated.control.operations import OperationError
-from migrated.errors import VmmError
-from migrated.parameters import MigrationParameters
+from migrated.settings.config import parse_uri
+from migrated.settings.parameters import MigrationParameters
 from migrated.source.story import Target
 
 Found = TypeVar("Found")

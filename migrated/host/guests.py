@@ -7,10 +7,10 @@ from typing import Any
 
 import structlog
 
+from migrated.base.errors import MigrationError, VmmError
 from migrated.control.operations import GuestSpec, OperationError
 from migrated.environment import Environment
-from migrated.errors import MigrationError, VmmError
-from migrated.guests import ANSWER_S, UNRESPONSIVE, Guest, UnknownGuestError
+from migrated.guests.registry import ANSWER_S, UNRESPONSIVE, Guest, UnknownGuestError
 from migrated.host.commands import asked
 from migrated.host.recovery import Recovery
 from migrated.vmm.seam import GuestRequest

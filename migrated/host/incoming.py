@@ -11,6 +11,7 @@ from typing import Final
 
 import structlog
 
+from migrated.base.tasks import TaskSet
 from migrated.control.operations import OperationError
 from migrated.destination.migration import IncomingMigration
 from migrated.destination.offer import Offer, Refusal
@@ -19,14 +20,13 @@ from migrated.destination.takeover import Takeover, answer_message
 from migrated.destination.view import View
 from migrated.destination.welcome import welcome
 from migrated.environment import DaemonRole, Environment
-from migrated.guests import Guest
+from migrated.guests.registry import Guest
 from migrated.host.recovery import Recovery
 from migrated.link.control import ControlChannel
 from migrated.link.reply import Nobody, OneAnswer
 from migrated.link.security import Names
 from migrated.link.sockets import Connection, send_first
-from migrated.progress import Progress
-from migrated.tasks import TaskSet
+from migrated.observe.progress import Progress
 from protocol import messages
 from protocol.answers import journaled_answer, newer_epoch, who_answers
 from protocol.errors import ErrorCode, RemoteProtocolError

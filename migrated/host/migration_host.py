@@ -12,27 +12,27 @@ import asyncio
 import importlib.metadata
 from typing import Any
 
-from migrated.clock import HostClock
-from migrated.config import Config
+from migrated.base.clock import HostClock
+from migrated.base.tasks import TaskSet
 from migrated.control.operations import EventBus, GuestSpec, OperationError
 from migrated.environment import DaemonRole, Environment, host_name
-from migrated.guests import Guest, GuestRegistry
-from migrated.history import History, HistoryQuery
+from migrated.guests.registry import Guest, GuestRegistry
 from migrated.host.guests import GuestCommands
 from migrated.host.incoming import IncomingAttempts
 from migrated.host.outgoing import OutgoingAttempts
 from migrated.host.records import FinishedRecords
 from migrated.host.recovery import Recovery
-from migrated.journal import Journal
-from migrated.learned import keep_knowledge, load_knowledge
 from migrated.link.security import LinkSecurity
 from migrated.link.sockets import Connection
-from migrated.logs import LogCollector
-from migrated.metrics import Metrics
-from migrated.parameters import MigrationParameters
-from migrated.progress import Progress
-from migrated.run_marks import RunMarks
-from migrated.tasks import TaskSet
+from migrated.observe.logs import LogCollector
+from migrated.observe.metrics import Metrics
+from migrated.observe.progress import Progress
+from migrated.settings.config import Config
+from migrated.settings.parameters import MigrationParameters
+from migrated.state.history import History, HistoryQuery
+from migrated.state.journal import Journal
+from migrated.state.learned import keep_knowledge, load_knowledge
+from migrated.state.run_marks import RunMarks
 from migrated.vmm.drivers import load_drivers
 from migrated.vmm.resume_costs import ResumeCosts
 from protocol.messages import Message

@@ -6,18 +6,18 @@ import asyncio
 import secrets
 from typing import Any
 
+from migrated.base.errors import MigrationError
+from migrated.base.tasks import TaskSet
 from migrated.control.operations import OperationError
 from migrated.environment import Environment
-from migrated.errors import MigrationError
-from migrated.guests import Guest
+from migrated.guests.registry import Guest
+from migrated.guests.reservation import Reservation
 from migrated.host.commands import asked, target_of, with_values
-from migrated.learned import keep_knowledge
-from migrated.parameters import MigrationParameters
-from migrated.progress import Progress
-from migrated.reservation import Reservation
+from migrated.observe.progress import Progress
+from migrated.settings.parameters import MigrationParameters
 from migrated.source.estimate import estimate
 from migrated.source.migration import OutgoingMigration
-from migrated.tasks import TaskSet
+from migrated.state.learned import keep_knowledge
 from protocol.errors import ProtocolError
 
 

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import structlog
 
 from migrated.control.operations import OperationError
-from migrated.history import History, HistoryError, HistoryQuery, RecordNotFoundError
-from migrated.metrics import Metrics
+from migrated.observe.metrics import Metrics
 from migrated.record.model import Record
 from migrated.record.terms import Role
+from migrated.state.history import History, HistoryError, HistoryQuery, RecordNotFoundError
 
 log = structlog.get_logger()
 

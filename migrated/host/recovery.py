@@ -10,15 +10,15 @@ import contextlib
 
 import structlog
 
+from migrated.base.errors import VmmError
+from migrated.base.tasks import TaskSet
 from migrated.destination.recovery import RecoveredTakeover
 from migrated.environment import Environment
-from migrated.errors import VmmError
-from migrated.guests import Guest
-from migrated.journal import Attempt
+from migrated.guests.registry import Guest
 from migrated.link.reply import Nobody
-from migrated.progress import Progress
+from migrated.observe.progress import Progress
 from migrated.source.recovery import RecoveredHandover
-from migrated.tasks import TaskSet
+from migrated.state.journal import Attempt
 from protocol.answers import newer_epoch
 
 log = structlog.get_logger()

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final
 
-from migrated.clock import HostClock
-from migrated.errors import LinkLostError
+from migrated.base.clock import HostClock
+from migrated.base.errors import LinkLostError
 from migrated.link.budgets import Allowance
 from migrated.link.security import Names
 from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Connection

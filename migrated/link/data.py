@@ -9,7 +9,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from migrated.errors import LinkLostError
+from migrated.base.errors import LinkLostError
 from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Connection, tune_data
 from migrated.link.streams import StreamEndedError, stream_of
 from protocol import messages

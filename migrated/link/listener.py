@@ -18,14 +18,14 @@ from typing import Any, Final, Literal, TypeAlias
 
 import structlog
 
-from migrated.config import Address, LimitsConfig
-from migrated.errors import LinkLostError, RefusedError
+from migrated.base.errors import LinkLostError, RefusedError
+from migrated.base.tasks import TaskSet
 from migrated.link import sockets
 from migrated.link.budgets import Allowance, Places
 from migrated.link.security import LinkSecurity
 from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Connection, Wire
 from migrated.link.tls import READ_BYTES, TlsError
-from migrated.tasks import TaskSet
+from migrated.settings.config import Address, LimitsConfig
 from protocol import messages
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.messages import Message

@@ -10,9 +10,9 @@ from fnmatch import fnmatchcase
 
 import structlog
 
-from migrated.config import AuthorisationConfig, TlsConfig
-from migrated.errors import RefusedError
+from migrated.base.errors import RefusedError
 from migrated.link.tls import Credentials, CredentialsError, TlsSession
+from migrated.settings.config import AuthorisationConfig, TlsConfig
 
 log = structlog.get_logger()
 

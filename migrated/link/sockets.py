@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from migrated.config import Address
-from migrated.errors import LinkLostError
+from migrated.base.errors import LinkLostError
 from migrated.link.security import LinkSecurity, Names
 from migrated.link.tls import READ_BYTES, TlsSession, opens_with_tls
+from migrated.settings.config import Address
 from protocol import messages
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, check_meta, unpack_header

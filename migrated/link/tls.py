@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, cast
 
-from migrated.config import TlsConfig
-from migrated.errors import LinkLostError
+from migrated.base.errors import LinkLostError
+from migrated.settings.config import TlsConfig
 from protocol.versions import PREFACE_MAGIC
 
 READ_BYTES: Final = 128 << 10

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from migrated.parameters import MigrationParameters, limit_of
 from migrated.prediction.bandwidth import DirtyCurve
 from migrated.prediction.model import Prediction
+from migrated.settings.parameters import MigrationParameters, limit_of
 from protocol.guest import PAGE_SIZE
 
 Step = Literal["switch", "round", "throttle", "wait", "give-up"]

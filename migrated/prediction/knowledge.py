@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
-from migrated.parameters import limit_of
 from migrated.prediction.conformal import ScorePools
 from migrated.prediction.model import Bases, Prediction
 from migrated.prediction.prior import Prior
 from migrated.record.model import Downtime, Record
 from migrated.record.parts import Component, PredictedPart
+from migrated.settings.parameters import limit_of
 from protocol.guest import GuestDescription
 
 _VERSION: Final = 3

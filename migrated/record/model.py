@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from migrated.parameters import MigrationParameters
 from migrated.record.parts import Component, LogGroup, Part, find_part
 from migrated.record.terms import HANDED_OVER, Outcome, QemuCheckpoint, Role, Side
+from migrated.settings.parameters import MigrationParameters
 from protocol.guest import DeviceKind
 from protocol.guest_time import TimeStage, VmTimeData
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from migrated.errors import DocumentError
+from migrated.base.errors import DocumentError
 from migrated.record.model import Record
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from html import escape
 
-from migrated.parameters import MigrationParameters
 from migrated.report.fields import Fields
 from migrated.report.markup import Markup, Node, el
 from migrated.report.pieces import Section, chip, facts_list, note, section
 from migrated.report.timing import since_start_ns
+from migrated.settings.parameters import MigrationParameters
 
 
 def parameters(fields: Fields) -> Section:

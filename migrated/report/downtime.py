@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from migrated.parameters import limit_of
 from migrated.record.model import Downtime
 from migrated.record.parts import Component, predicted_names
 from migrated.record.terms import MEANING_OF_CHECKPOINT, SIDES
@@ -22,6 +21,7 @@ from migrated.report.pieces import (
     share,
     zoom_hint,
 )
+from migrated.settings.parameters import limit_of
 
 COUNTS: Final = {
     "source_reported_ns": "last told by the source",

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from migrated.parameters import MigrationParameters
+from migrated.settings.parameters import MigrationParameters
 from migrated.vmm.memory import WORDS_PER_PAGE
 from protocol.guest import PAGE_SIZE
 from protocol.messages import Encoding

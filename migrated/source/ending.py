@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from migrated.errors import CancelledByOperatorError, RefusedError
+from migrated.base.errors import CancelledByOperatorError, RefusedError
 from migrated.record.model import Record
 from migrated.record.terms import Outcome
 

@@ -13,14 +13,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from migrated.base.errors import MigrationError
 from migrated.environment import Environment
-from migrated.errors import MigrationError
-from migrated.guests import Guest
+from migrated.guests.registry import Guest
 from migrated.link.control import ControlChannel
-from migrated.parameters import MigrationParameters, limit_of
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
+from migrated.settings.parameters import MigrationParameters, limit_of
 from migrated.source.session import Session, connect, offer_of, open_session
 from protocol import messages
 from protocol.guest import PAGE_SIZE

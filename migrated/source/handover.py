@@ -13,17 +13,18 @@ from typing import Final
 
 import structlog
 
+from migrated.base.errors import LinkLostError, VmmError
+from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
-from migrated.errors import LinkLostError, VmmError
-from migrated.guests import Guest
-from migrated.journal import JournalError
+from migrated.guests.registry import Guest
 from migrated.link.control import ControlChannel
-from migrated.run_marks import RunMarkError
+from migrated.observe.transitions import Transitions
 from migrated.source.outcome import OutcomeAsker
-from migrated.tasks import TaskSet
-from migrated.transitions import Transitions
-from protocol import executor, messages
-from protocol.executor import DONE, Outcome, SourceEffect, SourceExecutor, failed
+from migrated.state.journal import JournalError
+from migrated.state.run_marks import RunMarkError
+from protocol import effects, messages
+from protocol.effects import DONE, Outcome, SourceEffect, failed
+from protocol.executor import SourceExecutor
 from protocol.handover import Decision, SourceEvent, SourceState
 
 log = structlog.get_logger()
@@ -145,25 +146,25 @@ class SourceHandover:
 
     async def _carry_out(self, effect: SourceEffect, reply: ControlChannel | None) -> Outcome:
         match effect:
-            case executor.StopGuest():
+            case effects.StopGuest():
                 return await self._stop()
-            case executor.Journal(decision=decision):
+            case effects.Journal(decision=decision):
                 return self._journal(decision)
-            case executor.ReleaseLock():
+            case effects.ReleaseLock():
                 return await self._release_lock()
-            case executor.TakeLock():
+            case effects.TakeLock():
                 return await self._take_lock()
-            case executor.WriteMark():
+            case effects.WriteMark():
                 return self._write_mark()
-            case executor.ResumeGuest():
+            case effects.ResumeGuest():
                 return await self._resume()
-            case executor.RetireGuest():
+            case effects.RetireGuest():
                 return await self._retire()
-            case executor.SendCommit():
+            case effects.SendCommit():
                 return self._send_commit(reply)
-            case executor.SendAbort(reason=reason):
+            case effects.SendAbort(reason=reason):
                 return self._send_abort(reply, reason)
-            case executor.AskOutcome():
+            case effects.AskOutcome():
                 return self._ask_outcome()
 
     async def _stop(self) -> Outcome:

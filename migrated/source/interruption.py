@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from migrated.errors import CancelledByOperatorError, MigrationError
+from migrated.base.errors import CancelledByOperatorError, MigrationError
 from migrated.source.switchover import Happened, Item
 from protocol.handover import SourceEvent
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from migrated.parameters import MigrationParameters
 from migrated.prediction.model import Prediction
 from migrated.record.model import (
     Checkpoint,
@@ -29,6 +28,7 @@ from migrated.record.model import (
 )
 from migrated.record.parts import CUT_FINER, Part
 from migrated.record.terms import Outcome, Phase, QemuCheckpoint
+from migrated.settings.parameters import MigrationParameters
 from migrated.source.encoding import EncodingTotals
 from protocol.budget import DowntimeInterval
 from protocol.digest import ALGORITHM

@@ -7,9 +7,9 @@ import asyncio
 import structlog
 from pydantic import ValidationError
 
-from migrated.errors import CancelledByOperatorError, LinkLostError, MigrationError
+from migrated.base.errors import CancelledByOperatorError, LinkLostError, MigrationError
 from migrated.link.control import ControlChannel
-from migrated.progress import Acknowledged
+from migrated.observe.progress import Acknowledged
 from migrated.record.model import DestinationHalf
 from migrated.source.interruption import Interruption
 from migrated.source.ledger import OutgoingLedger

@@ -18,15 +18,15 @@ from typing import Any, Final
 
 import structlog
 
+from migrated.base.errors import CancelledByOperatorError, LinkLostError, MigrationError, VmmError
+from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
-from migrated.errors import CancelledByOperatorError, LinkLostError, MigrationError, VmmError
-from migrated.guests import Guest
-from migrated.journal import JournalError
-from migrated.parameters import MigrationParameters, in_force
-from migrated.progress import Progress
+from migrated.guests.registry import Guest
+from migrated.guests.reservation import Reservation
+from migrated.observe.progress import Progress
 from migrated.record.model import Record
 from migrated.record.terms import STATUS_OF, Outcome, Phase, Status
-from migrated.reservation import Reservation
+from migrated.settings.parameters import MigrationParameters, in_force
 from migrated.source.ending import log_outcome, outcome_of_error
 from migrated.source.interruption import Interruption
 from migrated.source.ledger import OutgoingLedger
@@ -34,7 +34,7 @@ from migrated.source.listener import Listener
 from migrated.source.story import Story, Target
 from migrated.source.switchover import Item
 from migrated.source.view import View
-from migrated.tasks import TaskSet
+from migrated.state.journal import JournalError
 from protocol.errors import ProtocolError
 from protocol.handover import SourceEvent
 

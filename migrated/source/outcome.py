@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import structlog
 
-from migrated.config import LimitsConfig
-from migrated.errors import LinkLostError, MigrationError
+from migrated.base.errors import LinkLostError, MigrationError
 from migrated.link import sockets
 from migrated.link.security import LinkSecurity
+from migrated.settings.config import LimitsConfig
 from protocol import messages
 from protocol.errors import RemoteProtocolError
 from protocol.messages import Message

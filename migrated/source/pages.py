@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from migrated.errors import LinkLostError
+from migrated.base.errors import LinkLostError
 from migrated.link.data import DataChannel
 from migrated.source.encoding import BatchEncoder, EncodedBatch, EncodingTotals
 from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, Words, drop_views

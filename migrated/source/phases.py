@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from migrated.errors import LinkLostError, VmmError
+from migrated.base.errors import LinkLostError, VmmError
 from migrated.record.model import Record
 from migrated.record.terms import Outcome, Phase
 from migrated.source.handover import OPERATOR_KEEPS, SourceHandover

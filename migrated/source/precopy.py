@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import structlog
 import xxhash
 
-from migrated.errors import LinkLostError, MigrationError, RefusedError, VmmError
+from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.link.control import ControlChannel
-from migrated.parameters import MigrationParameters, limit_of
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation, Verdict
 from migrated.prediction.model import Prediction
 from migrated.record.model import RoundRow
+from migrated.settings.parameters import MigrationParameters, limit_of
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.pages import OutgoingState, PageSender, Sent
 from migrated.vmm.dirty_log import DirtyLog

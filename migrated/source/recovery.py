@@ -10,18 +10,18 @@ from datetime import UTC, datetime
 
 import structlog
 
-from migrated.config import parse_uri
+from migrated.base.errors import VmmError
+from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
-from migrated.errors import VmmError
-from migrated.guests import Guest
-from migrated.journal import Attempt
-from migrated.parameters import MigrationParameters, limit_of
-from migrated.progress import Moved, Progress, Standing, snapshot
+from migrated.guests.registry import Guest
+from migrated.observe.progress import Moved, Progress, Standing, snapshot
 from migrated.record.terms import Outcome, Status
+from migrated.settings.config import parse_uri
+from migrated.settings.parameters import MigrationParameters, limit_of
 from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.outcome import OutcomeAsker
-from migrated.tasks import TaskSet
+from migrated.state.journal import Attempt
 from protocol.handover import SourceEvent, SourceState, source_state_of
 
 log = structlog.get_logger()

@@ -14,14 +14,14 @@ import contextlib
 import os
 from dataclasses import dataclass
 
+from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.environment import Environment
-from migrated.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.link import sockets
 from migrated.link.control import ControlChannel
 from migrated.link.data import DataChannel
-from migrated.parameters import MigrationParameters
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.model import Bases
+from migrated.settings.parameters import MigrationParameters
 from migrated.source.encoding import encoder_factory
 from migrated.source.pages import PageSender
 from migrated.vmm.dirty_log import DirtyLog

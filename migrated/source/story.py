@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
-from migrated.guests import Guest
-from migrated.parameters import MigrationParameters
+from migrated.guests.registry import Guest
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
 from migrated.record.terms import Phase
+from migrated.settings.parameters import MigrationParameters
 from migrated.source.handover import SourceHandover
 from migrated.source.interruption import Interruption
 from migrated.source.ledger import DeviceFigures, OutgoingLedger
@@ -30,7 +31,6 @@ from migrated.source.precopy import Precopy, Transfer
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.switchover import Item, Switchover
 from migrated.source.view import View
-from migrated.tasks import TaskSet
 from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
 from protocol.handover import SourceState

@@ -18,12 +18,12 @@ from typing import TypeAlias
 
 import structlog
 
-from migrated.clock import HostClock
-from migrated.config import LimitsConfig
-from migrated.errors import LinkLostError, MigrationError, VmmError
+from migrated.base.clock import HostClock
+from migrated.base.errors import LinkLostError, MigrationError, VmmError
 from migrated.link.control import Received
 from migrated.record.parts import Part
 from migrated.record.terms import Phase, QemuCheckpoint
+from migrated.settings.config import LimitsConfig
 from migrated.source.handover import SourceHandover
 from migrated.source.precopy import Transfer
 from protocol import messages

@@ -8,10 +8,10 @@ import time
 import structlog
 
 from migrated.environment import Environment
-from migrated.parameters import limit_of
+from migrated.observe.progress import Moved, Progress, Standing, snapshot
 from migrated.prediction.model import Prediction
-from migrated.progress import Moved, Progress, Standing, snapshot
 from migrated.record.terms import Status
+from migrated.settings.parameters import limit_of
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.listener import Listener
 from migrated.source.phases import Beginning

@@ -20,7 +20,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 from migrated.kernel import pagemap
 from migrated.vmm.memory import Span
 from protocol.guest import PAGE_SIZE

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Final
 
-from migrated.config import Config, ConfigError, Problem
+from migrated.settings.config import Config, ConfigError, Problem
 from migrated.vmm.seam import Driver
 
 _BUILT_IN: Final = ("migrated.vmm.sim.driver:SimDriver",)

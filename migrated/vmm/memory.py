@@ -22,7 +22,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from migrated.errors import VmmError, VmmGoneError
+from migrated.base.errors import VmmError, VmmGoneError
 from migrated.kernel import memory as kernel_memory
 from migrated.kernel import pagemap, process_memory
 from protocol.guest import PAGE_SIZE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from migrated.parameters import MigrationParameters
+from migrated.settings.parameters import MigrationParameters
 from migrated.vmm.seam import VmmGuest
 from protocol.guest import GuestDescription
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from migrated.config import Config
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
+from migrated.settings.config import Config
 from migrated.vmm.dirty_log import DirtyLog
 from migrated.vmm.memory import GuestMemory
 from protocol.guest import DeviceKind, GuestDescription

@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 
 
 def _set(future: asyncio.Future[None]) -> None:

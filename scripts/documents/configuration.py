@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from migrated.cli.options import parameter_options
-from migrated.config import Address, Config
+from migrated.settings.config import Address, Config
 from protocol.units import format_rate, format_size
 from scripts.basics import ROOT
 from scripts.documents.blocks import Blocks, main

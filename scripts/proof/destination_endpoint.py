@@ -1,4 +1,8 @@
-"""The simulated destination: receiving, loading, the deadline, the vote and the take-over, over the real messages."""
+"""The simulated destination: receiving, loading, the deadline, the vote and the take-over, over the real messages.
+
+One attempt is one class: its procedures wait for one another, and a reader follows them from HELLO to the last answer.
+That makes this module longer than others.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +13,23 @@ from typing import Final
 import numpy as np
 import xxhash
 
-from protocol import messages
-from protocol.budget import DowntimeCount, destination_remaining_ns
+from protocol import effects, messages
+from protocol.answers import journaled_answer, may_close, who_answers
+from protocol.blackout import DestinationBudget
+from protocol.budget import DowntimeCount, abort_limit_ns
 from protocol.clock import ExportExchange
 from protocol.digest import MemoryDigest
+from protocol.effects import DONE, Answer, DestinationEffect, Outcome, Result, failed
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.guest_time import adjust_time_data, choose_elapsed
-from protocol.handover import (
-    DESTINATION,
-    Action,
-    Decision,
-    DestinationEvent,
-    DestinationState,
-    DestinationTable,
-    Machine,
-    check_epoch,
-    destination_state_of,
-)
-from protocol.messages import Message
+from protocol.handover import DestinationEvent, DestinationState, check_epoch
+from protocol.messages import Limits, Message
 from protocol.pages import indices_of, unpack_runs
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, agree_capabilities
-from scripts.proof.actor import Actor, Attempt
+from scripts.proof.actor import Actor, Attempt, Deed
 from scripts.proof.guest import WORDS, Vmm
 from scripts.proof.kernel import MS, SECOND, Host, Process, Steps
+from scripts.proof.model import Model
 from scripts.proof.network import Channel, Control, End, Listener
 
 READY_TIMEOUT_NS: Final = 10 * SECOND
@@ -50,7 +48,7 @@ class Round:
     end: messages.RoundEnd | None = None
 
 
-class Incoming(Actor[DestinationState, DestinationEvent]):
+class Incoming(Actor[DestinationState, DestinationEvent, DestinationEffect]):
     """One attempt."""
 
     def __init__(
@@ -58,14 +56,12 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
     ) -> None:
         process = daemon.process
         assert process is not None
-        machine = Machine("destination", daemon.table, state)
-        super().__init__(process, attempt, machine, DestinationEvent.JOURNAL_FAILED)
+        model = daemon.model
+        super().__init__(process, attempt, model.destination_executor(state, locks=True, table=model.destination))
         self.daemon = daemon
         self.vmm = daemon.vmm
         self.control: Control | None = None
         self._hello = hello
-        self._source_resume_ns = 0
-        self._limits = hello.limits if hello is not None else None
         self._digest = MemoryDigest(hello.guest.pages if hello is not None else 0)
         self._round_of: dict[int, int] = {}
         self._rounds: dict[int, Round] = {}
@@ -75,7 +71,8 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
         self._load_busy = False
         self._end: messages.StateEnd | None = None
         self._end_read_ns = 0
-        self._count: DowntimeCount | None = None
+        self._budget: DestinationBudget | None = None
+        self._told_limits: Limits | None = None
         self._deadline = 0
         self._time_asked_ns = 0
         self._time_imported = False
@@ -89,7 +86,7 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
     @property
     def final(self) -> bool:
         """Whether it is decided here who runs the guest."""
-        return self.machine.state in (DestinationState.RUNNING, DestinationState.DISCARDED)
+        return self.core.final
 
     # Section: receiving
 
@@ -100,14 +97,13 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
                 self.take(DestinationEvent.COMMIT, self.control)
             case messages.Abort(epoch=epoch) if check_epoch(self.attempt.epoch, epoch):
                 self.take(DestinationEvent.ABORT, self.control)
-            case _ if self.machine.state is not DestinationState.LOADING:
+            case _ if self.state is not DestinationState.LOADING:
                 pass  # state for a guest that is given up
             case messages.RoundEnd(round=number):
                 self._rounds.setdefault(number, Round()).end = message
                 self._check_round(number)
             case messages.Downtime(epoch=epoch) if check_epoch(self.attempt.epoch, epoch):
-                self._limits, self._source_resume_ns = message.limits, message.resume_reserve_ns
-                self._hear_downtime(message.source_downtime_ns, message.sent_at_ns)
+                self._hear_downtime(message.source_downtime_ns, message.sent_at_ns, message)
             case messages.TimeData():
                 self._import_time(message)
             case messages.StateEnd(epoch=epoch) if check_epoch(self.attempt.epoch, epoch):
@@ -124,11 +120,11 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
         channel.send(messages.Joined(channel=number))
 
     def _data_lost(self, reason: str) -> None:
-        if self.machine.state is DestinationState.LOADING:
+        if self.state is DestinationState.LOADING:
             self.take(DestinationEvent.FAULT, self.control, f"data channel: {reason}")
 
     def _hear_data(self, channel: Channel, number: int, message: Message, payload: bytes, round_number: int) -> None:
-        if self.machine.state is not DestinationState.LOADING or self.vmm is None or self.vmm.state == "dead":
+        if self.state is not DestinationState.LOADING or self.vmm is None or self.vmm.state == "dead":
             return
         try:
             self._take_data(number, message, payload, round_number)
@@ -182,44 +178,47 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
 
     # Section: the blackout
 
-    def _hear_downtime(self, source_downtime_ns: int, sent_at_ns: int) -> None:
+    def _hear_downtime(
+        self, source_downtime_ns: int, sent_at_ns: int, downtime: messages.Downtime | None = None
+    ) -> None:
         assert self.control is not None
+        assert self.vmm is not None
+        assert self._hello is not None
         transit_ns, now_ns = self.control.transit_upper_ns(sent_at_ns), self.host.clock_ns()
-        if self._count is None:
-            self._count = DowntimeCount(source_downtime_ns + transit_ns, now_ns)
+        if (budget := self._budget) is None:
+            count = DowntimeCount(source_downtime_ns + transit_ns, now_ns)
+            budget = self._budget = self.daemon.model.destination_budget(
+                self._hello.limits, self.vmm.resume_cost_ns, count
+            )
             self._time_asked_ns = now_ns
             self.control.send(messages.TimeAsk(nonce=1))
         else:
-            self._count.hear(source_downtime_ns, transit_ns, now_ns)
-        self._check_count()
-        remaining_ns = self._remaining_ns()
-        if remaining_ns is not None:
+            budget.count.hear(source_downtime_ns, transit_ns, now_ns)
+        if downtime is not None:
+            budget.set_terms(downtime.limits, downtime.resume_reserve_ns)
+            self._told_limits = downtime.limits
+        self._check_count(budget)
+        patience_ns = budget.patience_ns(self.control.round_trip_ns(), now_ns)
+        if patience_ns is not None:
             self._deadline += 1
             armed = self._deadline
-            self.process.after(remaining_ns, lambda: self._deadline_passed(armed))
+            self.process.after(patience_ns, lambda: self._deadline_passed(budget, armed))
 
-    def _check_count(self) -> None:
+    def _check_count(self, budget: DestinationBudget) -> None:
         """The destination never counts less than what has passed."""
-        assert self._count is not None
         assert self.vmm is not None
-        truth_ns = self.world.now_ns - self.vmm.estate.stop_asked_ns
-        counted_ns = self._count.now(self.host.clock_ns())
+        estate = self.vmm.estate
+        truth_ns = self.world.now_ns - estate.stop_asked_ns - estate.held_ns
+        counted_ns = budget.count.now(self.host.clock_ns())
         self.world.require(
             counted_ns + truth_ns // 5_000 + 10 >= truth_ns,
             f"the destination counts {counted_ns} ns of downtime when {truth_ns} ns have passed",
         )
 
-    def _deadline_passed(self, armed: int) -> None:
-        if armed == self._deadline:
-            self.take(DestinationEvent.LIMIT, self.control)
-
-    def _remaining_ns(self) -> int | None:
-        assert self._count is not None
-        assert self._limits is not None
-        assert self.control is not None
-        assert self.vmm is not None
-        reserve_ns = self.control.round_trip_ns() + max(self.vmm.resume_cost_ns, self._source_resume_ns)
-        return destination_remaining_ns(self._limits, self._count.now(self.host.clock_ns()), reserve_ns)
+    def _deadline_passed(self, budget: DestinationBudget, armed: int) -> None:
+        if armed == self._deadline and self.control is not None:
+            vote = budget.over_limit(self.control.round_trip_ns(), self.host.clock_ns())
+            self.take(vote.event, self.control, vote.reason or "")
 
     def _import_time(self, data: messages.TimeData) -> None:
         """The interval for the elapsed time contains the truth."""
@@ -247,7 +246,7 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
         """Load what can be loaded, and vote when everything is."""
         end, vmm = self._end, self.vmm
         complete = end is not None and self._rounds_done >= end.last_round and self._time_imported
-        if not complete or self._load_busy or vmm is None or self.machine.state is not DestinationState.LOADING:
+        if not complete or self._load_busy or vmm is None or self.state is not DestinationState.LOADING:
             return
         assert end is not None
         if self._loaded < end.devices:
@@ -268,77 +267,88 @@ class Incoming(Actor[DestinationState, DestinationEvent]):
         self._go_on()
 
     def _vote(self, end: messages.StateEnd) -> None:
-        if self._digest.value != end.digest:
-            self.take(DestinationEvent.FAULT, self.control, "the memory digest differs")
-            return
-        remaining_ns = self._remaining_ns()
-        if remaining_ns is not None and remaining_ns <= 0:
-            self.take(DestinationEvent.LIMIT, self.control)
-            return
-        self.take(DestinationEvent.LOADED, self.control)
+        assert self.control is not None
+        assert self._budget is not None
+        round_trip_ns, now_ns = self.control.round_trip_ns(), self.host.clock_ns()
+        vote = self._budget.vote(self._digest.value, end.digest, round_trip_ns, now_ns)
+        self.take(vote.event, self.control, vote.reason or "")
 
     # Section: acting
 
-    def act(self, action: Action, reply: Channel | None) -> Steps:
-        epoch, reason = self.attempt.epoch, "the destination discarded the guest"
-        match action:
-            case Action.RESUME_GUEST:
-                yield from self._resume(reply)
-            case Action.DESTROY_GUEST:
-                if self.vmm is not None:
-                    self.vmm.on_death = lambda: None
-                    self.vmm.die("destination")
+    def carry_out(self, effect: DestinationEffect, reply: Channel | None) -> Deed:
+        vmm, epoch = self.vmm, self.attempt.epoch
+        match effect:
+            case effects.TakeLock():
+                if vmm is None or vmm.state == "dead":
+                    return failed("the VMM is gone")
+                vmm.take_lock()
+            case effects.LookAtGuest():
+                return _seen(vmm)
+            case effects.ResumeGuest():
+                return (yield from self._resume(vmm))
+            case effects.EndGuest():
+                if vmm is not None:
+                    vmm.die("destination")
+                ran = ("destination", epoch) in self.daemon.runs()
+                return Outcome(Result.RUNS if ran else Result.NEVER_RAN)
+            case effects.DestroyGuest():
+                if vmm is not None:
+                    vmm.on_death = lambda: None
+                    vmm.die("destination")
                     self.vmm = self.daemon.vmm = None
-            case Action.SEND_READY:
+            case effects.SendReady():
                 self._send_ready()
-            case Action.SEND_NO if reply is not None:
-                reply.send(messages.No(epoch=epoch, cause="fault", reason=reason))
-            case Action.SEND_DISCARDED if reply is not None:
-                reply.send(messages.Discarded(epoch=epoch, reason=reason))
-            case Action.SEND_OPEN if reply is not None:
-                reply.send(messages.OutcomeOpen(epoch=epoch, reason="the guest is being resumed"))
-            case Action.SEND_RUNNING if reply is not None:
+            case effects.SendNo(cause=cause, reason=reason):
+                _send(reply, messages.No(epoch=epoch, cause=cause, reason=reason[:2000]))
+            case effects.SendRunning() | effects.SendDiscarded() | effects.SendOpen():
                 after_ns = self._resumed_after_ns
                 sent_ns = self.host.clock_ns() - self._commit_read_ns if after_ns else 0
-                reply.send(messages.Running(epoch=epoch, resumed_after_ns=after_ns, sent_after_ns=sent_ns))
+                _send(reply, answer_message(effect, epoch, after_ns, sent_ns))
+        return DONE
 
     def _send_ready(self) -> None:
-        assert self._count is not None
+        assert self._budget is not None
         assert self.control is not None
         now_ns = self.host.clock_ns()
+        counted_ns = self._budget.count.now(now_ns)
+        self._check_vote(counted_ns)
         self.control.send(
             messages.Ready(
                 epoch=self.attempt.epoch,
                 digest=self._digest.value,
-                elapsed_ns=self._count.now(now_ns),
+                elapsed_ns=counted_ns,
                 completing_ns=now_ns - self._end_read_ns,
             )
         )
 
-    def _resume(self, reply: Channel | None) -> Steps:
-        vmm = self.vmm
-        if vmm is not None and vmm.state != "dead":
-            yield lambda go: vmm.resume(self.attempt.epoch, go)
-            if vmm.state == "running":
-                # The VMM says when its vCPUs ran: this daemon may hear of it late.
-                self._resumed_after_ns = vmm.ran_hrtime - self._commit_read_ns if self._commit_read_ns else 0
-                self.take(DestinationEvent.RESUMED, reply)
-                return
-            vmm.die("destination")
-        ran = ("destination", self.attempt.epoch) in self.daemon.runs()
-        self.take(DestinationEvent.RESUMED if ran else DestinationEvent.RESUME_FAILED, reply)
+    def _check_vote(self, counted_ns: int) -> None:
+        """READY leaves only while the limit that the source told can be kept."""
+        limits = self._told_limits
+        if limits is None or not limits.switchover_abort or self.process.disturbed_ns >= 0:
+            return
+        limit_ns = abort_limit_ns(limits)
+        self.world.require(counted_ns < limit_ns, f"L2: READY is voted after {counted_ns} ns of {limit_ns} ns")
+
+    def _resume(self, vmm: Vmm | None) -> Deed:
+        if vmm is None:
+            return failed("the VMM is gone")
+        yield lambda go: vmm.resume(self.attempt.epoch, go)
+        if vmm.state != "running":
+            return failed("it does not run")
+        # The VMM says when its vCPUs ran: this daemon may hear of it late.
+        self._resumed_after_ns = vmm.ran_hrtime - self._commit_read_ns if self._commit_read_ns else 0
+        return DONE
 
     def take(self, event: DestinationEvent, reply: Channel | None = None, why: str = "") -> None:
-        if event is DestinationEvent.COMMIT and self.machine.state is DestinationState.READY:
+        if event is DestinationEvent.COMMIT and self.state is DestinationState.READY:
             self._commit_read_ns = self.host.clock_ns()
         super().take(event, reply, why)
 
     def settled(self, event: DestinationEvent) -> None:
-        if event is DestinationEvent.LOADED and self.machine.state is DestinationState.READY:
+        if event is DestinationEvent.LOADED and self.state is DestinationState.READY:
             self._arm_ready_timeout()
         if self.final:
-            journaled = self.attempt.decisions[-1]
-            self.attempt.closed = journaled in (Decision.RUNNING, Decision.DISCARD)
+            self.attempt.closed = may_close(self.attempt.decisions)
             if self.control is not None:
                 self.process.after(SECOND, self.control.close)
 
@@ -354,6 +364,7 @@ class DestinationDaemon:
         build: makes an empty guest process.
         runs: the marks that VMMs left.
         exported_true_ns: when the source exported the guest's time, for the check of the interval.
+        model: the rules.
     """
 
     def __init__(
@@ -362,11 +373,12 @@ class DestinationDaemon:
         build: Callable[[], Vmm],
         runs: Callable[[], list[tuple[str, int]]],
         exported_true_ns: Callable[[], int],
+        model: Model,
     ) -> None:
         self.host = host
         self.runs = runs
         self.exported_true_ns = exported_true_ns
-        self.table: DestinationTable = DESTINATION
+        self.model = model
         self.process: Process | None = None
         self.vmm: Vmm | None = None
         self.journal: dict[str, Attempt] = {}
@@ -382,7 +394,7 @@ class DestinationDaemon:
         # Only the newest: what an older epoch left open must not touch the guest, which may be here again.
         attempt = max(self.journal.values(), key=lambda known: known.epoch)
         if not attempt.closed:
-            incoming = Incoming(self, attempt, destination_state_of(attempt.decisions), None)
+            incoming = Incoming(self, attempt, self.model.destination_state_of(attempt.decisions), None)
             self.known[attempt.migration_id] = incoming
             incoming.take(DestinationEvent.RESTART)
 
@@ -409,6 +421,10 @@ class DestinationDaemon:
                 channel.fail(RemoteProtocolError("out of turn", ErrorCode.UNEXPECTED))
 
     def _hello(self, channel: Control, hello: messages.Hello) -> None:
+        for known in self.known.values():
+            event = self.model.newer_epoch(known.state)
+            if known.attempt.epoch < hello.epoch and event is not None:
+                known.take(event)
         offered, required = frozenset(hello.capabilities), frozenset(hello.required)
         agreed = agree_capabilities(offered, CAPABILITIES, required | REQUIRED_CAPABILITIES)
         if self.vmm is not None or self.host.disk_full or not all(known.final for known in self.known.values()):
@@ -440,16 +456,31 @@ class DestinationDaemon:
 
     def _outcome_asked(self, channel: Control, ask: messages.OutcomeAsk) -> None:
         event = DestinationEvent.COMMIT if ask.decision == "commit" else DestinationEvent.ABORT
-        incoming, attempt = self.known.get(ask.migration_id), self.journal.get(ask.migration_id)
-        if incoming is not None:
+        if (incoming := who_answers(self.known.get(ask.migration_id), None, None)) is not None:
             incoming.take(event, channel)
             return
-        match destination_state_of(attempt.decisions) if attempt is not None else None:
-            case DestinationState.RUNNING:
-                channel.send(messages.Running(epoch=ask.epoch, resumed_after_ns=0, sent_after_ns=0))
-            case DestinationState.DISCARDED:
-                channel.send(messages.Discarded(epoch=ask.epoch, reason="the journal says so"))
-            case None if ask.decision == "abort":
-                channel.send(messages.Discarded(epoch=ask.epoch, reason="nothing of this migration is here"))
-            case _:
-                channel.send(messages.OutcomeOpen(epoch=ask.epoch, reason="not known here"))
+        attempt = self.journal.get(ask.migration_id)
+        answer = journaled_answer(event, attempt.decisions if attempt is not None else None)
+        channel.send(answer_message(answer, ask.epoch))
+
+
+def answer_message(answer: Answer, epoch: int, resumed_after_ns: int = 0, sent_after_ns: int = 0) -> Message:
+    """An answer to a decision, as a message."""
+    match answer:
+        case effects.SendRunning():
+            return messages.Running(epoch=epoch, resumed_after_ns=resumed_after_ns, sent_after_ns=sent_after_ns)
+        case effects.SendDiscarded(reason=reason):
+            return messages.Discarded(epoch=epoch, reason=reason[:2000])
+        case effects.SendOpen(reason=reason):
+            return messages.OutcomeOpen(epoch=epoch, reason=reason[:2000])
+
+
+def _send(reply: Channel | None, message: Message) -> None:
+    if reply is not None:
+        reply.send(message)
+
+
+def _seen(vmm: Vmm | None) -> Outcome:
+    if vmm is None or vmm.state == "dead":
+        return failed("the VMM is gone")
+    return Outcome(Result.RUNS if vmm.state == "running" else Result.WAITS)

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from protocol.handover import Decision, DestinationState, SourceState
+from scripts.proof.hosts import Destination, Source
 from scripts.proof.model import (
     NET_BITS,
-    Destination,
     DestinationSide,
     Guard,
     Guest,
@@ -35,7 +35,6 @@ from scripts.proof.model import (
     Move,
     Row,
     SideT,
-    Source,
     SourceSide,
 )
 

@@ -24,6 +24,8 @@ class Estate:
 
     Attributes:
         running: hosts on which the guest runs now.
+        locked: hosts whose guest process holds the ownership lock. It fences nothing: that would hide what goes wrong.
+        held_ns: how long the switchover that is under way was held.
         stopped_memory, stopped_states: what it was when it was last stopped.
         stopped_true_ns, ran_true_ns: when the last stop was asked for and when it last began to run.
         runs: (host, epoch) of every time it ran, in order.
@@ -31,6 +33,8 @@ class Estate:
 
     world: World
     running: set[str] = field(default_factory=set)
+    locked: set[str] = field(default_factory=set)
+    held_ns: int = 0
     stopped_memory: npt.NDArray[np.uint64] | None = None
     stopped_states: dict[str, bytes] = field(default_factory=dict)
     stop_asked_ns: int = 0
@@ -98,13 +102,27 @@ class Vmm:
 
     def begin(self, epoch: int) -> None:
         """Run at once: the guest's first boot."""
+        self.take_lock()
         self._run(epoch)
+
+    def take_lock(self) -> None:
+        """Take the ownership lock."""
+        self.estate.locked.add(self.host.name)
+        self.world.require(len(self.estate.locked) == 1, "I8: both sides need the ownership lock at once")
+
+    def release_lock(self) -> bool:
+        """Let go of the ownership lock. Returns False for a guest that runs: it keeps its lock."""
+        if self.state == "running":
+            return False
+        self.estate.locked.discard(self.host.name)
+        return True
 
     def die(self, who: str) -> None:
         """The process is gone."""
         if self.state != "dead":
             self.world.say(who, "the VMM is gone")
             self.estate.running.discard(self.host.name)
+            self.estate.locked.discard(self.host.name)
             self.state = "dead"
             self.on_death()
 
@@ -133,6 +151,7 @@ class Vmm:
         estate, world, name = self.estate, self.world, self.host.name
         estate.runs.append((name, epoch))
         world.require(not estate.running, f"I1: the guest begins to run on the {name} while it runs on the other side")
+        world.require(name in estate.locked, f"I8: the guest runs on the {name} without its ownership lock")
         if estate.stopped_memory is not None:
             same = np.array_equal(self.memory, estate.stopped_memory) and self.states == estate.stopped_states
             world.require(same, f"I4: the guest that begins to run on the {name} is not as it was when it stopped")

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from protocol.blackout import DestinationBudget, SourceBudget, SourceVerdict, Vote
-from protocol.executor import DestinationExecutor, Outcome, Result, SourceExecutor, Step
+from protocol.blackout import DestinationBudget, SourceBudget, SourceVerdict
+from protocol.effects import Outcome, Result
+from protocol.executor import DestinationExecutor, SourceExecutor, Step
 from protocol.handover import (
     DESTINATION,
     SOURCE,
@@ -203,6 +204,13 @@ class LateCommit(SourceBudget):
         return SourceVerdict(SourceEvent.READY_IN_TIME, None)
 
 
+class KeepsNothingBack(DestinationBudget):
+    """Votes READY until the limit itself is reached; a source that is right can still say no."""
+
+    def reserve_ns(self, round_trip_ns: int) -> int:
+        return 0
+
+
 class PatientSource(SourceBudget):
     """Keeps nothing back for its own resume, and more."""
 
@@ -227,11 +235,12 @@ class DeafToTerms(DestinationBudget):
         """Nothing changes."""
 
 
-class YesMan(DestinationBudget):
-    """Votes READY whatever the digest is."""
+class PatientDestination(DestinationBudget):
+    """Goes on loading for a while after its limit."""
 
-    def vote(self, own_digest: int | None, source_digest: int, round_trip_ns: int, now_ns: int) -> Vote:
-        return Vote(DestinationEvent.LOADED, "fault", None)
+    def remaining_ns(self, round_trip_ns: int, now_ns: int) -> int | None:
+        remaining_ns = super().remaining_ns(round_trip_ns, now_ns)
+        return None if remaining_ns is None else remaining_ns + 100_000_000
 
 
 def _executor(
@@ -396,10 +405,14 @@ MUTANTS: Final = (
 )
 
 LATE_MUTANTS: Final = (
-    Mutant("a READY commits whenever it comes", replace(REAL, source_budget=LateCommit), "I5"),
+    Mutant(
+        "a READY commits whenever it comes",
+        replace(REAL, source_budget=LateCommit, destination_budget=KeepsNothingBack),
+        "I5",
+    ),
     Mutant("the source waits beyond its limit", replace(REAL, source_budget=PatientSource), "L3"),
     Mutant("held time counts against the limit", replace(REAL, source_budget=HeldTimeCounts), "L4"),
     Mutant("the destination goes by the limits of HELLO", replace(REAL, destination_budget=DeafToTerms), "L2"),
-    Mutant("the destination votes READY after its limit", replace(REAL, destination_budget=YesMan), "L2"),
+    Mutant("the destination votes READY after its limit", replace(REAL, destination_budget=PatientDestination), "L2"),
 )
 """``disaster`` is the beginning of the rule that the simulator finds broken."""

@@ -16,7 +16,7 @@ from protocol.clock import ClockError, ClockExchange, OffsetEstimate, one_way_tr
 from protocol.errors import RemoteProtocolError
 from protocol.frames import MAX_PAYLOAD_BYTES, FrameParser
 from protocol.messages import ClockAsk, ClockReply, FrameType, Message
-from protocol.versions import PREFACE_BYTES, agree_version, pack_preface, unpack_preface
+from protocol.versions import MAJOR, PREFACE_BYTES, agree_version, pack_preface, unpack_preface
 from scripts.proof.kernel import MS, SECOND, Call, Process, World
 
 HEARTBEAT_NS: Final = 500 * MS
@@ -185,7 +185,7 @@ class Channel:
         self._preface = b""
         self._parser: FrameParser | None = None
         self._sequence = 0
-        self._version = 1
+        self._version = MAJOR  # both ends are of this version; the preface only confirms it
         end.send(pack_preface(MAX_PAYLOAD_BYTES))
 
     def start(self) -> None:

@@ -1,4 +1,8 @@
-"""The simulated source: rounds, blackout, decision, and asking for the outcome, over the real messages."""
+"""The simulated source: rounds, blackout, decision, and asking for the outcome, over the real messages.
+
+One attempt is one class: its procedures wait for one another, and a reader follows them from HELLO to the last answer.
+That makes this module longer than others.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +13,20 @@ from typing import Final
 import numpy as np
 import xxhash
 
-from protocol import messages
-from protocol.budget import may_commit, measured_downtime, source_deadline_ns
+from protocol import effects, messages
+from protocol.blackout import TICK_NS, SourceReserves
+from protocol.budget import abort_limit_ns, measured_downtime
 from protocol.digest import MemoryDigest
+from protocol.effects import DONE, SourceEffect, failed
 from protocol.guest import DeviceDescription, GuestDescription, MemoryRegion
 from protocol.guest_time import VmTimeData
-from protocol.handover import (
-    SOURCE,
-    Action,
-    Machine,
-    SourceEvent,
-    SourceState,
-    SourceTable,
-    check_epoch,
-    source_state_of,
-)
+from protocol.handover import SourceEvent, SourceState, check_epoch
 from protocol.messages import Limits, Message
 from protocol.pages import indices_of, pack_runs, runs_of, split_runs
-from scripts.proof.actor import Actor, Attempt
+from scripts.proof.actor import Actor, Attempt, Deed
 from scripts.proof.guest import GUEST_FREQ, Vmm
 from scripts.proof.kernel import MS, SECOND, Host, Process, Steps
+from scripts.proof.model import Model
 from scripts.proof.network import Channel, Control, End, Link, Listener, connect
 
 BATCH_PAGES: Final = 8
@@ -48,42 +46,44 @@ class Wish:
         offered: what HELLO says of it: the operator changed his mind since.
         channels: number of data channels.
         rounds: after how many rounds the guest is stopped, whatever is left.
+        hold_ns: how long the operator holds the switchover.
     """
 
     limits: Limits
     offered: Limits
     channels: int
     rounds: int
+    hold_ns: int = 0
 
 
-class Outgoing(Actor[SourceState, SourceEvent]):
+class Outgoing(Actor[SourceState, SourceEvent, SourceEffect]):
     """One attempt."""
 
     def __init__(self, daemon: SourceDaemon, attempt: Attempt, wish: Wish, state: SourceState) -> None:
         process = daemon.process
         assert process is not None
-        machine = Machine("source", daemon.table, state)
-        super().__init__(process, attempt, machine, SourceEvent.JOURNAL_FAILED)
+        model = daemon.model
+        super().__init__(process, attempt, model.source_executor(state, locks=True, table=model.source))
         self.daemon = daemon
         self.vmm = daemon.vmm
         self.wish = wish
         self.link = daemon.link
         self.control: Control | None = None
-        self.asking = False
         self._data: list[Channel] = []
         self._joined = 0
         self._round = 0
         self._orders = 0
         self._digest = MemoryDigest(len(self.vmm.memory))
-        self._t0_ns = 0
+        self._budget = model.source_budget(wish.limits, SourceReserves(0, self.vmm.resume_cost_ns))
+        self._held_ns = 0
         self._stop_true_ns = 0
         self._committed_ns = 0
-        self._resume_reserve_ns = 0
+        self._resume_there_ns = 0
         self._ever_committed = state is SourceState.COMMITTED
         self.vmm.on_death = lambda: self.process.wake(self._guest_gone)
 
     def _guest_gone(self) -> None:
-        if self.machine.state in (SourceState.RUNNING, SourceState.STOPPED):
+        if self.state in (SourceState.RUNNING, SourceState.STOPPED):
             self.take(SourceEvent.FAULT, self.control, "the guest's process is gone")
 
     # Section: negotiation and rounds
@@ -93,11 +93,11 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         connect(self.link, self.process, self.daemon.listener, self._opened, self._failed)
 
     def _failed(self, reason: str) -> None:
-        if self.machine.state is SourceState.RUNNING:
+        if self.state is SourceState.RUNNING:
             self.take(SourceEvent.FAULT, None, reason)
 
     def _opened(self, end: End) -> None:
-        if self.machine.state is not SourceState.RUNNING:
+        if self.state is not SourceState.RUNNING:
             end.close()
             return
 
@@ -139,10 +139,10 @@ class Outgoing(Actor[SourceState, SourceEvent]):
 
     def _welcomed(self, welcome: messages.Welcome) -> None:
         assert self.control is not None
-        if self.machine.state is not SourceState.RUNNING:
+        if self.state is not SourceState.RUNNING:
             return
         self.control.begin()
-        self._resume_reserve_ns = welcome.resume_ns
+        self._resume_there_ns = welcome.resume_ns
         for number in range(self.wish.channels):
             connect(
                 self.link,
@@ -159,12 +159,12 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         self._data.append(channel)
 
     def _data_lost(self, reason: str) -> None:
-        if self.machine.state in (SourceState.RUNNING, SourceState.STOPPED):
+        if self.state in (SourceState.RUNNING, SourceState.STOPPED):
             self.take(SourceEvent.FAULT, self.control, f"data channel: {reason}")
 
     def _one_joined(self) -> None:
         self._joined += 1
-        if self._joined == self.wish.channels and self.machine.state is SourceState.RUNNING:
+        if self._joined == self.wish.channels and self.state is SourceState.RUNNING:
             self.vmm.collect()
             self._send_round(np.flatnonzero(self.vmm.memory.any(axis=1)).tolist())
 
@@ -194,7 +194,7 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         self.control.send(messages.RoundEnd(round=self._round, pages=plain, zero_pages=zero))
 
     def _round_done(self, done: messages.RoundDone) -> None:
-        if self.machine.state is not SourceState.RUNNING or done.round != self._round:
+        if self.state is not SourceState.RUNNING or done.round != self._round:
             return
         if done.digest != self._digest.value:
             self.take(SourceEvent.FAULT, self.control, "the memory digest differs")
@@ -206,15 +206,38 @@ class Outgoing(Actor[SourceState, SourceEvent]):
     # Section: the blackout
 
     def _elapsed_ns(self) -> int:
-        return self.host.clock_ns() - self._t0_ns
+        return self.host.clock_ns() - self._budget.t0_ns
 
     def _stop(self) -> None:
-        self._t0_ns = self.host.clock_ns()
+        assert self.control is not None
+        reserves = SourceReserves(self.control.round_trip_ns() + self._resume_there_ns, self.vmm.resume_cost_ns)
+        self._budget = self.daemon.model.source_budget(self.wish.limits, reserves)
+        self._budget.stop_asked(self.host.clock_ns())
         self._stop_true_ns = self.vmm.estate.stop_asked_ns = self.world.now_ns
-        deadline_ns = source_deadline_ns(self.wish.limits, self.vmm.resume_cost_ns)
-        if deadline_ns is not None:
-            self.process.after(deadline_ns, lambda: self.take(SourceEvent.DEADLINE, self.control))
+        self.vmm.estate.held_ns = 0
+        self._watch()
         self.take(SourceEvent.STOP, self.control)
+
+    def _watch(self) -> None:
+        """Set the timer of the deadline; a hold moves it, so it may ring too early."""
+        patience_ns = self._budget.patience_ns(self.host.clock_ns())
+        if patience_ns is not None:
+            self.process.after(patience_ns, self._look_at_the_clock)
+
+    def _look_at_the_clock(self) -> None:
+        if self.state is not SourceState.STOPPED:
+            return
+        now_ns = self.host.clock_ns()
+        if self._budget.overdue_ns(now_ns) is None:
+            self.process.after(TICK_NS, self._watch)
+            return
+        counted_ns = self._elapsed_ns() - self._held_ns
+        least_ns = abort_limit_ns(self.wish.limits) - self.vmm.resume_cost_ns - TICK_NS
+        self.world.require(
+            counted_ns >= least_ns, f"L4: the source gives up after {counted_ns} ns, before its deadline"
+        )
+        verdict = self._budget.no_vote("Finish", now_ns)
+        self.take(verdict.event, self.control, verdict.reason or "")
 
     def _tell_downtime(self) -> None:
         assert self.control is not None
@@ -223,16 +246,25 @@ class Outgoing(Actor[SourceState, SourceEvent]):
                 epoch=self.attempt.epoch,
                 limits=self.wish.limits,
                 resume_reserve_ns=self.vmm.resume_cost_ns,
-                source_downtime_ns=self._elapsed_ns(),
+                source_downtime_ns=self._budget.counted_ns(self.host.clock_ns()),
                 sent_at_ns=self.host.clock_ns(),
             )
         )
 
     def _stopped(self) -> bool:
-        return self.machine.state is SourceState.STOPPED and self.vmm.state == "paused"
+        return self.state is SourceState.STOPPED and self.vmm.state == "paused"
 
     def _blackout(self) -> Steps:
         assert self.control is not None
+        if self.wish.hold_ns:
+            begin_ns, begin_true_ns = self.host.clock_ns(), self.world.now_ns
+            self._budget.hold_begins(begin_ns)
+            yield self.wish.hold_ns
+            self._budget.hold_ends(self.host.clock_ns())
+            self._held_ns = self.host.clock_ns() - begin_ns
+            self.vmm.estate.held_ns = self.world.now_ns - begin_true_ns
+            if not self._stopped():
+                return
         self._tell_downtime()
         yield MS // 4
         if not self._stopped():
@@ -251,7 +283,7 @@ class Outgoing(Actor[SourceState, SourceEvent]):
                 last_round=self._round,
                 devices=self._orders,
                 digest=self._digest.value,
-                source_downtime_ns=self._elapsed_ns(),
+                source_downtime_ns=self._budget.counted_ns(self.host.clock_ns()),
                 sent_at_ns=self.host.clock_ns(),
             )
         )
@@ -309,11 +341,8 @@ class Outgoing(Actor[SourceState, SourceEvent]):
                 self._answer(message)
 
     def _decide(self, ready: messages.Ready) -> None:
-        assert self.control is not None
-        reserve_ns = self.control.round_trip_ns() + self._resume_reserve_ns
-        in_time = may_commit(self.wish.limits, self._elapsed_ns(), reserve_ns)
-        equal = ready.digest == self._digest.value
-        self.take(SourceEvent.READY_IN_TIME if in_time and equal else SourceEvent.READY_LATE, self.control)
+        verdict = self._budget.judge_ready(ready.digest, self._digest.value, self.host.clock_ns())
+        self.take(verdict.event, self.control, verdict.reason or "")
 
     def _answer(self, message: Message) -> None:
         match message:
@@ -339,36 +368,43 @@ class Outgoing(Actor[SourceState, SourceEvent]):
 
     # Section: acting
 
-    def act(self, action: Action, reply: Channel | None) -> Steps:
-        match action:
-            case Action.STOP_GUEST:
+    def carry_out(self, effect: SourceEffect, reply: Channel | None) -> Deed:
+        match effect:
+            case effects.StopGuest():
                 yield self.vmm.pause
-                if self.vmm.state == "paused":
-                    self.process.start(self._blackout())
-            case Action.RESUME_GUEST:
+                if self.vmm.state != "paused":
+                    return failed("the VMM is gone")
+                self.process.start(self._blackout())
+            case effects.ReleaseLock():
+                if not self.vmm.release_lock():
+                    return failed("it runs")
+            case effects.TakeLock():
+                if self.vmm.state != "dead":
+                    self.vmm.take_lock()
+            case effects.ResumeGuest():
                 yield lambda go: self.vmm.resume(self.attempt.epoch, go)
                 self._check_pause()
-            case Action.RETIRE_GUEST:
+            case effects.RetireGuest():
                 self.vmm.die("source")
-            case Action.SEND_COMMIT:
+            case effects.SendCommit():
                 self._commit(reply)
-            case Action.SEND_ABORT:
-                abort = messages.Abort(epoch=self.attempt.epoch, reason="the source keeps its guest")
+            case effects.SendAbort(reason=reason):
                 if reply is not None and reply.open:
-                    reply.send(abort)
+                    reply.send(messages.Abort(epoch=self.attempt.epoch, reason=reason[:2000]))
                 else:
                     self._tell("abort", ABORT_TRIES, RETRY_NS)
-            case Action.ASK_OUTCOME:
-                if not self.asking:
-                    self.asking = True
-                    self.world.say("source", "in doubt")
-                    self._tell("commit", -1, RETRY_NS)
+            case effects.AskOutcome():
+                self.world.say("source", "in doubt")
+                self._tell("commit", -1, RETRY_NS)
+        return DONE
 
     def _commit(self, reply: Channel | None) -> None:
         if not self._ever_committed and self.wish.limits.switchover_abort:
-            limit_ns = self.wish.limits.downtime_limit_ns + self.wish.limits.switchover_limit_ns
-            late = self._elapsed_ns() > limit_ns and self.process.disturbed_ns < self._stop_true_ns
-            self.world.require(not late, "I5: COMMIT is sent after the limit")
+            left_ns = abort_limit_ns(self.wish.limits) - (self._elapsed_ns() - self._held_ns)
+            undisturbed = self.process.disturbed_ns < self._stop_true_ns
+            # Deciding, journaling and letting go of the lock take their time after the check.
+            enough = left_ns + MS >= self._budget.reserves.commit_ns
+            self.world.require(enough or not undisturbed, f"I5: COMMIT is sent with {left_ns} ns left of the limit")
         self._ever_committed = True
         self._committed_ns = self._elapsed_ns()
         if reply is not None:
@@ -376,7 +412,7 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         self.process.after(ANSWER_NS, self._no_answer)
 
     def _no_answer(self) -> None:
-        if self.machine.state is SourceState.COMMITTED:
+        if self.state is SourceState.COMMITTED:
             self.take(SourceEvent.DEADLINE, self.control)
 
     def _check_pause(self) -> None:
@@ -385,15 +421,15 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         undisturbed = self._stop_true_ns and self.process.disturbed_ns < self._stop_true_ns
         if not undisturbed or self._ever_committed or not limits.switchover_abort or vmm.state != "running":
             return
-        budget_ns = max(limits.downtime_limit_ns + limits.switchover_limit_ns, vmm.stop_cost_ns + vmm.resume_cost_ns)
-        pause_ns = self.world.now_ns - self._stop_true_ns
+        budget_ns = max(abort_limit_ns(limits), vmm.stop_cost_ns + vmm.resume_cost_ns)
+        pause_ns = self.world.now_ns - self._stop_true_ns - vmm.estate.held_ns
         allowed_ns = budget_ns + budget_ns // 5_000 + MS
         self.world.require(pause_ns <= allowed_ns, f"L3: an abort paused the guest for {pause_ns} ns of {budget_ns} ns")
 
     def _tell(self, decision: str, tries: int, pause_ns: int) -> None:
         """Tell the decision over a fresh connection, and again if no answer comes."""
         wanted = SourceState.COMMITTED if decision == "commit" else SourceState.ABORTED
-        if self.machine.state is not wanted or not tries:
+        if self.state is not wanted or not tries:
             return
         answered = False
 
@@ -423,9 +459,9 @@ class Outgoing(Actor[SourceState, SourceEvent]):
         connect(self.link, self.process, self.daemon.listener, opened, again)
 
     def settled(self, event: SourceEvent) -> None:
-        if self.machine.state in (SourceState.ABORTED, SourceState.RETIRED):
+        if self.state in (SourceState.ABORTED, SourceState.RETIRED):
             self.attempt.closed = True
-            if self.control is not None and self.machine.state is SourceState.RETIRED:
+            if self.control is not None and self.state is SourceState.RETIRED:
                 self.control.close()
             self._close_data()
 
@@ -439,13 +475,18 @@ class SourceDaemon:
     """The source's daemon: its journal, and the life that it has now."""
 
     def __init__(
-        self, host: Host, link: Link, vmm: Vmm, listener: Callable[[], tuple[Process, Listener] | None]
+        self,
+        host: Host,
+        link: Link,
+        vmm: Vmm,
+        listener: Callable[[], tuple[Process, Listener] | None],
+        model: Model,
     ) -> None:
         self.host = host
         self.link = link
         self.vmm = vmm
         self.listener = listener
-        self.table: SourceTable = SOURCE
+        self.model = model
         self.process: Process | None = None
         self.journal: list[tuple[Attempt, Wish]] = []
         self.current: Outgoing | None = None
@@ -457,7 +498,7 @@ class SourceDaemon:
         self.current = None
         if self.journal and not self.journal[-1][0].closed:
             attempt, wish = self.journal[-1]
-            self.current = Outgoing(self, attempt, wish, source_state_of(attempt.decisions))
+            self.current = Outgoing(self, attempt, wish, self.model.source_state_of(attempt.decisions))
             self.current.take(SourceEvent.RESTART)
 
     def migrate(self, wish: Wish) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from scripts.proof.mutants import MUTANTS, Mutant
+from scripts.proof.mutants import LATE_MUTANTS, MUTANTS, Mutant
 from scripts.proof.simulator import simulate
 
 SEEDS = 250
@@ -50,7 +50,14 @@ def test_a_seed_is_one_story() -> None:
     "mutant", [mutant for mutant in MUTANTS if mutant.broken in CAUGHT_BY_CHANCE], ids=lambda mutant: mutant.broken
 )
 def test_a_mutant_is_caught(mutant: Mutant) -> None:
-    stories = (simulate(seed, mutant.model.source, mutant.model.destination) for seed in range(MUTANT_SEEDS))
+    stories = (simulate(seed, mutant.model) for seed in range(MUTANT_SEEDS))
     caught = next((story for story in stories if story.broken), None)
     assert caught is not None
     assert str(caught).startswith(f"seed {caught.seed}: {caught.broken}\n")
+
+
+@pytest.mark.parametrize("mutant", LATE_MUTANTS, ids=lambda mutant: mutant.broken)
+def test_a_budget_that_is_wrong_is_caught_by_its_rule(mutant: Mutant) -> None:
+    caught = next((story for story in (simulate(s, mutant.model) for s in range(MUTANT_SEEDS)) if story.broken), None)
+    assert caught is not None
+    assert caught.broken.startswith(mutant.disaster)

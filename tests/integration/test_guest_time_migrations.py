@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from migrated.clock import HostClock
+from migrated.base.clock import HostClock
 from scripts.rig.faults import Delay, Way
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair

@@ -15,9 +15,9 @@ from typing import Any
 import msgpack
 import pytest
 
-from migrated.config import AuthorisationConfig, TlsConfig
 from migrated.link import sockets
 from migrated.link.security import LinkSecurity
+from migrated.settings.config import AuthorisationConfig, TlsConfig
 from protocol import messages
 from protocol.frames import HEADER_BYTES, check_meta, pack_header, unpack_header
 from protocol.guest import GuestDescription

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from migrated.control.client import CommandError
-from migrated.guests import ANSWER_S
+from migrated.guests.registry import ANSWER_S
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
 from scripts.rig.waiting import until

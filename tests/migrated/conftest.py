@@ -16,14 +16,11 @@ import pytest
 import structlog
 import uvloop
 
-from migrated.config import parse_uri
 from migrated.control.operations import EventBus, GuestSpec, OperationError
 from migrated.control.server import ControlServer
-from migrated.history import History, HistoryQuery
-from migrated.logs import configure
-from migrated.metrics import Metrics
-from migrated.parameters import MigrationParameters
-from migrated.progress import Progress
+from migrated.observe.logs import configure
+from migrated.observe.metrics import Metrics
+from migrated.observe.progress import Progress
 from migrated.record.model import (
     Checkpoint,
     DeviceRow,
@@ -39,6 +36,9 @@ from migrated.record.model import (
 )
 from migrated.record.parts import Part
 from migrated.record.terms import STATUS_OF, Phase, QemuCheckpoint
+from migrated.settings.config import parse_uri
+from migrated.settings.parameters import MigrationParameters
+from migrated.state.history import History, HistoryQuery
 from protocol.guest_time import TimeStage, VmTimeData
 
 MS = 1_000_000

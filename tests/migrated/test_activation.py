@@ -16,7 +16,7 @@ for position, fd in enumerate(map(int, sys.argv[3:])):
 for position in range(len(sys.argv) - 3):
     os.dup2(100 + position, 3 + position)
 os.environ.update(LISTEN_PID=sys.argv[1].replace("own", str(os.getpid())), LISTEN_FDS=sys.argv[2], LISTEN_FDNAMES="x")
-from migrated.activation import ActivationError, inherited_socket
+from migrated.service.activation import ActivationError, inherited_socket
 try:
     sock = inherited_socket()
 except ActivationError as error:

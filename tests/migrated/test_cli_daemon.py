@@ -41,7 +41,7 @@ def test_each_role_starts_with_its_configuration(role: str, tmp_path: Path, monk
         assert read_again() == config
         return 7
 
-    monkeypatch.setattr("migrated.daemon.run_daemon", run)
+    monkeypatch.setattr("migrated.service.daemon.run_daemon", run)
     assert CliRunner().invoke(main, [role, "--config", str(file)]).exit_code == 7
     assert started == [(tmp_path / "c.sock", role)]
     file.write_text("[control]\nsock = 1\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.config import Address, Config, ConfigError, load_config, parse_address, parse_uri
+from migrated.settings.config import Address, Config, ConfigError, load_config, parse_address, parse_uri
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 

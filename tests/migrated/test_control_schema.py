@@ -17,7 +17,7 @@ from migrated.control.schema import (
     parameter_document,
     parameter_values,
 )
-from migrated.parameters import MigrationParameters
+from migrated.settings.parameters import MigrationParameters
 
 DECLARED = (
     Argument("name", "string", "", required=True),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrated.destination.decoding import allowed_encodings, check_encoding, decode
-from migrated.parameters import MigrationParameters
+from migrated.settings.parameters import MigrationParameters
 from migrated.source.encoding import BatchEncoder, DeltaCache, EncodingTotals, LinkSpeed, encoder_factory
 from migrated.vmm.memory import WORDS_PER_PAGE
 from protocol.errors import ErrorCode, RemoteProtocolError

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import structlog
 
-from migrated.history import FILE_NAME, SCHEMA, History, HistoryError, HistoryQuery, RecordNotFoundError
+from migrated.state.history import FILE_NAME, SCHEMA, History, HistoryError, HistoryQuery, RecordNotFoundError
 
 
 @pytest.fixture
@@ -237,7 +237,7 @@ def test_an_older_schema_is_brought_up_step_by_step(
 ) -> None:
     with closing(History(tmp_path)) as history:
         history.add(record_of(), "source")
-    monkeypatch.setattr("migrated.history.SCHEMA", (*SCHEMA, "CREATE TABLE more (x INTEGER);"))
+    monkeypatch.setattr("migrated.state.history.SCHEMA", (*SCHEMA, "CREATE TABLE more (x INTEGER);"))
     for _ in range(2):
         with closing(History(tmp_path)) as history:
             assert ids(history) == ["m-0001"]

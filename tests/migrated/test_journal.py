@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.journal import KEPT_ATTEMPTS, Journal, JournalError
+from migrated.state.journal import KEPT_ATTEMPTS, Journal, JournalError
 from protocol.handover import Decision
 
 LINE_BYTES = len(b'0badcafe {"migration_id":"m1","role":"source","decision":"commit"}\n')

@@ -6,10 +6,10 @@ stop | final-pages | state-end | completing (destination) | legs | commit-leg | 
 
 from __future__ import annotations
 
-from migrated.parameters import MigrationParameters
 from migrated.record.model import DestinationHalf, DowntimePart, Record, RoundRow
 from migrated.record.parts import Part
 from migrated.record.terms import Phase, QemuCheckpoint
+from migrated.settings.parameters import MigrationParameters
 from migrated.source.encoding import EncodingTotals
 from migrated.source.ledger import DeviceFigures, OutgoingLedger
 from protocol.budget import DowntimeInterval

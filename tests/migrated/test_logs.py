@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from migrated.logs import MAX_LINES, MAX_MIGRATIONS, configure
+from migrated.observe.logs import MAX_LINES, MAX_MIGRATIONS, configure
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 

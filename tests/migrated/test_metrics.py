@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from migrated.config import Address
-from migrated.metrics import Metrics
-from migrated.notify import Notifier
+from migrated.observe.metrics import Metrics
+from migrated.service.notify import Notifier
+from migrated.settings.config import Address
 
 
 def values(metrics: Metrics) -> dict[tuple[str, ...], float]:

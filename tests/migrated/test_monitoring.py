@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.metrics import Metrics
+from migrated.observe.metrics import Metrics
 
 MONITORING = Path(__file__).parents[2] / "configs" / "monitoring"
 

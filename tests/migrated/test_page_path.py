@@ -22,9 +22,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from migrated.base.errors import LinkLostError, MigrationError
 from migrated.destination.decoding import allowed_encodings
 from migrated.destination.pages import ArrivedState, PageReceiver, RoundReceived
-from migrated.errors import LinkLostError, MigrationError
 from migrated.link.data import DataChannel
 from migrated.link.sockets import Agreed, Connection, Wire
 from migrated.source import pages as source_pages

@@ -13,8 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from migrated.learned import load_prior
-from migrated.parameters import MigrationParameters
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation
 from migrated.prediction.knowledge import Knowledge
@@ -22,6 +20,8 @@ from migrated.prediction.model import Bases, Prediction
 from migrated.record.model import Digest, DowntimePart, Ram, Record, downtime_of
 from migrated.record.parts import Component, Part
 from migrated.record.terms import Outcome
+from migrated.settings.parameters import MigrationParameters
+from migrated.state.learned import load_prior
 
 MS = 1_000_000
 PRIOR = load_prior()

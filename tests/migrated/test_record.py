@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrated.errors import DocumentError
-from migrated.progress import Progress, read_progress
+from migrated.base.errors import DocumentError
+from migrated.observe.progress import Progress, read_progress
 from migrated.record.model import DowntimePart, Record, downtime_of
 from migrated.record.parts import CUT_FINER, Component, LogGroup, Part, PredictedPart, find_part, predicted_names
 from migrated.record.reading import read_record

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from migrated.errors import DocumentError
+from migrated.base.errors import DocumentError
 from migrated.record.model import (
     Checkpoint,
     DeviceRow,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.run_marks import KEPT_MARKS, RunMarkError, RunMarks
+from migrated.state.run_marks import KEPT_MARKS, RunMarkError, RunMarks
 
 
 def test_a_mark_survives_the_daemon_and_can_be_withdrawn(tmp_path: Path) -> None:

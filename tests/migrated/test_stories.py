@@ -19,29 +19,29 @@ from typing import Any
 
 import pytest
 
-from migrated.clock import HostClock
-from migrated.config import Address, Config, ControlConfig, LimitsConfig, StateConfig, VmmConfig
+from migrated.base.clock import HostClock
+from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.destination.migration import IncomingMigration
 from migrated.destination.offer import Offer, Refusal
 from migrated.destination.view import View
 from migrated.destination.welcome import welcome
 from migrated.environment import Environment
-from migrated.errors import LinkLostError, MigrationError, RefusedError, VmmError
-from migrated.guests import Guest, GuestRegistry
-from migrated.journal import Journal
+from migrated.guests.registry import Guest, GuestRegistry
+from migrated.guests.reservation import Reservation
 from migrated.link.control import ControlChannel
 from migrated.link.listener import Listener
 from migrated.link.security import LinkSecurity
 from migrated.link.sockets import Connection, send_first
-from migrated.parameters import MigrationParameters
 from migrated.prediction.knowledge import Knowledge
 from migrated.record.model import Record
 from migrated.record.terms import Role
-from migrated.reservation import Reservation
-from migrated.run_marks import RunMarks
+from migrated.settings.config import Address, Config, ControlConfig, LimitsConfig, StateConfig, VmmConfig
+from migrated.settings.parameters import MigrationParameters
 from migrated.source.migration import OutgoingMigration
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.story import Target
+from migrated.state.journal import Journal
+from migrated.state.run_marks import RunMarks
 from migrated.vmm.drivers import load_drivers
 from migrated.vmm.resume_costs import ResumeCosts
 from migrated.vmm.seam import GuestRequest

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from protocol import executor
+from protocol import effects
 from protocol.answers import journaled_answer, may_close, newer_epoch, who_answers
-from protocol.executor import DONE, DestinationExecutor, Outcome, Result, SourceExecutor, failed
+from protocol.effects import DONE, Outcome, Result, failed
+from protocol.executor import DestinationExecutor, SourceExecutor
 from protocol.handover import Decision, DestinationEvent, DestinationState, IllegalEventError, SourceEvent, SourceState
 
 S, E, D, F = SourceState, SourceEvent, DestinationState, DestinationEvent
@@ -111,7 +112,7 @@ class TestSource:
     def test_the_first_reason_is_kept_and_told(self) -> None:
         one = source()
         one.take(E.FAULT, "a save failed")
-        while not isinstance(one.effect, executor.SendAbort):
+        while not isinstance(one.effect, effects.SendAbort):
             one.done(DONE)
         assert one.effect.reason == "a save failed"
         one.done(DONE)
@@ -140,9 +141,9 @@ class TestDestination:
         one = destination()
         one.take(F.LOADED)
         one.done(failed("the disk is full"))
-        assert one.effect == executor.SendNo("fault", "the disk is full")
+        assert one.effect == effects.SendNo("fault", "the disk is full")
         one.done(DONE)
-        assert isinstance(one.effect, executor.DestroyGuest)
+        assert isinstance(one.effect, effects.DestroyGuest)
         one.done(DONE)
         assert one.state is D.DISCARDED
 
@@ -268,20 +269,20 @@ class TestAnswers:
     @pytest.mark.parametrize(
         ("journal", "answer"),
         [
-            ("begin", executor.SendOpen),
-            ("begin ready", executor.SendOpen),
-            ("begin ready commit", executor.SendOpen),
-            ("begin ready commit running", executor.SendRunning),
-            ("begin ready discard", executor.SendDiscarded),
+            ("begin", effects.SendOpen),
+            ("begin ready", effects.SendOpen),
+            ("begin ready commit", effects.SendOpen),
+            ("begin ready commit running", effects.SendRunning),
+            ("begin ready discard", effects.SendDiscarded),
         ],
     )
     def test_the_journal_answers_what_it_holds(self, journal: str, answer: type) -> None:
         decisions = [Decision(word) for word in journal.split()]
         assert type(journaled_answer(F.COMMIT, decisions)) is answer
-        assert may_close(decisions) is (answer is not executor.SendOpen)
+        assert may_close(decisions) is (answer is not effects.SendOpen)
 
     def test_an_attempt_that_is_not_known_was_discarded_if_the_source_keeps_its_guest(self) -> None:
-        assert isinstance(journaled_answer(F.ABORT, None), executor.SendDiscarded)
+        assert isinstance(journaled_answer(F.ABORT, None), effects.SendDiscarded)
         answer = journaled_answer(F.COMMIT, None)
-        assert isinstance(answer, executor.SendOpen)
+        assert isinstance(answer, effects.SendOpen)
         assert "resolve it by hand" in answer.reason

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, Field
 
-from migrated.config import Config, load_config
-from migrated.parameters import Bytes, BytesPerSecond, Milliseconds
+from migrated.settings.config import Config, load_config
+from migrated.settings.parameters import Bytes, BytesPerSecond, Milliseconds
 from scripts.documents import configuration
 
 

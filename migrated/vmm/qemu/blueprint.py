@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 from pydantic import Field, ValidationError
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 from migrated.vmm.qemu.qmp import Qmp
 from migrated.vmm.qemu.ram import Ram
 from protocol.guest import WireModel

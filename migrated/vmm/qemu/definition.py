@@ -15,8 +15,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from migrated.errors import VmmError
-from migrated.parameters import Bytes
+from migrated.base.errors import VmmError
+from migrated.settings.parameters import Bytes
 
 MemoryKind = Literal["private", "memfd", "file"]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+:=-]*$", max_length=128)]

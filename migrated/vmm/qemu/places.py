@@ -16,7 +16,7 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 
 _RUNS: Final = re.compile(rb"\bvm_state_notify running 1\b")
 

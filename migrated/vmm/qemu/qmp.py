@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
 
-from migrated.errors import VmmError, VmmGoneError, VmmSilentError
+from migrated.base.errors import VmmError, VmmGoneError, VmmSilentError
 
 QUICK_S: Final = 5.0
 """Bound of a call that QEMU answers at once."""

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias
 
-from migrated.errors import VmmError, VmmGoneError
+from migrated.base.errors import VmmError, VmmGoneError
 from migrated.kernel.tracking import AddressRange
 from migrated.vmm.qemu.qmp import Qmp, QmpCommandError
 from protocol.guest import PAGE_SIZE

@@ -15,7 +15,7 @@ import struct
 import time
 from typing import Final
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 from migrated.vmm.qemu.qmp import Qmp
 from migrated.vmm.seam import StateBytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from migrated.errors import VmmError, VmmGoneError, VmmSilentError
+from migrated.base.errors import VmmError, VmmGoneError, VmmSilentError
 from vmm_sim.client import Reply, VmmClient
 from vmm_sim.client import VmmError as ClientError
 from vmm_sim.client import VmmGone as ClientGone

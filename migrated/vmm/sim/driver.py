@@ -16,8 +16,8 @@ from typing import Final
 
 import msgpack
 
-from migrated.config import ClockConfig, Config
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
+from migrated.settings.config import ClockConfig, Config
 from migrated.vmm import spawn
 from migrated.vmm.seam import Driver, GuestRequest
 from migrated.vmm.sim.calls import QUICK_S, Calls

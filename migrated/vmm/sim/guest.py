@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 from migrated.vmm import spawn
 from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog
 from migrated.vmm.memory import FileRegion, GuestMemory, MappedMemory, Span

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 from migrated.vmm.qemu.qmp import Qmp
 
 QEMU = "qemu-system-x86_64"

@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 from migrated.vmm.qemu.blueprint import Blueprint, draw, parse_devices
 from migrated.vmm.qemu.ram import find_ram
 from tests.migrated.qemu.conftest import BareQemu

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 from migrated.vmm.qemu.definition import CommandLine, load_definition
 
 WEB = """\

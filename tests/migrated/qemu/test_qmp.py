@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.errors import VmmError, VmmGoneError, VmmSilentError
+from migrated.base.errors import VmmError, VmmGoneError, VmmSilentError
 from migrated.vmm.qemu.qmp import Qmp, QmpCommandError
 from tests.migrated.qemu.conftest import BareQemu
 

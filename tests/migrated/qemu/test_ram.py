@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 from migrated.kernel import process_memory
 from migrated.vmm.qemu.ram import (
     Mapping,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 from migrated.vmm.qemu.qmp import Qmp
 from migrated.vmm.qemu.state import StateLoad, StateSave, with_machine
 from tests.migrated.qemu.conftest import BareQemu

@@ -16,9 +16,9 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from migrated.config import Config
-from migrated.errors import RefusedError, VmmError, VmmGoneError, VmmSilentError
-from migrated.tasks import TaskSet
+from migrated.base.errors import RefusedError, VmmError, VmmGoneError, VmmSilentError
+from migrated.base.tasks import TaskSet
+from migrated.settings.config import Config
 from migrated.vmm import spawn
 from migrated.vmm.seam import Driver, GuestRequest, VmmGuest
 from protocol.guest import GuestDescription
@@ -247,9 +247,11 @@ class GuestRegistry:
             del self._ending[guest.name]
             ended.set()
 
-    def ever_ran(self, name: str, epoch: int) -> bool:
-        """Whether a guest of this name ran on this host in this epoch, by the logs that VMMs write before they run."""
-        return any(driver.ran(name, epoch) for driver in self._drivers.values())
+    def ever_ran(self, name: str, epoch: int) -> bool | None:
+        """Whether a guest of this name ran on this host in this epoch, by the logs that VMMs write before they run;
+        None when its VMM kept none."""
+        said = [driver.ran(name, epoch) for driver in self._drivers.values()]
+        return True if True in said else False if False in said else None
 
     async def _claim(self, name: str) -> None:
         """Reserve a name; one whose process is just ending becomes free first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
-from migrated.guests import Guest
+from migrated.guests.registry import Guest
 
 
 class Reservation:

@@ -7,10 +7,10 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 
-from migrated.config import Address
-from migrated.progress import Progress
+from migrated.observe.progress import Progress
 from migrated.record.model import Record
 from migrated.record.terms import FINISHED, ROLES, Role
+from migrated.settings.config import Address
 
 DOWNTIME_BUCKETS_S: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 TOTAL_BUCKETS_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)

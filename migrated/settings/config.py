@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from migrated.parameters import Bytes, MigrationParameters, Milliseconds, Seconds
+from migrated.settings.parameters import Bytes, MigrationParameters, Milliseconds, Seconds
 
 ENV_PREFIX: Final = "MIGRATED_"
 MAX_SOCKET_PATH_BYTES: Final = 107

@@ -15,19 +15,19 @@ from typing import Final
 import structlog
 import uvloop
 
-from migrated.activation import ActivationError, inherited_socket
-from migrated.config import Config, ConfigError
+from migrated.base.tasks import TaskSet
 from migrated.control.server import ControlServer, ControlSocketError
 from migrated.environment import DaemonRole
-from migrated.history import HistoryError
 from migrated.host.migration_host import MigrationHost
-from migrated.journal import JournalError
 from migrated.link.listener import Listener
 from migrated.link.security import PlainRefusedError
 from migrated.link.tls import CredentialsError
-from migrated.logs import LogCollector, configure, set_level
-from migrated.notify import Notifier
-from migrated.tasks import TaskSet
+from migrated.observe.logs import LogCollector, configure, set_level
+from migrated.service.activation import ActivationError, inherited_socket
+from migrated.service.notify import Notifier
+from migrated.settings.config import Config, ConfigError
+from migrated.state.history import HistoryError
+from migrated.state.journal import JournalError
 
 log = structlog.get_logger()
 

@@ -1,0 +1,1 @@
+"""The guests of this host, and who has his hands on one."""

@@ -1,0 +1,1 @@
+"""What can be seen from outside while the daemon runs: progress, log, metrics."""
