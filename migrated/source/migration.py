@@ -218,7 +218,9 @@ class OutgoingMigration:
         """Write the record, hand it to the destination, and let the guest go unless it is in doubt."""
         ledger, env, phase = self._ledger, self._env, self._story.phase
         decided = phase.outcome(cancelled=self._interruption.by_operator)
-        outcome, reason = decided or outcome_of_error(failure or MigrationError("the hand-over was not decided"))
+        outcome, reason = decided or outcome_of_error(
+            failure or MigrationError("internal error: the hand-over was not decided")
+        )
         ledger.ended_ns = ledger.ended_ns or time.monotonic_ns()
         log_outcome(ledger.finish(outcome, reason, []))
         self._view.tell_passes()

@@ -55,6 +55,7 @@ class Console:
     """
 
     def __init__(self, console_path: Path, beats_path: Path | None = None) -> None:
+        self._name = console_path.parent.name
         self._changed = threading.Condition()
         self._beats: list[Beat] = []
         self._lines: list[Line] = []
@@ -161,7 +162,9 @@ class Console:
         if self._ended or left <= 0:
             last = "; ".join(line.text for line in self._lines[-5:]) or "nothing"
             why = "QEMU ended" if self._ended else "it did not come in time"
-            raise RigError(f"The guest was expected to give {what}, but {why}. It said last: {last}.")
+            raise RigError(
+                f"The guest of QEMU {self._name!r} was expected to give {what}, but {why}. It said last: {last}."
+            )
         self._changed.wait(left)
 
     def _read(self) -> None:

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import select
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +35,10 @@ Machine: TypeAlias = Literal["q35", "pc"]
 
 BOOT_TIMEOUT_S: Final = 120.0
 """From the start of QEMU to READY, under emulation on a busy machine."""
+_END_TIMEOUT_S: Final = 60.0
 _SHARED_MEMORY: Final = Path("/dev/shm")
-KERNEL_ARGUMENTS: Final = "console=ttyS0 quiet panic=-1 rdinit=/init"
+KERNEL_ARGUMENTS: Final = "console=ttyS0 quiet panic=-1 no_timer_check rdinit=/init"
+"""``no_timer_check``: on a busy host an emulated timer can come so late that the kernel takes it for broken at boot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +127,50 @@ def _ram_file(directory: Path, name: str) -> Path:
     return _SHARED_MEMORY / f"{directory.parent.name}-{directory.name}-{name}"
 
 
+class Process:
+    """A child process that somebody may trace.
+
+    A process that waits for its child the usual way also gets the stops of a traced one, takes them from the tracer,
+    and may take them for the end. So this waits for the process descriptor, which tells of the end only.
+    """
+
+    def __init__(self, command: Sequence[str], output: Path) -> None:
+        with output.open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.pid = self._process.pid
+        self._fd = os.pidfd_open(self.pid)
+
+    def has_ended(self) -> bool:
+        """Whether it has; it need not have been waited for yet."""
+        return bool(select.select([self._fd], [], [], 0)[0])
+
+    async def ended(self, timeout_s: float) -> int:
+        """Wait for the end. Returns the exit status, negative for a signal.
+
+        Raises:
+            RigError: it still runs.
+        """
+
+        async def over() -> bool:
+            return self.has_ended()
+
+        await until(f"the end of process {self.pid}", over, timeout_s)
+        return self._process.wait()
+
+    async def end(self) -> None:
+        """Kill it if it still runs, and collect it. Nothing can be done with this object afterwards."""
+        if not self.has_ended():
+            signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+        try:
+            await self.ended(_END_TIMEOUT_S)
+        finally:
+            os.close(self._fd)
+
+
 class Qemu:
     """A QEMU that runs: its process id, its monitor and its guest's console."""
 
-    def __init__(self, process: asyncio.subprocess.Process, directory: Path, monitor: QMPClient, console: Console):
+    def __init__(self, process: Process, directory: Path, monitor: QMPClient, console: Console) -> None:
         self._process = process
         self._monitor = monitor
         self.directory = directory
@@ -176,10 +221,7 @@ class Qemu:
         Raises:
             RigError: it has not.
         """
-        try:
-            return await asyncio.wait_for(self._process.wait(), timeout_s)
-        except TimeoutError:
-            raise RigError(f"QEMU (process {self.pid}) still runs after {timeout_s:g} s.") from None
+        return await self._process.ended(timeout_s)
 
 
 @contextlib.asynccontextmanager
@@ -204,37 +246,29 @@ async def running_qemu(
     """
     directory.mkdir(parents=True)
     output = directory / "output"
-    with output.open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            *command_line(spec, image, directory, incarnation, incoming, extra), stdout=log, stderr=log
-        )
+    process = Process(command_line(spec, image, directory, incarnation, incoming, extra), output)
     monitor = QMPClient(directory.name)
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        for name in ("ram0", "ram1"):
+            stack.callback(_ram_file(directory, name).unlink, missing_ok=True)
+        console_stack = stack.enter_context(contextlib.ExitStack())
+        stack.push_async_callback(process.end)  # before the console is closed: it reads to the end
+        stack.push_async_callback(_disconnect, monitor)
         await _connect(monitor, directory / "qmp", process, output)
         # In a thread: this waits for sockets, and another QEMU may be served meanwhile.
         console = await asyncio.to_thread(Console, directory / "console", directory / "beats")
-        with console:
-            try:
-                yield Qemu(process, directory, monitor, console)
-            finally:
-                with contextlib.suppress(QMPError, EOFError, OSError):
-                    await monitor.disconnect()
-                await _end(process)
-    finally:
-        await _end(process)
-        for name in ("ram0", "ram1"):
-            _ram_file(directory, name).unlink(missing_ok=True)
+        console_stack.enter_context(console)
+        yield Qemu(process, directory, monitor, console)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGKILL)
-    await process.wait()
+async def _disconnect(monitor: QMPClient) -> None:
+    with contextlib.suppress(QMPError, EOFError, OSError):
+        await monitor.disconnect()
 
 
-async def _connect(monitor: QMPClient, path: Path, process: asyncio.subprocess.Process, output: Path) -> None:
+async def _connect(monitor: QMPClient, path: Path, process: Process, output: Path) -> None:
     async def connected() -> bool:
-        if process.returncode is not None:
+        if process.has_ended():
             raise RigError(f"QEMU did not start: {output.read_text(errors='replace').strip()[-1000:]}")
         with contextlib.suppress(ConnectError):
             if path.exists():
