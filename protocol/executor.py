@@ -7,7 +7,7 @@ between an action and what is really done: the steps that an action consists of 
 COMMIT is told, and taken before a guest runs; the mark "ran in epoch N" is written before it runs), and what follows
 when a step fails (what is not journaled is not told; what a resume led to is the next event). The executor does
 nothing itself: the daemons carry effects out for real, the explorer and the simulator in a model. So what is proved is
-what ships.
+what ships. Both sides stand in one module because they are the two halves of one argument.
 """
 
 from __future__ import annotations

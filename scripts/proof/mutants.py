@@ -2,7 +2,7 @@
 
 A mutant changes rows of a table, overrides one method of an executor or of a budget, or replaces one rule beside them;
 the rest is the code that the daemons run. ``MUTANTS`` are the explorer's, ``LATE_MUTANTS`` break what needs a clock and
-are the simulator's.
+are the simulator's. One list of all of them is worth more than short modules.
 """
 
 from __future__ import annotations

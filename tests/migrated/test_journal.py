@@ -138,10 +138,22 @@ def test_a_later_epoch_of_the_guest_overtakes_what_is_open(tmp_path: Path) -> No
         begin(journal, "old", 3)
         journal.begin("new", 4, "g1", "destination", FACTS)
         begin(journal, "other", 1, "g2")
+        journal.decide("new", "destination", Decision.DISCARD)
         journal.close_attempt("new", "destination")
         current, overtaken = journal.open_attempts()
         assert [attempt.migration_id for attempt in current] == ["other"]
         assert [attempt.migration_id for attempt in overtaken] == ["old"]
+
+
+def test_an_incoming_attempt_whose_end_is_not_journaled_is_not_closed(tmp_path: Path) -> None:
+    """A restarted daemon must take it up again, or the source would hear for ever that it is open."""
+    with opened(tmp_path) as journal:
+        journal.begin("m1", 1, "g1", "destination", FACTS)
+        journal.decide("m1", "destination", Decision.READY)
+        journal.close_attempt("m1", "destination")
+        assert [attempt.migration_id for attempt in journal.open_attempts()[0]] == ["m1"]
+        journal.close_attempt("m1", "destination", overtaken=True)
+        assert journal.open_attempts() == ([], [])
 
 
 def test_the_rewrite_drops_only_the_oldest_closed_attempts(tmp_path: Path) -> None:
