@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.rig.host import Host
@@ -45,6 +45,8 @@ class Pair:
         sections: further configuration of both daemons, section by section.
     """
 
+    host_type: ClassVar[type[Host]] = Host
+
     def __init__(
         self, *, quick: bool = False, limits: dict[str, Any] | None = None, shared_lock: bool = False,
         **sections: dict[str, Any],
@@ -54,8 +56,8 @@ class Pair:
         common = {"limits": all_limits, **sections}
         if shared_lock:
             common["lock"] = {"directory": str(self.directory / "locks")}
-        self.a = Host(self.directory / "a", "a", role="host", **common)
-        self.b = Host(self.directory / "b", "b", role="host", **common)
+        self.a = self.host_type(self.directory / "a", "a", role="host", **common)
+        self.b = self.host_type(self.directory / "b", "b", role="host", **common)
 
     @property
     def hosts(self) -> tuple[Host, Host]:
