@@ -13,7 +13,9 @@ import contextlib
 import secrets
 import time
 from dataclasses import dataclass
+from typing import Final
 
+import numpy as np
 import structlog
 from pydantic import ValidationError
 
@@ -49,6 +51,10 @@ from protocol.messages import NoCause
 
 log = structlog.get_logger()
 
+_MAX_DEPTH: Final = 64
+"""A decoder that follows deeper nesting takes seconds and gigabytes for a few megabytes."""
+_OPENING: Final = np.frombuffer(b"[{", np.uint8)
+_CLOSING: Final = np.frombuffer(b"]}", np.uint8)
 _RECORD_S = 5.0
 
 
@@ -198,7 +204,7 @@ class IncomingMigration:
             while True:
                 received = await self._control.receive()
                 if isinstance(received.message, messages.Record):
-                    self._take_record(received.payload)
+                    await self._take_record(received.payload)
                 else:
                     self._inbox.put_nowait(received)
         except LinkLostError as error:
@@ -353,12 +359,16 @@ class IncomingMigration:
         if self._record.done() and (record := self._record.result()) is not None:
             env.finish(record, "destination")
 
-    def _take_record(self, payload: bytes) -> None:
+    async def _take_record(self, payload: bytes) -> None:
+        """Take the record once it is due, which is when the hand-over has ended, and only the first."""
+        if self._record.done() or not self.takeover.finished.is_set():
+            log.warning("a record that is not due was dropped")
+            return
         record = None
         try:
-            record = Record.model_validate_json(payload)
-        except ValidationError as error:
-            log.warning("the source's record cannot be read", reason=str(error))
+            record = await asyncio.to_thread(_read_record, payload, self.migration_id)
+        except ValueError as error:
+            log.warning("the source's record cannot be read", reason=str(error)[:2000])
         if not self._record.done():
             self._record.set_result(record)
 
@@ -381,3 +391,19 @@ class IncomingMigration:
             undo.push_async_callback(self._control.close)
             undo.push_async_callback(self._equipment.receiver.stop)
             undo.callback(self._stop_timers)
+
+
+def _read_record(payload: bytes, migration_id: str) -> Record:
+    """Decode a record that a peer sent.
+
+    Raises:
+        ValueError: it is nested deeper than any record, is none, or is that of another migration.
+    """
+    marks = np.frombuffer(payload, np.uint8)
+    steps = np.isin(marks, _OPENING).astype(np.int32) - np.isin(marks, _CLOSING)
+    if len(steps) and int(np.cumsum(steps).max()) > _MAX_DEPTH:
+        raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
+    record = Record.model_validate_json(payload)
+    if record.migration_id != migration_id:
+        raise ValueError(f"it is that of another migration, {record.migration_id}")
+    return record
