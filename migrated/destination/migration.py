@@ -13,15 +13,13 @@ import contextlib
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Final
 
-import numpy as np
 import structlog
 from pydantic import ValidationError
 
 from migrated.base.errors import LinkLostError, MigrationError
 from migrated.base.tasks import TaskSet
-from migrated.destination.half import VoteTimes, guest_gap_of, half_of, log_costs
+from migrated.destination.half import VoteTimes, guest_gap_of, half_of, log_costs, read_record
 from migrated.destination.inbox import Broken, Item, LoadingDone, OutcomeAsked, RoundArrived
 from migrated.destination.loading import ArrivedTime, Loading
 from migrated.destination.offer import Offer
@@ -51,10 +49,6 @@ from protocol.messages import NoCause
 
 log = structlog.get_logger()
 
-_MAX_DEPTH: Final = 64
-"""A decoder that follows deeper nesting takes seconds and gigabytes for a few megabytes."""
-_OPENING: Final = np.frombuffer(b"[{", np.uint8)
-_CLOSING: Final = np.frombuffer(b"]}", np.uint8)
 _RECORD_S = 5.0
 
 
@@ -366,7 +360,7 @@ class IncomingMigration:
             return
         record = None
         try:
-            record = await asyncio.to_thread(_read_record, payload, self.migration_id)
+            record = await asyncio.to_thread(read_record, payload, self.migration_id)
         except ValueError as error:
             log.warning("the source's record cannot be read", reason=str(error)[:2000])
         if not self._record.done():
@@ -391,19 +385,3 @@ class IncomingMigration:
             undo.push_async_callback(self._control.close)
             undo.push_async_callback(self._equipment.receiver.stop)
             undo.callback(self._stop_timers)
-
-
-def _read_record(payload: bytes, migration_id: str) -> Record:
-    """Decode a record that a peer sent.
-
-    Raises:
-        ValueError: it is nested deeper than any record, is none, or is that of another migration.
-    """
-    marks = np.frombuffer(payload, np.uint8)
-    steps = np.isin(marks, _OPENING).astype(np.int32) - np.isin(marks, _CLOSING)
-    if len(steps) and int(np.cumsum(steps).max()) > _MAX_DEPTH:
-        raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
-    record = Record.model_validate_json(payload)
-    if record.migration_id != migration_id:
-        raise ValueError(f"it is that of another migration, {record.migration_id}")
-    return record
