@@ -52,8 +52,8 @@ async def pair(request: pytest.FixtureRequest, image: GuestImage, directory: Pat
 async def may_be_written(path: Path) -> bool:
     """Whether one more QEMU may open the image for writing now."""
     process = await asyncio.create_subprocess_exec(
-        QEMU, "-machine", "none", "-nodefaults", "-display", "none", "-monitor", "stdio",
-        "-drive", f"file={path},format=raw,if=none",
+        QEMU, "-machine", "q35,accel=tcg", "-m", "64M", "-S", "-nodefaults", "-display", "none", "-monitor", "stdio",
+        "-drive", f"file={path},format=raw,if=none,id=d", "-device", "virtio-blk-pci,drive=d",
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     _, said = await process.communicate(b"quit\n")
