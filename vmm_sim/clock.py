@@ -105,7 +105,7 @@ class GuestClock:
 
     @property
     def ran_unscaled(self) -> bool:
-        """True when the TSC ever ran unscaled, at a host's frequency (within the tolerance), here or on another host."""
+        """True when the TSC ever ran unscaled, at a host's frequency (within the tolerance), here or elsewhere."""
         return self.ran_unscaled_before or not self.scaled
 
     def tsc_at(self, hrtime: int) -> int:
