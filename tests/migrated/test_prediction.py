@@ -608,6 +608,27 @@ def test_tries_that_lay_close_together_make_a_narrow_bound() -> None:
     assert restless.upper_ns > 600 * MS
 
 
+def test_on_a_busy_host_what_waits_for_a_processor_takes_longer() -> None:
+    knowledge = Knowledge(PRIOR)
+    busy = dataclasses.replace(SMALL, load=4.0)
+    quiet_prediction, busy_prediction = predict(knowledge, bases=SMALL), predict(knowledge, bases=busy)
+    assert busy_prediction.total_ns > 1.5 * quiet_prediction.total_ns
+    assert busy_prediction.upper_ns - busy_prediction.total_ns > quiet_prediction.upper_ns - quiet_prediction.total_ns
+    assert "busy-host" in busy_prediction.regime
+
+
+def test_what_was_learned_on_a_busy_host_does_not_lengthen_the_prediction_of_a_quiet_one() -> None:
+    knowledge = Knowledge(PRIOR)
+    for _ in range(10):
+        knowledge.learn(record_of(predict(knowledge), truth_of(1.0)), "class")
+    before = predict(knowledge).total_ns
+    busy = dataclasses.replace(BASES, load=4.0)
+    for _ in range(10):
+        knowledge.learn(record_of(predict(knowledge, bases=busy), truth_of(3.0)), "class")
+    assert predict(knowledge).total_ns == before
+    assert predict(knowledge, bases=busy).total_ns == pytest.approx(sum(truth_of(3.0).values()), rel=0.02)
+
+
 def test_parts_are_attributed_to_components() -> None:
 
     knowledge = Knowledge(PRIOR)
