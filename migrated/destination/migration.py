@@ -23,9 +23,10 @@ from migrated.destination.half import VoteTimes, guest_gap_of, half_of, log_cost
 from migrated.destination.inbox import Broken, Item, LoadingDone, OutcomeAsked, RoundArrived
 from migrated.destination.loading import ArrivedTime, Loading
 from migrated.destination.offer import Offer
-from migrated.destination.pages import ArrivedState, PageReceiver
+from migrated.destination.pages import PageReceiver
 from migrated.destination.phases import Alarm, Arriving, Blackout, Final, Terms
 from migrated.destination.rounds import Rounds
+from migrated.destination.states import ArrivedState
 from migrated.destination.takeover import Takeover
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
