@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from migrated.base.errors import LinkLostError
 from migrated.destination.inbox import Broken, Inbox
+from migrated.destination.origin import Origin
 from migrated.destination.view import View
 from migrated.link.control import ControlChannel
 from migrated.observe.progress import Progress
@@ -50,6 +51,11 @@ class Offer:
     hello: messages.Hello
     view: View
     inbox: Inbox = field(default_factory=asyncio.Queue)
+
+    @property
+    def origin(self) -> Origin:
+        """The host that the guest comes from."""
+        return Origin(self.control.peer, self.control.names)
 
     def cancel(self, reason: str) -> None:
         """Give the attempt up from this side."""

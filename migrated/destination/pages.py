@@ -37,6 +37,8 @@ from protocol.pages import Indices, Runs, count_pages, indices_of, runs_of, spli
 
 _DIRECT_RUNS: Final = 16
 """Up to this many runs a batch is received directly into guest memory; beyond, staging and one scatter are cheaper."""
+_ROUNDS_AHEAD: Final = 64
+"""Rounds that one channel may be ahead of the others."""
 _ZEROED_AT_ONCE: Final = 1 << 18
 """Pages of a table of zero pages that are looked at together: it may name all of a guest in a few bytes."""
 _SPARE_ZERO_PAGES: Final = 1 << 16
@@ -94,6 +96,7 @@ class PageReceiver:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._rounds: dict[int, RoundReceived] = {}
+        self._complete_rounds = 0
         self.present: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
         """Which pages hold data, shape (pages,)."""
         self.populator = Populator(memory)
@@ -151,6 +154,11 @@ class PageReceiver:
         """A channel closed a round (called in its thread)."""
         self.populator.end()
         with self._lock:
+            if number > self._complete_rounds + _ROUNDS_AHEAD:
+                raise RemoteProtocolError(
+                    f"a channel closes round {number} and another is still in round {self._complete_rounds + 1}",
+                    ErrorCode.TOO_LARGE,
+                )
             total = self._rounds.setdefault(number, RoundReceived())
             total.normal_pages += received.normal_pages
             total.zero_pages += received.zero_pages
@@ -160,10 +168,21 @@ class PageReceiver:
             complete = total.barriers == self._expected_channels
             if complete:
                 del self._rounds[number]
+                self._complete_rounds = number
         if complete and number == 1:
             self._mapper.start()
         if complete:
             self._loop.call_soon_threadsafe(self._on_round, number, total)
+
+    @property
+    def joined(self) -> bool:
+        """Whether every data channel is here."""
+        return len(self._channels) == self._expected_channels
+
+    @property
+    def received_bytes(self) -> int:
+        """What came over the channels so far, headers too."""
+        return sum(channel.received_bytes for channel in self._channels.values())
 
     def guest_stopped(self) -> None:
         """The blackout began: nothing that can wait may take its time."""

@@ -15,8 +15,9 @@ from migrated.base.tasks import TaskSet
 from migrated.control.operations import OperationError
 from migrated.destination.migration import IncomingMigration
 from migrated.destination.offer import Offer, Refusal
+from migrated.destination.origin import Origin
 from migrated.destination.recovery import RecoveredTakeover
-from migrated.destination.takeover import Takeover, answer_message
+from migrated.destination.takeover import EndedTakeover, Takeover, answer_message
 from migrated.destination.view import View
 from migrated.destination.welcome import welcome
 from migrated.environment import DaemonRole, Environment
@@ -36,6 +37,11 @@ from protocol.messages import Message
 log = structlog.get_logger()
 
 _TAKEOVERS_KEPT: Final = 64
+_SHOWN_KEPT: Final = 256
+"""Guests whose last attempt is still shown after its end: a peer may offer any number of names."""
+_EPOCHS_AHEAD: Final = 1 << 20
+"""How far an epoch may be ahead of what is known here: a guest that was never here has migrated before, though not a
+million times, and no number may come near the end of numbers."""
 
 
 class IncomingAttempts:
@@ -59,7 +65,9 @@ class IncomingAttempts:
         """Attempts under way, by migration id."""
         self._last: dict[str, Callable[[], Progress]] = {}
         """Snapshots of the last one of each guest since the daemon's start."""
-        self._takeovers: dict[str, Takeover] = {}
+        self._unsettled: dict[str, Takeover] = {}
+        """Take-overs of attempts that failed unexpectedly before it was decided who runs the guest."""
+        self._takeovers: dict[str, EndedTakeover] = {}
         """Finished take-overs: they answer late questions better than the journal, which may not have been written."""
 
     async def connected(self, first: Message, connection: Connection) -> None:
@@ -131,7 +139,7 @@ class IncomingAttempts:
             received=1,
         )
         await control.start()
-        refusal = self._why_not(hello, connection.wire.names)
+        refusal = self._why_not(hello, Origin(control.peer, control.names))
         if refusal is not None:
             log.warning("refused an incoming migration", guest=hello.guest.name, reason=refusal.reason)
             refusal.tell(control)
@@ -143,7 +151,7 @@ class IncomingAttempts:
         self._last[hello.guest.name] = offer.progress
         self._tasks.start(self._run(offer))
 
-    def _why_not(self, hello: messages.Hello, names: Names) -> Refusal | None:
+    def _why_not(self, hello: messages.Hello, origin: Origin) -> Refusal | None:
         if self._role == "source":
             return Refusal(ErrorCode.BUSY, "this daemon is a source only and takes no guests in")
         under_way = len(self._offered) + len(self._running)
@@ -155,10 +163,17 @@ class IncomingAttempts:
         known = hello.migration_id in self._offered or hello.migration_id in self._running
         if known or self._env.journal.attempt(hello.migration_id, "destination"):
             return Refusal(ErrorCode.UNEXPECTED, "this migration id was used before")
-        others = [offer.control.names for offer in self._offered.values() if offer.hello.guest.name == hello.guest.name]
-        others += [one.peer_names for one in self._running.values() if one.guest_name == hello.guest.name]
-        if any(other != names for other in others):
+        others = [offer.origin for offer in self._offered.values() if offer.hello.guest.name == hello.guest.name]
+        others += [one.origin for one in self._running.values() if one.guest_name == hello.guest.name]
+        others += self._recovery.sources_of(hello.guest.name)
+        if not all(other.same_host(origin) for other in others):
             return Refusal(ErrorCode.BUSY, f"guest {hello.guest.name!r} is being taken in from another host")
+        if hello.epoch > (most := self._env.journal.next_epoch(hello.guest.name, 0) + _EPOCHS_AHEAD):
+            return Refusal(
+                ErrorCode.UNEXPECTED,
+                f"epoch {hello.epoch} of guest {hello.guest.name!r} is beyond what migrations can have come to: at "
+                f"most {most} is taken here",
+            )
         return None
 
     async def _end_older(self, hello: messages.Hello) -> None:
@@ -176,6 +191,7 @@ class IncomingAttempts:
             answer = await welcome(self._env, offer)
         finally:
             del self._offered[migration_id]
+            self._show_as_ended(offer.hello.guest.name, offer.progress)
         if isinstance(answer, Refusal):
             return
         self._running[migration_id] = answer
@@ -184,9 +200,37 @@ class IncomingAttempts:
             await answer.run()
         finally:
             del self._running[migration_id]
-            self._takeovers[migration_id] = answer.takeover
-            while len(self._takeovers) > _TAKEOVERS_KEPT:
-                del self._takeovers[next(iter(self._takeovers))]
+            self._show_as_ended(answer.guest_name, answer.progress)
+            await self._keep(migration_id, answer.takeover)
+
+    async def _keep(self, migration_id: str, takeover: Takeover) -> None:
+        """Keep the little that a late question needs, once it is decided who runs the guest."""
+        if not takeover.finished.is_set():
+            self._unsettled[migration_id] = takeover
+            try:
+                if takeover.awaits_decision:
+                    await takeover.await_decision(self._env.config.limits.ready_timeout_s)
+                await takeover.finished.wait()
+            finally:
+                del self._unsettled[migration_id]
+        self._takeovers[migration_id] = takeover.ended()
+        while len(self._takeovers) > _TAKEOVERS_KEPT:
+            del self._takeovers[next(iter(self._takeovers))]
+
+    def _show_as_ended(self, guest: str, progress: Callable[[], Progress]) -> None:
+        """Show the last snapshot from now on, not the attempt, which holds all that it had; unless a newer one is
+        shown already."""
+        if self._last.get(guest) == progress:
+            last = progress()
+            self._last[guest] = lambda: last
+        ended = [name for name in self._last if not self._under_way_of(name)]
+        for name in ended[: max(0, len(ended) - _SHOWN_KEPT)]:
+            del self._last[name]
+
+    def _under_way_of(self, guest: str) -> bool:
+        return any(offer.hello.guest.name == guest for offer in self._offered.values()) or any(
+            one.guest_name == guest for one in self._running.values()
+        )
 
     # Section: late questions
 
@@ -207,7 +251,7 @@ class IncomingAttempts:
         decision = DestinationEvent.COMMIT if ask.decision == "commit" else DestinationEvent.ABORT
         one = who_answers(
             self._under_way(ask.migration_id),
-            self._recovery.takeover(ask.migration_id),
+            self._recovery.takeover(ask.migration_id) or self._unsettled.get(ask.migration_id),
             self._takeovers.get(ask.migration_id),
         )
         match one:
@@ -215,8 +259,12 @@ class IncomingAttempts:
                 one.outcome_asked(decision, reply)
             case RecoveredTakeover():
                 await one.take(decision, reply)
-            case Takeover():
-                await one.take(decision, reply, reason="the source keeps its guest")
+            case Takeover() | EndedTakeover():
+                takeover = one.again(self._env) if isinstance(one, EndedTakeover) else one
+                try:
+                    await takeover.take(decision, reply, reason="the source keeps its guest")
+                except RemoteProtocolError as error:
+                    log.error("the source broke the hand-over", reason=str(error))
             case None:
                 attempt = self._env.journal.attempt(ask.migration_id, "destination")
                 answer = journaled_answer(decision, attempt.decisions if attempt is not None else None)

@@ -245,6 +245,9 @@ class LimitsConfig(Section):
     """Such connections of one address."""
     round_timeout_s: PositiveSeconds = 60.0
     """A round without any acknowledged progress for this long is lost."""
+    stall_timeout_s: PositiveSeconds = 300.0
+    """An incoming migration that sends less than 1 MiB in this time before its guest is handed over is given up; a
+    switchover that its operator holds (pause-before-switchover) sends nothing."""
     stop_timeout_s: PositiveSeconds = 5.0
     """How long the VMM may take to stop or resume its vCPUs."""
     heartbeat_interval_s: PositiveSeconds = 0.5
