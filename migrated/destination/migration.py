@@ -108,6 +108,8 @@ class IncomingMigration:
         self._ready_alarm = Alarm()
         self._tasks = TaskSet()
         self._link_gone = False
+        self.ended = asyncio.Event()
+        """Set when the attempt has ended and its record is kept, if one came."""
         self._record: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
         """The source's record of the attempt as it came, None when it will not come."""
 
@@ -132,7 +134,15 @@ class IncomingMigration:
                 self._env.journal.close_attempt(self.migration_id, "destination")
             self._view.set_status("failed")
         finally:
-            await self._clean_up()
+            try:
+                await self._clean_up()
+            finally:
+                self.ended.set()
+
+    @property
+    def promised_bytes(self) -> int:
+        """Memory that the guest may still come to need, as far as can be told."""
+        return self._offer.promised_bytes
 
     @property
     def origin(self) -> Origin:

@@ -46,13 +46,16 @@ class EndedTakeover:
     migration_id: str
     epoch: int
     guest_name: str
+    driver: str
     state: DestinationState
     reason: str | None
     resume_times: ResumeTimes | None
 
     def again(self, env: Environment) -> Takeover:
         """The hand-over as it was at its end, to answer by the same rules."""
-        takeover = Takeover(env, self.migration_id, self.epoch, self.guest_name, None, self.state, reason=self.reason)
+        takeover = Takeover(
+            env, self.migration_id, self.epoch, self.guest_name, self.driver, None, self.state, reason=self.reason
+        )
         takeover.resume_times = self.resume_times
         return takeover
 
@@ -125,7 +128,7 @@ class Takeover:
     def ended(self) -> EndedTakeover:
         """What to keep of it once it is finished."""
         return EndedTakeover(
-            self._migration_id, self.epoch, self._guest_name, self.state, self.reason, self.resume_times
+            self._migration_id, self.epoch, self._guest_name, self._driver, self.state, self.reason, self.resume_times
         )
 
     async def await_decision(self, timeout_s: float) -> None:

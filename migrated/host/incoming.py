@@ -14,7 +14,7 @@ import structlog
 from migrated.base.tasks import TaskSet
 from migrated.control.operations import OperationError
 from migrated.destination.migration import IncomingMigration
-from migrated.destination.offer import Offer, Refusal
+from migrated.destination.offer import Offer, Refusal, RefusalKind
 from migrated.destination.origin import Origin
 from migrated.destination.recovery import RecoveredTakeover
 from migrated.destination.takeover import EndedTakeover, Takeover, answer_message
@@ -23,6 +23,7 @@ from migrated.destination.welcome import welcome
 from migrated.environment import DaemonRole, Environment
 from migrated.guests.registry import Guest
 from migrated.host.recovery import Recovery
+from migrated.kernel.memory import available_bytes
 from migrated.link.control import ControlChannel
 from migrated.link.reply import Nobody, OneAnswer
 from migrated.link.security import Names
@@ -52,13 +53,22 @@ class IncomingAttempts:
         role: a source takes nothing in.
         recovery: has the attempts that the last daemon left open.
         tasks: where they run.
+        count_refused: counts offers that are not taken, by kind of the reason.
     """
 
-    def __init__(self, env: Environment, role: DaemonRole, recovery: Recovery, tasks: TaskSet) -> None:
+    def __init__(
+        self,
+        env: Environment,
+        role: DaemonRole,
+        recovery: Recovery,
+        tasks: TaskSet,
+        count_refused: Callable[[RefusalKind], None],
+    ) -> None:
         self._env = env
         self._role = role
         self._recovery = recovery
         self._tasks = tasks
+        self._count_refused = count_refused
         self._offered: dict[str, Offer] = {}
         """Offers that are looked at, by migration id."""
         self._running: dict[str, IncomingMigration] = {}
@@ -119,6 +129,11 @@ class IncomingAttempts:
         if attempt is not None:
             attempt.guest_gone()
 
+    async def ended(self, migration_id: str) -> None:
+        """Wait for the end of an attempt, if it is under way."""
+        if (incoming := self._running.get(migration_id)) is not None:
+            await incoming.ended.wait()
+
     def knows(self, guest: str) -> bool:
         """Whether a guest of this name was taken in, or was to be, since the daemon's start."""
         return guest in self._last
@@ -142,6 +157,7 @@ class IncomingAttempts:
         refusal = self._why_not(hello, Origin(control.peer, control.names))
         if refusal is not None:
             log.warning("refused an incoming migration", guest=hello.guest.name, reason=refusal.reason)
+            self._count_refused(refusal.kind)
             refusal.tell(control)
             self._tasks.start(control.close())
             return
@@ -153,28 +169,45 @@ class IncomingAttempts:
 
     def _why_not(self, hello: messages.Hello, origin: Origin) -> Refusal | None:
         if self._role == "source":
-            return Refusal(ErrorCode.BUSY, "this daemon is a source only and takes no guests in")
+            return Refusal(ErrorCode.BUSY, "this daemon is a source only and takes no guests in", "role")
         under_way = len(self._offered) + len(self._running)
         if under_way >= self._env.config.limits.max_incoming:
             return Refusal(
                 ErrorCode.BUSY,
                 f"{under_way} incoming migrations are under way, the most that [limits] max_incoming allows",
+                "busy",
             )
         known = hello.migration_id in self._offered or hello.migration_id in self._running
         if known or self._env.journal.attempt(hello.migration_id, "destination"):
-            return Refusal(ErrorCode.UNEXPECTED, "this migration id was used before")
+            return Refusal(ErrorCode.UNEXPECTED, "this migration id was used before", "used")
         others = [offer.origin for offer in self._offered.values() if offer.hello.guest.name == hello.guest.name]
         others += [one.origin for one in self._running.values() if one.guest_name == hello.guest.name]
         others += self._recovery.sources_of(hello.guest.name)
         if not all(other.same_host(origin) for other in others):
-            return Refusal(ErrorCode.BUSY, f"guest {hello.guest.name!r} is being taken in from another host")
+            return Refusal(ErrorCode.BUSY, f"guest {hello.guest.name!r} is being taken in from another host", "owner")
         if hello.epoch > (most := self._env.journal.next_epoch(hello.guest.name, 0) + _EPOCHS_AHEAD):
             return Refusal(
                 ErrorCode.UNEXPECTED,
                 f"epoch {hello.epoch} of guest {hello.guest.name!r} is beyond what migrations can have come to: at "
                 f"most {most} is taken here",
+                "epoch",
             )
-        return None
+        return self._why_no_memory(hello.guest.memory_bytes)
+
+    def _why_no_memory(self, memory_bytes: int) -> Refusal | None:
+        """A host that promises more memory than it has loses guests that run on it already."""
+        promised: list[Offer | IncomingMigration] = [*self._offered.values(), *self._running.values()]
+        promised_bytes = sum(one.promised_bytes for one in promised)
+        free_bytes, spare_bytes = available_bytes(), self._env.config.limits.spare_memory_bytes
+        if memory_bytes + promised_bytes + spare_bytes <= free_bytes:
+            return None
+        return Refusal(
+            ErrorCode.BUSY,
+            f"the guest has {memory_bytes >> 20} MiB of memory; this host has {free_bytes >> 20} MiB free, of which "
+            f"{promised_bytes >> 20} MiB are promised to guests that come in and {spare_bytes >> 20} MiB are kept "
+            "([limits] spare_memory_bytes)",
+            "memory",
+        )
 
     async def _end_older(self, hello: messages.Hello) -> None:
         """See every older attempt of a guest through that is offered with a newer epoch."""
@@ -193,6 +226,7 @@ class IncomingAttempts:
             del self._offered[migration_id]
             self._show_as_ended(offer.hello.guest.name, offer.progress)
         if isinstance(answer, Refusal):
+            self._count_refused(answer.kind)
             return
         self._running[migration_id] = answer
         self._last[offer.hello.guest.name] = answer.progress

@@ -65,6 +65,19 @@ def map_shared_at(address: int, size: int, fd: int, offset: int) -> None:
         raise _error(f"cannot map {size} bytes at {offset} of a memory file")
 
 
+def available_bytes() -> int:
+    """Memory that this host can still give without swapping (MemAvailable).
+
+    Raises:
+        OSError: the kernel does not tell.
+    """
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    raise OSError("the kernel does not tell MemAvailable in /proc/meminfo")
+
+
 def lock_on_fault(address: int, size: int) -> bool:
     """Keep pages of this process in memory once they are touched. Returns whether we may."""
     number = _SYS_MLOCK2[platform.machine()]
