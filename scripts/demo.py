@@ -169,7 +169,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option("memory", "SIZE", parse_size, "256MiB", "guest memory")
     option("dirty-rate", "RATE", parse_rate, "100MiB/s", "how fast the guest writes")
-    option("profile", "PROFILE", str, "demo", "a guest profile of configs/guests, or the path of one")
+    option("profile", "PROFILE", str, "demo", "a guest profile of configs/guests")
     option("downtime-limit", "DURATION", parse_duration_ns, "300ms", "the whole budget from stop to run")
     option(
         "max-bandwidth", "RATE", parse_rate, "0", "cap, to have more to watch: 120MiB/s is about 1 Gbit/s; 0 is none"

@@ -10,7 +10,6 @@ for a save or a send to end. What an event means for the guest is decided by the
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TypeAlias
 import structlog
 
 from migrated.base.clock import HostClock
+from migrated.base.collector import QuietCollector
 from migrated.base.errors import LinkLostError, MigrationError, VmmError
 from migrated.link.control import Received
 from migrated.record.parts import Part
@@ -108,7 +108,10 @@ class Switchover:
         Every way out leaves a decision in ``handover``: RETIRED, ABORTED (the guest runs here again), or COMMITTED
         (in doubt). Nothing but cancellation of the daemon itself is raised.
         """
-        gc.freeze()
+        with QuietCollector():
+            await self._run()
+
+    async def _run(self) -> None:
         work: asyncio.Task[None] | None = None
         try:
             try:
@@ -128,7 +131,6 @@ class Switchover:
             if work is not None:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
-            gc.unfreeze()
 
     def _stopped(self) -> None:
         stopped_ns = self._handover.stopped_at_ns
