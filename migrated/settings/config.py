@@ -226,6 +226,17 @@ class VmmConfig(Section):
         return self
 
 
+class QemuConfig(Section):
+    """``[qemu]``: how QEMU guests are started."""
+
+    command: Command | None = None
+    """QEMU and fixed arguments; a bare name is looked up on PATH. ``qemu-system-x86_64`` unless given."""
+    definitions: DirectoryPath = Path("configs/qemu")
+    """Definitions of guests, NAME.toml: the only source of paths and arguments for a guest that arrives."""
+    ram_directory: DirectoryPath = Path("/dev/shm/migrated")
+    """Memory files of guests that arrive: a tmpfs or hugetlbfs with room for their memory."""
+
+
 class LimitsConfig(Section):
     """``[limits]``: what a peer may ask of this host, and the bound of every wait."""
 
@@ -305,6 +316,7 @@ class Config(Section):
     tls: TlsConfig = TlsConfig()
     authorisation: AuthorisationConfig = AuthorisationConfig()
     vmm: VmmConfig = Field(default_factory=VmmConfig)
+    qemu: QemuConfig = QemuConfig()
     limits: LimitsConfig = LimitsConfig()
     migration: MigrationParameters = MigrationParameters()
     log: LogConfig = LogConfig()
