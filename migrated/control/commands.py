@@ -35,8 +35,9 @@ MAX_HISTORY: Final = 1000
 class Command:
     """One command.
 
-    ``changes``: who called is logged. ``oob``: may be executed out of band. ``waits``: ends with its client, as nothing
-    hangs on it. ``large``: its result is encoded in a thread, as that may take longer than the event loop can spare.
+    ``changes``: for operators only, and who called is logged. ``oob``: may be executed out of band. ``waits``: ends
+    with its client, as nothing hangs on it. ``large``: its result is encoded in a thread, as that may take longer than
+    the event loop can spare.
     """
 
     name: str
@@ -486,6 +487,7 @@ _TABLE: Final = (
         "Predicted downtime and total time with bounds, and whether the limit can be met.",
         (GUEST, URI, CHANNELS, *PARAMETER_ARGUMENTS),
         _estimate,
+        changes=True,  # it connects to another host and tracks the guest's writes
     ),
     Command("x-migrated-metrics", "All metrics in Prometheus' text form.", "An object with 'text'.", (), _metrics),
 )

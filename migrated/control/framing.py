@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Final
@@ -108,13 +109,14 @@ class JsonSplitter:
 
 
 def parse(text: bytes) -> Any:
-    """The value of a JSON text, stricter than the standard library: no NaN, no duplicate keys.
+    """The value of a JSON text, stricter than the standard library: no NaN, no number beyond what a reply could hold,
+    no duplicate keys.
 
     Raises:
         ValueError: with a phrase that completes ``JSON parse error, ...``.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg[:1].lower()}{error.msg[1:]} at character {error.pos}") from None
     except UnicodeDecodeError:
@@ -130,6 +132,13 @@ def encode(message: dict[str, Any]) -> bytes:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"invalid keyword {name!r}")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number {text[:32]} is out of range")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

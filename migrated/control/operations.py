@@ -7,9 +7,9 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Annotated, Any, Final, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from migrated.observe.progress import Progress
 from migrated.settings.parameters import MigrationParameters
@@ -40,8 +40,28 @@ class OperationError(Exception):
         self.record = record
 
 
+RESERVED_OPTIONS: Final = frozenset(
+    {
+        "api-socket", "clock-drift-ppm", "dirty-rate", "hrtime-offset-ns", "incoming-description", "lock-directory",
+        "memory", "name", "paused", "profile", "seed", "wall-offset-ns", "workload",
+    }
+)  # fmt: skip
+"""Options of a VMM that the daemon itself gives, or that have an argument of their own: a second time they would put
+the guest under another name, or files elsewhere."""
+
+
+def _free_option(name: str) -> str:
+    if name in RESERVED_OPTIONS:
+        raise ValueError(f"option {name!r} is the daemon's to give")
+    return name
+
+
+OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$"), AfterValidator(_free_option)]
+OptionValue = Annotated[str, Field(pattern=r"^[^\x00]{0,4096}$")]
+
+
 class GuestSpec(BaseModel):
-    """A guest to start. ``options`` go to the VMM as they are (``--key value``)."""
+    """A guest to start. ``options`` go to the VMM as they are (``--key=value``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,7 +73,7 @@ class GuestSpec(BaseModel):
     """Name of a guest profile, or the path of its file."""
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     paused: bool = False
-    options: dict[str, str] = Field(default_factory=dict)
+    options: dict[OptionName, OptionValue] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,9 +67,16 @@ def check_arguments(arguments: Mapping[str, object], declared: Sequence[Argument
             fits &= isinstance(value, bool) == (argument.type == "boolean") and abs(value) <= _MAX_INTEGER
         if not fits:
             raise OperationError(f"Invalid parameter type for '{argument.name}', expected: {argument.type}")
+        if isinstance(value, str) and not _is_text(value):
+            raise OperationError(f"Parameter '{argument.name}' holds a character that no text has")
         if argument.values and value not in argument.values:
             accepted = ", ".join(argument.values)
             raise OperationError(f"Parameter '{argument.name}' does not accept value '{value}'; it accepts {accepted}")
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string is text: no half of a surrogate pair, which JSON can write, and no zero byte."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 QEMU_NAMES: Final[dict[str, str]] = {

@@ -16,7 +16,6 @@ import fcntl
 import os
 import socket
 import stat
-import struct
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, Final, Literal
 
 import structlog
 
+from migrated.control.access import Access, Peer, Right, peer_of
 from migrated.control.commands import COMMANDS, Command, version_document
 from migrated.control.framing import JsonSplitter, Malformed, RequestTooLargeError, encode, parse
 from migrated.control.operations import ErrorKind, OperationError, Operations
@@ -34,11 +34,14 @@ MAX_CLIENTS: Final = 128
 MAX_IN_FLIGHT: Final = 8
 """In-band commands of one client that are read and whose reply is not written; and out-of-band ones likewise
 (qmp-spec.rst)."""
-READ_BYTES: Final = 1 << 16
+READ_BYTES: Final = 8 << 10
+"""Little at once: cutting it into values keeps the event loop, and a client may send without end."""
 FLUSH_TIMEOUT_S: Final = 2.0
 """How long a closing server waits for commands to finish and clients to take their last replies."""
 OOB: Final = "oob"
 SOCKET_UMASK: Final = 0o117
+OPEN_UMASK: Final = 0o111
+"""With groups configured anyone may connect, and each client is looked at."""
 
 log = structlog.get_logger()
 
@@ -48,14 +51,6 @@ _Band = Literal["in-band", "out-of-band"] | None
 
 class ControlSocketError(Exception):
     """The control socket cannot be set up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """The process at the other end (SO_PEERCRED)."""
-
-    pid: int
-    uid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +65,10 @@ class _Request:
 class ControlServer:
     """Serves one control socket. ``start`` it, ``close`` it; use it once."""
 
-    def __init__(self, operations: Operations, path: Path) -> None:
+    def __init__(self, operations: Operations, path: Path, access: Access | None = None) -> None:
         self._operations = operations
         self._path = path
+        self._access = access or Access()
         self._lock_fd = -1
         self._inode: tuple[int, int] | None = None
         self._server: asyncio.Server | None = None
@@ -87,9 +83,10 @@ class ControlServer:
             ControlSocketError: a live daemon has it, or it cannot be created.
         """
         try:
-            self._path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            restricted = self._access.restricted
+            self._path.parent.mkdir(mode=0o755 if restricted else 0o750, parents=True, exist_ok=True)
             self._lock_fd = _lock(self._path)
-            listener = _bind(self._path)
+            listener = _bind(self._path, OPEN_UMASK if restricted else SOCKET_UMASK)
         except OSError as error:
             self._release()
             raise ControlSocketError(
@@ -132,7 +129,16 @@ class ControlServer:
             writer.write(encode(_error("GenericError", f"This daemon serves {MAX_CLIENTS} clients already")))
             writer.close()
             return
-        client = _Client(self._operations, self._commands, reader, writer)
+        peer = peer_of(writer.get_extra_info("socket"))
+        right = self._access.right_of(peer)
+        if right == "nothing":
+            who = f"user {peer.uid}" if peer else "this client"
+            log.warning("a client of the control socket was refused", uid=peer.uid if peer else None)
+            sentence = f"Access denied: {who} is in no group that [control] operators or readers names"
+            writer.write(encode(_error("GenericError", sentence)))
+            writer.close()
+            return
+        client = _Client(self._operations, self._commands, reader, writer, peer, right)
         task = asyncio.current_task()
         assert task is not None  # a coroutine always runs in one
         self._clients[client] = task
@@ -154,6 +160,8 @@ class _Client:
         commands: set[asyncio.Task[bytes]],
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        peer: Peer | None,
+        right: Right,
     ) -> None:
         self._operations = operations
         self._commands = commands
@@ -161,7 +169,8 @@ class _Client:
         self._writer = writer
         # No buffering beyond the kernel's: drain() then means that the client's end of the socket has the reply.
         writer.transport.set_write_buffer_limits(high=0)
-        self._peer = _peer(writer)
+        self._peer = peer
+        self._right = right
         self._negotiated = False
         self._oob_enabled = False
         self._in_band: asyncio.Queue[_Request | dict[str, Any] | None] = asyncio.Queue()
@@ -186,7 +195,9 @@ class _Client:
         writing = asyncio.create_task(self._write())
         executing = asyncio.create_task(self._execute())
         try:
-            await writing
+            ended, _ = await asyncio.wait({writing, executing}, return_when=asyncio.FIRST_EXCEPTION)
+            for finished in ended:
+                finished.result()
         except ConnectionError:
             pass  # the client went away; commands that change something still run to their end
         finally:
@@ -208,8 +219,11 @@ class _Client:
         splitter = JsonSplitter()
         try:
             while data := await self._reader.read(READ_BYTES):
-                for value in splitter.feed(data):
+                for count, value in enumerate(splitter.feed(data), 1):
                     await self._dispatch(value)
+                    if count % MAX_IN_FLIGHT == 0:
+                        await asyncio.sleep(0)
+                await asyncio.sleep(0)
             for value in splitter.end():
                 await self._dispatch(value)
         except RequestTooLargeError as error:
@@ -257,6 +271,13 @@ class _Client:
         command = COMMANDS.get(request.name)
         if command is None:
             fault = _error("CommandNotFound", f"The command {request.name} has not been found")
+            return encode(fault | request.envelope)
+        if command.changes and self._right != "everything":
+            fault = _error(
+                "GenericError",
+                f"Access denied: {request.name} is for operators, and this client may only look; join the group of "
+                "[control] operators",
+            )
             return encode(fault | request.envelope)
         if request.oob and not command.oob:
             fault = _error("GenericError", f"The command {request.name} does not support OOB")
@@ -361,6 +382,14 @@ async def _carry_out(operations: Operations, command: Command, request: _Request
         fault = _error("DeviceNotFound", str(error))
     except HistoryError as error:
         fault = _error("GenericError", str(error))
+    except OSError as error:
+        log.error(f"Control command {command.name} failed", reason=str(error))
+        where = f" at {error.filename}" if error.filename else ""
+        fault = _error(
+            "GenericError",
+            f"The daemon could not carry out {command.name}: {error.strerror or error}{where}; look at disk space, "
+            "permissions and open files of the daemon.",
+        )
     except Exception as error:
         log.exception(f"Control command {command.name} failed unexpectedly")
         fault = _error(
@@ -373,15 +402,6 @@ async def _carry_out(operations: Operations, command: Command, request: _Request
 def _error(kind: ErrorKind, description: str, *, record: dict[str, Any] | None = None) -> dict[str, Any]:
     more = {"record": record} if record is not None else {}
     return {"error": {"class": kind, "desc": description, **more}}
-
-
-def _peer(writer: asyncio.StreamWriter) -> Peer | None:
-    connection = writer.get_extra_info("socket")
-    try:
-        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    except OSError:  # the client is gone already
-        return None
-    return Peer(pid, uid)
 
 
 def _lock(path: Path) -> int:
@@ -402,8 +422,8 @@ def _lock(path: Path) -> int:
     return fd
 
 
-def _bind(path: Path) -> socket.socket:
-    """A listening socket at ``path`` with mode 0660, in place of a stale one; the caller holds the lock."""
+def _bind(path: Path, umask: int) -> socket.socket:
+    """A listening socket at ``path``, in place of a stale one; the caller holds the lock."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise ControlSocketError(
@@ -414,7 +434,7 @@ def _bind(path: Path) -> socket.socket:
         pass
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     # The mode comes from the umask, as a chmod after bind leaves a moment in which anyone may connect.
-    before = os.umask(SOCKET_UMASK)
+    before = os.umask(umask)
     try:
         listener.bind(str(path))
         listener.listen(64)

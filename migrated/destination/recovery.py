@@ -38,6 +38,7 @@ class RecoveredTakeover:
             attempt.migration_id,
             attempt.epoch,
             attempt.guest,
+            attempt.facts["driver"],
             guest,
             destination_state_of(attempt.decisions),
             keep_paused=bool(attempt.facts["paused"]),

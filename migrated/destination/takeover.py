@@ -49,6 +49,7 @@ class Takeover:
     Args:
         env: the daemon.
         migration_id, epoch, guest_name: whose hand-over this is.
+        driver: of the guest; its run log, if there is one, tells whether the guest ran.
         guest: the incoming guest, None when its process is gone.
         state: where it begins; not LOADING only after a restart of the daemon.
         keep_paused: the guest was paused on the source; it arrives paused.
@@ -65,6 +66,7 @@ class Takeover:
         migration_id: str,
         epoch: int,
         guest_name: str,
+        driver: str,
         guest: Guest | None,
         state: DestinationState = DestinationState.LOADING,
         keep_paused: bool = False,
@@ -76,6 +78,7 @@ class Takeover:
         self._env = env
         self._migration_id = migration_id
         self._guest_name = guest_name
+        self._driver = driver
         self._guest = guest
         self._keep_paused = keep_paused
         self._executor = DestinationExecutor(
@@ -244,7 +247,7 @@ class Takeover:
                 log.error("the guest could not be resumed, and its process does not end", reason=str(error))
                 return Outcome(Result.UNKNOWN, str(error))
             self._guest = None
-        ran = self._env.guests.ever_ran(self._guest_name, self.epoch)
+        ran = self._env.guests.ever_ran(self._driver, self._guest_name, self.epoch)
         if ran is None:
             ran = self._env.run_marks.ran(self._guest_name, self.epoch)
         if ran:

@@ -96,10 +96,13 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
             "peer": offer.control.peer,
             "peer_names": list(offer.control.names),
             "paused": hello.guest_paused,
+            "driver": hello.guest.vmm,
             "started_at": offer.view.started_at,
         },
     )
-    takeover = Takeover(env, hello.migration_id, hello.epoch, hello.guest.name, guest, keep_paused=hello.guest_paused)
+    takeover = Takeover(
+        env, hello.migration_id, hello.epoch, hello.guest.name, hello.guest.vmm, guest, keep_paused=hello.guest_paused
+    )
     inbox, digest = offer.inbox, MemoryDigest(hello.guest.pages) if "digest-xxh3-frames" in hello.required else None
 
     def channel_failed(error: Exception) -> None:

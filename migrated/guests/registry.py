@@ -247,11 +247,11 @@ class GuestRegistry:
             del self._ending[guest.name]
             ended.set()
 
-    def ever_ran(self, name: str, epoch: int) -> bool | None:
-        """Whether a guest of this name ran on this host in this epoch, by the logs that VMMs write before they run;
-        None when its VMM kept none."""
-        said = [driver.ran(name, epoch) for driver in self._drivers.values()]
-        return True if True in said else False if False in said else None
+    def ever_ran(self, driver: str, name: str, epoch: int) -> bool | None:
+        """Whether a guest of this name and driver ran on this host in this epoch, by the log that its VMM writes before
+        it runs; None where there is no such log, so that the daemon's own mark must do."""
+        one = self._drivers.get(driver)
+        return one.ran(name, epoch) if one is not None else None
 
     async def _claim(self, name: str) -> None:
         """Reserve a name; one whose process is just ending becomes free first."""

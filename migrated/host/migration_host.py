@@ -39,6 +39,7 @@ from protocol.messages import Message
 from protocol.versions import MAJOR, MINOR
 
 _STOP_S = 5.0
+_VERSION = importlib.metadata.version("migrated")  # once: it reads files, for which there may be no descriptor later
 
 
 class MigrationHost:
@@ -119,7 +120,7 @@ class MigrationHost:
         self._outgoing.set_defaults(parameters)
 
     def version(self) -> dict[str, Any]:
-        return {"version": importlib.metadata.version("migrated"), "protocol": f"{MAJOR}.{MINOR}", "role": self._role}
+        return {"version": _VERSION, "protocol": f"{MAJOR}.{MINOR}", "role": self._role}
 
     async def quit(self) -> None:
         self.stopping.set()

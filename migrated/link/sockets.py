@@ -252,13 +252,16 @@ async def ask_first(connection: Connection, question: Message, timeout_s: float)
 
     Raises:
         RemoteProtocolError: see ``read_first``.
-        LinkLostError: the connection ended before, or the peer reported an error.
-        OSError: the connection broke.
+        LinkLostError: the connection broke or ended before, or the peer reported an error.
         TimeoutError: there was no answer in time.
     """
-    async with asyncio.timeout(timeout_s):
-        await send_first(connection, question)
-        answer = await read_first(connection)
+    try:
+        async with asyncio.timeout(timeout_s):
+            with contextlib.suppress(ConnectionError):  # who has hung up already may have said why
+                await send_first(connection, question)
+            answer = await read_first(connection)
+    except ConnectionError as error:
+        raise LinkLostError(f"{connection.wire.peer} broke the connection: {error.strerror or error}") from error
     if isinstance(answer, messages.Error):
         raise LinkLostError(f"{connection.wire.peer} ended the connection: {answer.text}")
     return answer

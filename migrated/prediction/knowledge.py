@@ -1,15 +1,17 @@
 """What past records taught, summarised: how far bases were off, and how far whole predictions were off.
 
-Everything is kept three times: for the guest, for its class (the same devices, vCPUs and size) and for all. Rings are
-bounded, so a prediction costs microseconds and the whole summary stays small. Completed attempts teach; an aborted one
-only that the downtime was at least so long; refused ones nothing.
+Corrections are kept three times: for the guest, for its class (the same devices, vCPUs and size) and for all. Rings are
+bounded, so a prediction costs microseconds and the whole summary stays small. Completed attempts teach; refused ones
+nothing; an aborted one only that the downtime would have been longer than its limit, and nothing when this host itself
+stood still (the pause then lasted far longer than the deadline that should have ended it).
 
-The bound is split conformal with a local scale. Every component has a spread, learned beside its correction; the root
-of the sum of their squares is the scale of a prediction. Of n past attempts the ceil((n+1) * coverage)-th smallest of
-(truth - prediction) / scale, times the scale, is added to the prediction. That holds for exchangeable attempts whatever
-their distribution; and although all guests share one pool, the bound is narrow for a guest of which little is uncertain
-and wide for one of which much is. With fewer attempts than a finite bound needs, a wide prior stands in, and the
-prediction says so.
+The bound is conformal with a local scale. Every component has a spread, learned beside its correction; the root of the
+sum of their squares is the scale of a prediction. A quantile of past scores (``conformal``), times the scale, is added
+to the prediction. That holds for exchangeable attempts whatever their distribution; and although guests share scores,
+the bound is narrow for a guest of which little is uncertain and wide for one of which much is.
+
+One odd event must not decide over what follows: spreads come from the middle of what was seen, scores have limits, and
+an abort widens the bounds of its own guest alone, until its next attempt that ends in another way.
 """
 
 from __future__ import annotations
@@ -20,51 +22,43 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
+from migrated.prediction.conformal import ScorePools
 from migrated.prediction.model import Bases, Prediction
+from migrated.prediction.prior import Prior
 from migrated.record.model import Downtime, Record
 from migrated.record.parts import Component, PredictedPart
 from migrated.settings.parameters import limit_of
 from protocol.guest import GuestDescription
 
+_VERSION: Final = 3
 _CORRECTIONS_KEPT: Final = 60
-_SCORES_KEPT: Final = 500
 _KEYS_KEPT: Final = 512
 _ENOUGH_CORRECTIONS: Final = 5
 _LARGE_NS: Final = 5_000_000
 """From this base on a component is corrected by a factor; below, by what it costs beside its base. A factor learned
 on a base of nothing would make nonsense of a large one."""
+_MOST_FACTOR: Final = 10.0
+_MOST_OVERHEAD_NS: Final = 200_000_000
+"""Limits of a single correction: beyond, something happened that is no property of a switchover."""
 _SPREAD_WEIGHT: Final = 16
 """How many samples a spread of the next more general level is worth beside the own ones."""
+_MIDDLE: Final = 0.68
+"""The share of a normal distribution that lies within one standard deviation."""
+_FEW: Final = 10
+_MOST_SPREADS: Final = 5.0
+"""While there are few samples, none counts as further off than so many spreads of the next more general level."""
+_UNTRIED: Final = 2.0
+"""How much less sure a component is that was not tried several times in this attempt."""
 _SPREAD_FLOOR_NS: Final = 500_000
 """No prediction is surer than a few wake-ups of threads."""
-_TRIMMED_TO_DEVIATION: Final = 1.4
-_PRIOR_SCORE: Final = 3.0
-"""Scales that the bound lies above the prediction while too few attempts are known."""
+_CENSORED_MOST: Final = 4.0
+"""The score of an aborted attempt, at most: how much longer it would have taken nobody knows."""
+_STOOD_STILL: Final = 2
+"""A pause of so many limits means that this host stood still: the deadline would have ended it before."""
 _ABORT_PENALTY: Final = 1.25
 """Each aborted switchover in a row makes the guest's next bound that much wider."""
 _MOST_PENALTIES: Final = 3
 _ALL: Final = "*"
-
-
-@dataclass(frozen=True, slots=True)
-class _Prior:
-    """The assumption on a component while nothing was learned: its cost beside its base (calls to the VMM, wake-ups),
-    and its spread, a share of the base and an amount."""
-
-    overhead_ns: int
-    spread: float
-    spread_ns: int
-
-
-_PRIORS: Final[Mapping[Component, _Prior]] = {
-    Component.STOP: _Prior(400_000, 0.10, 400_000),
-    Component.DIRTY_LOG: _Prior(300_000, 0.30, 300_000),
-    Component.STATE: _Prior(1_500_000, 0.25, 1_500_000),
-    Component.DEVICE_LOADS: _Prior(800_000, 0.10, 800_000),
-    Component.LEGS: _Prior(1_500_000, 0.50, 500_000),
-    Component.RESUME: _Prior(800_000, 0.15, 500_000),
-}
-"""Devices were tried; memory is an estimate."""
 
 
 def class_key(guest: GuestDescription) -> str:
@@ -96,11 +90,16 @@ class _Estimate:
 
 
 class Knowledge:
-    """Learns from finished records and predicts. One per daemon; ``document`` and ``from_document`` keep it."""
+    """Learns from finished records and predicts. One per daemon; ``document`` and ``from_document`` keep it.
 
-    def __init__(self) -> None:
+    Args:
+        prior: what is assumed while nothing was learned.
+    """
+
+    def __init__(self, prior: Prior) -> None:
+        self._prior = prior
         self._corrections: dict[str, _Ring] = {}
-        self._scores = _Ring(_SCORES_KEPT)
+        self._pools = ScorePools(prior.scores)
         self._aborts: dict[str, int] = {}
 
     # Section: predicting
@@ -114,51 +113,50 @@ class Knowledge:
             bases: what this attempt measured.
             coverage: probability that the bound holds, 0.5 to 0.999.
         """
-        estimates = self._estimates(guest, kind, bases.by_name(), memory_bound=bases.memory_bound)
+        estimates = {component: self._estimate(component, guest, kind, bases) for component in Component}
         components = {component: estimate.ns for component, estimate in estimates.items()}
         total_ns = sum(components.values())
-        score, basis = self._score(guest, coverage)
-        upper_ns = total_ns + max(0, int(score * _scale_ns(estimates)))
+        regime = bases.regime(first=not any(name.startswith(f"guest:{guest}/") for name in self._corrections))
+        penalty = _ABORT_PENALTY ** min(self._aborts.get(guest, 0), _MOST_PENALTIES)
+        scale_ns = _scale_ns(estimates)
+        upper_ns = total_ns + max(0, int(self._pools.quantile(regime, coverage) * penalty * scale_ns))
         state_base = max(1, bases.of(Component.STATE))
         memory_ns = components[Component.STATE] * min(bases.memory_ns, state_base) // state_base
-        return Prediction(total_ns, upper_ns, components, memory_ns, basis, bandwidth_known, bases)
+        basis = self._basis(regime, coverage)
+        return Prediction(
+            total_ns, upper_ns, components, memory_ns, basis, bandwidth_known, bases, regime, int(scale_ns)
+        )
 
-    def _estimates(
-        self, guest: str, kind: str, bases_ns: Mapping[Component, int], *, memory_bound: bool
-    ) -> dict[Component, _Estimate]:
-        """Every component, corrected, with its spread."""
-        return {
-            component: self._estimate(component, guest, kind, base_ns, memory_bound=memory_bound)
-            for component, base_ns in bases_ns.items()
-        }
+    def _basis(self, regime: str, coverage: float) -> str:
+        """What the bound rests on, a phrase."""
+        known, needed = self._pools.known, math.ceil(coverage / (1 - coverage))
+        attempts = "attempt" if known == 1 else "attempts"
+        if known < needed:
+            return f"wide: {known} {attempts} known, {needed} needed"
+        return f"{known} {attempts} known, {self._pools.known_in(regime)} {regime}"
 
-    def _estimate(self, component: Component, guest: str, kind: str, base_ns: int, *, memory_bound: bool) -> _Estimate:
-        prior = _PRIORS[component]
+    def _estimate(self, component: Component, guest: str, kind: str, bases: Bases) -> _Estimate:
+        """A component, corrected, with its spread."""
+        prior, base_ns = self._prior.components[component], bases.of(component)
         scale = base_ns if base_ns >= _LARGE_NS else 1
-        ns, spread = base_ns + prior.overhead_ns, (base_ns * prior.spread + prior.spread_ns) / scale
+        ns = prior.expected_ns(base_ns, bases.devices, bases.device_bytes)
+        tried_ns = bases.spreads_ns.get(component)
+        share_ns = base_ns * prior.spread
+        known_ns = _UNTRIED * share_ns if tried_ns is None else math.hypot(share_ns, tried_ns)
+        spread = (known_ns + prior.spread_ns) / scale
         own, *_ = keys = list(_keys(guest, kind))
         for key in reversed(keys):
-            ring = self._corrections.get(_correction_key(key, component, base_ns, memory_bound=memory_bound))
+            ring = self._corrections.get(_correction_key(key, component, base_ns, memory_bound=bases.memory_bound))
             if ring is None:
                 continue
             count, centre = len(ring.values), median(ring.values)
-            spread = (count * _spread(ring.values, centre) + _SPREAD_WEIGHT * spread) / (count + _SPREAD_WEIGHT)
-            if component is Component.STATE and memory_bound and base_ns >= _LARGE_NS and key != own:
+            seen = _spread(ring.values, centre, most=_MOST_SPREADS * spread)
+            spread = (count * seen + _SPREAD_WEIGHT * spread) / (count + _SPREAD_WEIGHT)
+            if component is Component.STATE and bases.memory_bound and base_ns >= _LARGE_NS and key != own:
                 centre = max(centre, 1.0)  # other guests' memory moved faster because of their link, or their rounds
             if count >= _ENOUGH_CORRECTIONS:
                 ns = max(0, int(base_ns * centre if base_ns >= _LARGE_NS else base_ns + centre))
         return _Estimate(ns, spread * scale)
-
-    def _score(self, guest: str, coverage: float) -> tuple[float, str]:
-        """The conformal score and a phrase that says what it rests on."""
-        penalty = _ABORT_PENALTY ** min(self._aborts.get(guest, 0), _MOST_PENALTIES)
-        needed = math.ceil(coverage / (1 - coverage))
-        scores = self._scores.values
-        count = len(scores)
-        if count >= needed:
-            return sorted(scores)[math.ceil((count + 1) * coverage) - 1] * penalty, f"{count} attempts known"
-        attempts = "attempt" if count == 1 else "attempts"
-        return max(_PRIOR_SCORE, *scores, 0.0) * penalty, f"wide: {count} {attempts} known, {needed} needed"
 
     # Section: learning
 
@@ -168,32 +166,37 @@ class Knowledge:
         Args:
             kind: the guest's class (``class_key``).
         """
+        if record.outcome != "aborted":
+            self._aborts.pop(record.guest, None)  # it widened the bound of this attempt, and that is enough
         downtime = record.downtime
-        if downtime is None or downtime.predicted_ns is None:
+        if downtime is None or downtime.predicted_ns is None or downtime.predicted_scale_ns <= 0:
             return
-        if record.outcome not in ("completed", "aborted"):
-            return
-        bases_ns = {component: downtime.predicted_bases_ns.get(component, 0) for component in Component}
-        memory_bound = not downtime.predicted_parts_ns.get(PredictedPart.DEVICE_SAVES.label)
-        scale_ns = _scale_ns(self._estimates(record.guest, kind, bases_ns, memory_bound=memory_bound))
-        score = (downtime.counted_ns - downtime.predicted_ns) / scale_ns
+        limit_ns = limit_of(record.parameters)
+        score = (downtime.counted_ns - downtime.predicted_ns) / downtime.predicted_scale_ns
+        upper_ns = downtime.predicted_upper_ns or 0
         if record.outcome == "completed":
-            self._aborts.pop(record.guest, None)
-            self._learn_components(record.guest, downtime, kind, bases_ns, memory_bound=memory_bound)
-        else:
-            if downtime.predicted_upper_ns is not None and downtime.predicted_upper_ns < limit_of(record.parameters):
+            self._learn_components(record.guest, downtime, kind)
+        elif record.outcome == "aborted" and downtime.counted_ns < _STOOD_STILL * limit_ns:
+            if upper_ns < limit_ns:
                 # The bound let it pass and was wrong; a forced stop says nothing about the bound.
                 self._aborts[record.guest] = self._aborts.get(record.guest, 0) + 1
+            score = min(score, _CENSORED_MOST)
             if score <= 0:
                 return  # right-censored below the prediction: it tells nothing
-        self._scores.add(score)
+        else:
+            return
+        coverage = record.parameters.prediction_coverage_pct / 100
+        self._pools.add(downtime.predicted_regime, score, coverage, held=downtime.counted_ns <= upper_ns)
 
-    def _learn_components(
-        self, guest: str, downtime: Downtime, kind: str, bases_ns: Mapping[Component, int], *, memory_bound: bool
-    ) -> None:
-        truth = downtime.by_component()
-        for component, base_ns in bases_ns.items():
-            learned = truth[component] / base_ns if base_ns >= _LARGE_NS else truth[component] - base_ns
+    def _learn_components(self, guest: str, downtime: Downtime, kind: str) -> None:
+        truth, bases_ns = downtime.by_component(), downtime.predicted_bases_ns
+        memory_bound = not downtime.predicted_parts_ns.get(PredictedPart.DEVICE_SAVES.label)
+        for component in Component:
+            base_ns = bases_ns.get(component, 0)
+            if base_ns >= _LARGE_NS:
+                learned = min(truth[component] / base_ns, _MOST_FACTOR)
+            else:
+                learned = float(min(truth[component] - base_ns, _MOST_OVERHEAD_NS))
             for key in _keys(guest, kind):
                 name = _correction_key(key, component, base_ns, memory_bound=memory_bound)
                 self._ring(self._corrections, name, _CORRECTIONS_KEPT).add(learned)
@@ -211,34 +214,44 @@ class Knowledge:
     def document(self) -> dict[str, Any]:
         """The summary as JSON values."""
         return {
-            "version": 2,
+            "version": _VERSION,
             "corrections": {key: ring.values for key, ring in self._corrections.items()},
-            "scores": self._scores.values,
             "aborts": self._aborts,
+            **self._pools.document(),
         }
 
     @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> Knowledge:
-        """Read a summary back.
+    def from_document(cls, document: Mapping[str, Any], prior: Prior) -> Knowledge:
+        """Read a summary back, each value within the limits that learning keeps to.
 
         Raises:
-            ValueError: it is no such summary.
+            ValueError, KeyError, TypeError, AttributeError: it is no such summary.
         """
-        knowledge = cls()
-        if document.get("version") != 2:
+        knowledge = cls(prior)
+        if document.get("version") != _VERSION:
             raise ValueError(f"a summary of version {document.get('version')} cannot be read")
         for key, values in document["corrections"].items():
-            knowledge._corrections[key] = _Ring(_CORRECTIONS_KEPT, [float(value) for value in values])
-        knowledge._scores = _Ring(_SCORES_KEPT, [float(value) for value in document["scores"]])
+            most = _MOST_FACTOR if key.endswith("/factor") else float(_MOST_OVERHEAD_NS)
+            corrections = [min(max(float(value), -most), most) for value in values]
+            if not corrections or not all(map(math.isfinite, corrections)):
+                raise ValueError(f"the corrections {key!r} are no finite figures")
+            knowledge._corrections[key] = _Ring(_CORRECTIONS_KEPT, corrections)
+        knowledge._pools.read(document)
         knowledge._aborts = {key: int(count) for key, count in document["aborts"].items()}
         return knowledge
 
 
-def _spread(values: list[float], centre: float) -> float:
-    """How far values usually lie from their centre: the mean distance without the largest tenth, brought to the length
-    of a standard deviation. Outliers do not stretch the scale: they are what the scores tell of."""
-    distances = sorted(abs(value - centre) for value in values)[: math.ceil(0.9 * len(values))]
-    return _TRIMMED_TO_DEVIATION * sum(distances) / len(distances)
+def _spread(values: list[float], centre: float, *, most: float) -> float:
+    """How far values usually lie from their centre: the distance that two thirds of them stay within, so that outliers
+    do not stretch the scale; they are what the scores tell of.
+
+    Args:
+        most: no distance counts as more while there are few values, since few have no middle.
+    """
+    distances = sorted(abs(value - centre) for value in values)
+    if len(distances) < _FEW:
+        distances = [min(distance, most) for distance in distances]
+    return distances[math.ceil(_MIDDLE * len(distances)) - 1]
 
 
 def _scale_ns(estimates: Mapping[Component, _Estimate]) -> float:

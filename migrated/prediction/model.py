@@ -10,9 +10,13 @@ covers the total.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 from migrated.record.parts import Component, PredictedPart
+
+_FAST_BYTES_PER_S: Final = 450 << 20
+"""From this bandwidth on a link counts as fast: what counts is what a page costs at both ends, not the wire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,12 @@ class Bases:
     """The bases of the components: measured or tried in this attempt, before any correction (ns).
 
     Memory and device saves run side by side, so the longer of the two counts.
+
+    Attributes:
+        devices, device_bytes: device states that are loaded in a call of their own, and the bytes of all.
+        bandwidth_bytes_per_s: of large transfers, 0 while unknown.
+        busy: whether this host has more to do than processors.
+        spreads_ns: how far single tries lay from the base, for components that were tried more than once.
     """
 
     stop_ns: int
@@ -29,11 +39,32 @@ class Bases:
     load_ns: int
     legs_ns: int
     resume_ns: int
+    devices: int = 0
+    device_bytes: int = 0
+    bandwidth_bytes_per_s: float = 0.0
+    busy: bool = False
+    spreads_ns: Mapping[Component, int] = field(default_factory=dict)
 
     @property
     def memory_bound(self) -> bool:
         """Whether memory takes longer than saving devices."""
         return self.memory_ns >= self.save_ns
+
+    def regime(self, *, first: bool) -> str:
+        """The kind of attempt that this one is like, by the host, the link, and what it waits for.
+
+        Args:
+            first: whether no migration of this guest is known.
+        """
+        total_ns = sum(self.by_name().values())
+        return "/".join(
+            (
+                "first" if first else "later",
+                "busy-host" if self.busy else "quiet-host",
+                "fast-link" if self.bandwidth_bytes_per_s >= _FAST_BYTES_PER_S else "slow-link",
+                "memory-bound" if self.memory_bound and 2 * self.memory_ns >= total_ns else "device-bound",
+            )
+        )
 
     def by_name(self) -> dict[Component, int]:
         """All components."""
@@ -68,6 +99,8 @@ class Prediction:
         basis: why the bound is as wide as it is, a phrase.
         bandwidth_known: False before anything was acknowledged.
         bases: what the components rest on.
+        regime: the kind of attempt, whose bounds are kept apart (``Bases.regime``).
+        scale_ns: how far such a prediction is usually off.
     """
 
     total_ns: int
@@ -77,6 +110,8 @@ class Prediction:
     basis: str
     bandwidth_known: bool
     bases: Bases
+    regime: str = ""
+    scale_ns: int = 0
 
     def bases_by_name(self) -> dict[str, int]:
         """The bases of the components."""

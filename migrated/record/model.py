@@ -80,6 +80,10 @@ class Downtime(RecordModel):
     predicted_parts_ns: dict[str, int] = Field(default_factory=dict)
     predicted_bases_ns: dict[str, int] = Field(default_factory=dict)
     """The base of each component: measured or tried in this attempt, before earlier records corrected it."""
+    predicted_regime: str = ""
+    """The kind of attempt among which the bound must hold: first or later, host, link, what it waited for."""
+    predicted_scale_ns: int = 0
+    """How far such a prediction is usually off: the unit in which bounds are learned. 0 where it is not known."""
 
     @property
     def counted_ns(self) -> int:
@@ -305,6 +309,8 @@ def downtime_of(
     hold_ns: int = 0,
     predicted_parts_ns: dict[str, int] | None = None,
     predicted_bases_ns: dict[str, int] | None = None,
+    predicted_regime: str = "",
+    predicted_scale_ns: int = 0,
 ) -> Downtime:
     """Build the downtime of a record so that its parts and the unattributed rest sum to the measured time.
 
@@ -326,4 +332,6 @@ def downtime_of(
         hold_ns=hold_ns,
         predicted_parts_ns=predicted_parts_ns or {},
         predicted_bases_ns=predicted_bases_ns or {},
+        predicted_regime=predicted_regime,
+        predicted_scale_ns=predicted_scale_ns,
     )

@@ -16,6 +16,7 @@ import structlog
 import uvloop
 
 from migrated.base.tasks import TaskSet
+from migrated.control.access import Access, AccessError
 from migrated.control.server import ControlServer, ControlSocketError
 from migrated.environment import DaemonRole
 from migrated.host.migration_host import MigrationHost
@@ -89,7 +90,7 @@ async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read
     tasks = TaskSet()
     # The control socket comes first: its lock keeps a second daemon away from the same journal and guests.
     host = MigrationHost(config, role, collector)
-    control = ControlServer(host, config.control.socket)
+    control = ControlServer(host, config.control.socket, _access(config))
     async with contextlib.AsyncExitStack() as stack:
         undo = stack.push_async_callback
         undo(host.stop)
@@ -144,6 +145,13 @@ async def _reload(host: MigrationHost, begun: Config, read_again: Callable[[], C
         ]
         log.info("the configuration was reloaded", taken=sorted(_RELOADED), needs_restart=ignored)
     notifier.ready("serving")
+
+
+def _access(config: Config) -> Access:
+    try:
+        return Access(config.control.operators, config.control.readers)
+    except AccessError as error:
+        raise StartError(str(error)) from error
 
 
 def _on_signal(stop: asyncio.Event) -> None:

@@ -153,6 +153,8 @@ class BlackoutFigures:
             hold_ns=self.hold_ns,
             predicted_parts_ns=prediction.parts() if prediction else None,
             predicted_bases_ns=prediction.bases_by_name() if prediction else None,
+            predicted_regime=prediction.regime if prediction else "",
+            predicted_scale_ns=prediction.scale_ns if prediction else 0,
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from dataclasses import dataclass
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
@@ -34,6 +35,8 @@ from protocol.messages import Limits, TimeRules
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES
 
 _MEASURE_S = 5.0
+_LOADED_ALONE_NS = 300_000
+"""A device whose load costs less travels to the VMM in one call with others like it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +183,10 @@ class Session:
             load_ns=sum(cost.ns for cost in self.welcome.load_costs),
             legs_ns=2 * self.connection.control.typical_round_trip_ns(),
             resume_ns=self.welcome.resume_ns,
+            devices=sum(cost.ns >= _LOADED_ALONE_NS for cost in self.welcome.load_costs),
+            device_bytes=device_bytes,
+            bandwidth_bytes_per_s=bandwidth.bytes_per_s,
+            busy=os.getloadavg()[0] > (os.cpu_count() or 1),
         )
 
     async def close(self, *, guest_stays: bool = True) -> None:

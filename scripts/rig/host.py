@@ -91,6 +91,10 @@ class Host:
         """Whether the daemon's process runs."""
         return self._process is not None and self._process.poll() is None
 
+    def configure(self, **sections: dict[str, Any]) -> None:
+        """Set sections of the configuration in place of what they were; they count from the next start or reload on."""
+        self._sections.update(sections)
+
     def write_config(self) -> Path:
         """Write the configuration file, with the port that the daemon got the first time."""
         sections: dict[str, dict[str, Any]] = {
@@ -155,6 +159,13 @@ class Host:
     def restart(self) -> None:
         """Start the daemon again after its end, at the same port."""
         self.start()
+
+    def anonymous_bytes(self) -> int:
+        """Memory of the daemon that is its own, not a guest's."""
+        for line in Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) << 10
+        raise RigError(f"the kernel does not say what memory the daemon of host {self.name} has")
 
     # Section: its log
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ import pytest
 
 from migrated.control.client import ControlClient
 from scripts.basics import MIB
-from scripts.rig.host import Host
 from scripts.rig.pair import Pair
 
 READERS = 19
@@ -62,14 +60,6 @@ def deaf(pair: Pair) -> Iterator[list[Deaf]]:
         client.close()
 
 
-def anonymous_bytes(host: Host) -> int:
-    """Memory of a daemon that is its own, not a guest's."""
-    status = Path(f"/proc/{host.pid}/status").read_text(encoding="utf-8")
-    found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.M)
-    assert found
-    return int(found[1]) << 10
-
-
 async def pinged(clients: list[ControlClient], ended: asyncio.Event) -> list[float]:
     """Ask in turn until it is enough. Returns how long every answer took (s)."""
     took = []
@@ -104,7 +94,7 @@ async def test_a_crowd_with_one_that_does_not_read_changes_nothing(
             [await stack.enter_async_context(await ControlClient.connect(host.socket)) for _ in range(READERS)]
             for host in pair.hosts
         ]
-        before = [anonymous_bytes(host) for host in pair.hosts]
+        before = [host.anonymous_bytes() for host in pair.hosts]
         await asyncio.gather(*(client.ask(request_, 1.0) for client in deaf))
         assert all(client.sent_bytes < IN_FLIGHT_BYTES for client in deaf), "reading has stopped"
         ended = asyncio.Event()
@@ -120,5 +110,5 @@ async def test_a_crowd_with_one_that_does_not_read_changes_nothing(
     for index in range(READERS):
         assert heard[index] == ["active", "device", "completed"]
         assert heard[READERS + index][-2:] == ["device", "completed"]
-    grown = [anonymous_bytes(host) - held for host, held in zip(pair.hosts, before, strict=True)]
+    grown = [host.anonymous_bytes() - held for host, held in zip(pair.hosts, before, strict=True)]
     assert all(bytes_ < GROWTH_BYTES for bytes_ in grown), grown

@@ -8,27 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 import time
 from typing import Any
 
-import msgpack
 import pytest
 
-from migrated.link import sockets
-from migrated.link.security import LinkSecurity
-from migrated.settings.config import AuthorisationConfig, TlsConfig
 from protocol import messages
-from protocol.frames import HEADER_BYTES, check_meta, pack_header, unpack_header
-from protocol.guest import GuestDescription
 from protocol.messages import FrameType
+from scripts.basics import MIB
+from scripts.rig.hostile import LIMITS, Hostile, connect, describe, hello_of, open_session
 from scripts.rig.pair import Pair
-from vmm_sim.client import VmmClient
+from scripts.rig.waiting import until
 
-PLAIN = LinkSecurity(TlsConfig(), AuthorisationConfig())
 U64 = (1 << 64) - 1
 I64 = (1 << 63) - 1
-LIMITS = {"downtime_limit_ns": 10**10, "switchover_limit_ns": 0, "switchover_abort": True}
 DOWNTIME = {"epoch": 1, "limits": LIMITS, "resume_reserve_ns": 0, "source_downtime_ns": 0, "sent_at_ns": 0}
 GOOD = {"guest_freq": 2_100_000_000, "guest_tsc": 1, "hrtime": 10**12, "hres_sec": 1, "hres_ns": 0, "boot_hrtime": 0}
 
@@ -54,74 +47,6 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 }
 """What is changed in good time data, and what the destination must say of it. The guest of these tests has no device
 states sent: what no check of the time data catches is refused for that, as the last row shows."""
-
-
-class Hostile:
-    """One connection, frame by frame, with metas that no model has checked."""
-
-    def __init__(self, connection: sockets.Connection) -> None:
-        self.wire = connection.wire
-        self.version = connection.agreed.version
-        self.sequence = 0
-
-    async def send(self, kind: FrameType, meta: dict[str, Any], round_number: int = 0) -> None:
-        packed = msgpack.packb(meta, use_bin_type=True)
-        head = pack_header(self.version, kind, packed, 0, self.sequence, round_number)
-        self.sequence += 1
-        await self.wire.send(head + packed)
-
-    async def receive(self) -> messages.Message:
-        """The next message that is no clock ask."""
-        while True:
-            head = await self.wire.read_exactly(HEADER_BYTES)
-            header = unpack_header(head, self.version, 1 << 20)
-            meta = await self.wire.read_exactly(header.meta_bytes)
-            check_meta(meta, header)
-            await self.wire.read_exactly(header.payload_bytes)
-            message = messages.decode(header.type, meta)
-            if isinstance(message, messages.ClockAsk):
-                now = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
-                await self.send(FrameType.CLOCK_REPLY, {"nonce": message.nonce, "t2_ns": now, "t3_ns": now})
-                continue
-            return message
-
-
-async def describe(pair: Pair) -> dict[str, Any]:
-    """A guest's description, from a real VMM on host a."""
-    await pair.a.create_guest("victim", 16, workload="idle")
-    vmm: VmmClient = await pair.a.vmm("victim")
-    reply = await vmm.call("describe")
-    await vmm.close()
-    await pair.a.command("x-migrated-guest-destroy", {"guest": "victim"})
-    return GuestDescription.model_validate(reply.meta["description"]).model_dump()
-
-
-async def open_session(pair: Pair, description: dict[str, Any]) -> tuple[Hostile, Hostile]:
-    """As an honest source would, up to an acknowledged empty round."""
-    migration_id = secrets.token_hex(16)
-    control = Hostile(await sockets.connect("127.0.0.1", pair.b.port, 5.0, 5.0, PLAIN))
-    hello = {
-        "migration_id": migration_id,
-        "epoch": 1,
-        "guest": description,
-        "guest_paused": False,
-        "capabilities": ["zero-runs", "switchover-abort"],
-        "required": ["zero-runs"],
-        "limits": LIMITS,
-        "time_rules": {"policy": "midpoint", "max_time_jump_ns": 0, "max_time_error_ns": 0},
-        "channels": 1,
-        "host": "hostile",
-    }
-    await control.send(FrameType.HELLO, hello)
-    welcome = await control.receive()
-    assert isinstance(welcome, messages.Welcome), welcome
-    data = Hostile(await sockets.connect("127.0.0.1", pair.b.port, 5.0, 5.0, PLAIN))
-    await data.send(FrameType.JOIN, {"migration_id": migration_id, "token": welcome.token, "channel": 0})
-    assert isinstance(await data.receive(), messages.Joined)
-    await data.send(FrameType.BARRIER, {"round": 1}, round_number=1)
-    await control.send(FrameType.ROUND_END, {"round": 1, "pages": 0, "zero_pages": 0})
-    assert isinstance(await control.receive(), messages.RoundDone)
-    return control, data
 
 
 async def answer_to(control: Hostile) -> messages.Message | None:
@@ -152,7 +77,7 @@ async def honest_again(pair: Pair) -> None:
 async def test_hostile_time_data_is_refused_by_name_and_never_crashes(pair: Pair) -> None:
     description = await describe(pair)
     for name, (changes, said) in HOSTILE.items():
-        control, data = await open_session(pair, description)
+        control, data, _ = await open_session(pair, description)
         now = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
         await control.send(FrameType.DOWNTIME, {**DOWNTIME, "sent_at_ns": now})
         ask = await control.receive()
@@ -192,7 +117,7 @@ async def test_hostile_time_data_is_refused_by_name_and_never_crashes(pair: Pair
 )
 async def test_messages_out_of_turn_never_start_the_guest(pair: Pair, kind: FrameType, meta: dict[str, Any]) -> None:
     description = await describe(pair)
-    control, data = await open_session(pair, description)
+    control, data, _ = await open_session(pair, description)
     await control.send(kind, meta)
     answer = await answer_to(control)
     assert answer is None or isinstance(answer, messages.No | messages.Error)
@@ -206,7 +131,7 @@ async def test_messages_out_of_turn_never_start_the_guest(pair: Pair, kind: Fram
 async def test_the_destination_counts_by_the_limits_of_the_last_downtime_message(pair: Pair, largest: bool) -> None:
     """HELLO offered 10 s; a source that never decides cannot hold the destination beyond what DOWNTIME said last."""
     description = await describe(pair)
-    control, data = await open_session(pair, description)
+    control, data, _ = await open_session(pair, description)
     if largest:  # as large as the protocol lets it be, and not enforced: it must not confuse the deadline that follows
         limits = {"downtime_limit_ns": I64, "switchover_limit_ns": I64, "switchover_abort": False}
         await control.send(FrameType.DOWNTIME, {**DOWNTIME, "limits": limits})
@@ -222,3 +147,67 @@ async def test_the_destination_counts_by_the_limits_of_the_last_downtime_message
     control.wire.close()
     data.wire.close()
     await honest_again(pair)
+
+
+async def flood(control: Hostile, kind: FrameType, meta: dict[str, Any]) -> None:
+    """Send a message until the destination has hung up."""
+    while True:
+        await control.send(kind, meta)
+
+
+@pytest.mark.parametrize(
+    ("kind", "meta"),
+    [(FrameType.CLOCK_ASK, {"nonce": 1}), (FrameType.ROUND_END, {"round": 2, "pages": 0, "zero_pages": 0})],
+    ids=["CLOCK_ASK without reading", "ROUND_END"],
+)
+async def test_a_flood_on_the_control_channel_ends_it_and_keeps_nothing(
+    pair: Pair, kind: FrameType, meta: dict[str, Any]
+) -> None:
+    """More messages than any migration needs, and none of the answers is read."""
+    description = await describe(pair)
+    before = pair.b.anonymous_bytes()
+    control, data, _ = await open_session(pair, description)
+    async with asyncio.timeout(60):
+        with pytest.raises(ConnectionError):
+            await flood(control, kind, meta)
+    control.wire.close()
+    data.wire.close()
+
+    async def said() -> bool:
+        return any("more was sent on the control channel" in str(entry) for entry in pair.b.log())
+
+    await until("host b says why it hung up", said)
+    await honest_again(pair)
+    assert pair.b.anonymous_bytes() - before < 48 * MIB
+
+
+async def test_a_message_that_has_no_payload_may_not_bring_one(pair: Pair) -> None:
+    description = await describe(pair)
+    control, data, _ = await open_session(pair, description)
+    await control.send(FrameType.ROUND_END, {"round": 2, "pages": 0, "zero_pages": 0}, payload=bytes(4 * MIB))
+    answer = await answer_to(control)
+    assert answer is None or isinstance(answer, messages.Error | messages.No)
+    control.wire.close()
+    data.wire.close()
+    await honest_again(pair)
+
+
+async def test_a_plain_session_that_is_sent_again_is_refused(pair: Pair) -> None:
+    """The same migration id, epoch and token as in a session that has ended."""
+    description = await describe(pair)
+    control, data, welcome = await open_session(pair, description)
+    control.wire.close()
+    data.wire.close()
+    await honest_again(pair)
+    again = await connect(pair)
+    await again.send(FrameType.HELLO, hello_of(description, control.migration_id))
+    refused = await again.receive()
+    assert isinstance(refused, messages.Refuse)
+    assert refused.reason == "this migration id was used before"
+    again.wire.close()
+    late = await connect(pair)
+    await late.send(FrameType.JOIN, {"migration_id": control.migration_id, "token": welcome.token, "channel": 0})
+    answer = await late.receive()
+    assert isinstance(answer, messages.Error)
+    assert "not under way" in answer.text
+    late.wire.close()

@@ -270,7 +270,16 @@ async def test_guests_are_created_from_checked_arguments(daemon: Any, control_so
         arguments = {"guest": "g1", "memory-bytes": 64 << 20, "paused": True, "options": {"huge-pages": "true"}}
         assert (await client.ask("x-migrated-guest-create", arguments))["return"]["state"] == "paused"
         assert daemon.specs[0].options == {"huge-pages": "true"}
-        for wrong in ({"guest": "../x"}, {"memory-bytes": 5}, {"options": {"a": 1}}):
+        for wrong in (
+            {"guest": "../x"},
+            {"memory-bytes": 5},
+            {"options": {"a": 1}},
+            {"options": {"name": "another"}},
+            {"options": {"api-socket": "/tmp/x.sock"}},
+            {"options": {"lock-directory": "/tmp"}},
+            {"options": {"set=x --name": "another"}},
+            {"options": {"set": "a\0b"}},
+        ):
             reply = await client.ask("x-migrated-guest-create", arguments | wrong)
             assert reply["error"]["desc"].startswith("The guest cannot be created: ")
         assert len(daemon.specs) == 1

@@ -41,6 +41,7 @@ from migrated.source.migration import OutgoingMigration
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.story import Target
 from migrated.state.journal import Journal
+from migrated.state.learned import load_prior
 from migrated.state.run_marks import RunMarks
 from migrated.vmm.drivers import load_drivers
 from migrated.vmm.resume_costs import ResumeCosts
@@ -76,7 +77,7 @@ def environment(directory: Path, **limits: Any) -> Environment:
         journal=Journal(config.state.directory),
         run_marks=RunMarks(config.state.directory),
         guests=GuestRegistry(config, load_drivers(config)),
-        knowledge=Knowledge(),
+        knowledge=Knowledge(load_prior()),
         resume_costs=ResumeCosts(10_000_000),
         host=directory.name,
         finish=lambda _record, _role: None,

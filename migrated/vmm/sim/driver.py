@@ -58,7 +58,8 @@ class SimDriver(Driver):
     async def create(self, request: GuestRequest) -> SimGuest:
         arguments = ["--memory", str(request.memory_bytes)]
         for key, value in request.options.items():
-            arguments += [f"--{key}", str(self._profile_path(value) if key == "profile" else value)]
+            # In one word, so that no value is taken for another option.
+            arguments.append(f"--{key}={self._profile_path(value) if key == 'profile' else value}")
         if request.paused:
             arguments.append("--paused")
         return await self._start(request.name, arguments)
