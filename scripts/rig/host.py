@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from migrated.control.client import CommandError, ControlClient
+from migrated.settings.config import ENV_PREFIX
 from scripts.basics import MIB, ROOT
 from scripts.rig.processes import Footprint, footprint, is_alive
 from scripts.rig.waiting import POLL_S, RigError, until
@@ -80,6 +81,11 @@ class Host:
         return f"tcp:127.0.0.1:{self.port}"
 
     @property
+    def log_path(self) -> Path:
+        """The daemon's log, lines of JSON."""
+        return self.directory / "log"
+
+    @property
     def pid(self) -> int:
         """The daemon's process id."""
         if self._process is None:
@@ -102,7 +108,7 @@ class Host:
             "state": {"directory": str(self.directory / "state")},
             "listen": {"address": f"127.0.0.1:{self.port}"},
             "vmm": {"directory": str(self.directory / "guests"), "profiles": str(ROOT / "configs" / "guests")},
-            "log": {"level": "debug", "format": "json", "file": str(self.directory / "log")},
+            "log": {"level": "debug", "format": "json", "file": str(self.log_path)},
         }
         for section, values in self._sections.items():
             sections.setdefault(section, {}).update(values)
@@ -122,10 +128,13 @@ class Host:
         """
         mark = self._log_size()
         path = self.write_config()
+        # Settings for the user's own daemons must not reach this one.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         with (self.directory / "stderr").open("ab") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "migrated", self.role, "--config", str(path)],
-                cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, start_new_session=True,
+                cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
+                start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + START_TIMEOUT_S
         while (ready := next((e for e in self.log(mark) if e["event"] == "ready"), None)) is None:
@@ -171,13 +180,13 @@ class Host:
 
     def _log_size(self) -> int:
         with contextlib.suppress(FileNotFoundError):
-            return (self.directory / "log").stat().st_size
+            return self.log_path.stat().st_size
         return 0
 
     def log(self, mark: int = 0) -> list[dict[str, Any]]:
         """The daemon's log lines from byte ``mark`` on."""
         try:
-            data = (self.directory / "log").read_bytes()[mark:]
+            data = self.log_path.read_bytes()[mark:]
         except FileNotFoundError:
             return []
         entries: list[dict[str, Any]] = []
