@@ -64,10 +64,6 @@ class Host:
         self._baseline: Footprint | None = None
         directory.mkdir(parents=True, exist_ok=True)
 
-    def configure(self, section: str, **values: Any) -> None:
-        """Change values of one section of the configuration; the next start of the daemon reads them."""
-        self._sections = {**self._sections, section: {**self._sections.get(section, {}), **values}}
-
     # Section: the daemon
 
     @property

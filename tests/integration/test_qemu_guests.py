@@ -101,9 +101,9 @@ def directory() -> Iterator[Path]:
 @pytest.fixture
 async def world(image: GuestImage, directory: Path) -> AsyncIterator[World]:
     """Two hosts whose guests are QEMU's; nothing of them may be left."""
-    made_pair = Pair(vmm={"driver": "qemu"}, qemu={"ram_directory": str(directory / "ram")})
+    made_pair = Pair(vmm={"driver": "qemu"})
     for host in made_pair.hosts:
-        host.configure("qemu", definitions=str(directory / host.name))
+        host.configure(qemu={"ram_directory": str(directory / "ram"), "definitions": str(directory / host.name)})
     with made_pair as pair:
         made = World(pair, {host: directory / host.name for host in pair.hosts}, image)
         yield made

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Final
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 from migrated.vmm.memory import FileRegion, GuestMemory, MappedMemory, MixedMemory, ProcessMemory, Span
 from migrated.vmm.qemu.ram import Carried, Ram, read_maps
 

@@ -16,8 +16,8 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from migrated.config import Config
-from migrated.errors import RefusedError, VmmError, VmmGoneError
+from migrated.base.errors import RefusedError, VmmError, VmmGoneError
+from migrated.settings.config import Config
 from migrated.vmm import spawn
 from migrated.vmm.qemu import places
 from migrated.vmm.qemu.blueprint import Blueprint

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from migrated.errors import VmmError, VmmGoneError
+from migrated.base.errors import VmmError, VmmGoneError
 from migrated.kernel.errors import OtherProcessError
 from migrated.kernel.tracking import WriteTracking, start_tracking
 from migrated.vmm import spawn

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from migrated.errors import VmmError
+from migrated.base.errors import VmmError
 from migrated.vmm.qemu.qmp import Qmp, QmpCommandError
 from migrated.vmm.seam import OwnershipLock
 
