@@ -95,11 +95,12 @@ class TimeRules(WireModel):
 
 
 class DeviceCost(WireModel):
-    """Cost of saving or loading one device (ns)."""
+    """Cost of saving or loading one device (ns), and how far single tries lay from it, 0 where it was not tried."""
 
     name: Name
     kind: DeviceKind
     ns: NonNegativeNs
+    spread_ns: NonNegativeNs = 0
 
 
 class Hello(Message):

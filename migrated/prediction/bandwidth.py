@@ -6,6 +6,9 @@ from collections import deque
 from statistics import median
 from typing import Final
 
+from migrated.prediction.rounds import RoundCosts, RoundTime
+from protocol.guest import PAGE_SIZE
+
 _ROUNDS_KEPT: Final = 32
 _TELLING_BYTES: Final = 1 << 20
 """A round smaller than this measures the round trip, not the link."""
@@ -16,15 +19,24 @@ class Bandwidth:
 
     def __init__(self) -> None:
         self._rounds: deque[tuple[int, int]] = deque(maxlen=_ROUNDS_KEPT)
+        self._costs = RoundCosts()
 
-    def add(self, acknowledged_bytes: int, ns: int) -> None:
-        """A round of ``acknowledged_bytes`` took ``ns`` from its first byte to its acknowledgement."""
+    def add(self, pages: int, acknowledged_bytes: int, ns: int) -> None:
+        """A round of ``pages`` and ``acknowledged_bytes``, device states counted, took ``ns`` from its first byte to
+        its acknowledgement."""
         if acknowledged_bytes > 0 and ns > 0:
             self._rounds.append((acknowledged_bytes, ns))
+            self._costs.add(pages, acknowledged_bytes, ns)
 
     def forget(self) -> None:
         """The cap changed: what was measured before does not hold any more."""
         self._rounds.clear()
+        self._costs.forget()
+
+    def expect(self, pages: int, device_bytes: int) -> RoundTime:
+        """What a round of so many pages with so many bytes of device state would take; 0 while nothing is known."""
+        size_bytes = pages * PAGE_SIZE + device_bytes
+        return self._costs.expect(pages, size_bytes, self.for_bytes(size_bytes))
 
     def for_bytes(self, remaining_bytes: int) -> float:
         """The rate at which ``remaining_bytes`` would move: the median of the last three rounds that were not much

@@ -77,6 +77,9 @@ class MigrationParameters(BaseModel):
     """Memory for the pages last sent, on the source."""
     prediction_coverage_pct: float = Field(default=95.0, ge=50, le=99.9)
     """How often the upper bound of a prediction must hold; the stop waits until the bound fits the limit."""
+    downtime_goal: Literal["least", "first-fit"] = "least"
+    """Go on with rounds as long as they shorten the downtime by more than they cost, or stop the guest as soon as the
+    bound fits the limit."""
     downtime_steps: int = Field(default=1, ge=1, le=100)
     """In how many steps the target rises to the limit, so that an idle guest gets a shorter pause."""
     auto_converge: bool = False
@@ -93,7 +96,7 @@ class MigrationParameters(BaseModel):
 
 CHANGE_WHILE_RUNNING: Final = (
     "downtime_limit_ms", "switchover_limit_ms", "switchover_abort", "max_bandwidth_bytes_per_s", "timeout_s",
-    "on_timeout", "prediction_coverage_pct", "downtime_steps", "auto_converge", "cpu_throttle_initial",
+    "on_timeout", "prediction_coverage_pct", "downtime_goal", "downtime_steps", "auto_converge", "cpu_throttle_initial",
     "cpu_throttle_increment", "max_cpu_throttle", "pause_before_switchover",
 )  # fmt: skip
 """What a running migration takes up at once; the other parameters are agreed on when it begins."""

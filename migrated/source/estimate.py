@@ -110,7 +110,7 @@ async def _measure_link(session: Session, rounds: asyncio.Queue[messages.RoundDo
                 await rounds.get()
         except TimeoutError as error:
             raise MigrationError(f"{session.connection.where} did not acknowledge a burst of pages") from error
-        bandwidth.add(sent.wire_bytes, time.monotonic_ns() - begin_ns)
+        bandwidth.add(sent.normal_pages, sent.wire_bytes, time.monotonic_ns() - begin_ns)
     return bandwidth, count_pages(runs) * PAGE_SIZE if len(runs) else 0
 
 

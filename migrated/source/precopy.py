@@ -16,7 +16,7 @@ import xxhash
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.link.control import ControlChannel
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
-from migrated.prediction.decision import Decider, Observation, Verdict
+from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
 from migrated.prediction.model import Prediction
 from migrated.record.model import RoundRow
 from migrated.settings.parameters import MigrationParameters, limit_of
@@ -184,6 +184,7 @@ class Precopy:
         self.remaining_pages = 0
         self.dirty_pages_per_s = 0.0
         self.throttle_percent = 0
+        self._collected_ns = 0
 
     async def run(self) -> Runs:
         """Run rounds until a stop fits. Returns the pages that are dirty and not sent, shape (n, 2).
@@ -195,6 +196,7 @@ class Precopy:
         transfer, began_ns = self._transfer, time.monotonic_ns()
         # The first collect arms the tracking; everything that holds data travels anyway.
         await transfer.collect()
+        self._collected_ns = time.monotonic_ns()
         transfer.scan_ns = 0  # arming walks everything once: it tells nothing about what a scan costs
         self._refuse_hopeless()
         runs = await asyncio.to_thread(transfer.memory.data_runs)  # the kernel walks all of it: 16 ms per GiB
@@ -209,19 +211,26 @@ class Precopy:
             if verdict.step == "give-up":
                 transfer.dirty_log.restore(runs)
                 raise MigrationError(verdict.sentence)
-            if row.ns < _IDLE_PAUSE_S * 1e9:
+            as_the_blackout = verdict.step in ("shorten", "rehearse")
+            if row.ns < _IDLE_PAUSE_S * 1e9 and not as_the_blackout:
                 await asyncio.sleep(_IDLE_PAUSE_S if transfer.round < _EAGER_ROUNDS else _LONG_PAUSE_S)
 
     async def _judge(self, row: RoundRow, dirty_pages: int, elapsed_s: float) -> Verdict:
         """Decide after a round, write it down, and throttle if that is the decision."""
         self.remaining_pages = dirty_pages
-        self.dirty_pages_per_s = dirty_pages * 1e9 / max(1, row.ns)
-        self.curve.add(row.ns, dirty_pages)
-        prediction = self._predict(dirty_pages, self.bandwidth)
-        bandwidth = self.bandwidth.for_bytes(dirty_pages * PAGE_SIZE)
-        verdict = self._decider.after_round(
-            self._parameters(), prediction, self.curve, Observation(dirty_pages, elapsed_s, bandwidth)
+        now_ns = time.monotonic_ns()
+        since_ns, self._collected_ns = now_ns - self._collected_ns, now_ns
+        self.dirty_pages_per_s = dirty_pages * 1e9 / max(1, since_ns)
+        self.curve.add(since_ns, dirty_pages)
+        seen = Observation(
+            dirty_pages,
+            elapsed_s,
+            self.bandwidth.for_bytes(dirty_pages * PAGE_SIZE),
+            self._transfer.ledger.memory.precopy_bytes,
         )
+        outlook = Outlook(lambda pages: self._predict(pages, self.bandwidth), self._round_ns)
+        prediction = outlook.stop(dirty_pages)
+        verdict = self._decider.after_round(self._parameters(), outlook, self.curve, seen)
         ledger = self._transfer.ledger
         ledger.rounds.prediction = prediction
         ledger.rounds.add(
@@ -242,6 +251,10 @@ class Precopy:
             self.throttle_percent = verdict.throttle_percent
         self._say(verdict.sentence, prediction)
         return verdict
+
+    def _round_ns(self, pages: int) -> int:
+        """What a round of so many pages takes now, with the read of the dirty log that ends it."""
+        return self.bandwidth.expect(pages, 0).ns + self._transfer.collect_ns
 
     async def end_throttle(self) -> None:
         """Let the vCPUs run as before."""
@@ -276,7 +289,9 @@ class Precopy:
         ns = sending_ns + fence_ns
         acknowledged_bytes = sent.wire_bytes + device_bytes
         # What is left is counted in pages: where encodings gain, they move faster than their bytes.
-        self.bandwidth.add(max(sent.wire_bytes, sent.normal_pages * PAGE_SIZE) + device_bytes, sending_ns)
+        self.bandwidth.add(
+            sent.normal_pages, max(sent.wire_bytes, sent.normal_pages * PAGE_SIZE) + device_bytes, sending_ns
+        )
         ledger = transfer.ledger
         ledger.memory.precopy_bytes += acknowledged_bytes
         ledger.memory.precopy_pages += sent.normal_pages + sent.zero_pages

@@ -21,16 +21,17 @@ from migrated.link.control import ControlChannel
 from migrated.link.data import DataChannel
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.model import Bases
+from migrated.record.parts import Component
 from migrated.settings.parameters import MigrationParameters
 from migrated.source.encoding import encoder_factory
 from migrated.source.pages import PageSender
 from migrated.vmm.dirty_log import DirtyLog
 from migrated.vmm.memory import GuestMemory
 from migrated.vmm.requirements import unmet
-from migrated.vmm.seam import ExpectedCosts, VmmGuest
+from migrated.vmm.seam import ExpectedCosts, VmmGuest, total_cost
 from protocol import messages
 from protocol.digest import MemoryDigest
-from protocol.guest import PAGE_SIZE, GuestDescription
+from protocol.guest import GuestDescription
 from protocol.messages import Limits, TimeRules
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES
 
@@ -172,21 +173,28 @@ class Session:
             scan_ns: cost of a dirty-log read, with its fence.
             bandwidth: the link.
         """
-        costs = self.offer.costs
-        remaining_bytes = dirty_pages * PAGE_SIZE + device_bytes
-        rate = bandwidth.for_bytes(remaining_bytes)
+        costs, load_costs = self.offer.costs, self.welcome.load_costs
+        memory = bandwidth.expect(dirty_pages, device_bytes)
+        save_ns, save_spread_ns = total_cost(costs.devices)
+        load_ns, load_spread_ns = total_cost(load_costs)
+        spreads_ns = {Component.STATE: memory.spread_ns if memory.ns >= save_ns else save_spread_ns}
+        if costs.basis == "tried":
+            spreads_ns[Component.STOP] = costs.pause_spread_ns
+        if load_spread_ns:
+            spreads_ns[Component.DEVICE_LOADS] = load_spread_ns
         return Bases(
             stop_ns=costs.pause_ns,
             dirty_log_ns=2 * scan_ns,
-            memory_ns=int(remaining_bytes * 1e9 / rate) if rate else 0,
-            save_ns=sum(cost.ns for cost in costs.devices),
-            load_ns=sum(cost.ns for cost in self.welcome.load_costs),
+            memory_ns=memory.ns,
+            save_ns=save_ns,
+            load_ns=load_ns,
             legs_ns=2 * self.connection.control.typical_round_trip_ns(),
             resume_ns=self.welcome.resume_ns,
-            devices=sum(cost.ns >= _LOADED_ALONE_NS for cost in self.welcome.load_costs),
+            devices=sum(cost.ns >= _LOADED_ALONE_NS for cost in load_costs),
             device_bytes=device_bytes,
             bandwidth_bytes_per_s=bandwidth.bytes_per_s,
             busy=os.getloadavg()[0] > (os.cpu_count() or 1),
+            spreads_ns=spreads_ns,
         )
 
     async def close(self, *, guest_stays: bool = True) -> None:

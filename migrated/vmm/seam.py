@@ -12,8 +12,9 @@ Memory is one or more regions (``migrated.vmm.memory``), and the dirty log cover
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -70,7 +71,8 @@ class ExpectedCosts:
 
     ``basis`` says whether this was tried (the VMM did it, or timed a rehearsal) or guessed (a prior, or what was
     learned elsewhere): a reserve that rests on a guess must use a learned quantile or a configured floor.
-    ``call_ns`` is the longest round trip of a call to the VMM that was seen while finding out.
+    ``call_ns`` is the longest round trip of a call to the VMM that was seen while finding out. Each device's cost has
+    the spread of its tries beside it, ``pause_spread_ns`` is that of the stop.
     """
 
     devices: tuple[DeviceCost, ...]
@@ -78,6 +80,13 @@ class ExpectedCosts:
     resume_ns: int
     call_ns: int
     basis: Literal["tried", "guessed"]
+    pause_spread_ns: int = 0
+
+
+def total_cost(costs: Iterable[DeviceCost]) -> tuple[int, int]:
+    """What devices cost one after the other, and how far that usually lies off (ns): each errs for itself."""
+    listed = list(costs)
+    return sum(cost.ns for cost in listed), int(math.hypot(*(cost.spread_ns for cost in listed)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,6 +140,7 @@ MEANINGS: Final = {
     "DeviceCost.name": "as in HELLO's guest",
     "DeviceCost.kind": "as in HELLO's guest",
     "DeviceCost.ns": "the cost",
+    "DeviceCost.spread_ns": "how far single tries usually lay from it; 0 where it was not tried",
     "GuestDescription.name": "name of the guest",
     "GuestDescription.uuid": "its identity",
     "GuestDescription.vmm": "the driver that the guest needs; must be equal",

@@ -191,13 +191,16 @@ class SimGuest(VmmGuest):
             runs.append((await self._calls.call("dry-run", side=side)).meta)
             call_ns = max(call_ns, time.monotonic_ns() - begin_ns)
         devices = tuple(
-            DeviceCost(name=rows[0]["name"], kind=rows[0]["kind"], ns=int(median(row["ns"] for row in rows)))
+            DeviceCost(name=rows[0]["name"], kind=rows[0]["kind"], ns=ns, spread_ns=spread_ns)
             for rows in zip(*(run["devices"] for run in runs), strict=True)
+            for ns, spread_ns in [_typical([row["ns"] for row in rows])]
         )
+        pause_ns, pause_spread_ns = _typical([run["pause_ns"] for run in runs])
         self._costs_ns = {(cost.name, cost.kind): cost.ns for cost in devices}
         return ExpectedCosts(
             devices=devices,
-            pause_ns=int(median(run["pause_ns"] for run in runs)),
+            pause_ns=pause_ns,
+            pause_spread_ns=pause_spread_ns,
             resume_ns=int(median(run["resume_ns"] for run in runs)),
             call_ns=call_ns,
             basis="tried",
@@ -226,6 +229,12 @@ class SimGuest(VmmGuest):
 
     async def close(self) -> None:
         await self._calls.close()
+
+
+def _typical(tries_ns: list[int]) -> tuple[int, int]:
+    """The median of some tries, and the distance from it that two thirds of them stayed within."""
+    centre_ns = int(median(tries_ns))
+    return centre_ns, sorted(abs(ns - centre_ns) for ns in tries_ns)[2 * len(tries_ns) // 3]
 
 
 def _grouped(items: Sequence[One], costs_ns: Sequence[int]) -> Iterator[list[One]]:
