@@ -24,8 +24,8 @@ _MS_NS: Final = 1_000_000
 HEADS: Final = ("move", "promised", "reported", "its clock stood", "it was silent", "in all", "its memory moved at")
 EXPLANATION: Final = (
     "Silent: from its last beat before the move to its first one after it, as heard from outside. Its clock stood "
-    "while it was stopped (told with the time that a beat takes to be heard); for the rest it ran and was slow: where it "
-    "arrives its code is translated anew, and it waits for a CPU."
+    "while it was stopped (told with the time that a beat takes to be heard); for the rest it ran and was slow: where "
+    "it arrives its code is translated anew, and it waits for a CPU."
 )
 _NOTHING: Final = "-"
 
