@@ -1,25 +1,21 @@
-"""Records, progress snapshots and an in-memory daemon (``MemoryDaemon``) for tests of what stands around the daemon."""
+"""Records, snapshots of progress, and whole hosts whose guests are tiny, for tests of what stands around the daemon."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
-import itertools
 import logging
-import threading
+import socket
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import pytest
 import structlog
 import uvloop
 
-from migrated.control.operations import EventBus, GuestSpec, OperationError
-from migrated.control.server import ControlServer
 from migrated.observe.logs import configure
-from migrated.observe.metrics import Metrics
 from migrated.observe.progress import Progress
 from migrated.record.model import (
     Checkpoint,
@@ -35,14 +31,12 @@ from migrated.record.model import (
     TimeSummary,
 )
 from migrated.record.parts import Part
-from migrated.record.terms import STATUS_OF, Phase, QemuCheckpoint
-from migrated.settings.config import parse_uri
+from migrated.record.terms import Phase, QemuCheckpoint
 from migrated.settings.parameters import MigrationParameters
-from migrated.state.history import History, HistoryQuery
 from protocol.guest_time import TimeStage, VmTimeData
+from tests.tiny_vmm.hosts import TinyHost, TinyHosts, need_write_tracking
 
 MS = 1_000_000
-T = TypeVar("T")
 
 
 def _round(number: int) -> RoundRow:
@@ -178,181 +172,6 @@ def make_progress(**changes: Any) -> Progress:
     return Progress(**(fields | changes))
 
 
-class MemoryDaemon:
-    """Operations without guests or peers: migrations move when the test says so. History and metrics are real."""
-
-    def __init__(self, directory: Path) -> None:
-        self.events = EventBus()
-        self.store = History(directory)
-        self.metrics = Metrics()
-        self.guests: dict[str, dict[str, Any]] = {}
-        self.specs: list[GuestSpec] = []
-        self.defaults = MigrationParameters()
-        self.own_parameters: dict[str, dict[str, object]] = {}
-        self.migrations: dict[str, Progress] = {}
-        self.ended: dict[str, asyncio.Future[dict[str, Any]]] = {}
-        self.started: list[tuple[str, str, dict[str, object]]] = []
-        self.resolved: list[tuple[str, bool]] = []
-        self.continued: list[str] = []
-        self.quitting = asyncio.Event()
-        self.refusal: OperationError | None = None
-        self.gate: asyncio.Event | None = None
-        """While set, guest_pause waits for it: a slow command."""
-        self.ending: dict[str, Any] | None = None
-        """While set, a migration ends like this (fields of its record) as soon as somebody waits for it."""
-        self._ids = itertools.count(1)
-
-    def add_guest(self, name: str, state: str = "running") -> None:
-        self.guests[name] = {
-            "name": name,
-            "state": state,
-            "memory_bytes": 256 << 20,
-            "api_socket": f"/run/guests/{name}.sock",
-            "pid": 4711,
-        }
-
-    def move(self, migration_id: str, **changes: Any) -> None:
-        """Change a running migration and tell its status to everybody."""
-        progress = self.migrations[migration_id] = self.migrations[migration_id].model_copy(update=changes)
-        if "status" in changes:
-            data = {"status": progress.status, "guest": progress.guest, "migration-id": migration_id}
-            self.events.publish("MIGRATION", data)
-
-    def end(self, migration_id: str, **changes: Any) -> None:
-        """End a migration with a record (fields by name)."""
-        guest = self.migrations[migration_id].guest
-        record = make_record(migration_id=migration_id, guest=guest, **changes)
-        downtime = record.downtime.measured_ns if record.downtime else None
-        self.store.add(record, "source")
-        self.metrics.observe(record, "source")
-        self.move(
-            migration_id,
-            status=STATUS_OF[record.outcome],
-            reason=record.reason,
-            downtime_ns=downtime,
-            remaining_bytes=0,
-        )
-        self.ended[migration_id].set_result(record.document())
-
-    def _guest(self, name: str) -> dict[str, Any]:
-        try:
-            return self.guests[name]
-        except KeyError:
-            raise OperationError(f"There is no guest {name!r} on this host.", "DeviceNotFound") from None
-
-    async def guest_create(self, spec: GuestSpec) -> dict[str, Any]:
-        self.specs.append(spec)
-        self.add_guest(spec.name, "paused" if spec.paused else "running")
-        return self.guests[spec.name]
-
-    def guest_names(self) -> list[str]:
-        return [name for name, guest in self.guests.items() if guest["state"] != "retired"] or [*self.guests]
-
-    async def guest_list(self) -> list[dict[str, Any]]:
-        return list(self.guests.values())
-
-    async def guest_show(self, name: str) -> dict[str, Any]:
-        return self._guest(name) | {"guest_uptime_ns": 5 * MS}
-
-    async def guest_pause(self, name: str) -> dict[str, Any]:
-        guest = self._guest(name)
-        if self.gate is not None:
-            await self.gate.wait()
-        guest["state"] = "paused"
-        self.events.publish("STOP", {"guest": name})
-        return guest
-
-    async def guest_resume(self, name: str) -> dict[str, Any]:
-        self._guest(name)["state"] = "running"
-        self.events.publish("RESUME", {"guest": name})
-        return self.guests[name]
-
-    async def guest_destroy(self, name: str) -> dict[str, Any]:
-        self._guest(name)
-        return self.guests.pop(name)
-
-    async def guest_verify(self, name: str) -> dict[str, Any]:
-        ok = self._guest(name)["state"] != "retired"
-        return {"ok": ok, "bad_pages": 0 if ok else 3, "message": "65536 pages" if ok else "page 7 is stale"}
-
-    async def migrate(self, guest: str, uri: str, overrides: dict[str, object]) -> str:
-        self._guest(guest)
-        try:
-            parse_uri(uri)
-        except ValueError as error:
-            raise OperationError(str(error)) from error
-        if self.refusal is not None:
-            raise self.refusal
-        migration_id = f"m-{next(self._ids):04}"
-        self.started.append((guest, uri, overrides))
-        self.migrations[migration_id] = make_progress(migration_id=migration_id, guest=guest, status="setup")
-        self.ended[migration_id] = asyncio.get_running_loop().create_future()
-        self.move(migration_id, status="active")
-        return migration_id
-
-    async def wait(self, migration_id: str) -> dict[str, Any]:
-        if migration_id not in self.ended:
-            return self.store.get(migration_id)
-        if self.ending is not None and not self.ended[migration_id].done():
-            self.end(migration_id, **self.ending)
-        return await asyncio.shield(self.ended[migration_id])
-
-    def progress(self, guest: str | None) -> list[Progress]:
-        return [p for p in self.migrations.values() if guest in (None, p.guest)]
-
-    async def cancel(self, guest: str) -> None:
-        for migration_id, progress in list(self.migrations.items()):
-            if progress.guest == guest and not self.ended[migration_id].done():
-                self.end(migration_id, outcome="cancelled", reason="Cancelled by the operator.", downtime=None)
-
-    async def set_parameters(self, guest: str | None, values: dict[str, object]) -> None:
-        if guest is None:
-            self.defaults = self.defaults.model_copy(update=values)
-        else:
-            self._guest(guest)
-            self.own_parameters.setdefault(guest, {}).update(values)
-
-    def parameters(self, guest: str | None) -> MigrationParameters:
-        return self.defaults.model_copy(update=self.own_parameters.get(guest or "", {}))
-
-    async def continue_switchover(self, guest: str) -> None:
-        self.continued.append(guest)
-
-    def history(self, query: HistoryQuery) -> list[dict[str, Any]]:
-        return self.store.query(query)
-
-    def history_stats(self, query: HistoryQuery) -> dict[str, Any]:
-        return self.store.stats(query)
-
-    def record(self, migration_id: str) -> dict[str, Any]:
-        return self.store.get(migration_id)
-
-    async def resolve(self, migration_id: str, run_here: bool) -> dict[str, Any]:
-        self.resolved.append((migration_id, run_here))
-        return self.store.get(migration_id)
-
-    async def estimate(self, guest: str, uri: str, overrides: dict[str, object]) -> dict[str, Any]:
-        self._guest(guest)
-        return {
-            "predicted_ns": 412 * MS,
-            "predicted_upper_ns": 455 * MS,
-            "limit_ns": 300 * MS,
-            "fits": False,
-            "reason": "Device loads alone take 310ms.",
-            "parts_ns": {"memory": 102 * MS, "device-loads": 310 * MS},
-            "total_ns": 3_000 * MS,
-        }
-
-    def metrics_text(self) -> bytes:
-        return self.metrics.text()
-
-    def version(self) -> dict[str, Any]:
-        return {"version": "0.1.0", "protocol": "1.0", "role": "host"}
-
-    async def quit(self) -> None:
-        self.quitting.set()
-
-
 @pytest.fixture
 def record_of() -> Callable[..., Record]:
     """``make_record``."""
@@ -372,60 +191,40 @@ def progress_of() -> Callable[..., Progress]:
 
 
 @pytest.fixture
-async def daemon(tmp_path: Path) -> AsyncIterator[MemoryDaemon]:
-    """An in-memory daemon without guests."""
-    memory = MemoryDaemon(tmp_path)
-    with contextlib.closing(memory.store):
-        yield memory
+def short_directory() -> Iterator[Path]:
+    """A directory with room in its path for sockets, which every user may enter."""
+    with tempfile.TemporaryDirectory(prefix="mig-") as directory:
+        path = Path(directory)
+        path.chmod(0o755)
+        yield path
 
 
 @pytest.fixture
-async def control_socket(daemon: MemoryDaemon, tmp_path: Path) -> AsyncIterator[Path]:
-    """The path of a control socket that serves ``daemon``."""
-    path = tmp_path / "control.sock"
-    server = ControlServer(daemon, path)
-    await server.start()
-    try:
-        yield path
-    finally:
-        await server.close()
+async def daemon(short_directory: Path) -> AsyncIterator[TinyHost]:
+    """A host without guests, behind a control socket."""
+    async with TinyHost(short_directory / "a") as host:
+        yield host
 
 
-class ServedDaemon:
-    """A ``MemoryDaemon`` behind a control socket, in a thread of its own: commands bring their own event loop."""
+@pytest.fixture
+def control_socket(daemon: TinyHost) -> Path:
+    """The path of the control socket of ``daemon``."""
+    return daemon.socket
 
-    def __init__(self, directory: Path) -> None:
-        self.socket = directory / "control.sock"
-        self._directory = directory
-        self._up = threading.Event()
-        self._thread = threading.Thread(target=lambda: uvloop.run(self._serve()))
 
-    async def _serve(self) -> None:
-        self.memory = MemoryDaemon(self._directory)
-        self._loop, self._down = asyncio.get_running_loop(), asyncio.Event()
-        server = ControlServer(self.memory, self.socket)
-        await server.start()
-        self._up.set()
-        await self._down.wait()
-        await server.close()
-        self.memory.store.close()
+@pytest.fixture
+async def destination(daemon: TinyHost, short_directory: Path) -> AsyncIterator[TinyHost]:
+    """A second host, to which guests of ``daemon`` can be moved."""
+    need_write_tracking()
+    async with TinyHost(short_directory / "b") as host:
+        yield host
 
-    def do(self, action: Callable[[], T]) -> T:
-        """Run ``action`` in the daemon's event loop."""
 
-        async def run() -> T:
-            return action()
-
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(30)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        assert self._up.wait(30)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.do(self._down.set)
-        self._thread.join(30)
+@pytest.fixture
+def silent_uri() -> Iterator[str]:
+    """Where connections are accepted and nothing is ever said: a migration to there waits until it is cancelled."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield "tcp:{}:{}".format(*server.getsockname()[:2])
 
 
 @pytest.fixture
@@ -441,12 +240,12 @@ def logging_restored() -> Iterator[None]:
 
 
 @pytest.fixture
-def served(tmp_path: Path, logging_restored: None) -> Iterator[ServedDaemon]:
-    """A daemon with the guest g1, behind a control socket."""
+def served(short_directory: Path, logging_restored: None) -> Iterator[TinyHosts]:
+    """A host with the paused guest g1, behind a control socket that another thread serves."""
     configure("info", stream=io.StringIO())  # its log must not end up in what a command prints
-    with ServedDaemon(tmp_path) as daemon:
-        daemon.do(lambda: daemon.memory.add_guest("g1"))
-        yield daemon
+    with TinyHosts(short_directory) as hosts:
+        hosts.do(hosts.a.add_guest("g1", paused=True))
+        yield hosts
 
 
 def pytest_asyncio_loop_factories(config: Any, item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:

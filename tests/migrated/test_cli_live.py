@@ -25,6 +25,7 @@ from rich.console import Console, RenderableType
 from migrated.cli.drawing import Piece, against_limit, area, bucketed, line_of
 from migrated.cli.live import Screen, progress_view
 from migrated.cli.trace import Look, Sample, Trace
+from tests.tiny_vmm.hosts import TinyHosts
 
 MS = 1_000_000
 MIB = 1 << 20
@@ -302,7 +303,7 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(served: Any) -> Iterator[Callable[..., Terminal]]:
+def terminal(served: TinyHosts) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
     def watch(columns: int, rows: int) -> Terminal:
@@ -324,27 +325,28 @@ def shown(written: str) -> list[str]:
 
 
 def test_watch_follows_the_size_of_its_terminal_and_leaves_the_outcome(
-    served: Any, terminal: Callable[..., Terminal]
+    served: TinyHosts, silent_uri: str, terminal: Callable[..., Terminal]
 ) -> None:
     """Waiting, a migration on the second screen, a narrower window, the end: the outcome stands on the first screen."""
     opened = terminal(100, 30)
 
-    def migrate() -> None:
-        command = [MIGRATECTL, "--socket", served.socket, "migrate", "g1", "tcp:127.0.0.1:4460", "--no-wait"]
+    def ctl(*arguments: str) -> None:
+        command = [str(MIGRATECTL), "--socket", str(served.socket), *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
 
     assert "No migration is running" in opened.until(lambda text: "running" in text)
-    migrate()
-    wide = opened.until(lambda text: "m-0001" in text)
+    ctl("migrate", "g1", silent_uri, "--no-wait")
+    (progress,) = served.a.operations.progress("g1")
+    wide = opened.until(lambda text: progress.migration_id in text)
     assert max(map(len, shown(wide))) <= 100
     opened.resize(60, 20)
-    narrow = opened.until(lambda text: len(re.findall("not yet", text)) > 3)
+    narrow = opened.until(lambda text: len(re.findall("negotiating", text)) > 3)
     last = shown(narrow[narrow.rindex("\x1b[H") :])
     assert max(map(len, last)) <= 60
-    served.do(lambda: served.memory.end("m-0001", outcome="completed"))
+    ctl("cancel", "g1")
     rest = opened.until(lambda _: False)
     left = shown(rest.rpartition("\x1b[?1049l")[2])
-    assert "completed" in left[0]
-    assert any("downtime 66ms" in line for line in left)
+    assert "cancelled" in left[0]
+    assert any("cancelled by the operator" in line for line in left)
     assert "\x1b[?25h" in rest, "the cursor is back"
     assert opened.close() == 0

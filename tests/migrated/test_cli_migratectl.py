@@ -8,10 +8,11 @@ import itertools
 import json
 import os
 import pty
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,43 @@ from click.testing import CliRunner, Result
 
 from migrated.cli.migratectl import main
 from migrated.cli.options import parameter_options
-from migrated.control.operations import OperationError
+from migrated.cli.session import exit_status
+from migrated.link.sockets import Connection, send_first
+from migrated.settings.parameters import MigrationParameters
+from protocol import messages
+from protocol.errors import ErrorCode
+from protocol.messages import Message
+from tests.tiny_vmm.hosts import TinyHost, TinyHosts, damage, need_write_tracking
 
 URI = "tcp:127.0.0.1:4460"
 MIGRATECTL = Path(sys.executable).parent / "migratectl"
-COMPLETED: dict[str, Any] = {"outcome": "completed"}
 
 
 @pytest.fixture
-def ctl(served: Any) -> Callable[..., Result]:
+def ctl(served: TinyHosts) -> Callable[..., Result]:
     def run(*arguments: str, text: str | None = None, **environment: str) -> Result:
         return CliRunner(env={"MIGRATED_SOCKET": str(served.socket)} | environment).invoke(main, arguments, input=text)
 
     return run
+
+
+@pytest.fixture
+def destination(served: TinyHosts) -> TinyHost:
+    """A second host, to which g1 can be moved."""
+    need_write_tracking()
+    return served.host("b")
+
+
+@pytest.fixture
+def in_doubt(served: TinyHosts) -> str:
+    """The id of a migration of g1 that is in doubt: COMMIT was journaled, and nobody answers where it went."""
+    return served.doubt("g1")
+
+
+def unused_port() -> int:
+    """A port at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as closed_at_once:
+        return int(closed_at_once.getsockname()[1])
 
 
 def document(result: Result) -> Any:
@@ -41,93 +66,118 @@ def document(result: Result) -> Any:
     return json.loads(result.stdout)
 
 
-def test_a_guest_from_creation_to_its_end(served: Any, ctl: Callable[..., Result], tmp_path: Path) -> None:
-    options = ["--workload", "hot-cold", "--dirty-rate", "50MiB/s", "--seed", "7", "--paused", "--option", "a=b=c"]
-    profile = os.path.relpath(tmp_path / "x.toml")
-    result = ctl("--json", "guest", "create", "g2", "--memory", "256MiB", "--profile", profile, *options)
-    assert document(result)["state"] == "paused"
-    (spec,) = served.memory.specs
-    assert (spec.memory_bytes, spec.dirty_rate_bytes_per_s, spec.seed) == (256 << 20, 50 << 20, 7)
-    assert (spec.profile, spec.options) == (str(tmp_path / "x.toml"), {"a": "b=c"})
+def test_a_guest_from_creation_to_its_end(served: TinyHosts, ctl: Callable[..., Result]) -> None:
+    result = ctl("--json", "guest", "create", "g2", "--memory", "2MiB", "--paused")
+    assert (document(result)["state"], document(result)["memory_bytes"]) == ("paused", 2 << 20)
     assert ctl("guest", "resume", "g2").stdout == "Guest g2 is running.\n"
     assert ctl("guest", "pause", "g2").exit_code == 0
     assert document(ctl("guest", "show", "g2", "--json"))["state"] == "paused"
     assert [guest["name"] for guest in document(ctl("guest", "list", "--json"))] == ["g1", "g2"]
-    assert "256MiB" in ctl("guest", "list").stdout
+    assert "2MiB" in ctl("guest", "list").stdout
     assert ctl("guest", "destroy", "g2").exit_code == 0
     gone = ctl("guest", "show", "g2", "--json")
     assert gone.exit_code == 1
-    assert document(gone) == {"error": "DeviceNotFound", "message": "There is no guest 'g2' on this host."}
-    assert gone.stderr == "There is no guest 'g2' on this host.\n"
+    told = "there is no guest 'g2' on this host; guests here: g1"
+    assert document(gone) == {"error": "DeviceNotFound", "message": told}
+    assert gone.stderr == told + "\n"
 
 
-def test_verify_tells_damage_by_its_exit_status(served: Any, ctl: Callable[..., Result]) -> None:
+def test_what_a_guest_is_created_from_reaches_its_driver(
+    served: TinyHosts, ctl: Callable[..., Result], tmp_path: Path
+) -> None:
+    """The tiny driver takes no options and names those that it was given."""
+    profile = tmp_path / "x.toml"
+    options = ["--workload", "hot-cold", "--dirty-rate", "50MiB/s", "--seed", "7", "--option", "a=b=c"]
+    refused = ctl("guest", "create", "g2", "--memory", "2MiB", "--profile", os.path.relpath(profile), *options)
+    given = {"a": "b=c", "dirty-rate": 50 << 20, "profile": str(profile), "seed": 7, "workload": "hot-cold"}
+    assert (refused.exit_code, refused.stderr) == (1, f"a tiny guest has no options, and was given {given}\n")
+
+
+def test_verify_tells_damage_by_its_exit_status(served: TinyHosts, ctl: Callable[..., Result]) -> None:
     assert ctl("guest", "verify", "g1").exit_code == 0
-    served.do(lambda: served.memory.add_guest("g1", state="retired"))
+    damage(document(ctl("--json", "guest", "show", "g1")))
     damaged = ctl("--json", "guest", "verify", "g1")
-    assert (damaged.exit_code, document(damaged)["bad_pages"]) == (1, 3)
-    assert damaged.stderr == "Guest g1 is damaged: page 7 is stale\n"
+    assert (damaged.exit_code, document(damaged)["wrong_pages"]) == (1, [0])
+    assert damaged.stderr == "Guest g1 is damaged: pages [0] are not as step 0 leaves them\n"
 
 
-def test_migrate_waits_and_prints_the_record(served: Any, ctl: Callable[..., Result]) -> None:
-    served.memory.ending = COMPLETED
-    options = ["--downtime-limit", "100ms", "--no-switchover-abort", "--max-bandwidth", "1MiB/s", "--timeout", "9s"]
+def test_migrate_waits_and_prints_the_record(
+    served: TinyHosts, destination: TinyHost, ctl: Callable[..., Result]
+) -> None:
+    options = ["--downtime-limit", "20s", "--no-switchover-abort", "--max-bandwidth", "1GiB/s", "--timeout", "9s"]
     options += ["--on-timeout", "force", "--channels", "3", "--digest", "off"]
-    result = ctl("--json", "migrate", "g1", URI, *options)
-    assert result.exit_code == 0
-    assert result.stderr == ""
-    assert document(result)["outcome"] == "completed"
-    overrides = {
-        "downtime_limit_ms": 100,
+    result = ctl("--json", "migrate", "g1", destination.uri, *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    record = document(result)
+    assert record["outcome"] == "completed"
+    wanted = {
+        "downtime_limit_ms": 20_000,
         "switchover_abort": False,
-        "max_bandwidth_bytes_per_s": 1 << 20,
+        "max_bandwidth_bytes_per_s": 1 << 30,
         "timeout_s": 9,
         "on_timeout": "force",
         "channels": 3,
         "digest": False,
     }
-    assert served.memory.started == [("g1", URI, overrides)]
+    assert {name: record["parameters"][name] for name in wanted} == wanted
+    assert [guest["name"] for guest in served.do(destination.operations.guest_list())] == ["g1"]
 
 
-def test_migrate_for_a_person_shows_progress_and_the_breakdown(served: Any, ctl: Callable[..., Result]) -> None:
-    served.memory.ending = COMPLETED
-    result = ctl("migrate", "g1", URI)
+def test_migrate_for_a_person_shows_progress_and_the_breakdown(
+    destination: TinyHost, ctl: Callable[..., Result]
+) -> None:
+    result = ctl("migrate", "g1", destination.uri, "--downtime-limit", "20s")
     assert result.exit_code == 0
-    assert "g1: completed after 960ms, downtime 66ms (limit 300ms" in result.stdout
-    for word in ("last-pages-leg", "unattributed", "nvme0", "Rounds"):
+    assert re.search(r"g1: completed after [0-9.]+m?s, downtime [0-9.]+m?s \(limit 20s, ", result.stdout)
+    for word in ("last-pages-leg", "unattributed", "everything", "Rounds"):
         assert word in result.stdout
     assert "g1 " in result.stderr
     assert "\x1b" not in result.output
 
 
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_refusal_has_its_exit_status_and_no_control_sequences(
+    served: TinyHosts, ctl: Callable[..., Result], as_json: bool
+) -> None:
+    """A destination that says what it likes."""
+
+    async def refuse(first: Message, connection: Connection) -> None:
+        assert isinstance(first, messages.Hello)
+        await send_first(connection, messages.Refuse(code=int(ErrorCode.BUSY), reason="We are on \x1b[31mfire."))
+        connection.wire.close()
+
+    uri = served.listen(refuse)
+    result = ctl(*(["--json"] if as_json else []), "migrate", "g1", uri)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("refused: the destination refused: We are on �[31mfire.\n")
+    assert "\x1b" not in result.output
+    if as_json:
+        assert document(result)["outcome"] == "refused"
+
+
+def test_an_attempt_that_fails_has_its_exit_status_and_reason(ctl: Callable[..., Result]) -> None:
+    result = ctl("--json", "migrate", "g1", f"tcp:127.0.0.1:{unused_port()}")
+    assert (result.exit_code, document(result)["outcome"]) == (1, "failed")
+    assert "is `migrated destination` listening there?" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("outcome", "status"), [("aborted", 1), ("refused", 1), ("cancelled", 1), ("failed", 1), ("in-doubt", 4)]
 )
-@pytest.mark.parametrize("as_json", [True, False])
-def test_what_did_not_complete_has_its_exit_status_and_reason(
-    served: Any, ctl: Callable[..., Result], outcome: str, status: int, as_json: bool
+def test_every_outcome_but_completed_has_an_exit_status(
+    outcome: str, status: int, record_of: Callable[..., Any]
 ) -> None:
-    served.memory.ending = {"outcome": outcome, "reason": "The peer is on \x1b[31mfire."}
-    result = ctl(*(["--json"] if as_json else []), "migrate", "g1", URI)
-    assert result.exit_code == status
-    assert result.stderr.endswith(f"{outcome}: The peer is on �[31mfire.\n")
-    assert "\x1b" not in result.output
-    if as_json:
-        assert document(result)["outcome"] == outcome
+    assert exit_status(record_of(outcome=outcome)) == status
 
 
-def test_no_wait_prints_the_migration_id(served: Any, ctl: Callable[..., Result]) -> None:
-    assert document(ctl("--json", "migrate", "g1", URI, "--no-wait")) == {"migration_id": "m-0001"}
-    assert ctl("migrate", "g1", URI, "--no-wait").stdout == "m-0002\n"
-
-
-def test_a_refusal_with_a_record_prints_the_record(
-    served: Any, ctl: Callable[..., Result], record_of: Callable[..., Any]
-) -> None:
-    record = record_of(outcome="refused", reason="No.", downtime=None).document()
-    served.memory.refusal = OperationError("No.", record=record)
-    result = ctl("--json", "migrate", "g1", URI)
-    assert (result.exit_code, document(result), result.stderr) == (1, record, "No.\n")
+def test_no_wait_prints_the_migration_id(served: TinyHosts, silent_uri: str, ctl: Callable[..., Result]) -> None:
+    begun = document(ctl("--json", "migrate", "g1", silent_uri, "--no-wait"))
+    (progress,) = served.a.operations.progress("g1")
+    assert begun == {"migration_id": progress.migration_id}
+    ctl("cancel", "g1")
+    told = ctl("migrate", "g1", silent_uri, "--no-wait").stdout
+    (progress,) = served.a.operations.progress("g1")
+    assert told == progress.migration_id + "\n"
 
 
 @pytest.mark.parametrize(
@@ -156,15 +206,15 @@ def test_a_refusal_with_a_record_prints_the_record(
     ],
 )
 def test_wrong_usage_is_2_and_changes_nothing(
-    served: Any, ctl: Callable[..., Result], arguments: tuple[str, ...]
+    served: TinyHosts, ctl: Callable[..., Result], arguments: tuple[str, ...]
 ) -> None:
     result = ctl(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "Error: " in result.stderr
-    assert served.memory.started == []
-    assert served.memory.own_parameters == {}
-    assert served.memory.resolved == []
+    assert served.a.operations.progress(None) == []
+    assert served.a.operations.parameters("g1") == MigrationParameters()
+    assert served.a.operations.guest_names() == ["g1"]
 
 
 def test_a_uri_that_cannot_be_used_is_a_failed_operation(ctl: Callable[..., Result]) -> None:
@@ -183,67 +233,70 @@ def test_no_daemon_is_3(tmp_path: Path) -> None:
         assert str(path) in result.stderr
 
 
-def test_set_changes_a_guests_parameters_by_either_name(served: Any, ctl: Callable[..., Result]) -> None:
+def test_set_changes_a_guests_parameters_by_either_name(served: TinyHosts, ctl: Callable[..., Result]) -> None:
     told = document(ctl("--json", "set", "g1", "downtime-limit=0.2s", "multifd-channels=4", "switchover-abort=off"))
-    assert served.memory.own_parameters["g1"] == {"downtime_limit_ms": 200, "channels": 4, "switchover_abort": False}
+    changed = MigrationParameters(downtime_limit_ms=200, channels=4, switchover_abort=False)
+    assert served.a.operations.parameters("g1") == changed
     assert (told["downtime-limit"], told["multifd-channels"]) == (200, 4)
     assert ctl("set", "nobody", "channels=1").exit_code == 1
 
 
-def test_continue_needs_a_migration_that_waits(served: Any, ctl: Callable[..., Result]) -> None:
-    ctl("migrate", "g1", URI, "--no-wait")
+def test_continue_needs_a_migration_that_waits(
+    served: TinyHosts, destination: TinyHost, silent_uri: str, ctl: Callable[..., Result]
+) -> None:
+    ctl("migrate", "g1", silent_uri, "--no-wait")
     wrong = ctl("continue", "g1")
-    assert (wrong.exit_code, wrong.stderr) == (1, "Migration not in expected state: active\n")
-    served.do(lambda: served.memory.move("m-0001", status="pre-switchover"))
+    assert (wrong.exit_code, wrong.stderr) == (1, "Migration not in expected state: setup\n")
+    ctl("cancel", "g1")
+    options = ("--downtime-limit", "20s", "--pause-before-switchover", "on", "--no-wait")
+    begun = ctl("migrate", "g1", destination.uri, *options)
+    assert begun.exit_code == 0, begun.stderr
+    served.do(served.a.until_status("g1", "pre-switchover"))
     assert ctl("continue", "g1").exit_code == 0
-    assert served.memory.continued == ["g1"]
+    served.do(served.a.until_status("g1", "completed"))
 
 
-def test_cancel_waits_for_the_end_and_tells_it(served: Any, ctl: Callable[..., Result]) -> None:
+def test_cancel_waits_for_the_end_and_tells_it(silent_uri: str, ctl: Callable[..., Result]) -> None:
     assert document(ctl("--json", "cancel", "g1")) == {}
-    ctl("migrate", "g1", URI, "--no-wait")
-    assert ctl("cancel", "g1").stdout == "The migration of g1 is cancelled: Cancelled by the operator.\n"
+    ctl("migrate", "g1", silent_uri, "--no-wait")
+    assert ctl("cancel", "g1").stdout == "The migration of g1 is cancelled: cancelled by the operator\n"
     assert "No migration of g1" in ctl("cancel", "g1").stdout
 
 
-def test_status_shows_guests_and_migrations(served: Any, ctl: Callable[..., Result]) -> None:
-    ctl("migrate", "g1", URI, "--no-wait")
+def test_status_shows_guests_and_migrations(silent_uri: str, ctl: Callable[..., Result]) -> None:
+    begun = document(ctl("--json", "migrate", "g1", silent_uri, "--no-wait"))
     for arguments in (("status",), ("status", "g1")):
         found = document(ctl("--json", *arguments))
         assert [guest["name"] for guest in found["guests"]] == ["g1"]
-        assert [progress["migration_id"] for progress in found["migrations"]] == ["m-0001"]
-        assert "not yet: predicted 412ms, bound 455ms, limit 300ms" in ctl(*arguments).stdout
+        assert [progress["migration_id"] for progress in found["migrations"]] == [begun["migration_id"]]
+        assert "negotiating" in ctl(*arguments).stdout
 
 
-def test_watch_follows_until_all_have_ended(served: Any, ctl: Callable[..., Result]) -> None:
+def test_watch_follows_until_all_have_ended(served: TinyHosts, silent_uri: str, ctl: Callable[..., Result]) -> None:
     """Off a terminal: a line for each change, and the end when nothing runs any more."""
-    ctl("migrate", "g1", URI, "--no-wait")
-    asked = 0
-    original = served.memory.progress
-
-    def progress(guest: str | None) -> Any:
-        nonlocal asked
-        asked += 1
-        if asked == 3:
-            served.memory.end("m-0001", outcome="completed")
-        return original(guest)
-
-    served.memory.progress = progress
-    result = ctl("watch")
-    assert result.exit_code == 0
-    lines = result.stdout.splitlines()
-    assert lines[0].startswith("g1 active, round 3,")
-    assert lines[1:] == ["g1: completed after 960ms, downtime 66ms (limit 300ms, predicted 60ms, bound 75ms)"]
+    ctl("migrate", "g1", silent_uri, "--no-wait")
+    command = [str(MIGRATECTL), "--socket", str(served.socket), "watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        assert watching.stdout.readline().startswith("g1 setup, round 0,")
+        ctl("cancel", "g1")
+        rest = watching.stdout.read().splitlines()
+    assert watching.returncode == 0
+    assert re.fullmatch(r"g1: cancelled after [0-9.]+m?s: cancelled by the operator", rest[-1])
 
 
-def test_events_one_per_line(served: Any, ctl: Callable[..., Result]) -> None:
+def test_events_one_per_line(served: TinyHosts, ctl: Callable[..., Result]) -> None:
     """Events are published until the listener has had its two."""
-    command = [MIGRATECTL, "--socket", served.socket, "--json", "events", "--count", "2"]
+
+    async def publish(number: int) -> None:
+        served.a.operations.events.publish("MIGRATION_PASS", {"pass": number})
+
+    command = [str(MIGRATECTL), "--socket", str(served.socket), "--json", "events", "--count", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listening:
         for number in itertools.count():
             if listening.poll() is not None:
                 break
-            served.do(partial(served.memory.events.publish, "MIGRATION_PASS", {"pass": number}))
+            served.do(publish(number))
             ctl("guest", "list")
         output, _ = listening.communicate(timeout=60)
     assert listening.returncode == 0
@@ -252,11 +305,10 @@ def test_events_one_per_line(served: Any, ctl: Callable[..., Result]) -> None:
 
 
 def test_history_as_table_json_csv_and_stats(
-    served: Any, ctl: Callable[..., Result], record_of: Callable[..., Any]
+    served: TinyHosts, ctl: Callable[..., Result], record_of: Callable[..., Any]
 ) -> None:
-    store = served.memory.store
-    store.add(record_of(migration_id="m1", started_at="2026-03-01T10:00:00+00:00"), "source")
-    store.add(record_of(migration_id="m2", guest="g2", outcome="refused", reason='No, "no".', downtime=None), "source")
+    served.a.remember(record_of(migration_id="m1", started_at="2026-03-01T10:00:00+00:00"))
+    served.a.remember(record_of(migration_id="m2", guest="g2", outcome="refused", reason='No, "no".', downtime=None))
     assert [record["migration_id"] for record in document(ctl("--json", "history"))] == ["m2", "m1"]
     assert [record["migration_id"] for record in document(ctl("--json", "history", "--guest", "g1"))] == ["m1"]
     assert document(ctl("--json", "history", "--since", "2026-03-02")) == []
@@ -274,8 +326,8 @@ def test_history_as_table_json_csv_and_stats(
     assert ctl("history", "--guest", "nobody").stdout == "No migration is in the history.\n"
 
 
-def test_show_has_every_section(served: Any, ctl: Callable[..., Result], record_of: Callable[..., Any]) -> None:
-    served.memory.store.add(record_of(), "source")
+def test_show_has_every_section(served: TinyHosts, ctl: Callable[..., Result], record_of: Callable[..., Any]) -> None:
+    served.a.remember(record_of())
     assert document(ctl("--json", "show", "m-0001")) == record_of().document()
     shown = ctl("show", "m-").stdout
     for section in ("Downtime", "Devices", "Rounds", "Memory", "Checkpoints", "Phases", "Guest time", "Parameters"):
@@ -285,9 +337,9 @@ def test_show_has_every_section(served: Any, ctl: Callable[..., Result], record_
 
 
 def test_report_writes_one_file(
-    served: Any, ctl: Callable[..., Result], record_of: Callable[..., Any], tmp_path: Path
+    served: TinyHosts, ctl: Callable[..., Result], record_of: Callable[..., Any], tmp_path: Path
 ) -> None:
-    served.memory.store.add(record_of(), "source")
+    served.a.remember(record_of())
     file = tmp_path / "report.html"
     assert document(ctl("--json", "report", "m-", "-o", str(file))) == {"migration_id": "m-0001", "file": str(file)}
     assert "m-0001" in file.read_text()
@@ -296,23 +348,32 @@ def test_report_writes_one_file(
     assert "cannot be written" in nowhere.stderr
 
 
-def test_resolve_warns_of_what_it_risks(served: Any, ctl: Callable[..., Result], record_of: Callable[..., Any]) -> None:
-    served.memory.store.add(record_of(outcome="in-doubt"), "source")
-    warned = ctl("resolve", "m-0001", "--run-here")
+def test_resolve_warns_of_what_it_risks(served: TinyHosts, ctl: Callable[..., Result], in_doubt: str) -> None:
+    warned = ctl("resolve", in_doubt, "--run-here")
     assert warned.exit_code == 2, "without a terminal there is nobody to ask"
     assert "two copies of it will run" in warned.stderr
-    assert "destroys the last copy" in ctl("resolve", "m-0001", "--discard").stderr
-    assert served.memory.resolved == []
-    assert ctl("resolve", "m-0001", "--run-here", "--yes").exit_code == 0
-    assert ctl("resolve", "m-0001", "--discard", "--yes").exit_code == 0
-    assert served.memory.resolved == [("m-0001", True), ("m-0001", False)]
+    assert "destroys the last copy" in ctl("resolve", in_doubt, "--discard").stderr
+    assert served.do(served.a.state_of("g1")) == "in-doubt"
+    assert ctl("resolve", in_doubt, "--run-here", "--yes").exit_code == 0
+    assert served.do(served.a.state_of("g1")) == "running"
+    again = ctl("resolve", in_doubt, "--discard", "--yes")
+    assert (again.exit_code, again.stderr) == (1, f"migration {in_doubt} is not in doubt: its outcome is aborted\n")
+    assert served.do(served.a.state_of("g1")) == "running"
 
 
-def test_estimate_and_metrics(ctl: Callable[..., Result]) -> None:
-    assert document(ctl("--json", "estimate", "g1", URI, "--downtime-limit", "300ms"))["fits"] is False
-    shown = ctl("estimate", "g1", URI).stdout
-    assert "Does not fit: downtime 412ms, bound 455ms, limit 300ms" in shown
-    assert "Device loads alone take 310ms." in shown
+def test_resolve_discards_the_guest_of_whoever_says_so(
+    served: TinyHosts, ctl: Callable[..., Result], in_doubt: str
+) -> None:
+    assert ctl("resolve", in_doubt[:9], "--discard", "--yes").exit_code == 0
+    assert served.a.operations.guest_names() == []
+
+
+def test_estimate_and_metrics(destination: TinyHost, ctl: Callable[..., Result]) -> None:
+    found = document(ctl("--json", "estimate", "g1", destination.uri, "--downtime-limit", "1ms"))
+    assert found["fits"] is False
+    assert found["predicted_upper_ns"] > found["limit_ns"] == 1_000_000
+    shown = ctl("estimate", "g1", destination.uri, "--downtime-limit", "1ms").stdout
+    assert re.search(r"Does not fit: downtime [0-9.]+m?s, bound [0-9.]+m?s, limit 1ms", shown)
     assert "# TYPE migrated_in_doubt gauge" in ctl("metrics").stdout
 
 
@@ -350,9 +411,9 @@ def test_completion_scripts(shell: str) -> None:
 
 
 def test_completion_knows_guests_migrations_and_parameters(
-    served: Any, ctl: Callable[..., Result], record_of: Callable[..., Any]
+    served: TinyHosts, ctl: Callable[..., Result], record_of: Callable[..., Any]
 ) -> None:
-    served.memory.store.add(record_of(), "source")
+    served.a.remember(record_of())
 
     def complete(words: str, socket: Path = served.socket) -> str:
         count = str(len(words.split(" ")) - 1)
@@ -365,13 +426,12 @@ def test_completion_knows_guests_migrations_and_parameters(
     assert complete("migratectl migrate g", Path("/nowhere")).strip() == ""
 
 
-def test_a_live_view_on_a_terminal(served: Any) -> None:
+def test_a_live_view_on_a_terminal(served: TinyHosts, destination: TinyHost) -> None:
     """On a pseudo-terminal the migration is drawn; standard output stays the result alone; NO_COLOR has no colours."""
-    served.memory.ending = COMPLETED
     master, slave = pty.openpty()
     try:
         done = subprocess.run(
-            [MIGRATECTL, "--socket", served.socket, "migrate", "g1", URI],
+            [MIGRATECTL, "--socket", served.socket, "migrate", "g1", destination.uri, "--downtime-limit", "20s"],
             stdout=subprocess.PIPE,
             stderr=slave,
             env={**os.environ, "TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "100", "LINES": "40"},
@@ -384,7 +444,7 @@ def test_a_live_view_on_a_terminal(served: Any) -> None:
         os.close(master)
     assert done.returncode == 0, drawn
     assert "╭" in drawn
-    assert "g1 -> 127.0.0.1:4460" in drawn
+    assert f"g1 -> {destination.uri.removeprefix('tcp:')}" in drawn
     assert "\x1b[3" not in drawn
     assert done.stdout.decode().startswith("g1: completed")
 

@@ -6,11 +6,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ import pytest
 
 from migrated.control.access import Access, AccessError, Peer
 from migrated.control.client import CommandError, ControlClient
-from migrated.control.server import MAX_CLIENTS, ControlServer
+from migrated.control.server import MAX_CLIENTS
+from tests.tiny_vmm.hosts import TinyHost
 
 OPERATORS, READERS, NOBODY = 54321, 54322, 65534
 ANSWER_S = 20.0
@@ -41,21 +40,11 @@ for command in sys.argv[4:]:
 
 
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    """A directory that every user may enter."""
-    path = Path(tempfile.mkdtemp(prefix="mig-"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture
-async def guarded(daemon: Any, directory: Path) -> AsyncIterator[Path]:
-    """A control socket with a group that may do everything and one that may look."""
-    server = ControlServer(daemon, directory / "control.sock", Access(str(OPERATORS), str(READERS)))
-    await server.start()
-    yield directory / "control.sock"
-    await server.close()
+async def guarded(short_directory: Path) -> AsyncIterator[TinyHost]:
+    """A host with a group that may do everything and one that may look."""
+    async with TinyHost(short_directory / "a", Access(str(OPERATORS), str(READERS))) as host:
+        (short_directory / "a").chmod(0o755)
+        yield host
 
 
 async def ask_as(path: Path, groups: list[int], *commands: str) -> list[dict[str, Any]]:
@@ -69,25 +58,25 @@ async def ask_as(path: Path, groups: list[int], *commands: str) -> list[dict[str
 class TestGroups:
     """Clients are real processes that became another user before they connected."""
 
-    async def test_who_is_in_no_group_is_told_so_and_hung_up_on(self, guarded: Path) -> None:
-        (told,) = await ask_as(guarded, [])
+    async def test_who_is_in_no_group_is_told_so_and_hung_up_on(self, guarded: TinyHost) -> None:
+        (told,) = await ask_as(guarded.socket, [])
         assert "Access denied: user 65534 is in no group" in told["error"]["desc"]
 
-    async def test_a_reader_may_look_and_is_refused_the_rest(self, guarded: Path, daemon: Any) -> None:
-        daemon.add_guest("g1")
+    async def test_a_reader_may_look_and_is_refused_the_rest(self, guarded: TinyHost) -> None:
+        await guarded.add_guest("g1")
         commands = ("qmp_capabilities", "x-migrated-guest-list", "stop", "quit", "x-migrated-estimate")
-        _, _, listed, *refused = await ask_as(guarded, [READERS], *commands)
+        _, _, listed, *refused = await ask_as(guarded.socket, [READERS], *commands)
         assert [guest["name"] for guest in listed["return"]] == ["g1"]
         assert all("is for operators" in reply["error"]["desc"] for reply in refused)
-        assert not daemon.quitting.is_set()
+        assert not guarded.operations.stopping.is_set()
 
-    async def test_an_operator_may_do_everything(self, guarded: Path, daemon: Any) -> None:
-        *_, reply = await ask_as(guarded, [READERS, OPERATORS], "qmp_capabilities", "quit")
+    async def test_an_operator_may_do_everything(self, guarded: TinyHost) -> None:
+        *_, reply = await ask_as(guarded.socket, [READERS, OPERATORS], "qmp_capabilities", "quit")
         assert reply == {"return": {}}
-        assert daemon.quitting.is_set()
+        assert guarded.operations.stopping.is_set()
 
-    async def test_the_daemons_own_user_needs_no_group(self, guarded: Path) -> None:
-        async with await ControlClient.connect(guarded) as client:
+    async def test_the_daemons_own_user_needs_no_group(self, guarded: TinyHost) -> None:
+        async with await ControlClient.connect(guarded.socket) as client:
             assert await client.command("x-migrated-guest-list") == []
 
 
@@ -156,11 +145,13 @@ async def test_a_client_that_floods_leaves_the_others_their_turn(control_socket:
     await writer.wait_closed()
 
 
-async def test_a_full_disk_is_a_sentence_and_no_traceback(daemon: Any, control_socket: Path) -> None:
+async def test_a_full_disk_is_a_sentence_and_no_traceback(
+    daemon: TinyHost, control_socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def no_space(_spec: object) -> dict[str, Any]:
         raise OSError(28, "No space left on device", "/run/guests/g1.log")
 
-    daemon.guest_create = no_space
+    monkeypatch.setattr(daemon.operations, "guest_create", no_space)
     async with await ControlClient.connect(control_socket) as client:
         with pytest.raises(CommandError, match=r"No space left on device at /run/guests/g1\.log; look at disk space"):
             await client.command("x-migrated-guest-create", {"guest": "g1", "memory-bytes": 1 << 24})

@@ -7,12 +7,11 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
-from migrated.control.operations import OperationError
+from tests.tiny_vmm.hosts import TinyHost
 
 
 @asynccontextmanager
@@ -28,35 +27,49 @@ async def listening(
         yield
 
 
-async def test_commands_side_by_side_get_their_own_answers(daemon: Any, control_socket: Path) -> None:
-    daemon.add_guest("g1")
+async def test_commands_side_by_side_get_their_own_answers(
+    daemon: TinyHost, control_socket: Path, silent_uri: str
+) -> None:
+    await daemon.add_guest("g1")
     async with await ControlClient.connect(control_socket) as client:
-        begun = await client.command("migrate", {"uri": "tcp:a:1"})
-        waiting = asyncio.create_task(
-            client.command("x-migrated-wait", {"migration-id": begun["migration-id"]}, oob=True)
-        )
+        begun = await client.command("migrate", {"uri": silent_uri})
+        waiting = asyncio.create_task(client.command("x-migrated-wait", begun, oob=True))
         assert (await client.command("query-status"))["running"] is True
         assert not waiting.done()
         await client.command("migrate_cancel", oob=True)
         assert (await waiting)["outcome"] == "cancelled"
 
 
-async def test_events_come_in_order(daemon: Any, control_socket: Path) -> None:
+async def test_events_come_in_order(daemon: TinyHost, control_socket: Path) -> None:
     async with await ControlClient.connect(control_socket) as client:
         for number in range(3):
-            daemon.events.publish("MIGRATION_PASS", {"pass": number})
+            daemon.operations.events.publish("MIGRATION_PASS", {"pass": number})
         events = client.events()
         assert [(await anext(events))["data"]["pass"] for _ in range(3)] == [0, 1, 2]
         await events.aclose()
 
 
-async def test_an_error_reply_keeps_its_class_and_record(daemon: Any, control_socket: Path) -> None:
-    daemon.add_guest("g1")
-    daemon.refusal = OperationError("No.", "DeviceNotActive", record={"outcome": "refused"})
+async def test_an_error_reply_keeps_its_class(control_socket: Path) -> None:
     async with await ControlClient.connect(control_socket) as client:
+        with pytest.raises(CommandError, match=r"^there is no guest 'g1' on this host; guests here: none$") as caught:
+            await client.command("x-migrated-guest-show", {"guest": "g1"})
+    assert (caught.value.kind, caught.value.record) == ("DeviceNotFound", None)
+
+
+async def test_an_error_reply_keeps_its_record(tmp_path: Path) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'{"QMP": {}}\r\n')
+        await reader.readline()
+        writer.write(b'{"return": {}, "id": 1}\r\n')
+        await reader.readline()
+        writer.write(
+            b'{"error": {"class": "GenericError", "desc": "No.", "record": {"outcome": "refused"}}, "id": 2}\r\n'
+        )
+
+    async with listening(tmp_path / "x.sock", serve), await ControlClient.connect(tmp_path / "x.sock") as client:
         with pytest.raises(CommandError, match=r"^No\.$") as caught:
             await client.command("migrate", {"uri": "tcp:a:1"})
-    assert (caught.value.kind, caught.value.record) == ("DeviceNotActive", {"outcome": "refused"})
+    assert caught.value.record == {"outcome": "refused"}
 
 
 async def test_no_socket_there(tmp_path: Path) -> None:

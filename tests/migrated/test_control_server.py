@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import socket
+import sqlite3
 import stat
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -25,8 +26,9 @@ import pytest
 import structlog
 
 from migrated.control.framing import MAX_REQUEST_BYTES
-from migrated.control.operations import EVENTS_KEPT, EVENTS_LOST, OperationError
+from migrated.control.operations import EVENTS_KEPT, EVENTS_LOST
 from migrated.control.server import MAX_CLIENTS, MAX_IN_FLIGHT, ControlServer, ControlSocketError
+from tests.tiny_vmm.hosts import TinyHost, standing_still
 
 TIMEOUT_S = 20.0
 
@@ -92,12 +94,12 @@ async def test_the_greeting_is_qmps(control_socket: Path) -> None:
         }
 
 
-async def test_nothing_but_the_negotiation_works_before_it(daemon: Any, control_socket: Path) -> None:
+async def test_nothing_but_the_negotiation_works_before_it(daemon: TinyHost, control_socket: Path) -> None:
     async with connected(control_socket, negotiate=False) as client:
         await client.receive()
         expecting = error("CommandNotFound", "Expecting capabilities negotiation with 'qmp_capabilities'")
         assert await client.ask("query-status", id=7) == expecting | {"id": 7}
-        daemon.events.publish("STOP", {"guest": "unseen"})
+        daemon.operations.events.publish("STOP", {"guest": "unseen"})
         unavailable = error("GenericError", "Capability lasers not available")
         assert await client.ask("qmp_capabilities", {"enable": ["lasers"]}) == unavailable
         assert "is unexpected" in (await client.ask("qmp_capabilities", {"disable": []}))["error"]["desc"]
@@ -174,8 +176,8 @@ async def test_the_id_comes_back_as_it_was(control_socket: Path, identity: Any) 
         assert (await client.ask("no-such-thing", id=identity))["id"] == identity
 
 
-async def test_arguments_are_checked_before_anything_happens(daemon: Any, control_socket: Path) -> None:
-    daemon.add_guest("g1")
+async def test_arguments_are_checked_before_anything_happens(daemon: TinyHost, control_socket: Path) -> None:
+    await daemon.add_guest("g1")
     async with connected(control_socket) as client:
         for arguments in (
             {"uri": "tcp:a:1", "downtime-limit": "300"},
@@ -185,60 +187,76 @@ async def test_arguments_are_checked_before_anything_happens(daemon: Any, contro
             {},
         ):
             assert "error" in await client.ask("migrate", arguments)
-        assert daemon.started == []
+        assert daemon.operations.progress(None) == []
         wrong = {"multifd-channels": 3, "downtime-limit": -1}
         assert "error" in await client.ask("migrate-set-parameters", wrong)
         assert (await client.ask("query-migrate-parameters"))["return"]["multifd-channels"] == 2
 
 
-async def test_a_migration_from_start_to_end(daemon: Any, control_socket: Path) -> None:
-    daemon.add_guest("g1")
+async def test_a_migration_from_start_to_end(daemon: TinyHost, destination: TinyHost, control_socket: Path) -> None:
+    await daemon.add_guest("g1")
     async with connected(control_socket) as client:
         assert await client.ask("query-migrate") == {"return": {}}
-        begun = await client.ask("migrate", {"uri": "tcp:127.0.0.1:4460", "downtime-limit": 100, "detach": True})
-        assert begun["return"] == {"migration-id": "m-0001"}
-        assert daemon.started == [("g1", "tcp:127.0.0.1:4460", {"downtime_limit_ms": 100.0})]
+        arguments = {"uri": destination.uri, "downtime-limit": 20_000, "pause-before-switchover": True}
+        begun = (await client.ask("migrate", arguments | {"detach": True}))["return"]
+        await daemon.until_status("g1", "pre-switchover")
         info = (await client.ask("query-migrate"))["return"]
-        assert (info["status"], info["guest"], info["migration-id"]) == ("active", "g1", "m-0001")
-        client.send({"execute": "x-migrated-wait", "arguments": {"migration-id": "m-0001"}, "id": 1})
-        daemon.end("m-0001", outcome="completed")
-        assert (await client.reply())["return"]["outcome"] == "completed"
+        assert (info["status"], info["guest"], info["migration-id"]) == ("pre-switchover", "g1", begun["migration-id"])
+        assert "downtime" not in info
+        async with connected(control_socket) as waiting:
+            waiting.send({"execute": "x-migrated-wait", "arguments": begun, "id": 1})
+            assert await client.ask("migrate-continue", {"state": "pre-switchover"}) == {"return": {}}
+            record = (await waiting.reply())["return"]
+        assert record["outcome"] == "completed", record["reason"]
+        assert (record["parameters"]["downtime_limit_ms"], record["guest"]) == (20_000, "g1")
+        assert [guest["name"] for guest in await destination.operations.guest_list()] == ["g1"]
         info = (await client.ask("query-migrate", {"guest": "g1"}))["return"]
-        assert (info["status"], info["downtime"]) == ("completed", 66)
-        assert (await client.ask("x-migrated-show", {"migration-id": "m-"}))["return"]["migration_id"] == "m-0001"
-        assert [r["migration_id"] for r in (await client.ask("x-migrated-history"))["return"]] == ["m-0001"]
+        assert (info["status"], info["downtime"]) == ("completed", round(record["downtime"]["measured_ns"] / 1e6))
+        beginning = {"migration-id": begun["migration-id"][:8]}
+        assert (await client.ask("x-migrated-show", beginning))["return"] == record
+        told = [one["migration_id"] for one in (await client.ask("x-migrated-history"))["return"]]
+        assert told == [begun["migration-id"]]
         assert (await client.ask("x-migrated-history-stats"))["return"]["outcomes"] == {"completed": 1}
         assert "migrated_migrations_total" in (await client.ask("x-migrated-metrics"))["return"]["text"]
 
 
-async def test_query_migrate_does_not_need_the_record_to_be_written(daemon: Any, control_socket: Path) -> None:
-    daemon.add_guest("g1")
+async def test_query_migrate_does_not_need_the_record(
+    daemon: TinyHost, control_socket: Path, short_directory: Path, silent_uri: str
+) -> None:
+    """The history cannot be read any more when the migration has ended: its own figures do."""
+    await daemon.add_guest("g1")
     async with connected(control_socket) as client:
-        await client.ask("migrate", {"uri": "tcp:a:1"})
-        daemon.move("m-0001", status="completed", downtime_ns=66_000_000)
+        begun = (await client.ask("migrate", {"uri": silent_uri}))["return"]
+        await client.ask("migrate_cancel")
+        await client.ask("x-migrated-wait", begun)
+        with sqlite3.connect(short_directory / "a" / "state" / "history.sqlite") as history:
+            assert history.execute("DELETE FROM records").rowcount == 1
+        history.close()
+        assert "error" in await client.ask("x-migrated-show", begun)
         info = (await client.ask("query-migrate"))["return"]
-        assert (info["status"], info["downtime"]) == ("completed", 66)
+        assert (info["status"], info["error-desc"]) == ("cancelled", "cancelled by the operator")
 
 
 async def test_after_a_restart_query_migrate_tells_the_last_record(
-    daemon: Any, control_socket: Path, record_of: Callable[..., Any]
+    daemon: TinyHost, control_socket: Path, record_of: Callable[..., Any]
 ) -> None:
-    daemon.store.add(record_of(outcome="cancelled", reason="Cancelled by the operator."), "source")
+    daemon.remember(record_of(outcome="cancelled", reason="Cancelled by the operator."))
     async with connected(control_socket) as client:
         info = (await client.ask("query-migrate"))["return"]
         assert (info["status"], info["error-desc"]) == ("cancelled", "Cancelled by the operator.")
         assert (await client.ask("query-migrate", {"guest": "other"}))["return"] == {}
 
 
-async def test_the_guest_may_be_left_out_only_where_it_is_plain(daemon: Any, control_socket: Path) -> None:
+async def test_the_guest_may_be_left_out_only_where_it_is_plain(daemon: TinyHost, control_socket: Path) -> None:
     async with connected(control_socket) as client:
         assert (await client.ask("stop"))["error"]["class"] == "DeviceNotFound"
-        daemon.add_guest("g1")
-        daemon.add_guest("old", state="retired")
+        for name in ("g1", "old"):
+            await daemon.add_guest(name)
+        daemon.guest("old").overlay = "retired"  # as if it had left and its process did not end
         assert (await client.ask("stop"))["return"] == {}
         assert (await client.ask("query-status"))["return"] == {"running": False, "status": "paused", "guest": "g1"}
         assert (await client.ask("cont"))["return"] == {}
-        daemon.add_guest("g2")
+        await daemon.add_guest("g2")
         several = (await client.ask("stop"))["error"]["desc"]
         assert "g1" in several
         assert "g2" in several
@@ -246,30 +264,37 @@ async def test_the_guest_may_be_left_out_only_where_it_is_plain(daemon: Any, con
         assert (await client.ask("query-status", {"guest": "old"}))["return"]["status"] == "postmigrate"
 
 
-async def test_cancel_and_continue_find_their_migration(daemon: Any, control_socket: Path) -> None:
+async def test_cancel_and_continue_find_their_migration(
+    daemon: TinyHost, destination: TinyHost, control_socket: Path, silent_uri: str
+) -> None:
     for name in ("g1", "g2"):
-        daemon.add_guest(name)
+        await daemon.add_guest(name)
     async with connected(control_socket) as client:
         assert await client.ask("migrate_cancel") == {"return": {}}
-        await client.ask("migrate", {"guest": "g1", "uri": "tcp:a:1"})
+        begun = (await client.ask("migrate", {"guest": "g1", "uri": silent_uri}))["return"]
         wrong = await client.ask("migrate-continue", {"state": "pre-switchover"})
-        assert wrong["error"]["desc"] == "Migration not in expected state: active"
-        daemon.move("m-0001", status="pre-switchover")
-        assert await client.ask("migrate-continue", {"state": "pre-switchover"}) == {"return": {}}
-        assert daemon.continued == ["g1"]
-        await client.ask("migrate", {"guest": "g2", "uri": "tcp:a:1"})
+        assert wrong["error"]["desc"] == "Migration not in expected state: setup"
+        await client.ask("migrate", {"guest": "g2", "uri": silent_uri})
         assert "g1, g2" in (await client.ask("migrate_cancel"))["error"]["desc"]
-        assert await client.ask("migrate_cancel", {"guest": "g2"}) == {"return": {}}
-        assert daemon.migrations["m-0002"].status == "cancelled"
+        assert await client.ask("migrate_cancel", {"guest": "g1"}) == {"return": {}}
+        assert (await client.ask("x-migrated-wait", begun))["return"]["outcome"] == "cancelled"
+        assert [one.status for one in daemon.operations.progress("g2")] == ["setup"]
         assert await client.ask("migrate_cancel") == {"return": {}}
-        assert daemon.migrations["m-0001"].status == "cancelled"
+        await daemon.until_status("g2", "cancelled")
+        held = {"guest": "g2", "uri": destination.uri, "downtime-limit": 20_000, "pause-before-switchover": True}
+        begun = (await client.ask("migrate", held))["return"]
+        await daemon.until_status("g2", "pre-switchover")
+        assert await client.ask("migrate-continue", {"state": "pre-switchover"}) == {"return": {}}
+        assert (await client.ask("x-migrated-wait", begun))["return"]["outcome"] == "completed"
 
 
-async def test_guests_are_created_from_checked_arguments(daemon: Any, control_socket: Path) -> None:
+async def test_guests_are_created_from_checked_arguments(daemon: TinyHost, control_socket: Path) -> None:
     async with connected(control_socket) as client:
-        arguments = {"guest": "g1", "memory-bytes": 64 << 20, "paused": True, "options": {"huge-pages": "true"}}
+        arguments = {"guest": "g1", "memory-bytes": 2 << 20, "paused": True}
         assert (await client.ask("x-migrated-guest-create", arguments))["return"]["state"] == "paused"
-        assert daemon.specs[0].options == {"huge-pages": "true"}
+        arguments["guest"] = "g2"
+        reply = await client.ask("x-migrated-guest-create", arguments | {"options": {"huge-pages": "true"}})
+        assert reply["error"]["desc"] == "a tiny guest has no options, and was given {'huge-pages': 'true'}"
         for wrong in (
             {"guest": "../x"},
             {"memory-bytes": 5},
@@ -282,7 +307,7 @@ async def test_guests_are_created_from_checked_arguments(daemon: Any, control_so
         ):
             reply = await client.ask("x-migrated-guest-create", arguments | wrong)
             assert reply["error"]["desc"].startswith("The guest cannot be created: ")
-        assert len(daemon.specs) == 1
+        assert [guest["name"] for guest in await daemon.operations.guest_list()] == ["g1"]
 
 
 async def test_the_schema_names_every_argument(control_socket: Path) -> None:
@@ -299,33 +324,35 @@ async def test_the_schema_names_every_argument(control_socket: Path) -> None:
     assert (limit["default"], limit["minimum"], limit["maximum"]) == (300, 0, 2_000_000)
 
 
-async def test_an_operations_error_keeps_its_class_sentence_and_record(
-    daemon: Any, control_socket: Path, record_of: Callable[..., Any]
-) -> None:
-    daemon.add_guest("g1")
-    record = record_of(outcome="refused", reason="No.").document()
-    daemon.refusal = OperationError("No.", record=record)
+async def test_an_operations_error_keeps_its_class_and_sentence(daemon: TinyHost, control_socket: Path) -> None:
     async with connected(control_socket) as client:
-        reply = await client.ask("migrate", {"uri": "tcp:a:1"})
-        assert reply["error"] == {"class": "GenericError", "desc": "No.", "record": record}
+        reply = await client.ask("x-migrated-guest-show", {"guest": "g1"})
+        assert reply == error("DeviceNotFound", "there is no guest 'g1' on this host; guests here: none")
         assert (await client.ask("x-migrated-show", {"migration-id": "zz"}))["error"]["class"] == "DeviceNotFound"
+        await daemon.add_guest("g1")
+        reply = await client.ask("migrate", {"uri": "unix:/x"})
+        assert reply["error"]["class"] == "GenericError"
+        assert "tcp:HOST:PORT" in reply["error"]["desc"]
 
 
 async def test_a_command_that_fails_unexpectedly_answers_and_the_next_one_works(
-    daemon: Any, control_socket: Path
+    daemon: TinyHost, control_socket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    daemon.add_guest("g1")
-    daemon.guests["g1"]["state"] = float("nan")  # nothing that JSON can carry
+    async def beyond_json() -> list[dict[str, Any]]:
+        return [{"name": "g1", "state": float("nan")}]
+
+    monkeypatch.setattr(daemon.operations, "guest_list", beyond_json)
     async with connected(control_socket) as client:
         with structlog.testing.capture_logs() as logs:
             reply = await client.ask("x-migrated-guest-list")
         assert "failed at x-migrated-guest-list" in reply["error"]["desc"]
         assert logs[0]["log_level"] == "error"
         assert "return" in await client.ask("query-commands")
+    monkeypatch.undo()
 
 
-async def test_changing_commands_are_logged_with_who_called(daemon: Any, control_socket: Path) -> None:
-    daemon.add_guest("g1")
+async def test_changing_commands_are_logged_with_who_called(daemon: TinyHost, control_socket: Path) -> None:
+    await daemon.add_guest("g1")
     async with connected(control_socket) as client:
         with structlog.testing.capture_logs() as logs:
             await client.ask("query-status")
@@ -336,7 +363,7 @@ async def test_changing_commands_are_logged_with_who_called(daemon: Any, control
 
 
 async def test_events_reach_every_negotiated_client_in_order_with_a_timestamp(
-    daemon: Any, control_socket: Path
+    daemon: TinyHost, control_socket: Path
 ) -> None:
     async with (
         connected(control_socket) as one,
@@ -345,8 +372,8 @@ async def test_events_reach_every_negotiated_client_in_order_with_a_timestamp(
     ):
         await mute.receive()
         for number in (1, 2, 3):
-            daemon.events.publish("MIGRATION_PASS", {"pass": number})
-        daemon.events.publish("STOP")
+            daemon.operations.events.publish("MIGRATION_PASS", {"pass": number})
+        daemon.operations.events.publish("STOP")
         for client in (one, two):
             got = [await client.receive() for _ in range(4)]
             assert [event.get("data", {}).get("pass") for event in got] == [1, 2, 3, None]
@@ -356,62 +383,63 @@ async def test_events_reach_every_negotiated_client_in_order_with_a_timestamp(
         assert "error" in await mute.receive()
 
 
-async def test_oob_jumps_the_queue_and_only_where_allowed(daemon: Any, control_socket: Path) -> None:
-    daemon.add_guest("g1")
-    daemon.gate = asyncio.Event()
+async def test_oob_jumps_the_queue_and_only_where_allowed(daemon: TinyHost, control_socket: Path) -> None:
+    pid = await daemon.add_guest("g1")
     async with connected(control_socket, oob=True) as client:
-        client.send({"execute": "stop", "id": "slow"})
-        client.send({"execute": "query-commands", "id": "queued"})
-        client.send({"exec-oob": "migrate_cancel", "id": "cancel"})
-        assert (await client.reply())["id"] == "cancel"
-        client.send({"exec-oob": "stop", "id": "no"})
-        refused = await client.reply()
-        assert (refused["id"], refused["error"]["desc"]) == ("no", "The command stop does not support OOB")
-        daemon.gate.set()
+        with standing_still(pid):
+            client.send({"execute": "stop", "id": "slow"})
+            client.send({"execute": "query-commands", "id": "queued"})
+            client.send({"exec-oob": "migrate_cancel", "id": "cancel"})
+            assert (await client.reply())["id"] == "cancel"
+            client.send({"exec-oob": "stop", "id": "no"})
+            refused = await client.reply()
+            assert (refused["id"], refused["error"]["desc"]) == ("no", "The command stop does not support OOB")
         assert [(await client.reply())["id"] for _ in range(2)] == ["slow", "queued"]
 
 
-async def test_waiting_out_of_band_leaves_the_connection_usable(daemon: Any, control_socket: Path) -> None:
-    daemon.add_guest("g1")
+async def test_waiting_out_of_band_leaves_the_connection_usable(
+    daemon: TinyHost, control_socket: Path, silent_uri: str
+) -> None:
+    await daemon.add_guest("g1")
     async with connected(control_socket, oob=True) as client:
-        await client.ask("migrate", {"uri": "tcp:a:1"})
+        begun = (await client.ask("migrate", {"uri": silent_uri}))["return"]
         for number in range(MAX_IN_FLIGHT + 1):
-            client.send({"exec-oob": "x-migrated-wait", "arguments": {"migration-id": "m-0001"}, "id": number})
+            client.send({"exec-oob": "x-migrated-wait", "arguments": begun, "id": number})
         refused = await client.reply()
         assert (refused["id"], refused["error"]["desc"]) == (
             MAX_IN_FLIGHT,
             "Too many out-of-band commands are in flight",
         )
-        assert (await client.ask("migrate_cancel"))["return"] == {}
-        outcomes = [(await client.reply())["return"]["outcome"] for _ in range(MAX_IN_FLIGHT)]
-        assert set(outcomes) == {"cancelled"}
+        client.send({"execute": "migrate_cancel", "id": "cancel"})
+        replies = [await client.reply() for _ in range(MAX_IN_FLIGHT + 1)]
+        outcomes = {reply["id"]: reply["return"].get("outcome") for reply in replies}
+        assert outcomes == {"cancel": None} | dict.fromkeys(range(MAX_IN_FLIGHT), "cancelled")
 
 
-async def test_at_most_eight_commands_are_taken_and_then_reading_stops(daemon: Any, control_socket: Path) -> None:
-    daemon.add_guest("g1")
-    daemon.gate = asyncio.Event()
+async def test_at_most_eight_commands_are_taken_and_then_reading_stops(daemon: TinyHost, control_socket: Path) -> None:
+    pid = await daemon.add_guest("g1")
     async with connected(control_socket, oob=True) as client:
-        for number in range(MAX_IN_FLIGHT + 2):
-            client.send({"execute": "stop", "id": number})
-        client.send({"exec-oob": "migrate_cancel", "id": "behind"})
-        daemon.events.publish("MARK")
-        assert (await client.receive())["event"] == "MARK"  # the cancel stands behind what is not read yet
-        daemon.gate.set()
+        with standing_still(pid):
+            for number in range(MAX_IN_FLIGHT + 2):
+                client.send({"execute": "stop", "id": number})
+            client.send({"exec-oob": "migrate_cancel", "id": "behind"})
+            daemon.operations.events.publish("MARK")
+            assert (await client.receive())["event"] == "MARK"  # the cancel stands behind what is not read yet
         replies = [(await client.reply())["id"] for _ in range(MAX_IN_FLIGHT + 3)]
-        assert sorted(r for r in replies if r != "behind") == list(range(MAX_IN_FLIGHT + 2))
+        assert [reply for reply in replies if reply != "behind"] == list(range(MAX_IN_FLIGHT + 2))
         assert "behind" in replies
 
 
-async def test_one_client_that_does_not_read_holds_up_nobody(daemon: Any, control_socket: Path) -> None:
+async def test_one_client_that_does_not_read_holds_up_nobody(daemon: TinyHost, control_socket: Path) -> None:
     """It loses its oldest events and is told how many; a client beside it gets every one."""
-    daemon.add_guest("g1")
+    await daemon.add_guest("g1")
     many = EVENTS_KEPT * 4
     async with connected(control_socket) as deaf, connected(control_socket) as other:
         transport: Any = deaf.writer.transport
         transport.pause_reading()
         heard = 0
         for number in range(many):
-            daemon.events.publish("MIGRATION_PASS", {"pass": number, "padding": "x" * 1000})
+            daemon.operations.events.publish("MIGRATION_PASS", {"pass": number, "padding": "x" * 1000})
             if number % 256 == 255:
                 for _ in range(256):
                     assert (await other.receive())["data"]["pass"] == heard
@@ -429,17 +457,16 @@ async def test_one_client_that_does_not_read_holds_up_nobody(daemon: Any, contro
         assert "return" in await deaf.ask("query-commands")
 
 
-async def test_a_client_that_goes_away_does_not_undo_what_it_began(daemon: Any, control_socket: Path) -> None:
-    daemon.add_guest("g1")
-    daemon.gate = asyncio.Event()
+async def test_a_client_that_goes_away_does_not_undo_what_it_began(daemon: TinyHost, control_socket: Path) -> None:
+    pid = await daemon.add_guest("g1")
     async with connected(control_socket) as other:
-        async with connected(control_socket) as client:
-            client.send({"execute": "stop", "arguments": {"guest": "g1"}})
-            await other.ask("query-commands")
-            client.writer.transport.abort()
-        daemon.gate.set()
+        with standing_still(pid):
+            async with connected(control_socket) as client:
+                client.send({"execute": "stop", "arguments": {"guest": "g1"}})
+                await other.ask("query-commands")
+                client.writer.transport.abort()
         assert (await asyncio.wait_for(other.receive(), TIMEOUT_S))["event"] == "STOP"
-        assert daemon.guests["g1"]["state"] == "paused"
+        assert await daemon.state_of("g1") == "paused"
 
 
 async def test_what_was_sent_before_the_client_hung_up_its_half_is_answered(control_socket: Path) -> None:
@@ -450,16 +477,18 @@ async def test_what_was_sent_before_the_client_hung_up_its_half_is_answered(cont
         assert [next(iter(json.loads(line))) for line in lines] == ["QMP", "return", "return", "error"]
 
 
-async def test_quit_is_answered_and_closing_ends_waiting_commands(daemon: Any, tmp_path: Path) -> None:
-    daemon.add_guest("g1")
-    path = tmp_path / "own.sock"
-    server = ControlServer(daemon, path)
+async def test_quit_is_answered_and_closing_ends_waiting_commands(
+    daemon: TinyHost, short_directory: Path, silent_uri: str
+) -> None:
+    await daemon.add_guest("g1")
+    path = short_directory / "own.sock"
+    server = ControlServer(daemon.operations, path)
     await server.start()
     async with connected(path) as client, connected(path) as waiting:
-        await client.ask("migrate", {"uri": "tcp:a:1"})
-        waiting.send({"execute": "x-migrated-wait", "arguments": {"migration-id": "m-0001"}, "id": 9})
+        begun = (await client.ask("migrate", {"uri": silent_uri}))["return"]
+        waiting.send({"execute": "x-migrated-wait", "arguments": begun, "id": 9})
         assert (await client.ask("quit"))["return"] == {}
-        assert daemon.quitting.is_set()
+        assert daemon.operations.stopping.is_set()
         await server.close()
         told = await waiting.reply()
         assert told["id"] == 9
@@ -481,8 +510,8 @@ async def test_the_socket_is_for_user_and_group_only(control_socket: Path) -> No
     assert stat.S_IMODE(control_socket.stat().st_mode) == 0o660
 
 
-async def test_a_live_daemons_path_cannot_be_taken(daemon: Any, control_socket: Path) -> None:
-    thief = ControlServer(daemon, control_socket)
+async def test_a_live_daemons_path_cannot_be_taken(daemon: TinyHost, control_socket: Path) -> None:
+    thief = ControlServer(daemon.operations, control_socket)
     with pytest.raises(ControlSocketError, match=f"pid {os.getpid()}"):
         await thief.start()
     await thief.close()
@@ -490,11 +519,11 @@ async def test_a_live_daemons_path_cannot_be_taken(daemon: Any, control_socket: 
         assert "return" in await client.ask("query-commands")
 
 
-async def test_a_stale_socket_is_replaced_and_another_file_is_not(daemon: Any, tmp_path: Path) -> None:
+async def test_a_stale_socket_is_replaced_and_another_file_is_not(daemon: TinyHost, tmp_path: Path) -> None:
     path = tmp_path / "stale.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
-    server = ControlServer(daemon, path)
+    server = ControlServer(daemon.operations, path)
     await server.start()
     async with connected(path) as client:
         assert "return" in await client.ask("query-commands")
@@ -502,12 +531,12 @@ async def test_a_stale_socket_is_replaced_and_another_file_is_not(daemon: Any, t
     await server.close()
     path.write_text("precious")
     with pytest.raises(ControlSocketError, match="is not a socket"):
-        await ControlServer(daemon, path).start()
+        await ControlServer(daemon.operations, path).start()
     assert path.read_text() == "precious"
 
 
-async def test_a_path_that_cannot_be_created_is_a_sentence(daemon: Any, tmp_path: Path) -> None:
+async def test_a_path_that_cannot_be_created_is_a_sentence(daemon: TinyHost, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "x.sock", tmp_path / ("x" * 120)):
         with pytest.raises(ControlSocketError, match=r"cannot be created: [^N].*; check the directory"):
-            await ControlServer(daemon, path).start()
+            await ControlServer(daemon.operations, path).start()

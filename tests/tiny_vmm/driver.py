@@ -168,7 +168,8 @@ class TinyDriver(Driver):
 
     async def create(self, request: GuestRequest) -> TinyGuest:
         if request.options:
-            raise VmmError(f"a tiny guest has no option {', '.join(sorted(request.options))}")
+            given = dict(sorted(request.options.items()))
+            raise VmmError(f"a tiny guest has no options, and was given {given}")
         state = "paused" if request.paused else "running"
         return await self._start(request.name, str(uuid.uuid4()), request.memory_bytes // PAGE_SIZE, state)
 

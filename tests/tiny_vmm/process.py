@@ -105,7 +105,9 @@ class Guest:
             expected = np.zeros((self.pages, WORDS), np.uint64)
             expected[steps * _STRIDE % self.pages, steps % WORDS] = steps  # later steps overwrite earlier ones
             wrong = np.flatnonzero((expected != self._words).any(axis=1))
-        return {"ok": not len(wrong), "wrong_pages": wrong.tolist(), "steps": self.steps}
+        found = f"pages {wrong.tolist()} are not" if len(wrong) else f"all {self.pages} pages are"
+        message = f"{found} as step {self.steps} leaves them"
+        return {"ok": not len(wrong), "message": message, "wrong_pages": wrong.tolist(), "steps": self.steps}
 
 
 class _Handler(socketserver.StreamRequestHandler):
