@@ -18,17 +18,15 @@ from typing import Any
 import pytest
 
 from migrated.control.client import CommandError
-from migrated.kernel.tracking import why_no_tracking
 from scripts.qemu_rig.console import Console
 from scripts.qemu_rig.definition import PORTS, write_definition
 from scripts.qemu_rig.disk import make_disk
-from scripts.qemu_rig.image import GuestImage, guest_image
-from scripts.qemu_rig.kernel import KERNEL_PACKAGE, download_kernel, missing_packages
+from scripts.qemu_rig.image import GuestImage
 from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Disk, QemuSpec
 from scripts.qemu_rig.workload import Workload
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
-from scripts.rig.waiting import RigError, until
+from scripts.rig.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -56,7 +54,8 @@ class World:
 
     async def console(self, host: Host) -> Console:
         """The guest's console on a host; beats are read from now on."""
-        return await asyncio.to_thread(Console, *(self.run_directory(host) / f"web.{port}" for port in PORTS))
+        console, beats = (self.run_directory(host) / f"web.{port}" for port in PORTS)
+        return await asyncio.to_thread(Console, console, beats)
 
     async def create(self, spec: QemuSpec, **options: Any) -> Console:
         """Define the guest on both hosts, start it on the first, and wait until it is up."""
@@ -75,21 +74,6 @@ class World:
                 if any(word.startswith(marker) for word in path.read_bytes().split(b"\0")):
                     found.append(int(path.parent.name))
         return found
-
-
-@pytest.fixture(scope="module")
-def image() -> GuestImage:
-    """The rig's guest; skipped where it cannot be had."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may track another process for sure")
-    if (reason := why_no_tracking()) is not None:
-        pytest.skip(reason)
-    if missing_packages() == [KERNEL_PACKAGE]:
-        with contextlib.suppress(RigError):
-            download_kernel()
-    if missing := missing_packages():
-        pytest.skip(f"a Linux guest needs {', '.join(missing)}")
-    return guest_image()
 
 
 @pytest.fixture
