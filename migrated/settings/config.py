@@ -151,7 +151,7 @@ class ControlConfig(Section):
 
 
 class StateConfig(Section):
-    """``[state]``: what must survive a restart: the journal and the history."""
+    """``[state]``: the files that must survive a restart: the journal and the history."""
 
     directory: DirectoryPath = Path("/var/lib/migrated")
 
@@ -170,7 +170,7 @@ class ListenConfig(Section):
 
 
 class TlsConfig(Section):
-    """``[tls]``: who the hosts are to each other. With a certificate every connection between daemons is mutual TLS
+    """``[tls]``: how the hosts prove who they are. With a certificate every connection between daemons is mutual TLS
     1.3; without one they are plain, and only on loopback."""
 
     certificate: DirectoryPath | None = None
@@ -238,7 +238,7 @@ class QemuConfig(Section):
 
 
 class LimitsConfig(Section):
-    """``[limits]``: what a peer may ask of this host, and the bound of every wait."""
+    """``[limits]``: limits on the requests of a peer, and the bound of every wait."""
 
     max_incoming: int = Field(default=4, ge=1, le=1024)
     """Incoming migrations at once."""
