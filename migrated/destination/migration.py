@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from migrated.base.errors import LinkLostError, MigrationError
 from migrated.base.tasks import TaskSet
-from migrated.destination.half import VoteTimes, guest_gap_of, half_of, log_costs
+from migrated.destination.half import VoteTimes, guest_gap_of, half_of, log_costs, read_record
 from migrated.destination.inbox import Broken, Item, LoadingDone, OutcomeAsked, RoundArrived
 from migrated.destination.loading import ArrivedTime, Loading
 from migrated.destination.offer import Offer
@@ -198,7 +198,7 @@ class IncomingMigration:
             while True:
                 received = await self._control.receive()
                 if isinstance(received.message, messages.Record):
-                    self._take_record(received.payload)
+                    await self._take_record(received.payload)
                 else:
                     self._inbox.put_nowait(received)
         except LinkLostError as error:
@@ -353,12 +353,16 @@ class IncomingMigration:
         if self._record.done() and (record := self._record.result()) is not None:
             env.finish(record, "destination")
 
-    def _take_record(self, payload: bytes) -> None:
+    async def _take_record(self, payload: bytes) -> None:
+        """Take the record once it is due, which is when the hand-over has ended, and only the first."""
+        if self._record.done() or not self.takeover.finished.is_set():
+            log.warning("a record that is not due was dropped")
+            return
         record = None
         try:
-            record = Record.model_validate_json(payload)
-        except ValidationError as error:
-            log.warning("the source's record cannot be read", reason=str(error))
+            record = await asyncio.to_thread(read_record, payload, self.migration_id)
+        except ValueError as error:
+            log.warning("the source's record cannot be read", reason=str(error)[:2000])
         if not self._record.done():
             self._record.set_result(record)
 
