@@ -40,15 +40,12 @@ from scripts.qemu_rig.definition import console_paths, write_definition
 from scripts.qemu_rig.figures import Comparison, Failure, Move, document, html, remarks, text_table
 from scripts.qemu_rig.gaps import handover_gap, said_twice
 from scripts.qemu_rig.image import GuestImage, guest_image
-from scripts.qemu_rig.kernel import missing_packages
+from scripts.qemu_rig.kernel import MISSING, missing_packages
 from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, QemuSpec
-from scripts.qemu_rig.workload import Workload
+from scripts.qemu_rig.workload import WORKLOADS
 from scripts.rig.host import Host
 from scripts.rig.waiting import RigError, until
 
-WORKLOADS: Final = {"idle": Workload.idle(), "hot-cold": Workload.hot_cold(), "heavy": Workload.heavy()}
-MISSING: Final = 3
-"""Exit status when this machine lacks what QEMU guests need."""
 _WARM_BEATS: Final = 200
 _BEATS_TIMEOUT_S: Final = 60.0
 

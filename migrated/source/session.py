@@ -36,7 +36,7 @@ from protocol.messages import Limits, TimeRules
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES
 
 _MEASURE_S = 5.0
-_MOST_LOAD = 6.0
+_MOST_LOAD = 4.0
 _LOADED_ALONE_NS = 300_000
 """A device whose load costs less travels to the VMM in one call with others like it."""
 

@@ -19,7 +19,7 @@ import pytest
 
 from scripts import demo_qemu
 from scripts.basics import ROOT
-from scripts.demo_qemu import MISSING
+from scripts.qemu_rig.kernel import MISSING
 
 
 @pytest.fixture
