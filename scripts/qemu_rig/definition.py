@@ -51,3 +51,9 @@ def write_definition(directory: Path, name: str, spec: QemuSpec, image: GuestIma
     """Write a guest's definition where a daemon looks for it."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.toml").write_text(definition(spec, image, incarnation), encoding="utf-8")
+
+
+def console_paths(guests: Path, name: str) -> tuple[Path, Path]:
+    """Where the serial ports of a guest of these definitions are, console first. ``guests``: the [vmm] directory."""
+    console, beats = (guests / "qemu" / f"{name}.{port}" for port in PORTS)
+    return console, beats

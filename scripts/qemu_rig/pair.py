@@ -46,11 +46,14 @@ class QemuHost(Host):
         consoles: those of every QEMU that ran the guest here, the newest last.
     """
 
-    def __init__(self, directory: Path, name: str, **options: Any) -> None:
-        super().__init__(directory, name, **options)
+    def __init__(
+        self, directory: Path, name: str, *, role: str = "host", namespace: str | None = None,
+        address: str = "127.0.0.1", **sections: dict[str, Any],
+    ) -> None:  # fmt: skip
+        super().__init__(directory, name, role=role, namespace=namespace, address=address, **sections)
         self.consoles: list[Console] = []
         self._known: tuple[int, int] | None = None
-        self.configure(qemu={**options.get("qemu", {}), "definitions": str(self.definitions)})
+        self.configure(qemu={**sections.get("qemu", {}), "definitions": str(self.definitions)})
 
     @property
     def definitions(self) -> Path:
