@@ -86,7 +86,7 @@ class Host:
     disk_full: bool = False
 
     def clock_ns(self) -> int:
-        """What the host's clock shows."""
+        """The reading of the host's clock."""
         now = self.world.now_ns
         return self.offset_ns + now + now * self.drift_ppb // 1_000_000_000
 
