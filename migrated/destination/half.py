@@ -1,24 +1,30 @@
-"""The destination's half of the record: its own parts of the downtime, checkpoints and figures."""
+"""The destination's half of the record: its own parts of the downtime, checkpoints and figures; and the whole record,
+as the source sends it back."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 import structlog
 
-from migrated.base.errors import VmmError
+from migrated.base.errors import DocumentError, VmmError
 from migrated.destination.loading import Loaded
 from migrated.destination.phases import Arriving, Final
 from migrated.destination.takeover import ResumeTimes, Takeover
 from migrated.guests.registry import Guest
-from migrated.record.model import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine
+from migrated.record.model import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine, Record
 from migrated.record.parts import Part
-from migrated.record.terms import QemuCheckpoint
+from migrated.record.terms import HANDED_OVER, QemuCheckpoint
+from protocol import messages
 from protocol.budget import abort_limit_ns
 
 log = structlog.get_logger()
+
+_CLOCKS_APART = timedelta(days=1)
+"""How far two hosts' wall clocks may be apart before nothing can be said of when an attempt began."""
 
 
 @dataclass(slots=True)
@@ -90,6 +96,32 @@ def half_of(
         reason=takeover.reason,
         events=tuple(LogLine(side="destination", **line) for line in lines),
     )
+
+
+def check_record(record: Record, hello: messages.Hello, offered_at: str, runs_here: bool) -> None:
+    """Check that a record that the source sent is of this attempt, and does not say what cannot be.
+
+    Args:
+        hello: the offer.
+        offered_at: when it came (ISO 8601).
+        runs_here: whether the guest was taken over.
+
+    Raises:
+        DocumentError: it is not.
+    """
+    if (record.migration_id, record.guest, record.epoch) != (hello.migration_id, hello.guest.name, hello.epoch):
+        raise DocumentError(
+            f"it is of migration {record.migration_id[:40]}, epoch {record.epoch} of guest {record.guest[:80]!r}, not "
+            "of this attempt"
+        )
+    if runs_here is not (record.outcome in HANDED_OVER):
+        raise DocumentError(f"it says {record.outcome}, and the guest {'runs' if runs_here else 'does not run'} here")
+    try:
+        apart = abs(datetime.fromisoformat(record.started_at) - datetime.fromisoformat(offered_at))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DocumentError(f"it began at {record.started_at[:80]!r}, which is no date with a time zone") from error
+    if apart > _CLOCKS_APART:
+        raise DocumentError(f"it began at {record.started_at}, {apart.days} days from when it was offered here")
 
 
 def log_costs(phase: Arriving, times: VoteTimes, resumed: ResumeTimes | None, done: Loaded) -> None:

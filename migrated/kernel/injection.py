@@ -186,17 +186,17 @@ def _memory_of(pid: int) -> Iterator[int]:
 
 
 def _code_sites(pid: int, machine: Machine, memory_fd: int) -> CodeSites:
-    """Find the two pieces of code that an injection needs, in the process's own C library and vdso."""
+    """Find the two pieces of code that an injection needs, in the process's own C library as a rule."""
     if "shstk" in _status_field(pid, "x86_Thread_features"):
         raise InjectionError(
             f"process {pid} runs with a shadow stack, which does not let a system call be injected; start it with "
             "GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"
         )
     found: dict[bytes, int] = {}
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        fields = line.split()
-        if fields[1][2] != "x" or fields[-1] == "[vsyscall]":
-            continue
+    lines = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    # Files alone, the C library first: code that a process makes for itself is large, and may go at any time.
+    code_files = [fields for fields in lines if fields[1][2] == "x" and fields[-1].startswith("/")]
+    for fields in sorted(code_files, key=lambda fields: "/libc" not in fields[-1]):
         begin, end = (int(part, 16) for part in fields[0].split("-"))
         with contextlib.suppress(OSError):
             code = os.pread(memory_fd, end - begin, begin)

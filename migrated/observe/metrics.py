@@ -62,8 +62,14 @@ class Metrics:
         )
         self._late_predictions = Counter(
             "migrated_prediction_bound_exceeded",
-            "Completed migrations whose downtime exceeded the predicted bound.",
-            role,
+            "Completed migrations whose downtime exceeded the predicted bound, by the kind of attempt.",
+            ("role", "regime"),
+            registry=self.registry,
+        )
+        self._bounds = Counter(
+            "migrated_prediction_bounds",
+            "Completed migrations whose downtime had a predicted bound, by the kind of attempt.",
+            ("role", "regime"),
             registry=self.registry,
         )
         self._bandwidth = Histogram(
@@ -99,6 +105,12 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        self._offers_refused = Counter(
+            "migrated_offers_refused",
+            "Guests that were offered and not taken in, by kind of the reason.",
+            ("reason",),
+            registry=self.registry,
+        )
         self._certificate_end = Gauge(
             "migrated_certificate_expiry_timestamp_seconds",
             "When this host's certificate ends; 0 without TLS.",
@@ -131,12 +143,18 @@ class Metrics:
         self._downtime.labels(role).observe(downtime.measured_ns / 1e9)
         if downtime.predicted_ns is not None and downtime.counted_ns > 0:
             self._prediction_error.labels(role).observe(abs(downtime.predicted_ns / downtime.counted_ns - 1))
-        if downtime.predicted_upper_ns is not None and downtime.counted_ns > downtime.predicted_upper_ns:
-            self._late_predictions.labels(role).inc()
+        if downtime.predicted_upper_ns is not None:
+            kind = (role, downtime.predicted_regime or "unknown")
+            self._bounds.labels(*kind).inc()
+            self._late_predictions.labels(*kind).inc(downtime.counted_ns > downtime.predicted_upper_ns)
 
     def connection_refused(self, reason: str) -> None:
         """Count a connection that was not taken, by the kind of the reason."""
         self._refused.labels(reason).inc()
+
+    def offer_refused(self, reason: str) -> None:
+        """Count a guest that was not taken in, by the kind of the reason."""
+        self._offers_refused.labels(reason).inc()
 
     def connections(self, count: int) -> None:
         """Set the number of open migration connections."""

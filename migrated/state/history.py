@@ -23,6 +23,8 @@ from migrated.record.terms import Outcome, Role
 
 FILE_NAME: Final = "history.sqlite"
 BUSY_TIMEOUT_S: Final = 5.0
+_SHARE: Final = 10
+"""One in so many records may be of a guest that was offered to this host and was not taken over."""
 
 SCHEMA: Final[tuple[str, ...]] = (
     """
@@ -101,7 +103,8 @@ class History:
     def add(self, record: Record, role: Role) -> bool:
         """Store a record, replacing an earlier one of the same migration id. ``role`` is this host's part in it.
 
-        Beyond ``max_records`` the oldest go, but for those in doubt: somebody still has to decide them.
+        Beyond ``max_records`` the oldest go, but for those in doubt: somebody still has to decide them. Incoming
+        attempts of which nothing came go sooner, so that no peer can push out the others.
 
         Returns:
             False when it could not be stored (full disk, read-only file system); the reason is logged.
@@ -124,12 +127,8 @@ class History:
             with self._lock, self._connection:
                 self._connection.execute(f"REPLACE INTO records VALUES ({', '.join('?' * len(row))})", row)
                 if self._max_records is not None:
-                    self._connection.execute(
-                        "DELETE FROM records WHERE outcome != 'in-doubt' AND rowid IN "
-                        "(SELECT rowid FROM records ORDER BY started_at_us DESC, rowid DESC LIMIT -1 OFFSET ?)",
-                        (self._max_records,),
-                    )
-        except sqlite3.Error as error:
+                    self._make_room(self._max_records)
+        except (sqlite3.Error, OverflowError) as error:
             log.error(
                 "The record cannot be stored in the history; make room or mend the file system",
                 migration_id=record.migration_id,
@@ -138,6 +137,18 @@ class History:
             )
             return False
         return True
+
+    def _make_room(self, max_records: int) -> None:
+        """Delete the oldest records beyond the bound, and sooner those that a peer can make any number of."""
+        for which, most in (
+            ("role = 'destination' AND outcome NOT IN ('completed', 'in-doubt')", max(1, max_records // _SHARE)),
+            ("TRUE", max_records),
+        ):
+            self._connection.execute(
+                "DELETE FROM records WHERE outcome != 'in-doubt' AND rowid IN "
+                f"(SELECT rowid FROM records WHERE {which} ORDER BY started_at_us DESC, rowid DESC LIMIT -1 OFFSET ?)",
+                (most,),
+            )
 
     def get(self, migration_id: str) -> dict[str, Any]:
         """The record document with this migration id, or with this unique beginning of one.
@@ -167,18 +178,25 @@ class History:
         return [_document(text) for (text,) in self._select("document", query)]
 
     def stats(self, query: HistoryQuery) -> dict[str, Any]:
-        """Figures over the records that the query selects, from the indexed columns alone.
+        """Figures over the records that the query selects, from the indexed columns and the regimes of their bounds.
 
         Returns:
             ``migrations``, ``outcomes`` {outcome: count}, ``limit_violations``, and summaries (``count``, ``p50``,
             ``p90``, ``p95``, ``p99``, ``max``) of ``downtime_ns`` and ``total_ns`` (completed), ``abort_pause_ns``
             (aborted: never pooled with completed ones) and ``prediction_error_pct`` (absolute, completed);
-            ``prediction_coverage_pct`` is how often the actual downtime stayed within the predicted bound.
+            ``prediction_coverage_pct`` is how often the actual downtime stayed within the predicted bound;
+            ``prediction_by_guest`` and ``prediction_by_regime`` say the same of each, {name: {``switchovers``,
+            ``held``}}. A hold is no part of a downtime that was predicted.
         """
-        rows = self._select("outcome, total_ns, downtime_ns, limit_violated, predicted_ns, predicted_upper_ns", query)
+        rows = self._select(
+            "outcome, total_ns, downtime_ns, limit_violated, predicted_ns, predicted_upper_ns, guest, "
+            "json_extract(document, '$.downtime.predicted_regime'), json_extract(document, '$.downtime.hold_ns')",
+            query,
+        )
         completed = [row for row in rows if row[0] == "completed"]
-        errors = [abs(p - d) / d * 100 for _, _, d, _, p, _ in completed if p is not None and d]
-        inside = [d <= upper for _, _, d, _, _, upper in completed if upper is not None and d is not None]
+        counted = [(row, row[2] - (row[8] or 0)) for row in completed if row[2] is not None]
+        errors = [abs(row[4] - ns) / ns * 100 for row, ns in counted if row[4] is not None and ns > 0]
+        bounds = [(row[6], row[7] or "unknown", ns <= row[5]) for row, ns in counted if row[5] is not None]
         return {
             "migrations": len(rows),
             "outcomes": dict(Counter(row[0] for row in rows)),
@@ -187,7 +205,9 @@ class History:
             "abort_pause_ns": _summary(row[2] for row in rows if row[0] == "aborted"),
             "total_ns": _summary(row[1] for row in completed),
             "prediction_error_pct": _summary(errors),
-            "prediction_coverage_pct": 100 * sum(inside) / len(inside) if inside else None,
+            "prediction_coverage_pct": 100 * sum(held for *_, held in bounds) / len(bounds) if bounds else None,
+            "prediction_by_guest": _bounds_held((guest, held) for guest, _, held in bounds),
+            "prediction_by_regime": _bounds_held((regime, held) for _, regime, held in bounds),
         }
 
     def _select(self, columns: str, query: HistoryQuery) -> list[tuple[Any, ...]]:
@@ -217,6 +237,16 @@ class History:
                 return self._connection.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise HistoryError(f"The history {self.path} cannot be read: {error}.") from error
+
+
+def _bounds_held(bounds: Iterable[tuple[str, bool]]) -> dict[str, dict[str, int]]:
+    """How often the bound held, by name, the most frequent names first."""
+    switchovers: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    for name, held in bounds:
+        switchovers[name] += 1
+        kept[name] += held
+    return {name: {"switchovers": count, "held": kept[name]} for name, count in switchovers.most_common()}
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -9,12 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from migrated.control.client import CommandError, ControlClient
+from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
 from migrated.settings.config import ENV_PREFIX
 from scripts.basics import MIB, ROOT
 from scripts.rig.processes import Footprint, footprint, is_alive
@@ -24,6 +26,7 @@ from vmm_sim.client import VmmClient
 START_TIMEOUT_S: Final = 60.0
 COMMAND_TIMEOUT_S: Final = 40.0
 """For one command: a migration may be waited for. Below the time that pytest gives a test, which would end nothing."""
+CANCEL_S: Final = 0.2
 _LIBUV_THREADS: Final = 4
 
 _BUG_EVENTS: Final = frozenset(
@@ -41,6 +44,16 @@ def _line(entry: dict[str, Any]) -> str:
     return text
 
 
+def _api_socket(arguments: list[str]) -> Path | None:
+    """Where a guest process listens by its arguments; None for any other process."""
+    for option, value in pairwise(arguments):
+        if option == "--api-socket":
+            return Path(value)
+        if option == "-qmp" and value.startswith("unix:"):
+            return Path(value.removeprefix("unix:").partition(",")[0])
+    return None
+
+
 class Host:
     """One host: a daemon process, its directory, and the guests that it starts.
 
@@ -48,16 +61,22 @@ class Host:
         directory: short, since socket paths are limited; owned by the caller.
         name: for messages.
         role: role of the daemon.
+        namespace, address: the network namespace that the daemon and its guests run in, and the host's address there.
         sections: further configuration, section by section.
     """
 
-    def __init__(self, directory: Path, name: str, *, role: str = "host", **sections: dict[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, name: str, *, role: str = "host", namespace: str | None = None,
+        address: str = "127.0.0.1", **sections: dict[str, Any],
+    ) -> None:  # fmt: skip
         self.directory = directory
         self.name = name
         self.role = role
         self.port = 0
         self.deaths: dict[int, int] = {}
         """When guest processes that were killed here were gone (CLOCK_MONOTONIC, ns)."""
+        self.address = address
+        self._enter = [] if namespace is None else ["ip", "netns", "exec", namespace]
         self._sections = sections
         self._process: subprocess.Popen[bytes] | None = None
         self._log_mark = 0
@@ -74,7 +93,7 @@ class Host:
     @property
     def uri(self) -> str:
         """Where guests are sent to reach this host."""
-        return f"tcp:127.0.0.1:{self.port}"
+        return f"tcp:{self.address}:{self.port}"
 
     @property
     def log_path(self) -> Path:
@@ -102,7 +121,7 @@ class Host:
         sections: dict[str, dict[str, Any]] = {
             "control": {"socket": str(self.socket)},
             "state": {"directory": str(self.directory / "state")},
-            "listen": {"address": f"127.0.0.1:{self.port}"},
+            "listen": {"address": f"{self.address}:{self.port}"},
             "vmm": {"directory": str(self.directory / "guests"), "profiles": str(ROOT / "configs" / "guests")},
             "log": {"level": "debug", "format": "json", "file": str(self.log_path)},
         }
@@ -128,7 +147,7 @@ class Host:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         with (self.directory / "stderr").open("ab") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "migrated", self.role, "--config", str(path)],
+                [*self._enter, sys.executable, "-m", "migrated", self.role, "--config", str(path)],
                 cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
                 start_new_session=True,
             )  # fmt: skip
@@ -243,6 +262,17 @@ class Host:
         """One guest, with everything its VMM says."""
         return dict(await self.command("x-migrated-guest-show", {"guest": name}))
 
+    def cancel(self, name: str = "g1") -> None:
+        """Have the guest's migration cancelled, from any thread; does not wait longer than a moment for the answer."""
+
+        async def ask() -> None:
+            with contextlib.suppress(CommandError, DaemonUnreachableError, RigError):
+                await self.command("migrate_cancel", {"guest": name})
+
+        asking = threading.Thread(target=asyncio.run, args=[ask()], daemon=True)
+        asking.start()
+        asking.join(CANCEL_S)
+
     async def verify(self, name: str = "g1") -> dict[str, Any]:
         """Check every byte of a guest."""
         return dict(await self.command("x-migrated-guest-verify", {"guest": name}))
@@ -288,16 +318,14 @@ class Host:
     # Section: guest processes
 
     def vmm_pids(self) -> dict[int, str]:
-        """Process ids of the guest processes of this host, with the names of their guests."""
+        """Process ids of the guest processes of this host, simulated ones and QEMUs that a daemon started, with the
+        names of their guests."""
         found: dict[int, str] = {}
-        marker = os.fsencode(str(self.directory / "guests")) + b"/"
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
-                arguments = path.read_bytes().split(b"\0")
-                if b"--api-socket" in arguments:
-                    socket = arguments[arguments.index(b"--api-socket") + 1]
-                    if socket.startswith(marker):
-                        found[int(path.parent.name)] = Path(os.fsdecode(socket)).stem
+                socket = _api_socket(os.fsdecode(path.read_bytes()).split("\0"))
+                if socket is not None and socket.is_relative_to(self.directory / "guests"):
+                    found[int(path.parent.name)] = socket.stem
         return found
 
     def kill_vmm(self, name: str = "g1") -> None:
@@ -327,6 +355,13 @@ class Host:
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in lines]
+
+    def forget_everything(self) -> None:
+        """Remove what the daemon, which does not run, and its guests have kept."""
+        for kept in ("guests", "state"):
+            for path in (self.directory / kept).rglob("*"):
+                if not path.is_dir():
+                    path.unlink()
 
     # Section: what may not be left
 

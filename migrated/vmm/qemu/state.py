@@ -9,6 +9,7 @@ socket pair, which is handed over while the guest still runs at the source.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
@@ -59,7 +60,11 @@ class StateSave:
         self._reading = os.memfd_create("device-state", os.MFD_CLOEXEC)
         # QEMU takes a descriptor for writing only where that is all that it allows.
         self._writing = os.open(f"/proc/self/fd/{self._reading}", os.O_WRONLY | os.O_CLOEXEC)
-        self._path = await self._qmp.add_descriptor(self._writing)
+        try:
+            self._path = await self._qmp.add_descriptor(self._writing)
+        except BaseException:
+            self.close()
+            raise
 
     async def save(self, machine: str) -> tuple[bytes, int]:
         """Save the state of a stopped guest; its disks are free for the destination afterwards.
@@ -74,6 +79,13 @@ class StateSave:
         await self._qmp.call("xen-save-devices-state", _SAVE_S, filename=self._path, live=True)
         took_ns = time.monotonic_ns() - begin_ns
         return with_machine(os.pread(self._reading, os.fstat(self._reading).st_size, 0), machine), took_ns
+
+    async def release(self) -> None:
+        """Take the file back from QEMU, which runs on."""
+        if self._path:
+            with contextlib.suppress(VmmError):
+                await self._qmp.call("remove-fd", fdset_id=int(self._path.rpartition("/")[2]))
+        self.close()
 
     def close(self) -> None:
         """Let go of the file."""
@@ -131,6 +143,8 @@ class StateLoad:
         except OSError as error:
             why = "loading was interrupted" if self._interrupted else f"it hung up ({error.strerror}); {_LOOK}"
             raise VmmError(f"QEMU (process {self._qmp.pid}) did not load the guest's device state: {why}") from error
+        finally:
+            stream.close()
 
     def interrupt(self) -> None:
         """End a running load: QEMU, which cannot take a stream twice, gives up and ends."""

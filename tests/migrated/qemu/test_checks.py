@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from migrated.vmm.qemu.checks import Row, check_guest, drives_bypass_page_tables, refusals
+from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
+from migrated.vmm.qemu.findings import Row, refusals
 from migrated.vmm.qemu.qmp import Qmp
 from migrated.vmm.qemu.ram import Ram, RamBlock, find_ram
 from tests.migrated.qemu.conftest import BareQemu
@@ -101,6 +102,12 @@ async def test_drives_past_the_page_tables_need_the_fence(
     qmp = await bare_qemu("-drive", drive, "-device", "virtio-blk-pci,drive=d")
     assert drives_bypass_page_tables(await qmp.call("query-named-block-nodes")) is fenced
     assert ("past the page tables" in (await rows_of(qmp))["drives"].sentence) is fenced
+
+
+async def test_locked_memory_is_tracked_and_said(bare_qemu: BareQemu) -> None:
+    row = (await rows_of(await bare_qemu("-overcommit", "mem-lock=on")))["pinned memory"]
+    assert row.verdict == "warning"
+    assert "KiB of QEMU are locked" in row.sentence
 
 
 async def test_a_balloon_and_a_missing_run_log_are_warnings(bare_qemu: BareQemu) -> None:
