@@ -33,10 +33,10 @@ log = structlog.get_logger()
 
 _QUICK_SCAN_NS = 1_000_000
 _EAGER_ROUNDS = 40
-_LONG_PAUSE_S = 0.5
-"""The same pause once many rounds are over: little changes from one moment to the next then (s)."""
 _IDLE_PAUSE_S = 0.05
 """Pause before the next round when the last one was so short that nothing can have changed."""
+_LONG_PAUSE_S = 0.5
+"""The same pause once many rounds are over: little changes from one moment to the next then (s)."""
 
 
 @dataclass(slots=True)
