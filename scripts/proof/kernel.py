@@ -103,7 +103,6 @@ class Process:
         self.world = host.world
         self.name = name
         self.alive = True
-        self.born_ns = host.world.now_ns
         self.frozen_until_ns = 0
         self.disturbed_ns = -1
         """When it was last frozen: promises about time hold for daemons that get to run."""
