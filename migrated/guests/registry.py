@@ -234,11 +234,13 @@ class GuestRegistry:
             self._starting.discard(description.name)
 
     async def destroy(self, guest: Guest) -> None:
-        """End a guest and forget it. When this returns its process is gone.
+        """End a guest and forget it. When this returns its process is gone, whoever else was ending it already.
 
         Raises:
             VmmError: the process does not end.
         """
+        while (ending := self._ending.get(guest.name)) is not None:
+            await ending.wait()
         self._forget(guest)
         ended = self._ending[guest.name] = asyncio.Event()
         try:
