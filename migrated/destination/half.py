@@ -1,4 +1,5 @@
-"""The destination's half of the record: its own parts of the downtime, checkpoints and figures."""
+"""The destination's half of the record: its own parts of the downtime, checkpoints and figures; and the whole record,
+as the source sends it back."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import structlog
 
 from migrated.base.errors import VmmError
@@ -13,24 +15,30 @@ from migrated.destination.loading import Loaded
 from migrated.destination.phases import Arriving, Final
 from migrated.destination.takeover import ResumeTimes, Takeover
 from migrated.guests.registry import Guest
-from migrated.record.model import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine
+from migrated.record.model import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine, Record
 from migrated.record.parts import Part
 from migrated.record.terms import QemuCheckpoint
 from protocol.budget import abort_limit_ns
 
 log = structlog.get_logger()
 
+_MAX_DEPTH = 64
+"""A decoder that follows deeper nesting takes seconds and gigabytes for a few megabytes."""
+_OPENING = np.frombuffer(b"[{", np.uint8)
+_CLOSING = np.frombuffer(b"]}", np.uint8)
+
 
 @dataclass(slots=True)
 class VoteTimes:
-    """Instants before the vote on this host's monotonic clock (ns), 0 for what was not reached."""
+    """Instants before the vote on this host's monotonic clock (ns), 0 for a step that was not reached."""
 
     loaded_ns: int = 0
     checked_ns: int = 0
 
 
 async def guest_gap_of(guest: Guest) -> GuestGap | None:
-    """What a guest that runs here saw of its blackout, once it beat again; None when its VMM cannot tell."""
+    """Wait for the blackout that the guest itself observed, known once its heartbeat goes on; None when its VMM cannot
+    tell."""
     with contextlib.suppress(VmmError):
         if (gap := (await guest.vmm.status()).observed_gap) is not None:
             return GuestGap(guest_ns=gap.guest_ns, host_ns=gap.host_ns)
@@ -51,12 +59,12 @@ def half_of(
 
     Args:
         host: this host's name.
-        phase: how far it came.
-        times: of the vote.
-        takeover: what the hand-over came to.
-        done: what was loaded.
-        digest: of guest memory here.
-        guest_gap: what the guest saw.
+        phase: the last phase that it reached.
+        times: instants of the vote.
+        takeover: the destination's hand-over, which has ended.
+        done: what loading has put into the guest.
+        digest: the digest of guest memory here.
+        guest_gap: the blackout that the guest observed.
         lines: the log lines of the attempt.
     """
     parts: list[DowntimePart] = []
@@ -105,3 +113,19 @@ def log_costs(phase: Arriving, times: VoteTimes, resumed: ResumeTimes | None, do
         f"{(phase.counted_at_vote_ns or 0) / 1e6:.0f}ms at READY "
         f"(limit was {abort_limit_ns(phase.limits) / 1e6:.0f}ms)"
     )
+
+
+def read_record(payload: bytes, migration_id: str) -> Record:
+    """Decode a record that a peer sent.
+
+    Raises:
+        ValueError: it is nested deeper than any record, is none, or is that of another migration.
+    """
+    marks = np.frombuffer(payload, np.uint8)
+    steps = np.isin(marks, _OPENING).astype(np.int32) - np.isin(marks, _CLOSING)
+    if len(steps) and int(np.cumsum(steps).max()) > _MAX_DEPTH:
+        raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
+    record = Record.model_validate_json(payload)
+    if record.migration_id != migration_id:
+        raise ValueError(f"it is that of another migration, {record.migration_id}")
+    return record

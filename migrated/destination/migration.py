@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from migrated.base.errors import LinkLostError, MigrationError
 from migrated.base.tasks import TaskSet
-from migrated.destination.half import VoteTimes, guest_gap_of, half_of, log_costs
+from migrated.destination.half import VoteTimes, guest_gap_of, half_of, log_costs, read_record
 from migrated.destination.inbox import Broken, Item, LoadingDone, OutcomeAsked, RoundArrived
 from migrated.destination.loading import ArrivedTime, Loading
 from migrated.destination.offer import Offer
@@ -54,7 +54,7 @@ _RECORD_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
-    """What taking a guest in needs, all of it made for one offer.
+    """All objects that taking one guest in needs, made for one offer.
 
     Attributes:
         guest: the empty guest, reserved for the attempt.
@@ -63,7 +63,7 @@ class Equipment:
         receiver, loading: put pages and states into the guest.
         takeover: decides who runs it.
         welcome: the answer to the offer.
-        costs: what loading and resuming the guest is expected to cost here.
+        costs: expected costs of loading and resuming the guest here.
     """
 
     guest: Guest
@@ -82,7 +82,7 @@ class IncomingMigration:
     Args:
         env: the daemon.
         offer: the source's offer, which is taken.
-        equipment: owned from here on.
+        equipment: its objects, which the attempt owns from here on.
     """
 
     def __init__(self, env: Environment, offer: Offer, equipment: Equipment) -> None:
@@ -99,17 +99,17 @@ class IncomingMigration:
         self._phase: Arriving = Arriving(terms)
         self._times = VoteTimes()
         self._asked: dict[int, int] = {}
-        """When we asked for the guest's time (raw clock, ns), by nonce."""
+        """Instant of each TIME_ASK (raw clock, ns), by nonce."""
         self._ready_alarm = Alarm()
         self._tasks = TaskSet()
         self._link_gone = False
         self._record: asyncio.Future[Record | None] = asyncio.get_running_loop().create_future()
-        """The source's record of the attempt, None when it will not come."""
+        """A future whose result is the source's record of the attempt, None when it will not come."""
 
     # Section: from outside
 
     async def run(self) -> None:
-        """See the attempt through."""
+        """Run the attempt from WELCOME to its end."""
         takeover = self.takeover
         try:
             self._begin()
@@ -117,7 +117,7 @@ class IncomingMigration:
                 await self._handle(await self._inbox.get())
             while not self._inbox.empty():
                 if isinstance(item := self._inbox.get_nowait(), OutcomeAsked):
-                    await self._handle(item)  # who asked just before the end is not left without an answer
+                    await self._handle(item)  # a source that asked just before the end still gets its answer
             await self._report()
         except Exception:
             # A bug must not cost more than this attempt. In READY only the source decides: it asks the journal.
@@ -131,7 +131,7 @@ class IncomingMigration:
 
     @property
     def peer_names(self) -> Names:
-        """What the source's certificate calls it, empty without TLS."""
+        """The names in the source's certificate, empty without TLS."""
         return self._control.names
 
     def check_join(self, join: messages.Join, names: Names) -> None:
@@ -155,7 +155,7 @@ class IncomingMigration:
         self._equipment.receiver.add_channel(DataChannel(connection, join.channel))
 
     def outcome_asked(self, decision: DestinationEvent, reply: Reply) -> None:
-        """The source tells its decision again."""
+        """The source sends its decision again, over a fresh connection."""
         self._inbox.put_nowait(OutcomeAsked(decision, reply))
 
     def cancel(self, reason: str) -> bool:
@@ -182,7 +182,7 @@ class IncomingMigration:
 
     @property
     def _reply(self) -> ControlChannel | None:
-        """Where the source hears of a decision, None when it does not any more."""
+        """The channel for answers to the source, None when it is gone."""
         return None if self._link_gone else self._control
 
     def _begin(self) -> None:
@@ -198,7 +198,7 @@ class IncomingMigration:
             while True:
                 received = await self._control.receive()
                 if isinstance(received.message, messages.Record):
-                    self._take_record(received.payload)
+                    await self._take_record(received.payload)
                 else:
                     self._inbox.put_nowait(received)
         except LinkLostError as error:
@@ -261,7 +261,7 @@ class IncomingMigration:
             self._check_complete()
 
     def _check_complete(self) -> None:
-        """Let loading finish once STATE_END and the last round are both here."""
+        """Tell loading that all state has arrived, once STATE_END and the last round are both here."""
         phase = self._phase
         if isinstance(phase, Final) and phase.all_arrived(self._rounds.last):
             self._equipment.loading.all_arrived(phase.end.devices)
@@ -308,7 +308,7 @@ class IncomingMigration:
             self._inbox.put_nowait(LoadingDone(time.monotonic_ns()))
 
     async def _vote(self, loaded_ns: int) -> None:
-        """Everything is in place: vote."""
+        """Vote, once all state is in place."""
         takeover, digest = self.takeover, self._rounds.digest
         self._times.loaded_ns = loaded_ns
         if takeover.state is not DestinationState.LOADING:
@@ -327,7 +327,7 @@ class IncomingMigration:
     # Section: the end
 
     async def _report(self) -> None:
-        """Send our half of the record and wait for the whole."""
+        """Send the destination's half of the record and wait for the source's record."""
         takeover, env, hello = self.takeover, self._env, self._offer.hello
         done, guest_gap = self._equipment.loading.done, None
         self._view.reason = takeover.reason
@@ -353,12 +353,16 @@ class IncomingMigration:
         if self._record.done() and (record := self._record.result()) is not None:
             env.finish(record, "destination")
 
-    def _take_record(self, payload: bytes) -> None:
+    async def _take_record(self, payload: bytes) -> None:
+        """Take the record once it is due, which is when the hand-over has ended, and only the first."""
+        if self._record.done() or not self.takeover.finished.is_set():
+            log.warning("a record that is not due was dropped")
+            return
         record = None
         try:
-            record = Record.model_validate_json(payload)
-        except ValidationError as error:
-            log.warning("the source's record cannot be read", reason=str(error))
+            record = await asyncio.to_thread(read_record, payload, self.migration_id)
+        except ValueError as error:
+            log.warning("the source's record cannot be read", reason=str(error)[:2000])
         if not self._record.done():
             self._record.set_result(record)
 

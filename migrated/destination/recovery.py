@@ -1,4 +1,4 @@
-"""What a restarted daemon does with an incoming attempt that it finds open in its journal.
+"""Recovery of an incoming attempt that a restarted daemon finds open in its journal.
 
 Before READY: discarded. After READY: it waits for the source's decision, at most the ready time-out. After COMMIT: it
 runs the guest.
@@ -26,7 +26,7 @@ class RecoveredTakeover:
 
     Args:
         env: the daemon.
-        attempt: what the journal knows.
+        attempt: the journal's entries of it.
         guest: the incoming guest, None when its process is gone.
     """
 
@@ -71,11 +71,11 @@ class RecoveredTakeover:
         return self._takeover.state
 
     def is_older_than(self, guest: str, epoch: int) -> bool:
-        """Whether an offer of ``epoch`` is of this guest and newer than what is still open here."""
+        """Return whether an offer of ``epoch`` is of this guest and newer than the attempt that is still open here."""
         return self._attempt.guest == guest and self._attempt.epoch < epoch and not self._takeover.finished.is_set()
 
     async def take(self, decision: DestinationEvent, reply: Reply) -> None:
-        """The source tells its decision."""
+        """Take the source's decision."""
         try:
             await self._takeover.take(decision, reply, reason="the source keeps its guest")
         except RemoteProtocolError as error:

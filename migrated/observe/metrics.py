@@ -1,4 +1,4 @@
-"""Prometheus metrics of one daemon: what its finished migrations were like, and what runs now."""
+"""Prometheus metrics of one daemon: figures of its finished migrations, and of those that run now."""
 
 from __future__ import annotations
 
@@ -62,8 +62,14 @@ class Metrics:
         )
         self._late_predictions = Counter(
             "migrated_prediction_bound_exceeded",
-            "Completed migrations whose downtime exceeded the predicted bound.",
-            role,
+            "Completed migrations whose downtime exceeded the predicted bound, by the kind of attempt.",
+            ("role", "regime"),
+            registry=self.registry,
+        )
+        self._bounds = Counter(
+            "migrated_prediction_bounds",
+            "Completed migrations whose downtime had a predicted bound, by the kind of attempt.",
+            ("role", "regime"),
             registry=self.registry,
         )
         self._bandwidth = Histogram(
@@ -131,23 +137,25 @@ class Metrics:
         self._downtime.labels(role).observe(downtime.measured_ns / 1e9)
         if downtime.predicted_ns is not None and downtime.counted_ns > 0:
             self._prediction_error.labels(role).observe(abs(downtime.predicted_ns / downtime.counted_ns - 1))
-        if downtime.predicted_upper_ns is not None and downtime.counted_ns > downtime.predicted_upper_ns:
-            self._late_predictions.labels(role).inc()
+        if downtime.predicted_upper_ns is not None:
+            kind = (role, downtime.predicted_regime or "unknown")
+            self._bounds.labels(*kind).inc()
+            self._late_predictions.labels(*kind).inc(downtime.counted_ns > downtime.predicted_upper_ns)
 
     def connection_refused(self, reason: str) -> None:
         """Count a connection that was not taken, by the kind of the reason."""
         self._refused.labels(reason).inc()
 
     def connections(self, count: int) -> None:
-        """Say how many migration connections are open."""
+        """Set the number of open migration connections."""
         self._connections.set(count)
 
     def certificate(self, expires_at_s: float | None) -> None:
-        """Say when this host's certificate ends (seconds since 1970), None without TLS."""
+        """Set the end of this host's certificate (seconds since 1970), None without TLS."""
         self._certificate_end.set(expires_at_s or 0)
 
     def track(self, progress: Iterable[Progress]) -> None:
-        """Say what runs now, from all migrations that the daemon knows; call it at least once per scrape interval."""
+        """Set the gauges from all migrations that the daemon knows; call it at least once per scrape interval."""
         live = [p for p in progress if p.status not in FINISHED]
         for role in ROLES:
             mine = [p for p in live if p.role == role]
@@ -160,7 +168,7 @@ class Metrics:
             self._remaining_now.labels(p.guest).set(p.remaining_bytes)
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text form."""
+        """Return all metrics in Prometheus' text form."""
         return generate_latest(self.registry)
 
     def serve(self, address: Address) -> Callable[[], None]:
