@@ -1,5 +1,5 @@
-"""What every attempt needs of its daemon, handed in once: configuration, clocks, journal, guests, and where finished
-records and events go."""
+"""The parts of a daemon that every attempt needs, passed in once: configuration, clocks, journal, guests, and the
+functions that take finished records and events."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from migrated.state.run_marks import RunMarks
 from migrated.vmm.resume_costs import ResumeCosts
 
 DaemonRole = Literal["source", "destination", "host"]
-"""Which directions a daemon takes part in; a host takes part in both."""
+"""The directions of migration that a daemon serves; a host serves both."""
 
 
 @dataclass(slots=True)
@@ -28,10 +28,10 @@ class Environment:
     """One daemon, as the attempts see it.
 
     Attributes:
-        security: whom this host talks to, and how.
-        knowledge: what past records taught about switchovers.
-        run_marks: the daemon's own word on which guests ran here.
-        resume_costs: what resuming guests took on this host.
+        security: TLS, and the rules on which peers this host talks to.
+        knowledge: corrections and bounds learned from past records.
+        run_marks: the daemon's own marks of the guests that ran here.
+        resume_costs: measured durations of resumes on this host.
         finish: takes each finished record, with this host's part in it.
         publish: sends a QMP event: name and data.
         hold_events: the guest of a migration is about to be stopped: nobody is woken for events until it runs again.

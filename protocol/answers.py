@@ -1,5 +1,5 @@
-"""What a destination answers for attempts that no hand-over in memory stands for, and what a newer epoch means for an
-older one.
+"""The destination's answers about attempts whose hand-over is no longer in memory, and the effect of a newer epoch on
+an older attempt.
 
     HELLO of a newer epoch     the source took its guest back from every older one
     OUTCOME?                   who has the hand-over in memory answers; without one the journal does
@@ -20,29 +20,30 @@ _STILL_THE_SOURCES: Final = frozenset({DestinationState.LOADING, DestinationStat
 
 
 def newer_epoch(state: DestinationState) -> DestinationEvent | None:
-    """What an older attempt is told when the source offers the same guest with a newer epoch.
+    """Return the event that ends an older attempt when the source offers the same guest with a newer epoch.
 
     The source offers a guest only when it is its own, so a newer epoch is the ABORT of an older one whose message was
-    lost. Where COMMIT is journaled, or the end is decided, it changes nothing: None.
+    lost. None where COMMIT is journaled or the end is decided: a newer epoch changes nothing there.
     """
     return DestinationEvent.ABORT if state in _STILL_THE_SOURCES else None
 
 
 def who_answers(running: HandOver | None, taken_up: HandOver | None, ended: HandOver | None) -> HandOver | None:
-    """Which hand-over takes a decision that the source tells over a fresh connection; None: the journal answers.
+    """Choose the hand-over that takes a decision which the source sends over a fresh connection; None: the journal
+    answers.
 
-    One in memory knows more than the journal, which may not have been written.
+    A hand-over in memory knows more than the journal, because a write to the journal may have failed.
 
     Args:
-        running: the one of an attempt that is under way.
-        taken_up: the one that this daemon took up from its journal.
-        ended: the one of an attempt that ended in this life of the daemon.
+        running: the hand-over of an attempt that is under way.
+        taken_up: the hand-over that this daemon continued from its journal after a restart.
+        ended: the hand-over of an attempt that ended since the daemon started.
     """
     return next((one for one in (running, taken_up, ended) if one is not None), None)
 
 
 def journaled_answer(decision: DestinationEvent, journal: Sequence[Decision] | None) -> Answer:
-    """What the journal says to a decision that the source tells.
+    """Return the answer to the source's decision that follows from the journal alone.
 
     Args:
         decision: COMMIT or ABORT.
@@ -62,6 +63,6 @@ def journaled_answer(decision: DestinationEvent, journal: Sequence[Decision] | N
 
 
 def may_close(journal: Sequence[Decision]) -> bool:
-    """Whether an incoming attempt may be closed in the journal: only when its end is journaled. One that could not be
-    written (a full disk) is written by the daemon that takes the attempt up again."""
+    """Return whether an incoming attempt may be closed in the journal: only when its end is journaled. An end that
+    could not be written (a full disk) is written by the daemon that takes the attempt up again."""
     return destination_state_of(journal) in DESTINATION_FINAL

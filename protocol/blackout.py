@@ -1,11 +1,11 @@
-"""The budget of one blackout as each side spends it: what counts, when time is up, and what that means for the vote.
+"""The budget of one blackout on each side: which time counts, when the deadline is, and how that decides the vote.
 
     source       stop -> [held by the operator: not counted] -> DOWNTIME ... STATE_END -> READY: commit or take back
     destination             DOWNTIME: the count and the limits -> load -> the vote: READY or NO
 
-Both objects read no clock: every method is given the instant ``now_ns`` on its own host's monotonic clock. What an
-event means for the guest is decided in ``protocol.handover``; here is only which event it is, and the sentence that
-says why. The plain arithmetic of limits and reserves is in ``protocol.budget``.
+Neither object reads a clock: every method is given the instant ``now_ns`` on its own host's monotonic clock. This
+module says which event happened, with a sentence that gives the reason; ``protocol.handover`` decides what the event
+means for the guest. The plain arithmetic of limits and reserves is in ``protocol.budget``.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ sent."""
 
 
 def _whole_ticks(remaining_ns: int) -> int:
-    """How long a timer may be set for this much time (ns): whole milliseconds, and rather early than late."""
+    """Return the delay of a timer for this much time (ns): whole milliseconds, rounded so that it fires early, never
+    late."""
     return max(0, remaining_ns // TICK_NS) * TICK_NS
 
 
 @dataclass(frozen=True, slots=True)
 class SourceReserves:
-    """What the source keeps back from the limit (ns).
+    """The parts of the limit that the source reserves (ns).
 
     Attributes:
         commit_ns: for the COMMIT leg and the destination's resume.
@@ -50,7 +51,7 @@ class SourceReserves:
 
 @dataclass(frozen=True, slots=True)
 class SourceVerdict:
-    """What an answer to the blackout, or its absence, means for the hand-over. ``reason`` is set for what ends the
+    """The hand-over event for the destination's answer, or for its absence. ``reason`` is set when the event ends the
     attempt."""
 
     event: SourceEvent
@@ -63,9 +64,10 @@ class SourceBudget:
 
     Attributes:
         limits: the budget, fixed from here on: the destination is told it with every DOWNTIME.
-        reserves: what is kept back from it.
-        t0_ns: when the stop was asked for; the downtime begins here.
-        held_ns: how long the operator has held the switchover (pause-before-switchover), holds that ended only.
+        reserves: the parts of it that are reserved.
+        t0_ns: instant of the stop request; the downtime begins here.
+        held_ns: how long the operator held the switchover (pause-before-switchover); a hold that still lasts is not in
+            it.
     """
 
     limits: Limits
@@ -75,20 +77,20 @@ class SourceBudget:
     _holding_since_ns: int | None = field(default=None, init=False)
 
     def stop_asked(self, now_ns: int) -> None:
-        """The stop is asked for now: the downtime begins."""
+        """Note that the stop is requested now: the downtime begins."""
         self.t0_ns = now_ns
 
     @property
     def deadline_ns(self) -> int | None:
-        """Up to which counted downtime the source waits for the vote (ns); None when the limit is not enforced."""
+        """Counted downtime up to which the source waits for the vote (ns); None when the limit is not enforced."""
         return source_deadline_ns(self.limits, self.reserves.own_resume_ns)
 
     def hold_begins(self, now_ns: int) -> None:
-        """The operator's hold begins: time does not count until it ends."""
+        """Note that the operator's hold begins: time does not count until it ends."""
         self._holding_since_ns = now_ns
 
     def hold_ends(self, now_ns: int) -> None:
-        """The operator lets the switchover go on."""
+        """Note that the operator lets the switchover go on."""
         if self._holding_since_ns is not None:
             self.held_ns += now_ns - self._holding_since_ns
             self._holding_since_ns = None
@@ -99,17 +101,17 @@ class SourceBudget:
         return now_ns - self.t0_ns - self.held_ns - holding_ns
 
     def patience_ns(self, now_ns: int) -> int | None:
-        """How long a timer may wait for the vote from now on (ns, whole milliseconds); None: nothing limits the
+        """Return how long a timer may wait for the vote from now on (ns, whole milliseconds); None: nothing limits the
         wait."""
         if (deadline_ns := self.deadline_ns) is None:
             return None
         return _whole_ticks(deadline_ns - self.counted_ns(now_ns))
 
     def overdue_ns(self, now_ns: int) -> int | None:
-        """How long ago the deadline passed (ns), None when it has not.
+        """Return the time since the deadline passed (ns), None when it has not passed.
 
-        Up to a whole millisecond before it counts as passed (the result is then negative), because a timer that is
-        due within the millisecond rings now.
+        The deadline counts as passed up to one millisecond early (the result is then negative), because timers of the
+        event loop count whole milliseconds.
         """
         if (deadline_ns := self.deadline_ns) is None:
             return None
@@ -117,7 +119,7 @@ class SourceBudget:
         return late_ns if late_ns > -TICK_NS else None
 
     def judge_ready(self, destination_digest: int, source_digest: int | None, now_ns: int) -> SourceVerdict:
-        """READY came: commit if the copies are equal and what is left of the budget covers what is left to do.
+        """Judge READY: commit if the copies are equal and the rest of the budget covers the remaining steps.
 
         Args:
             destination_digest: the digest of guest memory that READY carries.
@@ -135,7 +137,7 @@ class SourceBudget:
         )
 
     def no_vote(self, phase: str, now_ns: int) -> SourceVerdict:
-        """The deadline passed without a vote.
+        """Return the verdict when the deadline passed without a vote.
 
         Args:
             phase: what the source was doing, for the sentence.
@@ -151,20 +153,21 @@ class SourceBudget:
 
 
 def destination_reserve_ns(round_trip_ns: int, own_resume_ns: int, source_resume_ns: int) -> int:
-    """Upper bound of what follows the destination's vote (ns): the READY leg, the COMMIT leg and the resume, here or,
-    after a NO, on the source; and the vote itself, so that a NO is heard before the source's own deadline.
+    """Return an upper bound of the time after the destination's vote (ns): the READY leg, the COMMIT leg and the
+    resume, here or, after a NO, on the source. The vote itself is included, so that a NO reaches the source before the
+    source's own deadline.
 
     Args:
         round_trip_ns: upper bound of a round trip between the hosts, as known now.
-        own_resume_ns: what the destination's VMM needs to resume.
-        source_resume_ns: what the source keeps back for its own resume, 0 until DOWNTIME says it.
+        own_resume_ns: time that the destination's VMM needs to resume.
+        source_resume_ns: time that the source reserves for its own resume, 0 until DOWNTIME states it.
     """
     return VOTE_NS + round_trip_ns + max(own_resume_ns, source_resume_ns)
 
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """The destination's vote. ``cause`` and ``reason`` are those of a NO and mean nothing for LOADED."""
+    """The destination's vote. ``cause`` and ``reason`` explain a NO and are empty for LOADED."""
 
     event: DestinationEvent
     cause: NoCause
@@ -178,7 +181,7 @@ class DestinationBudget:
     Attributes:
         limits: HELLO's, until DOWNTIME replaces them.
         own_resume_ns: what the destination's VMM needs to resume.
-        count: the downtime as it is counted here.
+        count: the downtime so far by the destination's count.
         source_resume_ns: what the source keeps back for its own resume, 0 until DOWNTIME says it.
     """
 
@@ -193,22 +196,22 @@ class DestinationBudget:
         self.limits, self.source_resume_ns = limits, source_resume_ns
 
     def reserve_ns(self, round_trip_ns: int) -> int:
-        """Upper bound of what follows the vote (ns); see ``destination_reserve_ns``."""
+        """Return an upper bound of the time after the vote (ns); see ``destination_reserve_ns``."""
         return destination_reserve_ns(round_trip_ns, self.own_resume_ns, self.source_resume_ns)
 
     def remaining_ns(self, round_trip_ns: int, now_ns: int) -> int | None:
-        """How long the destination may still load before it must vote NO (ns): 0 or less when that is overdue, None
-        when the limit is not enforced."""
+        """Return how long the destination may still load before it must vote NO (ns): 0 or less when the vote is
+        overdue, None when the limit is not enforced."""
         return destination_remaining_ns(self.limits, self.count.now(now_ns), self.reserve_ns(round_trip_ns))
 
     def patience_ns(self, round_trip_ns: int, now_ns: int) -> int | None:
-        """How long the timer of the deadline may be set for from now on (ns, whole milliseconds); None: there is no
-        deadline. Set it anew after every message that carries the source's downtime."""
+        """Return the delay of the deadline's timer from now on (ns, whole milliseconds); None: there is no deadline.
+        The caller sets the timer anew after every message that carries the source's downtime."""
         remaining_ns = self.remaining_ns(round_trip_ns, now_ns)
         return None if remaining_ns is None else _whole_ticks(remaining_ns)
 
     def vote(self, own_digest: int | None, source_digest: int, round_trip_ns: int, now_ns: int) -> Vote:
-        """Everything is in place: vote.
+        """Vote, once all state is in place.
 
         Args:
             own_digest: the digest of guest memory here, None when this migration keeps none.
@@ -230,7 +233,7 @@ class DestinationBudget:
         return Vote(DestinationEvent.LOADED, "fault", None)
 
     def over_limit(self, round_trip_ns: int, now_ns: int) -> Vote:
-        """The deadline passed: the vote is NO."""
+        """Return the vote NO for a deadline that passed."""
         return Vote(
             DestinationEvent.LIMIT,
             "limit",

@@ -1,10 +1,10 @@
-"""The downtime budget: limits, reserves, deadlines, and the interval that the downtime lies in.
+"""The downtime budget: limits, reserves, deadlines, and the interval that contains the downtime.
 
     t0 stop requested                                    abort limit = downtime limit + switchover limit
     |---- source ----|-- transit --|---- destination ----|- reserve -|
 
-Everything is integer nanoseconds; the clocks are read by the caller. A rule stands here once and is used by both
-daemons, the tests and the simulator.
+Everything is integer nanoseconds; the clocks are read by the caller. Each rule is written here once; both daemons, the
+tests and the simulator use it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ _PPB: Final = 1_000_000_000
 
 
 def abort_limit_ns(limits: Limits) -> int:
-    """What the destination aborts at: the downtime limit and the tolerance on top of it."""
+    """Return the downtime at which the destination aborts (ns): the downtime limit plus the tolerance."""
     return limits.downtime_limit_ns + limits.switchover_limit_ns
 
 
 def must_abort(limits: Limits, source_downtime_ns: int, destination_downtime_ns: int) -> bool:
-    """Whether the switchover is over its limit. Equal to the limit is over."""
+    """Return whether the switchover is over its limit. A downtime equal to the limit is over."""
     return limits.switchover_abort and source_downtime_ns + destination_downtime_ns >= abort_limit_ns(limits)
 
 
 def may_commit(limits: Limits, elapsed_ns: int, reserve_ns: int) -> bool:
-    """Whether the source may still commit: what is left must cover the COMMIT leg and the destination's resume.
+    """Return whether the source may still commit: the rest of the budget must cover the COMMIT leg and the
+    destination's resume.
 
     Args:
         elapsed_ns: since the stop was requested, on the source's clock.
@@ -39,15 +40,15 @@ def may_commit(limits: Limits, elapsed_ns: int, reserve_ns: int) -> bool:
 
 
 def source_deadline_ns(limits: Limits, resume_reserve_ns: int) -> int | None:
-    """How long after t0 the source gives up waiting and takes its guest back by itself, so that the guest runs
-    within the limit. None when the limit is not enforced."""
+    """Return the time after t0 at which the source stops waiting and resumes its guest, so that the guest runs within
+    the limit (ns). None when the limit is not enforced."""
     if not limits.switchover_abort:
         return None
     return max(0, abort_limit_ns(limits) - resume_reserve_ns)
 
 
 def destination_remaining_ns(limits: Limits, counted_ns: int, reserve_ns: int) -> int | None:
-    """How long the destination may still load before it must vote NO.
+    """Return how long the destination may still load before it must vote NO.
 
     Args:
         counted_ns: the downtime as the destination counts it now (reported, plus transit, plus its own time).
@@ -85,8 +86,8 @@ class DowntimeCount:
 
 @dataclass(frozen=True, slots=True)
 class DowntimeInterval:
-    """The final downtime on the source's clock: the destination resumed inside the COMMIT exchange, so the truth lies
-    between ``lower_ns`` and ``upper_ns``."""
+    """The final downtime on the source's clock. The destination resumed during the COMMIT exchange, so the true
+    downtime lies between ``lower_ns`` and ``upper_ns``."""
 
     lower_ns: int
     upper_ns: int

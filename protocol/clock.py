@@ -34,7 +34,7 @@ _PPB: Final = 1_000_000_000
 
 
 class ClockError(Exception):
-    """Stamps from which no interval follows. The message says which and what to do."""
+    """Stamps that give no interval. The message names them and says what to do."""
 
 
 class FalsifiedStampsError(ClockError):
@@ -46,7 +46,7 @@ class InconsistentClocksError(ClockError):
 
 
 class NoTransitBoundError(ClockError):
-    """Neither an offset nor an earlier message of ours bounds the transit."""
+    """No bound of the transit is known: neither an offset nor an earlier message of this host."""
 
 
 def _least_true_ns(measured_ns: int, rho_ppb: int) -> int:
@@ -126,8 +126,8 @@ class OffsetInterval:
 
 @dataclass(frozen=True, slots=True)
 class OffsetEstimate:
-    """What a set of exchanges with one peer proves about remote - local. The order of the exchanges is irrelevant,
-    and another exchange never widens the interval.
+    """The bounds of remote - local that follow from a set of exchanges with one peer. The order of the exchanges does
+    not matter, and one more exchange never widens the interval.
 
     Raises :class:`FalsifiedStampsError` when one of the exchanges is impossible by itself.
     """
@@ -194,7 +194,7 @@ class ElapsedInterval:
         return (self.lower_ns + self.upper_ns) // 2
 
     def error_ns(self, elapsed_ns: int) -> int:
-        """How far ``elapsed_ns`` can be from the truth."""
+        """Return the largest possible error of ``elapsed_ns`` (ns)."""
         return max(self.upper_ns - elapsed_ns, elapsed_ns - self.lower_ns)
 
 
@@ -247,7 +247,7 @@ class ExportExchange:
             )
 
         def measured(later: int, earlier: int) -> int:
-            """What surely passed between two stamps of one clock."""
+            """Return the least time between two stamps of one clock (ns, on that clock)."""
             return max(0, later - earlier - resolution_ns)
 
         replied_to_import = measured(self.t3, self.exported_at) + measured(self.imported_at, self.t4)

@@ -57,7 +57,7 @@ class MemoryDigest:
         return self._sum
 
     def add(self, delta: int) -> None:
-        """Add what ``set_pages`` or ``set_zero`` returned."""
+        """Add a change that ``set_pages`` or ``set_zero`` returned."""
         self._sum = (self._sum + delta) & _MASK
 
     def set_pages(self, pages: Indices, batch_hash: int) -> int:
@@ -68,14 +68,14 @@ class MemoryDigest:
             batch_hash: XXH3-64 of the n pages' contents.
 
         Returns:
-            What the digest changes by.
+            The change of the digest.
         """
         slots = np.arange(len(pages), dtype=np.uint64)
         new = _scramble(np.uint64(batch_hash) + slots * _SLOT) | _ONE
         return self._replace(pages, new)
 
     def set_zero(self, pages: Indices) -> int:
-        """Record that these pages are zero now. Returns what the digest changes by."""
+        """Record that these pages are zero now. Returns the change of the digest."""
         if not self.entries[pages].any():
             return 0
         return self._replace(pages, np.zeros(len(pages), np.uint64))

@@ -1,4 +1,4 @@
-"""What an executor asks for, one at a time, and how it may end.
+"""Effects: the steps that an executor asks for, one at a time, and their possible outcomes.
 
 An effect is a small value: the daemons carry it out for real, the explorer and the simulator in a model, and each tells
 the executor its outcome.
@@ -15,7 +15,7 @@ from protocol.messages import NoCause
 
 
 class Result(StrEnum):
-    """How an effect ended."""
+    """The result of an effect."""
 
     DONE = "done"
     FAILED = "failed"
@@ -34,7 +34,7 @@ class Result(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an effect ended, and for a failure why."""
+    """The result of an effect, with the reason of a failure."""
 
     result: Result
     reason: str = ""
@@ -169,7 +169,7 @@ SourceEffect: TypeAlias = (
     | AskOutcome
 )
 Answer: TypeAlias = SendRunning | SendDiscarded | SendOpen
-"""What a destination answers when it is told a decision."""
+"""The destination's answers to a decision of the source."""
 DestinationEffect: TypeAlias = (
     Journal
     | TakeLock

@@ -1,13 +1,16 @@
-"""What surrounds the hand-over tables: it takes one event, and gives effects one at a time until all is carried out.
+"""The executors around the hand-over tables: an executor takes one event, then gives its effects one at a time.
 
     take(event) -> effect -> carried out -> done(outcome) -> effect -> done(outcome) -> ... -> effect is None
 
-The tables in ``protocol.handover`` say which actions an event asks for, in which order. Here is all that stands
-between an action and what is really done: the steps that an action consists of (the ownership lock is let go of before
-COMMIT is told, and taken before a guest runs; the mark "ran in epoch N" is written before it runs), and what follows
-when a step fails (what is not journaled is not told; what a resume led to is the next event). The executor does
-nothing itself: the daemons carry effects out for real, the explorer and the simulator in a model. So what is proved is
-what ships. Both sides stand in one module because they are the two halves of one argument.
+The tables in ``protocol.handover`` say which actions an event asks for, in which order. This module adds everything
+between an action and its effects: the steps that an action consists of (the ownership lock is let go of before COMMIT
+is told, and taken before a guest runs; the mark "ran in epoch N" is written before it runs), and the consequences of a
+step that fails (a decision that is not journaled is not sent; the result of a resume is the next event). The executor
+does nothing itself: the daemons carry effects out for real, the explorer and the simulator in a model. So the proofs
+drive the code that ships.
+
+The module is longer than others because both sides stand in it: the steps of each rest on those of the other, and
+whoever checks that a guest never runs twice must read both together.
 """
 
 from __future__ import annotations
@@ -80,7 +83,7 @@ RESUME_STEPS: Final = frozenset({Step.TAKE_LOCK, Step.LOOK, Step.WRITE_MARK, Ste
 
 
 class Memory(NamedTuple, Generic[StateT]):
-    """All that decides what an executor does next, apart from the sentences: a proof can go on from any point."""
+    """The complete state of an executor without its sentences: with it a proof can continue from any point."""
 
     state: StateT
     steps: tuple[StrEnum, ...]
@@ -94,13 +97,13 @@ class Executor(ABC, Generic[StateT, EventT, EffectT]):
     Args:
         machine: the side's table and the state in which it begins.
         final: states in which it is decided who runs the guest.
-        steps: what an action consists of; an action that is not named is a step by itself.
+        steps: the steps of each action; an action that is not listed is a single step.
         locks: whether guests have ownership locks here.
         marks: whether this resume makes the guest run, so that a mark is written; False for a guest that stays paused.
 
     Attributes:
-        reason: why the attempt ended as it did, None while nothing ended it.
-        in_doubt: COMMIT was told and is not answered; the source asks until it is.
+        reason: why the attempt ended, None while it has not.
+        in_doubt: COMMIT was sent and not answered; the source asks until it is.
     """
 
     def __init__(
@@ -128,12 +131,12 @@ class Executor(ABC, Generic[StateT, EventT, EffectT]):
 
     @property
     def final(self) -> bool:
-        """Whether it is decided who runs the guest."""
+        """True once it is decided which host runs the guest."""
         return self._machine.state in self._final
 
     @property
     def memory(self) -> Memory[StateT]:
-        """Where it is now; give it back to ``recall`` to go on from here."""
+        """A copy of the executor's state, which ``recall`` takes to continue from here."""
         return Memory(self._machine.state, self._steps, self.in_doubt, self._unsure)
 
     def recall(self, memory: Memory[StateT]) -> None:
@@ -142,7 +145,7 @@ class Executor(ABC, Generic[StateT, EventT, EffectT]):
         self._steps, self.in_doubt, self._unsure = memory.steps, memory.in_doubt, memory.unsure
 
     def take(self, event: EventT, reason: str | None = None) -> bool:
-        """Something happened. Carry the effects out before the next event is taken.
+        """Take one event. The caller must carry out all its effects before the next event.
 
         Args:
             reason: why, for events that end the attempt.
@@ -160,11 +163,11 @@ class Executor(ABC, Generic[StateT, EventT, EffectT]):
 
     @property
     def effect(self) -> EffectT | None:
-        """What must be carried out now, None when everything is."""
+        """The effect that must be carried out now, None when all are done."""
         return self._effect_of(self._steps[0]) if self._steps else None
 
     def done(self, outcome: Outcome) -> None:
-        """The effect was carried out, or could not be."""
+        """Take the outcome of the current effect."""
         step, self._steps = self._steps[0], self._steps[1:]
         self._follow(step, outcome)
         self._skip()
@@ -182,28 +185,28 @@ class Executor(ABC, Generic[StateT, EventT, EffectT]):
         return tuple(step for step in self._steps_of.get(action, (action,)) if step not in self._left_out)
 
     def _drop_resume(self) -> None:
-        """Leave out what is left of a resume."""
+        """Drop the remaining steps of a resume."""
         self._steps = tuple(step for step in self._steps if step not in RESUME_STEPS)
 
     @abstractmethod
     def _keep_reason(self, before: StateT, event: EventT, reason: str | None) -> None:
-        """Decide whether a reason is the attempt's."""
+        """Decide whether this reason becomes the reason of the attempt."""
 
     @abstractmethod
     def _taken(self, before: StateT, event: EventT) -> None:
-        """The event was taken; the steps are those of its row."""
+        """Hook: the event was taken, and its steps are those of its row in the table."""
 
     @abstractmethod
     def _effect_of(self, step: StrEnum) -> EffectT:
-        """What a step is for those who carry it out."""
+        """Return the effect of a step."""
 
     @abstractmethod
     def _follow(self, step: StrEnum, outcome: Outcome) -> None:
-        """What the outcome of a step leads to."""
+        """Act on the outcome of a step: change the remaining steps or take the event that follows."""
 
     @abstractmethod
     def _skip(self) -> None:
-        """Leave out steps at the head that are nothing to carry out."""
+        """Drop leading steps that need no effect."""
 
 
 MARK_STEPS: Final = (Step.WRITE_MARK, Step.WITHDRAW_MARK)
@@ -212,7 +215,7 @@ MARK_STEPS: Final = (Step.WRITE_MARK, Step.WITHDRAW_MARK)
 # Section: the source
 
 SOURCE_STEPS: Final[Mapping[Action, tuple[Step | Action, ...]]] = {
-    # COMMIT is journaled: the destination may take the lock, and must find it free when it hears of it.
+    # COMMIT is journaled: from now on the destination may take the lock, and must find it free when COMMIT arrives.
     Action.SEND_COMMIT: (Step.RELEASE_LOCK, Action.SEND_COMMIT),
     Action.ASK_OUTCOME: (Step.RELEASE_LOCK, Action.ASK_OUTCOME),
     Action.RESUME_GUEST: (Step.TAKE_LOCK, Step.WRITE_MARK, Step.RUN),
@@ -225,7 +228,7 @@ class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
     """The source's side of one epoch.
 
     Args:
-        state: where it begins; after a restart what ``source_state_of`` read from the journal.
+        state: first state; after a restart the one that ``source_state_of`` read from the journal.
         locks: whether guests have ownership locks here.
         was_paused: the guest was paused when the migration began, and stays so when it is taken back.
         table: the rules; only a proof that breaks them on purpose passes others.
@@ -242,7 +245,8 @@ class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
         super().__init__(Machine("source", table, state), SOURCE_FINAL, SOURCE_STEPS, locks=locks, marks=not was_paused)
 
     def _keep_reason(self, before: SourceState, event: SourceEvent, reason: str | None) -> None:
-        """What ends the attempt before COMMIT, or gives the guest back after it, is the reason: the first one."""
+        """Keep the first reason that ends the attempt before COMMIT, or that returns the guest to the source after
+        it."""
         if before in (SourceState.RUNNING, SourceState.STOPPED) or event in _ENDS_DOUBT:
             self.reason = self.reason or reason
 
@@ -292,12 +296,13 @@ class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
             # the source rests on its mark. A lock that is not let go of makes the destination discard the guest.
 
     def _commit_not_journaled(self, why: str) -> None:
-        """COMMIT is not journaled, so it must not be told: the guest is still the source's."""
+        """Handle a COMMIT that could not be journaled: it must not be sent, and the guest still belongs to the
+        source."""
         self.reason = self.reason or why
         self._take(SourceEvent.JOURNAL_FAILED, None)
 
     def _skip(self) -> None:
-        """One who is asking already need not begin to."""
+        """Drop ASK_OUTCOME when the source is asking already."""
         while self.in_doubt and self._steps and self._steps[0] in (Step.RELEASE_LOCK, Action.ASK_OUTCOME):
             self._steps = self._steps[1:]
 
@@ -322,13 +327,13 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
                     `-----------------------------------------------------^
 
     Args:
-        state: where it begins; after a restart what ``destination_state_of`` read from the journal.
+        state: first state; after a restart the one that ``destination_state_of`` read from the journal.
         locks: whether guests have ownership locks here.
         keep_paused: the guest was paused on the source; it arrives paused.
         table: the rules; only a proof that breaks them on purpose passes others.
 
     Attributes:
-        cause: what kind of reason ended the attempt.
+        cause: kind of the reason that ended the attempt.
     """
 
     def __init__(
@@ -350,12 +355,12 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
         self._cause_told: NoCause = "fault"
 
     def take(self, event: DestinationEvent, reason: str | None = None, cause: NoCause = "fault") -> bool:
-        """Something happened; as for any executor. ``cause`` is the kind of the reason."""
+        """Take one event, as ``Executor.take`` does. ``cause`` is the kind of the reason."""
         self._cause_told = cause
         return super().take(event, reason)
 
     def _keep_reason(self, before: DestinationState, event: DestinationEvent, reason: str | None) -> None:
-        """What makes the destination discard the guest is the reason; nothing that leaves the decision open is."""
+        """Keep a reason that makes the destination discard the guest, not one that leaves the decision open."""
         decided_here = before in (DestinationState.LOADING, DestinationState.READY)
         if event is DestinationEvent.RESUMED:
             self.reason = None  # an earlier try to resume may have failed
@@ -363,7 +368,7 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
             self.reason, self.cause = reason, self._cause_told
 
     def _taken(self, before: DestinationState, event: DestinationEvent) -> None:
-        """The source asks again while the last try to resume has shown nothing: try again."""
+        """Try the resume again when the source asks again and the last try had no result."""
         if event is DestinationEvent.COMMIT and before is self.state is DestinationState.COMMITTED and self._unsure:
             self._unsure = False
             self._steps = self._expand(Action.RESUME_GUEST)
@@ -415,16 +420,17 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
             # RUNNING that is not journaled may be told: a restarted daemon finds COMMIT and the guest that runs.
 
     def _vote_not_journaled(self, why: str) -> None:
-        """Neither READY nor COMMIT counts without its record, and nothing that follows it is done."""
+        """Handle a READY or COMMIT that could not be journaled: it does not count, and the steps after it are
+        dropped."""
         self.reason, self.cause = why, "fault"
         self._take(DestinationEvent.JOURNAL_FAILED, None)
 
     def _discard_not_journaled(self) -> None:
-        """What is not journaled must not be told; the source asks again."""
+        """Handle a DISCARD that could not be journaled: it must not be sent, and the source asks again."""
         self._steps = tuple(step for step in self._steps if step not in _TOLD_WHEN_JOURNALED)
 
     def _resume(self, step: StrEnum, outcome: Outcome) -> None:
-        """One step of resuming the guest; the last of them leads to the next event."""
+        """Act on the outcome of one step of a resume; the last step leads to the next event."""
         match step, outcome.result:
             case (Step.LOOK | Step.LOOK_AGAIN | Step.END_GUEST, Result.RUNS) | (Step.RUN, Result.DONE):
                 self._next(DestinationEvent.RESUMED)
@@ -447,7 +453,8 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
                 self._next(Step.LOOK_AGAIN)
 
     def _next(self, *steps: StrEnum) -> None:
-        """What follows a resume, in place of what is left of it and behind what else the event asked for."""
+        """Queue the event that follows a resume: it replaces the rest of the resume and comes after the event's other
+        steps."""
         self._steps = (*(step for step in self._steps if step not in RESUME_STEPS | {Step.END_GUEST}), *steps)
 
     def _could_not(self, why: str) -> None:
@@ -455,7 +462,7 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
             self.reason = f"the guest could not be resumed: {why}"
 
     def _skip(self) -> None:
-        """What a resume led to is an event, and taken as soon as nothing else of the last one is left."""
+        """Take the event that a resume led to as soon as no other step of the last event is left."""
         while len(self._steps) == 1 and isinstance(event := self._steps[0], DestinationEvent):
             self._steps = ()
             self._take(event, None)

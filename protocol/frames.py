@@ -81,7 +81,7 @@ def pack_header(
 
 
 def unpack_header(data: bytes | bytearray | memoryview, version: int, max_payload_bytes: int) -> Header:
-    """Decode and check the first 36 bytes of a frame. What they say is believed only when their checksum is right.
+    """Decode and check the first 36 bytes of a frame. No field is used before the checksum is verified.
 
     Raises:
         RemoteProtocolError: wrong magic, version, checksum or flags, or a length beyond its limit.

@@ -1,8 +1,8 @@
-"""What a guest is on the wire: its identity, its memory map and its devices.
+"""The description of a guest on the wire: its identity, its memory map and its devices.
 
 The source describes its guest before a byte of memory moves, so that the destination can build an equal,
-empty guest or refuse with the name of what differs. Nothing here is specific to one kind of VMM; what only the
-VMM itself understands travels in ``vmm_config``, which the daemons pass on unread.
+empty guest or refuse with the name of what differs. Nothing here is specific to one kind of VMM; data that only the VMM
+understands travels in ``vmm_config``, which the daemons pass on unread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DeviceKind = Literal["iterable", "non-iterable"]
 
 
 class WireModel(BaseModel):
-    """Base of everything that crosses a wire: frozen, strict types, no unknown keys, no NaN."""
+    """Base of all models that are sent to another process: frozen, strict types, no unknown keys, no NaN."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -55,8 +55,8 @@ class DeviceDescription(WireModel):
     """One device whose state travels. A device that has both an iterable and a non-iterable part (as VFIO has)
     is listed once for each, under the same name.
 
-    ``state_bytes`` is what its state usually weighs; ``expected_save_ns`` and ``expected_load_ns`` are what the
-    VMM that describes it expects saving and loading it to cost there (0 when it does not know).
+    ``state_bytes`` is the usual size of its state; ``expected_save_ns`` and ``expected_load_ns`` are the durations of
+    saving and loading it that the describing VMM expects on its own host (0 when it does not know).
     """
 
     name: Name
@@ -121,7 +121,8 @@ class GuestDescription(WireModel):
         return self.pages * PAGE_SIZE
 
     def differences(self, other: GuestDescription) -> list[str]:
-        """What makes ``other`` unfit to take this guest's state: one phrase each, empty when nothing does."""
+        """Return the differences that make ``other`` unfit for this guest's state, one phrase each; empty when there is
+        none."""
         found: list[str] = []
         for field in ("uuid", "vmm", "machine", "page_size", "vcpus", "guest_freq", "guest_time"):
             mine, theirs = getattr(self, field), getattr(other, field)

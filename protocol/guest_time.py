@@ -1,7 +1,7 @@
 """Guest time across a migration: the time data of a guest, and its adjustment to the destination's clocks.
 
 The names, widths and error variants are Propolis' (``VmTimeData``, ``adjust_time_data``); the elapsed time comes from
-:mod:`protocol.clock` and not from two wall clocks. What holds for every input that is not refused:
+:mod:`protocol.clock` and not from two wall clocks. For every input that is not refused:
 
     destination hrtime - boot_hrtime'  =  (source hrtime - boot_hrtime) + elapsed      guest uptime grows by elapsed
     guest_tsc'  =  guest_tsc + floor(elapsed * guest_freq / 10^9)   modulo 2^64        and so does the TSC
@@ -251,7 +251,7 @@ StageName = Literal["migration", "daemon", "vmm"]
 
 
 class TimeStage(WireModel):
-    """What one stage of the adjustment covered and changed."""
+    """One stage of the adjustment: the time that it covered and the changes that it made."""
 
     name: StageName
     ns: NonNegativeNs

@@ -6,10 +6,10 @@
                      \\         \\-> DISCARDED
                       \\-> DISCARDED                      (its own NO: for good)
 
-A machine takes one event at a time and returns the actions to carry out, in that order: what is journaled before it
-is sent stands before it in the list. The machines hold no clock, no socket and no file, so that a test can explore
-them exhaustively and the daemons cannot decide anything elsewhere. One pair of machines serves one epoch of one
-guest; the daemons drop messages of other epochs before they reach it, with ``check_epoch``.
+A machine takes one event at a time and returns the actions to carry out, in that order: a decision that must be
+journaled before it is sent has its journal action first. The machines hold no clock, no socket and no file, so that a
+test can explore them exhaustively and the daemons cannot decide anything elsewhere. One pair of machines serves one
+epoch of one guest; the daemons drop messages of other epochs before they reach it, with ``check_epoch``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from protocol.errors import ErrorCode, RemoteProtocolError
 
 
 class SourceState(StrEnum):
-    """States of the source's side."""
+    """The states of the source's side."""
 
     RUNNING = "running"
     """The guest is the source's; it was not stopped for this epoch."""
@@ -52,7 +52,7 @@ class DestinationState(StrEnum):
 
 
 class SourceEvent(StrEnum):
-    """What can happen to the source."""
+    """Events on the source's side."""
 
     STOP = "stop"
     """The switchover begins."""
@@ -85,7 +85,7 @@ class SourceEvent(StrEnum):
 
 
 class DestinationEvent(StrEnum):
-    """What can happen to the destination."""
+    """Events on the destination's side."""
 
     LOADED = "loaded"
     """Every page and device is in place, the digest is equal, the limit is kept."""
@@ -115,7 +115,7 @@ class DestinationEvent(StrEnum):
 
 
 class Action(StrEnum):
-    """What a machine asks its daemon to do."""
+    """An action that a machine asks its daemon to carry out."""
 
     JOURNAL_COMMIT = "journal-commit"
     JOURNAL_ABORT = "journal-abort"
@@ -138,7 +138,7 @@ class Action(StrEnum):
     ASK_OUTCOME = "ask-outcome"
     """Tell the decision again over a fresh connection until it is answered."""
     REFUSE = "refuse"
-    """The request comes too late; say what stands."""
+    """The request comes too late: answer with the decision that stands."""
 
 
 class IllegalEventError(RemoteProtocolError):
@@ -267,9 +267,9 @@ class Machine(Generic[StateT, EventT]):
 
     Args:
         side: "source" or "destination", for messages.
-        table: what each event does in each state.
-        state: where it begins; after a restart, what ``source_state_of`` or ``destination_state_of`` read from the
-            journal.
+        table: next state and actions for each event in each state.
+        state: first state; after a restart, the one that ``source_state_of`` or ``destination_state_of`` read from
+            the journal.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ class Machine(Generic[StateT, EventT]):
         self._table = table
 
     def take(self, event: EventT) -> tuple[Action, ...]:
-        """Advance by one event and return what must be done, in order.
+        """Advance by one event and return the actions to carry out, in order.
 
         Raises:
             IllegalEventError: the state does not allow the event; nothing changed.
@@ -305,7 +305,7 @@ def destination_machine(
 
 
 class Decision(StrEnum):
-    """What a journal remembers of one epoch on one side, in the order in which it can come."""
+    """An entry of the journal for one epoch on one side, in the order in which they can come."""
 
     BEGIN = "begin"
     READY = "ready"
@@ -345,7 +345,8 @@ def destination_state_of(decisions: Iterable[Decision]) -> DestinationState:
 
 
 def check_epoch(current: int, received: int) -> bool:
-    """Whether a hand-over message counts: True for the current epoch, False for an older one, which changes nothing.
+    """Return whether a hand-over message counts: True for the current epoch, False for an older one, which changes
+    nothing.
 
     Raises:
         RemoteProtocolError: it is of an epoch that does not exist yet.

@@ -1,5 +1,7 @@
 """Every message of the protocol: one frozen model each, one catalogue, one encoder and one decoder.
 
+Longer than other modules because the catalogue of the wire is best read in one piece; there is no logic in it.
+
 Control channel (S source, D destination; the whole story is drawn in docs/protocol.md):
 
     S HELLO  -> D WELCOME | REFUSE        S ROUND_END … D ROUND_DONE      S DOWNTIME, STATE_END -> D READY | NO
@@ -7,7 +9,7 @@ Control channel (S source, D destination; the whole story is drawn in docs/proto
     either side: CLOCK_ASK -> CLOCK_REPLY (also the heartbeat), ERROR
 
 Data channels: S JOIN -> D JOINED, then S EXTENTS, PAGES, ZERO_PAGES, DEVICE_STATE, BARRIER. A fresh connection may
-open with OUTCOME_ASK instead: the source tells its decision again and learns what became of it.
+open with OUTCOME_ASK instead: the source sends its decision again and learns the outcome.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ class Message(WireModel):
 
 
 class Limits(WireModel):
-    """What the switchover may cost, and what the destination must do when it costs more (protocol/budget.py)."""
+    """Limits of the downtime, and whether the destination must abort when they are exceeded (protocol/budget.py)."""
 
     downtime_limit_ns: NonNegativeNs
     switchover_limit_ns: NonNegativeNs
@@ -124,7 +126,7 @@ class Hello(Message):
 
 
 class Welcome(Message):
-    """The destination takes the guest: it built an empty equal one and tried what loading it would cost."""
+    """The destination takes the guest: it built an empty equal one and measured what loading would cost."""
 
     TYPE = FrameType.WELCOME
     token: Token
@@ -181,8 +183,8 @@ class Downtime(Message):
     """The guest has stopped: the source's downtime at ``sent_at_ns`` (raw clock), stamped right before the write, and
     the limits that this switchover runs under, in place of HELLO's: an operator may change them while rounds run.
 
-    ``resume_reserve_ns`` is what the source keeps back of them to let its guest run again after an abort: a NO that
-    comes later than that is not waited for.
+    ``resume_reserve_ns`` is the part of the limits that the source reserves for resuming its guest after an abort; the
+    source does not wait for a NO that would come later.
     """
 
     TYPE = FrameType.DOWNTIME
@@ -211,7 +213,7 @@ class TimeData(Message):
 
 
 class StateEnd(Message):
-    """Everything of the final state is sent: what must be there for READY."""
+    """All of the final state is sent; the message lists what must have arrived before READY."""
 
     TYPE = FrameType.STATE_END
     epoch: Epoch
@@ -225,8 +227,8 @@ class StateEnd(Message):
 class Ready(Message):
     """The destination's vote: complete, equal, in time. It can run the guest and will not before COMMIT.
 
-    ``completing_ns`` is what it took from reading STATE_END to writing this (destination's clock); ``elapsed_ns`` the
-    downtime so far as the destination counts it.
+    ``completing_ns`` is the time from reading STATE_END to writing READY (destination's clock); ``elapsed_ns`` is the
+    downtime so far by the destination's count.
     """
 
     TYPE = FrameType.READY
@@ -240,7 +242,7 @@ NoCause: TypeAlias = Literal["limit", "load", "digest", "time", "lock", "lost", 
 
 
 class No(Message):
-    """The destination's vote against: absorbing, this epoch will never run there."""
+    """The destination's vote against the switchover. It is final: the guest of this epoch will never run there."""
 
     TYPE = FrameType.NO
     epoch: Epoch
@@ -281,7 +283,7 @@ class Discarded(Message):
 
 
 class OutcomeAsk(Message):
-    """On a fresh connection: the source's decision for a migration, told again until it is answered."""
+    """On a fresh connection: the source's decision for a migration, sent again until it is answered."""
 
     TYPE = FrameType.OUTCOME_ASK
     migration_id: MigrationId
@@ -318,7 +320,7 @@ class Error(Message):
 
     @classmethod
     def about(cls, error: RemoteProtocolError) -> Error:
-        """Return the message that tells the peer what it did wrong."""
+        """Return the message that tells the peer which rule it broke."""
         return cls(code=int(error.code), text=str(error)[:2000])
 
 
@@ -376,8 +378,8 @@ class Barrier(Message):
 class DeviceState(Message):
     """A piece of one device's state. ``digest`` is the XXH3-64 of the whole state of ``total_bytes``.
 
-    ``final`` is false for what an iterable device sends during rounds. ``order`` numbers the states of a migration
-    in the order in which they must be loaded.
+    ``final`` is false for state that an iterable device sends during rounds. ``order`` numbers the states of a
+    migration in the order in which they must be loaded.
     """
 
     TYPE = FrameType.DEVICE_STATE

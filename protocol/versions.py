@@ -44,7 +44,7 @@ REQUIRED_CAPABILITIES: Final = frozenset({"zero-runs"})
 
 @dataclass(frozen=True, slots=True)
 class Preface:
-    """What a side says first: its newest protocol version and the largest payload it takes (bytes)."""
+    """The first message of each side: its newest protocol version and the largest payload that it accepts (bytes)."""
 
     major: int
     minor: int

@@ -48,7 +48,7 @@ class VmmClient:
         self._pending: dict[int, asyncio.Future[Reply]] = {}
         self._outgoing: deque[memoryview] = deque()
         self._closed = False
-        # What is being received: header, map or payload, how much of it is there, and what came before it.
+        # The part being received (header, map or payload), the bytes of it that arrived, and the parts before it.
         self._target = bytearray(HEADER.size)
         self._filled = 0
         self._stage = 0

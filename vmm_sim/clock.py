@@ -65,7 +65,7 @@ class HostTsc:
 
 @dataclass(frozen=True, slots=True)
 class TimeImport:
-    """What the VMM itself added on import: the time since the caller's clock reading."""
+    """The VMM's own addition on import: the time since the caller's clock reading."""
 
     vmm_ns: int
     vmm_ticks: int
@@ -99,7 +99,7 @@ class GuestClock:
 
     @property
     def scaled(self) -> bool:
-        """Whether the guest's TSC runs at exactly its frequency here (False: within the tolerance, unscaled)."""
+        """True when the guest's TSC is scaled to exactly its frequency here (False: within the tolerance, unscaled)."""
         return self._multiplier != 1 << FRACTION_BITS or self.guest_freq == self._host_tsc.freq
 
     def tsc_at(self, hrtime: int) -> int:

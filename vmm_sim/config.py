@@ -1,4 +1,4 @@
-"""What a guest is made of: the model, its defaults scaled to memory, and the TOML profiles it is read from.
+"""The configuration of a guest: the model, its defaults scaled to memory, and the TOML profiles it is read from.
 
 The model is also what the description carries (``vmm_config``) from which the other host builds an equal guest, so it
 holds nothing of the host; a peer may have written it, so every value is bounded.
@@ -50,11 +50,11 @@ class DeviceConfig(Costs):
     name: Name
     kind: Literal["iterable", "non-iterable"]
     state: StateBytes = 4096
-    """Final state: what is saved while the guest is stopped (for an iterable device: at least)."""
+    """Bytes of the final state, which is saved while the guest is stopped (for an iterable device: at least)."""
     save_us: Micros = 0
     load_us: Micros = 0
     initial_state: StateBytes = 0
-    """Iterable: what the first pre-copy round saves; halves towards ``shrink_to`` from round to round."""
+    """Iterable: bytes that the first pre-copy round saves; halves towards ``shrink_to`` from round to round."""
     shrink_to: StateBytes = 0
     writes_pages: Annotated[int, Field(ge=0, le=4096)] = 0
     """Pages of guest memory that the final save writes (a device flushing to its guest)."""
@@ -85,7 +85,7 @@ class GuestConfig(Costs):
     dirty_rate_bytes_per_s: Annotated[int, Field(ge=0, le=1 << 40)]
     """0: no pacing (``fill`` only)."""
     content: Literal["random", "zero"]
-    """What touched pages hold at boot."""
+    """Content of touched pages at boot."""
     huge_pages: bool
     touched_pages: Annotated[int, Field(ge=1)]
     working_set_pages: Annotated[int, Field(ge=0)]

@@ -1,4 +1,4 @@
-"""What guest pages hold: a closed form of (seed, page, generation), vectorised over pages.
+"""The content of guest pages: a closed form of (seed, page, generation), vectorised over pages.
 
 A page is 512 words, ``key(seed, page, generation) * table``: one multiplication per word. Key and table are odd, so
 every word depends on page and generation, and the result does not compress.

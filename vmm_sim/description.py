@@ -1,5 +1,5 @@
-"""The guest's description: what the source's VMM says about its guest, and how the destination's VMM builds an equal
-one from it. A peer may have written what is read here."""
+"""The guest's description: the source's VMM writes it, and the destination's VMM builds an equal guest from it. A peer
+may have written what is read here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmm_sim.devices import Device
 from vmm_sim.memory import memory_regions
 
 DRIVER: Final = "sim"
-"""What the daemons call their driver for this VMM."""
+"""The name of the daemons' driver for this VMM."""
 MACHINE: Final = "vmm-sim-1"
 _VERSION: Final = 1
 

@@ -29,10 +29,10 @@ ENVELOPE_BYTES: Final = _HEADER.size
 
 
 class Body(Protocol):
-    """Where a device's state comes from and goes to."""
+    """The source of a device's saved state and the place of its loaded state."""
 
     def expected_bytes(self) -> int:
-        """What the final state usually weighs."""
+        """Usual size of the final state (bytes)."""
         ...
 
     def save(self, pieces: int, final: bool, interrupt: threading.Event) -> bytearray:

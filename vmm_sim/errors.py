@@ -8,7 +8,7 @@ class VmmError(Exception):
 
     Attributes:
         name: which error, stable (``Interrupted``, ``InvalidArgument``, ``TimeNotImported`` ...).
-        message: a whole sentence: what, where, what to do.
+        message: a whole sentence that says what went wrong, where, and what to do.
     """
 
     def __init__(self, name: str, message: str) -> None:
@@ -20,5 +20,5 @@ class VmmError(Exception):
         return f"{self.name}: {self.message}"
 
 
-class VmmGone(Exception):  # noqa: N818  # named for what happened to the VMM
+class VmmGone(Exception):  # noqa: N818  # the name says what happened to the VMM, and "Error" would add nothing
     """The connection to the VMM broke, or nobody answers at its socket."""

@@ -79,7 +79,7 @@ class Heartbeat:
         ]
 
     def state(self) -> dict[str, Any]:
-        """What travels."""
+        """The state as it travels in the vCPU's state."""
         return {**{field: getattr(self, field) for field in STATE_FIELDS}, "ring": [list(entry) for entry in self.ring]}
 
     @classmethod

@@ -22,7 +22,7 @@ class Ownership:
 
     @property
     def held(self) -> bool:
-        """Whether this process may run the guest as far as the lock is concerned."""
+        """True when this process holds the lock, or there is none to hold."""
         return self._path is None or self._fd >= 0
 
     def take(self) -> None:

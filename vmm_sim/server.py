@@ -1,4 +1,4 @@
-"""The API socket's server: one thread per connection reads requests, what may take long runs in a pool.
+"""The API socket's server: one thread per connection reads requests; operations that may take long run in a pool.
 
 A reply may thus overtake another; requests carry an id. ``interrupt`` and ``status`` are answered while a device is
 being saved or loaded.
@@ -33,7 +33,7 @@ class SocketInUseError(Exception):
 
 @dataclass(slots=True)
 class Answer:
-    """What a handler returns: the reply's map, payload and descriptors."""
+    """The result of a handler: the reply's map, payload and descriptors."""
 
     meta: dict[str, Any]
     payload: bytes | bytearray = b""
@@ -109,11 +109,11 @@ class Arguments:
         raise VmmError("InvalidArgument", f"The argument {name} of operation {self._op} must be {_DEVICES}.")
 
     def any(self, name: str) -> object:
-        """Whatever it is; the operation checks it."""
+        """An argument of any type, which the operation itself checks."""
         return self._take(name, "a value")
 
     def done(self) -> None:
-        """Refuse what is left over."""
+        """Refuse arguments that were not asked for."""
         if self._arguments:
             raise VmmError("InvalidArgument", f"Operation {self._op} has no argument {sorted(self._arguments)[0]}.")
 
@@ -266,7 +266,7 @@ class ApiServer:
             self._wake_send.send(b"\0")
 
     def close(self) -> None:
-        """Release what is left after :meth:`serve`."""
+        """Release the pool and the connections that are left after :meth:`serve`."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._wake_receive.close()
         self._wake_send.close()

@@ -22,7 +22,7 @@ from vmm_sim.workload import Workload
 
 TICK_NS: Final = 1_000_000
 BACKLOG_NS: Final = 50_000_000
-"""Work that the scheduler kept the vCPU from is made up for, up to this much."""
+"""Most time that the vCPU catches up after the scheduler kept it from running (ns)."""
 READ_ATTEMPTS: Final = 3
 READ_TOLERANCE_NS: Final = 20_000
 CRASHED: Final = 70
@@ -69,7 +69,7 @@ class Vcpu(threading.Thread):
 
     @property
     def running(self) -> bool:
-        """Whether steps are being executed."""
+        """True while steps are executed."""
         return not self._halted.is_set()
 
     def start_running(self, *, counts_as_stop: bool = True) -> None:

@@ -1,4 +1,5 @@
-"""Is every byte of guest memory what seed and step count say? Chunk by chunk, and without populating a hole."""
+"""Comparison of guest memory with the content that follows from seed and step count, chunk by chunk and without
+populating a hole."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ STALE_GENERATIONS: Final = 64
 
 @dataclass(slots=True)
 class Verdict:
-    """What was found: number of bad pages, the first of them, and what is wrong with the very first."""
+    """The result of a comparison: number of bad pages, the first of them, and a description of its damage."""
 
     bad_pages: int = 0
     first_bad: list[int] = field(default_factory=list)
@@ -138,8 +139,8 @@ class Verifier:
 
 
 def find_clock_fault(clock: GuestClock, heartbeat: Heartbeat, boot_tsc: int, *, ran_unscaled: bool) -> str:
-    """What is wrong with the guest's clock, empty when nothing is: the guest must never have seen its TSC run
-    backwards, and TSC and uptime must have grown by the same time since boot.
+    """Return a sentence on a fault of the guest's clock, empty when there is none: the guest must never have seen its
+    TSC run backwards, and TSC and uptime must have grown by the same time since boot.
 
     ``ran_unscaled``: some host ran the TSC at its own frequency, within the tolerance."""
     if heartbeat.backwards:

@@ -79,7 +79,7 @@ class Vmm:
         self._costs_lock = threading.Lock()
         self._life = threading.Lock()
         self._operations = Operations()
-        self._verification = threading.Event()  # set: whatever verification runs must give way
+        self._verification = threading.Event()  # set when a running verification must give way
         self._booted = threading.Event()
         self._exiting = threading.Event()
         if incoming:
@@ -107,7 +107,7 @@ class Vmm:
         """Start the vCPU thread; a new guest boots in the background and then runs, unless ``paused``."""
         self.vcpu.start()
         if self.state != "incoming":
-            # Booting counts as running from outside; whatever needs stopped vCPUs waits for its end.
+            # Booting counts as running for clients; operations that need stopped vCPUs wait for its end.
             self.state = "paused" if paused else "running"
             threading.Thread(target=self._boot, args=(paused,), name="boot", daemon=True).start()
 
@@ -367,7 +367,8 @@ class Vmm:
             return draw_ns(self._costs, config, config.save_us if side == "save" else config.load_us)
 
     def dry_run(self, side: Literal["save", "load"]) -> dict[str, Any]:
-        """What a switchover might cost here: a draw from the same distributions, with nothing done."""
+        """Return possible costs of a switchover here: draws from the same distributions, with nothing saved or
+        loaded."""
         random = self._dry_costs
         devices = []
         for device in self.devices.values():
@@ -418,7 +419,7 @@ class Vmm:
         self.vcpu.heartbeat = loaded
 
     def _ran_unscaled(self) -> bool:
-        """Whether the TSC ever ran at a host's frequency instead of its own (within the tolerance)."""
+        """Return whether the TSC ever ran at a host's frequency instead of its own (within the tolerance)."""
         return self._unscaled_before or not self.clock.scaled
 
     # Reports and settings
@@ -431,7 +432,7 @@ class Vmm:
         return {"description": build_description(self.config, self.devices.values(), cost_seed).model_dump()}
 
     def status(self) -> dict[str, Any]:
-        """Everything a poller may want; never waits."""
+        """Return all figures that a poller may want; never waits."""
         vcpu, config, heartbeat, gap = self.vcpu, self.config, self.vcpu.heartbeat, self.vcpu.stop_gap
         reading = self.clock.read()
         return {

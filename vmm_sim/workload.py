@@ -1,4 +1,4 @@
-"""What the vCPUs do: every workload is a set of write streams over disjoint page ranges, in a fixed schedule.
+"""The work of the vCPUs: every workload is a set of write streams over disjoint page ranges, in a fixed schedule.
 
 One step is one page write. The number of writes of a stream is a function of the step count, and its j-th write goes
 to a page that an invertible permutation of j gives; so the generation of every page follows from the step count alone:
@@ -85,7 +85,7 @@ class Stream:
         return self.base + self.area_slots * self.stride
 
     def contiguous(self) -> bool:
-        """Whether consecutive writes go to consecutive pages."""
+        """True when consecutive writes go to consecutive pages."""
         return self.order.multiplier == 1 and self.stride == 1 and self.scatter is None and not self.delta
 
     def writes(self, begin: int, end: int) -> tuple[Pages, Pages]:
@@ -180,7 +180,7 @@ class Workload:
         memory.write_run(first, last, partial(fill, keys))
 
     def expected(self, step: int, device_writes: int, first: int, last: int) -> ExpectedPages:
-        """What the touched pages [first, last) hold after ``step`` steps; not for the heartbeat page."""
+        """Return the content of the touched pages [first, last) after ``step`` steps; not for the heartbeat page."""
         generations = np.zeros(last - first, dtype=np.int64)
         deltas = np.zeros(last - first, dtype=np.bool_)
         if self.device_stream is not None:

@@ -1,1 +1,1 @@
-"""What everything stands on: clocks, errors, background tasks."""
+"""Basics that all other packages use: clocks, errors, background tasks."""

@@ -1,5 +1,5 @@
-"""Why an attempt ended without completing, or why what is told of one cannot be read. The message is the sentence that
-reaches the operator and the record."""
+"""Errors: the reasons why an attempt did not complete, or why a document cannot be read. The message is the sentence
+that reaches the operator and the record."""
 
 from __future__ import annotations
 

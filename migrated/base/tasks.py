@@ -12,7 +12,7 @@ log = structlog.get_logger()
 
 
 class TaskSet:
-    """Tasks that belong to one owner: none is lost, none outlives it, and what fails is logged."""
+    """Tasks that belong to one owner: none is lost, none outlives it, and failures are logged."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -30,7 +30,7 @@ class TaskSet:
             log.error("a background task failed", exc_info=error)
 
     async def stop(self) -> None:
-        """Cancel what still runs and wait for it."""
+        """Cancel the tasks that still run and wait for their end."""
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()

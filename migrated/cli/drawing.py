@@ -1,4 +1,4 @@
-"""Lines of a frame on a terminal, and what is drawn in them: curves, and a downtime as a bar against its limit."""
+"""Lines within a frame on a terminal, and the drawings in them: curves, and a downtime as a bar against its limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HALVINGS: Final = 12
 """Range of the curve of memory left, in halvings: a round often leaves a hundredth."""
 CHART_ROWS: Final = 3
 WIDEST: Final = 2.5
-"""A bound further out than so many limits is cut off."""
+"""A bound beyond this many times the limit is cut off."""
 MOST_PARTS: Final = 8
 NAMED_FROM_NS: Final = 50_000
 
@@ -47,7 +47,7 @@ def labelled(label: str, *pieces: str | Text) -> Text:
 
 
 def beside(label: str, drawing: Text, value: str, inner: int) -> Text:
-    """A drawing with its figure at the right edge; the figure counts where there is no room for both."""
+    """A drawing with its figure at the right edge; only the figure where there is no room for both."""
     room = drawn_width(inner)
     if room <= 0:
         return labelled(label, value)
@@ -78,7 +78,7 @@ def worded(label: str, sentence: str, inner: int, *, most: int, style: str = "")
 
 
 def bucketed(samples: Sequence[Sample], width: int, value: Callable[[Sample], float]) -> list[float]:
-    """One value for each column of the time axis: that of the newest sample by then; empty before there is any."""
+    """One value for each column of the time axis: the newest sample's at that time; empty when there is no sample."""
     if not samples or width <= 0:
         return []
     begin_ns, end_ns = samples[0].elapsed_ns, samples[-1].elapsed_ns
@@ -93,7 +93,7 @@ def bucketed(samples: Sequence[Sample], width: int, value: Callable[[Sample], fl
 
 
 def logarithmic(value: float, top: float) -> float:
-    """A share of the height up to 1: each halving is one of HALVINGS steps down, to the least that is seen."""
+    """Return a share of the height up to 1: each halving of the value is one of HALVINGS steps down."""
     lowest = 1 / (CHART_ROWS * len(SPARKS))
     return lowest if value <= 0 or top <= 0 else max(lowest, 1 + math.log2(value / top) / HALVINGS)
 

@@ -1,6 +1,6 @@
 """Migrations while they run, drawn to fit the screen: as much of each as there is room for, and its outcome at the end.
 
-looks (x-migrated-status) -> Trace (what was seen over time) -> Screen -> rich
+looks (x-migrated-status) -> Trace (snapshots over time) -> Screen -> rich
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Screen:
         self._traces = kept
 
     def without_hint(self) -> Screen:
-        """The same to be left behind: no hint, and whatever fits."""
+        """The same without the hint, to be left on the terminal at the end."""
         self._hint = ""
         return self
 
@@ -144,7 +144,7 @@ class _Still:
 
 
 def full(trace: Trace, width: int) -> View:
-    """Everything, with the table of rounds."""
+    """The long view, with the table of rounds."""
     view = curves(trace, width)
     if trace.record is not None or not trace.progress.rounds:
         return view
@@ -153,7 +153,7 @@ def full(trace: Trace, width: int) -> View:
 
 
 def curves(trace: Trace, width: int) -> View:
-    """Everything but the table of rounds."""
+    """The middle view: all but the table of rounds."""
     inner, progress = width - 4, trace.progress
     identity = clean(progress.migration_id)
     if trace.record is not None:

@@ -86,9 +86,9 @@ def _option(parameter: Parameter) -> ParameterOption:
 
 
 class ParameterCommand(click.Command):
-    """A command that takes every migration parameter as an option; ``qmp_parameters`` collects what was given.
+    """A command that takes every migration parameter as an option; ``qmp_parameters`` collects the given ones.
 
-    The options are made when they are needed, as the model behind them takes long to import.
+    The options are made on first use, because the model behind them takes long to import.
     """
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:

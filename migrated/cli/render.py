@@ -230,7 +230,7 @@ def _prediction(progress: Progress) -> str:
 
 
 def _spaced(parts: Sequence[RenderableType]) -> list[RenderableType]:
-    """An empty line between the tables, none within the lines on top."""
+    """Put an empty line between tables, none within the lines on top."""
     spaced: list[RenderableType] = []
     for part in parts:
         if spaced and not isinstance(part, Text):

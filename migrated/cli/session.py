@@ -43,7 +43,7 @@ class Session:
         """Connect and do ``work``; failures end the process with their exit status.
 
         Args:
-            if_interrupted: what to tell the user who presses Ctrl-C.
+            if_interrupted: the sentence for a user who presses Ctrl-C.
         """
 
         async def connected() -> T:

@@ -26,7 +26,7 @@ STATUS_STYLES: Final = {
     "in-doubt": "bold white on red",
     "unresponsive": "bold red",
 }
-"""Of a migration's status and of a guest's state."""
+"""The style of a migration's status, or of a guest's state."""
 _OUTCOME_STYLES: Final[dict[Outcome, str]] = {"completed": "bold green", "in-doubt": "bold white on red"}
 
 
@@ -36,7 +36,7 @@ def outcome_style(outcome: Outcome) -> str:
 
 
 class Sided(Protocol):
-    """Anything that is one side's."""
+    """An object that belongs to one side."""
 
     @property
     def side(self) -> Side: ...
@@ -46,14 +46,14 @@ SidedT = TypeVar("SidedT", bound=Sided)
 
 
 def colored(parts: Iterable[SidedT]) -> Iterator[tuple[SidedT, str]]:
-    """Each part with its colour: that of its side, and another one than its neighbour's of the same side."""
+    """Pair each part with its colour: that of its side, in a shade that differs from a neighbour's of the same side."""
     colors = {side: cycle(choices) for side, choices in SIDE_COLORS.items()}
     for part in parts:
         yield part, next(colors[part.side])
 
 
 def clean(text: object) -> str:
-    """A text for the terminal: what another host or a guest wrote must not carry control sequences."""
+    """Return a text without control sequences, which a text of another host or a guest could carry to the terminal."""
     return "".join(character if character.isprintable() else "�" for character in str(text))
 
 

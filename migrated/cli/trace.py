@@ -1,4 +1,4 @@
-"""A migration as it was seen over time: the snapshots that the daemon told, and the samples for its curves."""
+"""One migration over time: the snapshots that the daemon sent, and the samples for its curves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RATE_WINDOW_NS: Final = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One migration at one moment: what the daemon told of it, and its record once it has ended."""
+    """One migration at one moment: the daemon's snapshot of it, and its record once it has ended."""
 
     told: dict[str, Any]
     """The document itself, the record in it as ``record``."""
@@ -60,7 +60,7 @@ class Trace:
     _round_base_bytes: int = 0
 
     def take(self, look: Look) -> None:
-        """Add what one look has seen."""
+        """Add one snapshot."""
         progress = self.progress = look.progress
         self.record = look.record or self.record
         if not self.samples:
@@ -91,16 +91,17 @@ class Trace:
 
     @property
     def last(self) -> Sample:
-        """The newest sample, or what the daemon says where none was taken."""
+        """The newest sample; where none was taken, one made of the daemon's snapshot."""
         if self.samples:
             return self.samples[-1]
         progress = self.progress
         return Sample(progress.elapsed_ns, progress.transferred_bytes, progress.remaining_bytes, 0.0, 0.0)
 
     def to_go_ns(self) -> int | None:
-        """About how long until the guest runs on the other side; None when nothing says that it will end.
+        """Estimate of the time until the guest runs on the destination (ns); None when the rounds do not converge.
 
-        What is left is sent, and what is dirtied meanwhile, and so on, until the rest fits the limit: a geometric row.
+        The remaining pages are sent, then the pages dirtied meanwhile, and so on, until the rest fits the limit: a
+        geometric series.
         """
         progress, now = self.progress, self.last
         bandwidth = now.bandwidth

@@ -1,4 +1,4 @@
-"""Following migrations while they run: a live view on a terminal, plain lines of what changed elsewhere."""
+"""Following migrations while they run: a live view on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def display(*, as_json: bool, stderr: bool, rounds: int = ROUNDS_ASKED, full_scr
 
 @contextmanager
 def _inline(console: Console, *, short: bool) -> Iterator[Update]:
-    """Below what the terminal shows already. The short form makes way for the record; the long one stays."""
+    """Draw below the text that the terminal shows already. The short form makes way for the record; the long one
+    stays."""
     from rich.live import Live
 
     from migrated.cli.live import Screen
@@ -146,8 +147,8 @@ async def attend(client: ControlClient, guest: str, migration_id: str, update: U
 async def watch(client: ControlClient, guest: str | None, update: Update, *, follow: bool) -> None:
     """Show migrations until all that ran have ended, or for ever with ``follow``.
 
-    Those that ended stay in view, with their ``record``. What had ended before is not shown; when nothing runs, it
-    waits for the first.
+    Migrations that ended stay in view, with their ``record``. Those that had ended before are not shown; when none
+    runs, the command waits for the first.
     """
     asked: dict[str, Any] = {"rounds": ROUNDS_ASKED} | ({"guest": guest} if guest else {})
     before: set[str] | None = None

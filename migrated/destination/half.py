@@ -28,14 +28,15 @@ _CLOCKS_APART = timedelta(days=1)
 
 @dataclass(slots=True)
 class VoteTimes:
-    """Instants before the vote on this host's monotonic clock (ns), 0 for what was not reached."""
+    """Instants before the vote on this host's monotonic clock (ns), 0 for a step that was not reached."""
 
     loaded_ns: int = 0
     checked_ns: int = 0
 
 
 async def guest_gap_of(guest: Guest) -> GuestGap | None:
-    """What a guest that runs here saw of its blackout, once it beat again; None when its VMM cannot tell."""
+    """Wait for the blackout that the guest itself observed, known once its heartbeat goes on; None when its VMM cannot
+    tell."""
     with contextlib.suppress(VmmError):
         if (gap := (await guest.vmm.status()).observed_gap) is not None:
             return GuestGap(guest_ns=gap.guest_ns, host_ns=gap.host_ns)
@@ -56,12 +57,12 @@ def half_of(
 
     Args:
         host: this host's name.
-        phase: how far it came.
-        times: of the vote.
-        takeover: what the hand-over came to.
-        done: what was loaded.
-        digest: of guest memory here.
-        guest_gap: what the guest saw.
+        phase: the last phase that it reached.
+        times: instants of the vote.
+        takeover: the destination's hand-over, which has ended.
+        done: what loading has put into the guest.
+        digest: the digest of guest memory here.
+        guest_gap: the blackout that the guest observed.
         lines: the log lines of the attempt.
     """
     parts: list[DowntimePart] = []

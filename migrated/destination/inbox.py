@@ -1,4 +1,4 @@
-"""What happens to an incoming attempt, as items of one queue: the actor takes one at a time."""
+"""The events of an incoming attempt, as items of one queue: the actor takes one at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RoundArrived:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """Something failed: what it means for the hand-over, and why."""
+    """A failure: the event that it means for the hand-over, and the reason."""
 
     event: DestinationEvent
     cause: NoCause
@@ -41,7 +41,7 @@ class OutcomeAsked:
 
 @dataclass(frozen=True, slots=True)
 class LoadingDone:
-    """Everything is in the guest since this instant (monotonic, ns)."""
+    """Loading ended: the guest has been complete since this instant (monotonic, ns)."""
 
     at_ns: int
 

@@ -1,9 +1,9 @@
-"""Loading: everything that arrives is put into the incoming guest, in the order that correctness needs.
+"""Loading: puts all state that arrives into the incoming guest, in the order that correctness needs.
 
-iterable state of the rounds   as it comes
+iterable state of the rounds   on arrival
 time data                      before any final device state, where the guest's time travels
 final iterable state           after the time data
-everything else                after STATE_END and the last page, since a device may look into guest memory
+other devices' final state     after STATE_END and the last page, since a device may look into guest memory
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ArrivedTime:
 
 @dataclass(slots=True)
 class Loaded:
-    """What loading has done so far."""
+    """The results of loading so far."""
 
     load_ns: dict[str, int] = field(default_factory=dict)
     states: int = 0
@@ -103,7 +103,7 @@ class Loading:
             self._arrived.set()
 
     async def run(self) -> None:
-        """Load until everything is in place.
+        """Load until all state is in place.
 
         Raises:
             MigrationError, TimeAdjustError, ClockError: a state or the time cannot be loaded.
@@ -130,7 +130,7 @@ class Loading:
             raise MigrationError(f"the final state of {names} never arrived")
 
     async def _load_iteration(self, state: ArrivedState) -> None:
-        """Load what an iterable device sent in a round."""
+        """Load the state that an iterable device sent in a round."""
         iterations = self._vmm.iterations
         if iterations is None:
             raise MigrationError(
@@ -141,7 +141,7 @@ class Loading:
         self.done.states += 1
 
     async def _load_final(self, first: ArrivedState) -> None:
-        """Load a final state, with all that follow it, are here, and may be loaded now."""
+        """Load a final state together with those behind it that have arrived and may be loaded now."""
         await self._import_time()
         if first.meta.kind == "non-iterable":
             await asyncio.shield(self._complete)
@@ -156,7 +156,7 @@ class Loading:
         self.done.states += len(ready)
 
     def _may_be_loaded(self, state: ArrivedState) -> bool:
-        """Whether a state that follows final ones can be loaded with them."""
+        """Return whether a state behind final ones can be loaded in the same call."""
         return state.meta.final and (state.meta.kind == "iterable" or self._complete.done())
 
     async def _import_time(self) -> None:

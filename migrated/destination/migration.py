@@ -59,7 +59,7 @@ _PROGRESS_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
-    """What taking a guest in needs, all of it made for one offer.
+    """All objects that taking one guest in needs, made for one offer.
 
     Attributes:
         guest: the empty guest, reserved for the attempt.
@@ -68,7 +68,7 @@ class Equipment:
         receiver, loading: put pages and states into the guest.
         takeover: decides who runs it.
         welcome: the answer to the offer.
-        costs: what loading and resuming the guest is expected to cost here.
+        costs: expected costs of loading and resuming the guest here.
     """
 
     guest: Guest
@@ -87,7 +87,7 @@ class IncomingMigration:
     Args:
         env: the daemon.
         offer: the source's offer, which is taken.
-        equipment: owned from here on.
+        equipment: its objects, which the attempt owns from here on.
     """
 
     def __init__(self, env: Environment, offer: Offer, equipment: Equipment) -> None:
@@ -104,7 +104,7 @@ class IncomingMigration:
         self._phase: Arriving = Arriving(terms)
         self._times = VoteTimes()
         self._asked: dict[int, int] = {}
-        """When we asked for the guest's time (raw clock, ns), by nonce."""
+        """Instant of each TIME_ASK (raw clock, ns), by nonce."""
         self._ready_alarm = Alarm()
         self._tasks = TaskSet()
         self._link_gone = False
@@ -116,7 +116,7 @@ class IncomingMigration:
     # Section: from outside
 
     async def run(self) -> None:
-        """See the attempt through."""
+        """Run the attempt from WELCOME to its end."""
         takeover = self.takeover
         try:
             self._begin()
@@ -124,7 +124,7 @@ class IncomingMigration:
                 await self._handle(await self._inbox.get())
             while not self._inbox.empty():
                 if isinstance(item := self._inbox.get_nowait(), OutcomeAsked):
-                    await self._handle(item)  # who asked just before the end is not left without an answer
+                    await self._handle(item)  # a source that asked just before the end still gets its answer
             await self._report()
         except Exception:
             # A bug must not cost more than this attempt. In READY only the source decides: it asks the journal.
@@ -170,7 +170,7 @@ class IncomingMigration:
         self._equipment.receiver.add_channel(DataChannel(connection, join.channel))
 
     def outcome_asked(self, decision: DestinationEvent, reply: Reply) -> None:
-        """The source tells its decision again."""
+        """The source sends its decision again, over a fresh connection."""
         self._inbox.put_nowait(OutcomeAsked(decision, reply))
 
     def cancel(self, reason: str) -> bool:
@@ -197,7 +197,7 @@ class IncomingMigration:
 
     @property
     def _reply(self) -> ControlChannel | None:
-        """Where the source hears of a decision, None when it does not any more."""
+        """The channel for answers to the source, None when it is gone."""
         return None if self._link_gone else self._control
 
     def _begin(self) -> None:
@@ -297,7 +297,7 @@ class IncomingMigration:
             self._check_complete()
 
     def _check_complete(self) -> None:
-        """Let loading finish once STATE_END and the last round are both here."""
+        """Tell loading that all state has arrived, once STATE_END and the last round are both here."""
         phase = self._phase
         if isinstance(phase, Final) and phase.all_arrived(self._rounds.last):
             self._equipment.loading.all_arrived(phase.end.devices)
@@ -344,7 +344,7 @@ class IncomingMigration:
             self._inbox.put_nowait(LoadingDone(time.monotonic_ns()))
 
     async def _vote(self, loaded_ns: int) -> None:
-        """Everything is in place: vote."""
+        """Vote, once all state is in place."""
         takeover, digest = self.takeover, self._rounds.digest
         self._times.loaded_ns = loaded_ns
         if takeover.state is not DestinationState.LOADING:
@@ -363,7 +363,7 @@ class IncomingMigration:
     # Section: the end
 
     async def _report(self) -> None:
-        """Send our half of the record and wait for the whole."""
+        """Send the destination's half of the record and wait for the source's record."""
         takeover, env, hello = self.takeover, self._env, self._offer.hello
         done, guest_gap = self._equipment.loading.done, None
         self._view.reason = takeover.reason

@@ -1,4 +1,4 @@
-"""An offer as it came, and the refusal that may answer it."""
+"""An offer as the source sent it, and the refusal that may answer it."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ class Refusal:
 
     @classmethod
     def because_of(cls, error: Exception) -> Refusal:
-        """The refusal that an error in taking the offer comes to."""
+        """Return the refusal for an error that happened while the offer was taken."""
         code = error.code if isinstance(error, RemoteProtocolError) else ErrorCode.GUEST_MISMATCH
         return cls(code, str(error), "room" if isinstance(error, NoRoomError) else "guest")
 
     def tell(self, control: ControlChannel) -> None:
-        """Send it, while the channel stands."""
+        """Send the refusal, if the channel still stands."""
         with contextlib.suppress(LinkLostError):
             control.send(messages.Refuse(code=int(self.code), reason=self.reason[:2000]))
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a source offers, and what goes on from the offer to the end of the attempt.
+    """A source's offer, with the objects that stay in use until the end of the attempt.
 
     Attributes:
         control: the session's control channel, started.
         hello: the offer.
-        view: what an operator sees.
-        inbox: what happens to the attempt; it waits here until the offer is taken.
+        view: the operator's view of the attempt.
+        inbox: events of the attempt, which wait here until the offer is taken.
     """
 
     control: ControlChannel
@@ -79,5 +79,5 @@ class Offer:
         self.inbox.put_nowait(Broken(DestinationEvent.FAULT, "fault", "the incoming guest's process ended"))
 
     def progress(self) -> Progress:
-        """A snapshot while the offer is looked at, or after it was refused."""
+        """A snapshot while the offer is checked, or after it was refused."""
         return self.view.progress("negotiating", self.hello.limits, None)

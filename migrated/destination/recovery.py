@@ -1,4 +1,4 @@
-"""What a restarted daemon does with an incoming attempt that it finds open in its journal.
+"""Recovery of an incoming attempt that a restarted daemon finds open in its journal.
 
 Before READY: discarded. After READY: it waits for the source's decision, at most the ready time-out. After COMMIT: it
 runs the guest.
@@ -25,7 +25,7 @@ class RecoveredTakeover:
 
     Args:
         env: the daemon.
-        attempt: what the journal knows.
+        attempt: the journal's entries of it.
         guest: the incoming guest, None when its process is gone.
     """
 
@@ -70,7 +70,7 @@ class RecoveredTakeover:
         return self._attempt.guest == guest and not self._takeover.finished.is_set()
 
     def is_older_than(self, guest: str, epoch: int) -> bool:
-        """Whether an offer of ``epoch`` is of this guest and newer than what is still open here."""
+        """Return whether an offer of ``epoch`` is of this guest and newer than the attempt that is still open here."""
         return self.is_open_for(guest) and self._attempt.epoch < epoch
 
     @property
@@ -79,7 +79,7 @@ class RecoveredTakeover:
         return Origin(str(self._attempt.facts["peer"]), tuple(self._attempt.facts.get("peer_names", ())))
 
     async def take(self, decision: DestinationEvent, reply: Reply) -> None:
-        """The source tells its decision."""
+        """Take the source's decision."""
         try:
             await self._takeover.take(decision, reply, reason="the source keeps its guest")
         except RemoteProtocolError as error:

@@ -20,7 +20,7 @@ class Rounds:
 
     Args:
         digest: the running digest of guest memory here, None when this migration keeps none.
-        tally: what has arrived, for operators.
+        tally: counts of arrived pages and bytes, for operators.
     """
 
     def __init__(self, digest: MemoryDigest | None, tally: Tally) -> None:
@@ -36,11 +36,11 @@ class Rounds:
 
     @property
     def digest(self) -> int | None:
-        """The digest of what is in place, None when this migration keeps none."""
+        """The digest of the pages in place, None when this migration keeps none."""
         return self._digest.value if self._digest is not None else None
 
     def announced(self, end: messages.RoundEnd) -> messages.RoundDone | None:
-        """The source says what it sent in a round. Returns the acknowledgement once the round is in place.
+        """Take the source's announcement of a round. Returns the acknowledgement once the round is in place, else None.
 
         Raises:
             RemoteProtocolError: other pages came than were sent, or the round is none that can come now.
@@ -50,7 +50,7 @@ class Rounds:
         return self._in_place(end.round)
 
     def arrived(self, number: int, received: RoundReceived) -> messages.RoundDone | None:
-        """A round is complete on every data channel. Returns and raises as ``announced``."""
+        """Take a round that is complete on every data channel. Returns and raises as ``announced``."""
         self._check_number(number, number in self._arrived)
         if self._digest is not None:
             self._digest.add(received.digest_delta)

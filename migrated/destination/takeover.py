@@ -1,4 +1,4 @@
-"""The destination's hand-over: READY or NO, then COMMIT or nothing. Carries out what protocol/executor.py asks for.
+"""The destination's hand-over: READY or NO, then COMMIT or nothing. It carries out the effects of protocol/executor.py.
 
 It serves a migration that is under way as well as one that a restarted daemon found in its journal, so there is one
 place that can make an incoming guest run.
@@ -72,14 +72,14 @@ class Takeover:
         migration_id, epoch, guest_name: whose hand-over this is.
         driver: of the guest; its run log, if there is one, tells whether the guest ran.
         guest: the incoming guest, None when its process is gone.
-        state: where it begins; not LOADING only after a restart of the daemon.
+        state: first state; other than LOADING only after a restart of the daemon.
         keep_paused: the guest was paused on the source; it arrives paused.
         reason: why it was discarded, where that is known from before.
 
     Attributes:
-        make_ready: makes the READY message when it is voted; set by who loads the guest.
-        resume_times: of the resume, None before it and after a restart of the daemon.
-        finished: set when it is decided who runs the guest, and that is carried out.
+        make_ready: called for the READY message of the vote; set by the code that loads the guest.
+        resume_times: instants of the resume, None before it and after a restart of the daemon.
+        finished: set once it is decided which host runs the guest, and all effects of that are carried out.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Takeover:
 
     @property
     def reason(self) -> str | None:
-        """Why the guest was discarded, or could not be resumed yet; None when neither is so."""
+        """The reason why the guest was discarded, or could not be resumed yet; None when neither is so."""
         return self._executor.reason
 
     def ended(self) -> EndedTakeover:
@@ -141,7 +141,7 @@ class Takeover:
 
     @property
     def awaits_decision(self) -> bool:
-        """READY was voted and only the source decides."""
+        """True when READY was voted and only the source decides."""
         return self.state is DestinationState.READY
 
     async def take(
@@ -153,10 +153,10 @@ class Takeover:
         cause: NoCause = "fault",
         read_at_ns: int = 0,
     ) -> None:
-        """Something happened: carry out all that it asks for.
+        """Take one event and carry out all effects that it asks for.
 
         Args:
-            reply: where answers go; None when the peer cannot be reached.
+            reply: takes the answers to the peer; None when it cannot be reached.
             reason, cause: why, for events that end the hand-over.
             read_at_ns: when the message behind the event was read (monotonic).
 
@@ -215,7 +215,7 @@ class Takeover:
         return DONE
 
     def _send(self, reply: Reply | None, message: Message) -> Outcome:
-        """Answer where an answer can still be heard: the peer asks again on a fresh connection if it gets none."""
+        """Send an answer if the peer can still be reached: it asks again on a fresh connection if it gets none."""
         if reply is not None:
             with contextlib.suppress(LinkLostError):
                 reply.send(message)
@@ -245,7 +245,7 @@ class Takeover:
         if state == "incoming":
             return Outcome(Result.WAITS)
         if state == "running" or self._keep_paused:
-            self._is_ours(guest, time.monotonic_ns())  # the answer to a resume was lost, the guest was not
+            self._is_ours(guest, time.monotonic_ns())  # the VMM's answer to a resume was lost, but the guest may run
             return Outcome(Result.RUNS)
         return Outcome(Result.STANDS)
 
@@ -308,7 +308,7 @@ def _process_gone() -> Outcome:
 
 
 def answer_message(answer: effects.Answer, epoch: int, times: ResumeTimes | None = None) -> Message:
-    """An answer to a decision that the source told, as a message.
+    """Return the message for an answer to a decision of the source.
 
     Args:
         times: when the guest was resumed, None when that is not known (any more).

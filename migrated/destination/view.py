@@ -1,5 +1,5 @@
-"""What an operator sees of an incoming attempt: its status and the events of its changes, what has arrived, and the
-snapshot of it all."""
+"""The operator's view of an incoming attempt: its status with an event for each change, counts of arrived pages and
+bytes, and the snapshot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from protocol.messages import Limits
 
 @dataclass(slots=True)
 class Tally:
-    """What has arrived: the last round that is in place, payload bytes, pages with and without content."""
+    """Counts of what has arrived: the last round in place, payload bytes, pages with and without content."""
 
     rounds: int = 0
     received_bytes: int = 0
@@ -46,7 +46,7 @@ class View:
         self._peer = peer
 
     def set_status(self, status: Status) -> None:
-        """Enter a status; a change is an event."""
+        """Set the status; publish an event if it changed."""
         if self.status != status:
             self.status = status
             self._env.publish(
@@ -58,9 +58,9 @@ class View:
         """A snapshot.
 
         Args:
-            phase: what the hand-over stands at.
+            phase: the state of the hand-over.
             limits: the budget in force.
-            counted_ns: the downtime by our own count, None before it begins.
+            counted_ns: the downtime by this host's count, None before it begins.
         """
         tally = self.tally
         standing = Standing(

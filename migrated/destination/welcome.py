@@ -1,4 +1,5 @@
-"""Taking an offer: an empty guest that equals the one offered, and everything that it is filled with; or a refusal."""
+"""Taking an offer: the destination builds an empty guest equal to the offered one, and the objects that receive its
+state; or it refuses."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ async def welcome(env: Environment, offer: Offer) -> IncomingMigration | Refusal
     """Build the empty guest and take the offer.
 
     Returns:
-        The attempt, which sends WELCOME when it runs. Or why the offer is refused: the source has been told, nothing
-        that was built is left, and the channel is closed.
+        The attempt, which sends WELCOME when it runs. Or the refusal: the source has been told, all that was built is
+        undone, and the channel is closed.
     """
     hello, view = offer.hello, offer.view
     structlog.contextvars.bind_contextvars(
@@ -62,10 +63,10 @@ async def welcome(env: Environment, offer: Offer) -> IncomingMigration | Refusal
 
 
 async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack) -> IncomingMigration:
-    """Build everything that the attempt needs.
+    """Build all objects that the attempt needs.
 
     Args:
-        undo: gets what must be undone when the offer is not taken in the end.
+        undo: gets the calls that undo what was built, for an offer that is not taken in the end.
 
     Raises:
         RefusedError, VmmError, ProtocolError, TimeAdjustError, JournalError: it cannot be taken.

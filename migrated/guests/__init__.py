@@ -1,1 +1,1 @@
-"""The guests of this host, and who has his hands on one."""
+"""The guests of this host, and the reservation of a guest by one attempt."""

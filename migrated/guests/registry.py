@@ -30,7 +30,7 @@ Overlay = Literal["incoming", "in-doubt", "retired"]
 UNRESPONSIVE: Final = "unresponsive"
 """The state of a guest whose VMM does not answer."""
 ANSWER_S: Final = 2.0
-"""How long one guest may hold up what concerns all of them."""
+"""How long one guest that does not answer may delay a command on all guests."""
 _AGAIN_S: Final = 1.0
 
 
@@ -39,8 +39,8 @@ class Guest:
     """One guest of this host.
 
     Attributes:
-        migration_id: the attempt that has its hands on the guest, None when there is none.
-        overlay: what the hand-over says of it beyond what its VMM knows.
+        migration_id: the attempt that has reserved the guest, None when there is none.
+        overlay: the state that the hand-over gives the guest, in place of the VMM's; None for none.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Guest:
 
 @dataclass(frozen=True, slots=True)
 class SilentGuest:
-    """A guest that has not answered since this daemon began: what it is, and what it does, is not known."""
+    """A guest that has not answered since this daemon began: nothing but its name and process is known."""
 
     name: str
     pid: int | None
@@ -96,8 +96,8 @@ class GuestRegistry:
     """All guests of one daemon.
 
     Args:
-        config: where guests are found and which driver starts them.
-        drivers: all that this host has, by name.
+        config: the directory of the guests' sockets and the driver that starts new ones.
+        drivers: all drivers of this host, by name.
     """
 
     def __init__(self, config: Config, drivers: Mapping[str, Driver]) -> None:
@@ -249,8 +249,8 @@ class GuestRegistry:
             ended.set()
 
     def ever_ran(self, driver: str, name: str, epoch: int) -> bool | None:
-        """Whether a guest of this name and driver ran on this host in this epoch, by the log that its VMM writes before
-        it runs; None where there is no such log, so that the daemon's own mark must do."""
+        """Return whether a guest of this name and driver ran on this host in this epoch, by the log that its VMM
+        writes before it runs; None where there is no such log, so that the daemon's own mark must do."""
         one = self._drivers.get(driver)
         return one.ran(name, epoch) if one is not None else None
 

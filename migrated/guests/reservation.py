@@ -1,4 +1,4 @@
-"""A guest in the hands of one attempt: nobody else may stop, run, end or migrate it meanwhile."""
+"""The reservation of a guest for one attempt: nobody else may stop, run, end or migrate it meanwhile."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One host: its guests, its outgoing and incoming attempts, and what a restarted daemon finds of them."""
+"""One host: its guests, its outgoing and incoming attempts, and their recovery after a restart of the daemon."""

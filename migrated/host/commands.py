@@ -1,4 +1,5 @@
-"""What the parts of a host share to answer an operator: arguments checked, failures of a VMM as refusals."""
+"""Functions with which the parts of a host answer an operator: they check arguments and turn failures of a VMM into
+refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ async def asked(awaitable: Awaitable[Found]) -> Found:
 
 
 def target_of(uri: str) -> Target:
-    """Where a guest goes, from ``tcp:HOST:PORT``.
+    """Return the target of a migration from ``tcp:HOST:PORT``.
 
     Raises:
         OperationError: it is not such an address.

@@ -59,7 +59,7 @@ class GuestCommands:
         return [*shown, *(self._silent(name) for name in self._guests.silent)]
 
     async def show(self, name: str) -> dict[str, Any]:
-        """One guest with everything that its VMM tells."""
+        """Return one guest with all figures of its VMM."""
         if name in self._guests.silent:
             return self._silent(name)
         return await self._shown(self.get(name))
@@ -102,7 +102,7 @@ class GuestCommands:
             raise OperationError(str(error), "DeviceNotFound") from error
 
     def idle(self, name: str) -> Guest:
-        """A guest that no migration has its hands on: only then may an operator stop, run or end it.
+        """Return a guest that no migration has reserved: only such a guest may an operator stop, run or end.
 
         Raises:
             OperationError: there is none of this name, or it is being migrated.

@@ -1,8 +1,8 @@
-"""One host, put together from its parts. It is what the control socket operates on
-(``migrated.control.operations.Operations``), and what the listener brings new connections to.
+"""One host, put together from its parts. The control socket calls it (``migrated.control.operations.Operations``), and
+the listener hands new connections to it.
 
     guests      the operator's commands on guests           outgoing    attempts to move a guest away, parameters
-    recovery    what a restarted daemon finds                incoming    attempts to take one in, late questions
+    recovery    attempts left by the last daemon                incoming    attempts to take one in, late questions
     records     history and metrics
 """
 
@@ -43,16 +43,16 @@ _VERSION = importlib.metadata.version("migrated")  # once: it reads files, for w
 
 
 class MigrationHost:
-    """All that one daemon does, without its process: sockets to listen on, signals and logging are the daemon's.
+    """One daemon without its process: the listening sockets, signals and logging belong to ``service.daemon``.
 
     Args:
         config: the configuration.
         role: which directions are allowed.
-        collector: where the log lines of each migration are kept.
+        collector: keeps the log lines of each migration.
 
     Raises:
         CredentialsError: the files of ``[tls]`` cannot be used.
-        JournalError, HistoryError: what must survive a restart cannot be opened.
+        JournalError, HistoryError: a file of the state directory cannot be opened.
     """
 
     def __init__(self, config: Config, role: DaemonRole, collector: LogCollector) -> None:
@@ -91,12 +91,12 @@ class MigrationHost:
     # Section: life
 
     async def start(self) -> None:
-        """Find the guests that run and finish or undo what the last daemon left open."""
+        """Find the guests that run, and finish or undo the attempts that the last daemon left open."""
         await self._env.guests.open()
         await self._recovery.start()
 
     async def stop(self) -> None:
-        """Cancel what can be cancelled, let go of every guest, close every file."""
+        """Cancel the attempts that can be cancelled, disconnect from every guest, close every file."""
         ending = await self._outgoing.cancel_all("the daemon is stopping")
         self._incoming.cancel_all("the destination's daemon is stopping")
         if ending:
@@ -116,7 +116,7 @@ class MigrationHost:
         await self._incoming.connected(first, connection)
 
     def set_defaults(self, parameters: MigrationParameters) -> None:
-        """The configuration was reloaded: what guests without parameters of their own use from now on."""
+        """Set the parameters for guests without their own, after a reload of the configuration."""
         self._outgoing.set_defaults(parameters)
 
     def version(self) -> dict[str, Any]:
@@ -204,7 +204,7 @@ class MigrationHost:
         return sorted(chosen, key=lambda progress: progress.started_at)
 
     def _refuse_unheard_of(self, guest: str) -> None:
-        """Refuse a name that nothing here ever had."""
+        """Refuse the name of a guest that this host never had."""
         here = self._env.guests.find(guest) is not None
         if not (here or self._outgoing.knows(guest) or self._incoming.knows(guest)):
             self._guests.get(guest)

@@ -69,7 +69,7 @@ class OutgoingAttempts:
             self._running.pop(migration.migration_id, None)
             self._show_as_ended(migration)
             if migration.status == "completed":
-                self.forget_parameters(migration.guest_name)  # whoever has the name next is another guest
+                self.forget_parameters(migration.guest_name)  # the next guest of this name is another one
             await asyncio.to_thread(keep_knowledge, self._env.config.state.directory, self._env.knowledge)
 
     def _show_as_ended(self, migration: OutgoingMigration) -> None:
@@ -82,7 +82,7 @@ class OutgoingAttempts:
             del self._last[name]
 
     async def estimate(self, guest: Guest, uri: str, overrides: dict[str, object]) -> dict[str, Any]:
-        """What moving an idle guest would cost, without moving it."""
+        """Predict the cost of moving an idle guest, without moving it."""
         target = target_of(uri)
         parameters = with_values(self.parameters(guest.name), overrides)
         try:
@@ -103,7 +103,7 @@ class OutgoingAttempts:
         return migration.record.document()
 
     async def cancel(self, guest: str) -> None:
-        """Give up what is under way for a guest.
+        """Cancel the attempt of a guest.
 
         Raises:
             OperationError: it is too late.
@@ -137,7 +137,7 @@ class OutgoingAttempts:
             migration.guest_gone()
 
     def knows(self, guest: str) -> bool:
-        """Whether a guest of this name was moved, or was to be, since the daemon's start."""
+        """Return whether an attempt to move a guest of this name was made since the daemon's start."""
         return guest in self._last
 
     def progress(self) -> list[Progress]:
@@ -145,7 +145,7 @@ class OutgoingAttempts:
         return [progress() for progress in self._last.values()]
 
     async def cancel_all(self, reason: str) -> list[OutgoingMigration]:
-        """Cancel what can be cancelled. Returns what was under way."""
+        """Cancel the attempts that can be cancelled. Returns all that were under way."""
         under_way = list(self._running.values())
         for migration in under_way:
             await migration.cancel(reason)
@@ -157,7 +157,7 @@ class OutgoingAttempts:
     # Section: parameters
 
     def parameters(self, guest: str | None) -> MigrationParameters:
-        """What an attempt under way uses, or the guest's next one would; None: the defaults."""
+        """Return the parameters of a guest's running attempt, or of its next one; ``guest`` None: the defaults."""
         if guest is None:
             return self._defaults
         for migration in self._of(guest):
@@ -167,7 +167,7 @@ class OutgoingAttempts:
     def set_parameters(self, guest: str, values: dict[str, object]) -> None:
         """Change parameters of a guest, and of its attempt under way."""
         self._guest_parameters[guest] = with_values(self._guest_parameters.get(guest, self._defaults), values)
-        for migration in self._of(guest):  # what only this attempt was given stays with it
+        for migration in self._of(guest):  # parameters given to this attempt alone stay with it
             migration.set_parameters(with_values(migration.parameters, values))
 
     def forget_parameters(self, guest: str) -> None:
@@ -175,9 +175,9 @@ class OutgoingAttempts:
         self._guest_parameters.pop(guest, None)
 
     def set_default_values(self, values: dict[str, object]) -> None:
-        """Change what guests without parameters of their own use."""
+        """Change some parameters for guests without their own."""
         self._defaults = with_values(self._defaults, values)
 
     def set_defaults(self, parameters: MigrationParameters) -> None:
-        """Replace what guests without parameters of their own use."""
+        """Replace the parameters for guests without their own."""
         self._defaults = parameters

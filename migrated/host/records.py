@@ -1,4 +1,4 @@
-"""Finished records as an operator asks for them, and where each new one goes: history and metrics."""
+"""Finished records: queries by an operator, and the storing of each new one in history and metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a restarted daemon does with what the last one left: open attempts of the journal, abandoned incoming guests.
+"""Recovery after a restart: open attempts of the journal, and abandoned incoming guests.
 
 Nothing is decided about a guest of which nothing is known: the attempts of a guest that does not answer wait for it.
 """
@@ -41,7 +41,7 @@ class Recovery:
         self._incoming: dict[str, RecoveredTakeover] = {}
 
     async def start(self) -> None:
-        """Finish or undo what is open, once the guests that run have been found."""
+        """Finish or undo the open attempts, once the guests that run have been found."""
         guests, journal = self._env.guests, self._env.journal
         current, overtaken = journal.open_attempts()
         for attempt in overtaken:
@@ -77,7 +77,7 @@ class Recovery:
         return [recovered.source for recovered in self._incoming.values() if recovered.is_open_for(guest)]
 
     async def end_older(self, guest: str, epoch: int) -> None:
-        """See every older attempt of a guest through that is offered with a newer epoch."""
+        """End every older attempt of a guest that is offered with a newer epoch."""
         for recovered in self._incoming.values():
             if recovered.is_older_than(guest, epoch) and (event := newer_epoch(recovered.state)) is not None:
                 await recovered.take(event, Nobody())
@@ -92,7 +92,7 @@ class Recovery:
         return [recovered.progress() for recovered in self._outgoing.values()]
 
     async def close(self) -> None:
-        """Stop asking; the journal keeps what is open."""
+        """Stop asking; the journal keeps the open attempts."""
         for recovered in self._outgoing.values():
             await recovered.close()
 

@@ -1,4 +1,4 @@
-"""What can go wrong in another process, each with the sentence that an operator can act on."""
+"""Errors of calls that act on another process, each with a sentence that an operator can act on."""
 
 from __future__ import annotations
 

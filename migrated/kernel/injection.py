@@ -2,9 +2,9 @@
 
     SEIZE - INTERRUPT - [stopped in a system call] - registers saved, frame written - calls - registers back - DETACH
 
-Whatever happens to us at whatever point, the thread runs on as if nothing had been (``signal_frame``). Signals that
-come for it first are delivered; later ones wait for the end. All of it happens in a thread of its own: when that
-ends, the kernel detaches whatever could not be.
+If this process dies at any point, the thread still runs on unchanged (``signal_frame``). Signals that
+come for it first are delivered; later ones wait for the end. All of it happens in a thread of its own: when that thread
+ends, the kernel detaches every thread that is still traced.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Inside:
         return self._machine.result(thread.registers(NT_PRSTATUS))
 
     def give_back(self) -> None:
-        """Put everything back as it was; the thread still stands."""
+        """Restore the registers and the signal mask; the thread still stands."""
         if self._changed:
             self._thread.block_signals(self._blocked_signals)
             self._thread.set_registers(NT_PRSTATUS, self._registers)
@@ -91,7 +91,7 @@ def run_inside(pid: int, work: Callable[[Inside], T]) -> T:
 
     Args:
         pid: of the process.
-        work: makes the system calls.
+        work: called while the thread stands still; makes the system calls.
 
     Raises:
         InjectionError: it cannot be done there; the sentence says why. The process runs on as before.
@@ -142,13 +142,15 @@ def _trace(pid: int, work: Callable[[Inside], T]) -> T:
 def _attempt(
     thread: TracedThread, machine: Machine, memory_fd: int, sites: CodeSites, work: Callable[[Inside], T]
 ) -> list[T]:
-    """Try once. Returns what the work gave, in a list; an empty one when the moment was a bad one."""
+    """Try once. Returns a list with the result of the work; an empty one when the thread could not be disturbed just
+    then."""
     inside = Inside(thread, machine, memory_fd, sites)
     try:
         _stop(thread)
         return [work(inside)] if inside.prepare() else []
     finally:
-        # Where it does not stand still the end of this thread lets go of it, and the frame gives everything back.
+        # If the thread does not stand still, the end of this Python thread detaches it, and the frame restores its
+        # registers.
         with contextlib.suppress(OSError):
             inside.give_back()
             thread.detach()
@@ -184,17 +186,17 @@ def _memory_of(pid: int) -> Iterator[int]:
 
 
 def _code_sites(pid: int, machine: Machine, memory_fd: int) -> CodeSites:
-    """Find the two pieces of code that an injection needs, in the process's own C library and vdso."""
+    """Find the two pieces of code that an injection needs, in the process's own C library as a rule."""
     if "shstk" in _status_field(pid, "x86_Thread_features"):
         raise InjectionError(
             f"process {pid} runs with a shadow stack, which does not let a system call be injected; start it with "
             "GLIBC_TUNABLES=glibc.cpu.x86_shstk=off"
         )
     found: dict[bytes, int] = {}
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        fields = line.split()
-        if fields[1][2] != "x" or fields[-1] == "[vsyscall]":
-            continue
+    lines = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    # Files alone, the C library first: code that a process makes for itself is large, and may go at any time.
+    code_files = [fields for fields in lines if fields[1][2] == "x" and fields[-1].startswith("/")]
+    for fields in sorted(code_files, key=lambda fields: "/libc" not in fields[-1]):
         begin, end = (int(part, 16) for part in fields[0].split("-"))
         with contextlib.suppress(OSError):
             code = os.pread(memory_fd, end - begin, begin)

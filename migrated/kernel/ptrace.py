@@ -113,7 +113,7 @@ class TracedThread:
         self._request(_SYSCALL)
 
     def detach(self) -> None:
-        """Let go of it, stopped as it is: it runs on."""
+        """Detach from it while it is stopped: it runs on."""
         self._request(_DETACH)
 
     def registers(self, kind: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Registers of a stopped thread, and a signal frame that gives them back without us.
+"""Registers of a stopped thread, and a signal frame that restores them without the tracing process.
 
 A system call is injected by pointing the thread at ``syscall; ret`` with a frame on its stack, below everything in
 use, that looks as if a signal handler were about to return. We read the result at the exit of the call and put the
@@ -37,7 +37,7 @@ class CodeSites:
 
 
 class Machine(ABC):
-    """What differs from one architecture to the next.
+    """The parts that differ from one architecture to the next.
 
     Attributes:
         syscall_code, sigreturn_code: the bytes of the two code sites.
@@ -50,16 +50,16 @@ class Machine(ABC):
 
     @abstractmethod
     def code_pointer(self, registers: bytes) -> int:
-        """Where the thread would run on."""
+        """Return the address at which the thread would run on."""
 
     @abstractmethod
     def inside_call(self, registers: bytes, code: bytes) -> bool:
-        """Whether the thread was stopped inside a system call. Only there is it sure that no restartable sequence
-        (rseq) is cut in two. ``code`` is the 4 bytes before ``code_pointer`` and the 4 from there on."""
+        """Return whether the thread was stopped inside a system call. Only there is it sure that no restartable
+        sequence (rseq) is cut in two. ``code`` is the 4 bytes before ``code_pointer`` and the 4 from there on."""
 
     @abstractmethod
     def frame(self, registers: bytes, extra: bytes, blocked_signals: int, sites: CodeSites) -> tuple[int, bytes]:
-        """Where the frame goes on the thread's stack, and its bytes."""
+        """Return the frame's address on the thread's stack, and its bytes."""
 
     @abstractmethod
     def with_call(
@@ -95,7 +95,7 @@ class X86(Machine):
     _RED_ZONE = 128
     _FLAGS = 1 | 2 | 4  # UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS
     _XSTATE_WITHOUT_TILES = 2816
-    """Where the state of AMX tiles begins: it is no part of a frame unless the process asked for it."""
+    """Offset of the state of AMX tiles: it is no part of a frame unless the process asked for it."""
     _SOFTWARE_BYTES = 464
     _MAGIC1, _MAGIC2 = 0x46505853, 0x46505845
     _WITHOUT_TILES = ~(3 << 17)

@@ -68,7 +68,7 @@ class WriteTracking:
             try:
                 userfault.unregister(self._fd, address, size)
             except OSError:
-                break  # unmapped, or the process has ended; closing ends whatever is left
+                break  # unmapped, or the process has ended; closing ends the tracking that is left
         os.close(self._fd)
         self._fd = -1
 
@@ -84,7 +84,7 @@ def _enable(fd: int) -> None:
 
 
 def why_no_tracking() -> str | None:
-    """Whether this kernel can track writes at all, tried in our own process: a sentence if it cannot."""
+    """Return a sentence if this kernel cannot track writes at all (tried in our own process), None if it can."""
     try:
         fd = userfault.open_userfaultfd()
     except OSError as error:

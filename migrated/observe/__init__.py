@@ -1,1 +1,1 @@
-"""What can be seen from outside while the daemon runs: progress, log, metrics."""
+"""The daemon as seen from outside while it runs: progress, log, metrics."""

@@ -1,4 +1,4 @@
-"""Logging: structured lines to standard error, and a copy of what concerns one migration for its record.
+"""Logging: structured lines to standard error, and a copy of one migration's lines for its record.
 
 log.info("...") -> bound context (migration_id, guest, role, peer) -> LogCollector -> level -> console | JSON lines
 """
@@ -81,7 +81,7 @@ class _LineWriter:
 
 
 class _StandardLibraryHandler(logging.Handler):
-    """Brings what libraries log through ``logging`` (asyncio above all) into the same stream."""
+    """Brings the log lines of libraries that use ``logging`` (asyncio above all) into the same stream."""
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
@@ -91,7 +91,7 @@ class _StandardLibraryHandler(logging.Handler):
 
 
 class _AtLeast:
-    """Drops what is below the level in force."""
+    """Drops lines below the level in force."""
 
     def __init__(self) -> None:
         self.level = logging.INFO
@@ -106,12 +106,12 @@ _shown = _AtLeast()
 
 
 def set_level(level: Level) -> None:
-    """Change what is shown from now on."""
+    """Change the level of the lines that are shown from now on."""
     _shown.level = logging.getLevelNamesMapping()[level.upper()]
 
 
 def _open_for_life(path: Path) -> TextIO:
-    """Nobody closes a log, so no one shall be warned of it either."""
+    """Open a log file for the life of the process, without the warning that nobody closes it."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
     return open(fd, "a", encoding="utf-8", closefd=False)
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics of one daemon: what its finished migrations were like, and what runs now."""
+"""Prometheus metrics of one daemon: figures of its finished migrations, and of those that run now."""
 
 from __future__ import annotations
 
@@ -149,15 +149,15 @@ class Metrics:
         self._offers_refused.labels(reason).inc()
 
     def connections(self, count: int) -> None:
-        """Say how many migration connections are open."""
+        """Set the number of open migration connections."""
         self._connections.set(count)
 
     def certificate(self, expires_at_s: float | None) -> None:
-        """Say when this host's certificate ends (seconds since 1970), None without TLS."""
+        """Set the end of this host's certificate (seconds since 1970), None without TLS."""
         self._certificate_end.set(expires_at_s or 0)
 
     def track(self, progress: Iterable[Progress]) -> None:
-        """Say what runs now, from all migrations that the daemon knows; call it at least once per scrape interval."""
+        """Set the gauges from all migrations that the daemon knows; call it at least once per scrape interval."""
         live = [p for p in progress if p.status not in FINISHED]
         for role in ROLES:
             mine = [p for p in live if p.role == role]
@@ -170,7 +170,7 @@ class Metrics:
             self._remaining_now.labels(p.guest).set(p.remaining_bytes)
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text form."""
+        """Return all metrics in Prometheus' text form."""
         return generate_latest(self.registry)
 
     def serve(self, address: Address) -> Callable[[], None]:

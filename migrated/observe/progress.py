@@ -28,7 +28,7 @@ class Acknowledged(BaseModel):
 class Progress(BaseModel):
     """A snapshot of one migration. Byte and page figures are of guest memory; rates are per second.
 
-    ``decision`` is the sentence that says why the guest has not been stopped yet, or what happens now.
+    ``decision`` is the sentence that says why the guest has not been stopped yet, or which step is under way.
     ``dirty_sync_count`` counts reads of the dirty log, as MIGRATION_PASS does. ``acknowledged`` is None where no
     destination can have told anything: on the destination itself, and after a restart.
     """
@@ -68,7 +68,7 @@ class Progress(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The attempt that a snapshot is of, and its state. ``elapsed_ns`` counts from its beginning."""
+    """The attempt of a snapshot, and its state. ``elapsed_ns`` counts from its beginning."""
 
     migration_id: str
     guest: str
@@ -125,7 +125,7 @@ def snapshot(
     downtime_ns: int | None = None,
     acknowledged: Acknowledged | None = None,
 ) -> Progress:
-    """The snapshot of an attempt, of either side: the one place that builds one."""
+    """Build the snapshot of an attempt, on either side; no other code builds one."""
     return Progress(
         migration_id=standing.migration_id,
         guest=standing.guest,
@@ -160,7 +160,7 @@ def snapshot(
 
 
 def read_progress(document: Mapping[str, Any]) -> Progress:
-    """A snapshot from its document (``x-migrated-status``), also one of a newer daemon.
+    """Return the snapshot in a document (``x-migrated-status``), also in one of a newer daemon.
 
     Raises:
         DocumentError: it is no snapshot that this version can read.

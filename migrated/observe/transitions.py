@@ -1,4 +1,4 @@
-"""What a hand-over went through, told in the log once no guest waits: a log that blocks must not cost downtime."""
+"""The changes of state of a hand-over, logged once no guest waits, because a log that blocks must not cost downtime."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Transitions:
             self._noted.append((time.monotonic_ns(), before, name, state))
 
     def log(self) -> None:
-        """Tell what was noted, and forget it."""
+        """Log the noted changes, and forget them."""
         begin_ns = self._noted[0][0] if self._noted else 0
         for at_ns, before, because, state in self._noted:
             log.debug(

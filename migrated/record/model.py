@@ -59,10 +59,10 @@ class DowntimePart(RecordModel):
 class Downtime(RecordModel):
     """The downtime of the attempt, counted from the stop request to running vCPUs (on either side).
 
-    ``lower_ns`` and ``upper_ns`` bound the truth, ``measured_ns`` is the middle. For an aborted switchover it is the
-    pause that the guest saw on the source. ``parts`` and ``unattributed_ns`` sum to ``measured_ns`` exactly.
-    ``source_reported_ns`` is the last figure that the source sent before the destination's vote,
-    ``destination_measured_ns`` what the destination counted at its vote.
+    ``lower_ns`` and ``upper_ns`` bound the true downtime, ``measured_ns`` is the middle of the two. For an aborted
+    switchover it is the pause that the guest saw on the source. ``parts`` and ``unattributed_ns`` sum to
+    ``measured_ns`` exactly. ``source_reported_ns`` is the last figure that the source sent before the destination's
+    vote, ``destination_measured_ns`` the destination's own count at its vote.
     """
 
     measured_ns: int
@@ -109,7 +109,7 @@ class Downtime(RecordModel):
 
 
 class DeviceRow(RecordModel):
-    """One device's switchover. ``None`` where that side never got to it."""
+    """The switchover of one device. ``None`` where that side did not reach it."""
 
     name: str
     kind: DeviceKind
@@ -211,8 +211,8 @@ class TimeSummary(RecordModel):
 
 
 class GuestGap(RecordModel):
-    """The blackout as the guest itself saw it: the gap between two of its heartbeats, on its own TSC, and on the
-    host's monotonic clock where both hosts are one (meaningless elsewhere)."""
+    """The blackout as the guest itself observed it: the gap between two of its heartbeats, on its own TSC, and on the
+    host's monotonic clock where source and destination are one host (meaningless elsewhere)."""
 
     guest_ns: int
     host_ns: int | None
@@ -291,7 +291,8 @@ class DestinationHalf(RecordModel):
 
 
 def counted_ns(measured_ns: int, hold_ns: int) -> int:
-    """The one rule on a hold (pause-before-switchover): it is inside the measured downtime and does not count."""
+    """Return the downtime that counts (ns): the measured one without the operator's hold (pause-before-switchover). No
+    other code applies this rule."""
     return measured_ns - hold_ns
 
 
@@ -314,7 +315,7 @@ def downtime_of(
 ) -> Downtime:
     """Build the downtime of a record so that its parts and the unattributed rest sum to the measured time.
 
-    Parts that are longer than the whole leave a negative rest, for the reader to see.
+    Parts that are longer than the whole leave a negative rest, so that a reader sees that they cannot be right.
     """
     rows = tuple(parts)
     return Downtime(

@@ -43,7 +43,7 @@ class Part(Enum):
     """A part of a downtime: its name in the record, whose time it is, the component of the prediction that foresees it
     (None: it is not predicted and does not count against the limit), and its group in the log.
 
-    They stand in the order of time. A part that is listed for two sides has one name.
+    They are listed in the order of time. A part that occurs on two sides has the same name on both.
     """
 
     STOP = ("stop", "source", Component.STOP, LogGroup.STOP)
@@ -90,8 +90,7 @@ CUT_FINER: Final[Mapping[Part, tuple[Part, ...]]] = {
     Part.COMPLETING: (Part.LAST_PAGES_LEG, Part.DEVICE_LOADS, Part.DIGEST_CHECK),
     Part.RESUME: (Part.COMMIT_JOURNAL,),
 }
-"""Pieces that lie inside a part and that only the destination can time. They take their place before the part, which
-keeps its rest."""
+"""Pieces of a part that only the destination can time. In a record they come before the part, which keeps its rest."""
 
 
 class PredictedPart(Enum):

@@ -13,12 +13,12 @@ Role = Literal["source", "destination"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
 Side = Literal["source", "destination", "link"]
-"""Where a part of the downtime passes: on one of the hosts, by its clock, or on the link between them."""
+"""The place where a part of the downtime passes: one of the hosts, by its clock, or the link between them."""
 SIDES: Final[tuple[Side, ...]] = ("source", "link", "destination")
 """In the order in which state travels."""
 
 Outcome = Literal["completed", "aborted", "cancelled", "failed", "refused", "in-doubt"]
-"""The end of an attempt; docs/record.md says what each means."""
+"""The end of an attempt; docs/record.md explains each."""
 OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 
 Status = Literal[
@@ -60,7 +60,8 @@ class Phase(StrEnum):
 
 
 class QemuCheckpoint(Enum):
-    """QEMU's downtime checkpoints in the order of time: name, whose count it is on, and what has happened by then."""
+    """QEMU's downtime checkpoints in the order of time: name, the side whose count it is on, and the event that it
+    marks."""
 
     DOWNTIME_START = ("src-downtime-start", "source", "the stop is requested")
     VM_STOPPED = ("src-vm-stopped", "source", "the vCPUs stand still")

@@ -62,7 +62,8 @@ def write_comparison(a: dict[str, Any], b: dict[str, Any], path: Path) -> None:
 
 
 def _fields(document: dict[str, Any], prefix: str) -> Fields:
-    """The record in the form of this version. What it does not know is left to the record's JSON."""
+    """Return the record in the form of this version. Members that this version does not know appear only in the
+    record's JSON."""
     return Fields(read_record(document), prefix, document)
 
 

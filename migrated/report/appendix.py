@@ -1,4 +1,4 @@
-"""The sections to look things up in: parameters, log lines, and the record itself."""
+"""The sections for reference: parameters, log lines, and the record itself."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def log(fields: Fields) -> Section | None:
 
 
 def further(fields: Fields) -> Section | None:
-    """Members of the record that no section above has shown, so that the page is complete whatever a record grows."""
+    """Members of the record that no section above has shown, so that the page is complete even when a record gets new
+    members."""
     rest = fields.rest()
     return (
         section("further", "Further fields", facts_list([(path, fields.by_name(path)) for path in rest]))

@@ -1,7 +1,6 @@
 """The report on one attempt: which sections it has, in which order.
 
-Everything comes from the record. What is computed from it (shares, positions, differences) never carries a
-``data-field``.
+All figures come from the record. Computed figures (shares, positions, differences) never carry a ``data-field``.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ SECTIONS: Final[tuple[Callable[[Fields], Section | None], ...]] = (
     appendix.further,
     appendix.document,
 )
-"""In the order of the page. One that the record has nothing for gives None; ``further`` sees what the others left."""
+"""The sections in the order of the page. A section returns None when the record has nothing for it; ``further`` shows
+the members that the others left."""
 
 
 def body(fields: Fields) -> Markup:

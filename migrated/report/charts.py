@@ -28,7 +28,7 @@ _UNITS: Final = ((1_000_000_000, "s"), (1_000_000, "ms"), (1_000, "µs"), (1, "n
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A stretch of time on a track; ``look`` is its class in the style sheet, ``what`` the text on hovering."""
+    """A stretch of time on a track; ``look`` is its class in the style sheet, ``what`` its tooltip."""
 
     begin_ns: int
     ns: int
@@ -77,7 +77,7 @@ def tracks(label: str, heads: Sequence[str], rows: Sequence[Track], axis: Axis) 
     """A table with one bar track per row.
 
     Args:
-        label: what the table shows.
+        label: the table's text alternative.
         heads: the column heads: of the name, then of each figure. The column of the bars comes last.
         rows: in order.
         axis: shared by all tracks.
@@ -151,7 +151,7 @@ def _bar(bar: Bar) -> Markup:
 
 
 def magnified(label: str, bars: Sequence[Bar], total_ns: int) -> Markup:
-    """Consecutive bars as one, and beneath it what is too short to see, enlarged.
+    """Draw consecutive bars as one, and beneath it those that are too short to see, enlarged.
 
     Args:
         label: the text alternative.

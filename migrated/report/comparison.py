@@ -1,4 +1,4 @@
-"""Two attempts side by side: what changed from A to B, in total, part by part, device by device."""
+"""Two attempts side by side: the changes from A to B, in total, part by part, device by device."""
 
 from __future__ import annotations
 
@@ -181,7 +181,8 @@ def _devices(a: Fields, b: Fields) -> Section | None:
 
 
 def _aligned(a: Fields, b: Fields, path: str, keys: tuple[str, ...], member: str) -> Iterator[Track]:
-    """The members of a list that have the same keys, side by side; in A's order, then what only B has."""
+    """Return the members of two lists that have the same keys, side by side: in A's order, then those that only B
+    has."""
     sides: list[dict[tuple[str, ...], str]] = []
     for fields in (a, b):
         found: dict[tuple[str, ...], str] = {}

@@ -75,7 +75,7 @@ def _components(fields: Fields, downtime: Downtime) -> Markup | None:
     rows = []
     end_ns = 1
     for component in Component:
-        # Memory and device saves run side by side: what is predicted for saves is what they add.
+        # Memory and device saves run side by side, so the prediction for saves is the time that they add.
         parts = _parts_of(downtime, component)
         predicted = sum(names[name] for name in parts)
         shown = join([fields.ms(f"downtime.predicted_parts_ns.{name}") for name in parts], " + ")
@@ -120,7 +120,7 @@ def overruns(downtime: Downtime) -> dict[Component, int]:
 
 
 def part_bars(downtime: Downtime) -> list[Bar]:
-    """The parts of a downtime end to end, and what they leave of it."""
+    """The bars of a downtime's parts end to end, and of the unattributed rest."""
     bars: list[Bar] = []
     begin_ns, shaded, before = 0, False, None
     for part in downtime.parts:
@@ -182,7 +182,7 @@ def breakdown(fields: Fields) -> Section | None:
 
 
 def _guest_gap(fields: Fields) -> str | None:
-    """The blackout as the guest saw it: the gap between two of its own heartbeats."""
+    """The blackout as the guest observed it: the gap between two of its own heartbeats."""
     gap = fields.record.guest_gap
     if gap is None:
         return None

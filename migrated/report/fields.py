@@ -1,7 +1,7 @@
-"""A record as the report reads it: every leaf has a path, and whatever is shown carries its path and exact value.
+"""A record as the report reads it: every leaf has a path, and every shown figure carries its path and exact value.
 
 ``<data data-field="downtime.measured_ns" value="605780316">605.780316</data>`` lets a script or a test compare the page
-with the record, and ``rest`` tells what no section has shown.
+with the record, and ``rest`` lists the members that no section has shown.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def percent(value: float) -> str:
 class Fields:
     """The leaves of one record document.
 
-    ``record`` is what the sections compute with; a path is for what they show.
+    The sections compute with ``record``, and show figures by their paths.
 
     Args:
         record: the record.

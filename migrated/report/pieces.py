@@ -70,7 +70,7 @@ def table(label: str, heads: Sequence[str], rows: Sequence[Sequence[Node]], bene
     """A table of figures that scrolls by itself where the page is too narrow.
 
     Args:
-        label: what it shows.
+        label: the table's text alternative.
         heads: of the columns; the first column names the row.
         rows: the cells.
         beneath: a remark under each row, or nothing.

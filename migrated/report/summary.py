@@ -1,4 +1,4 @@
-"""The first look: what happened, in a sentence and a handful of figures."""
+"""The head of the report: the outcome in a sentence and a handful of figures."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _destination(record: Record) -> str:
 
 
 def _where_it_went(fields: Fields) -> Markup | None:
-    """The largest parts, and what took longer than it was predicted to."""
+    """Name the largest parts, and those that took longer than predicted."""
     downtime = fields.record.downtime
     if not downtime or not downtime.measured_ns:
         return None

@@ -77,7 +77,7 @@ def _destination_tracks(downtime: Downtime, stop_ns: int) -> list[Track]:
 def _guest_track(fields: Fields, stop_ns: int | None, downtime: Downtime | None) -> Track:
     guest, total_ns = f"guest {fields.record.guest}", fields.record.total_ns
     if stop_ns is None or not downtime:
-        # In doubt, the guest was stopped and nothing is known of when it ran again.
+        # In doubt, the guest was stopped and the instant of its resume is not known.
         runs_ns = stop_ns if stop_ns is not None and fields.record.outcome == "in-doubt" else total_ns
         bars = [Bar(0, runs_ns, "runs-source", "runs on the source")]
         if runs_ns < total_ns:
@@ -120,7 +120,8 @@ def since_start_ns(fields: Fields, at: str) -> int | None:
 
 
 def guest_time(fields: Fields) -> Section | None:
-    """The adjustment: the elapsed time with its bounds, time data before and after, and who added what."""
+    """The adjustment of guest time: the elapsed time with its bounds, time data before and after, and the share of each
+    stage."""
     time = fields.record.time
     if time is None:
         return None

@@ -144,7 +144,7 @@ def devices(fields: Fields) -> Section | None:
 
 
 def memory(fields: Fields) -> Section:
-    """Totals of the memory transfer, what its encodings gained, and the digests."""
+    """Totals of the memory transfer, the gain of its encodings, and the digests."""
     facts = [
         (path.removeprefix("ram."), fields.by_name(path)) for path in fields.members("ram") if path != "ram.encodings"
     ]

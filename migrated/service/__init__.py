@@ -1,1 +1,1 @@
-"""The daemon's process, and what it has to do with the service manager."""
+"""The daemon's process, and its talk with the service manager."""

@@ -11,7 +11,7 @@ _VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 
 class ActivationError(Exception):
-    """What the service manager passed cannot be listened on."""
+    """The sockets that the service manager passed cannot be used."""
 
 
 def inherited_socket() -> socket.socket | None:
@@ -19,7 +19,7 @@ def inherited_socket() -> socket.socket | None:
     nor the variables that announce it.
 
     Raises:
-        ActivationError: something else was passed than one listening TCP socket.
+        ActivationError: the service manager passed something else than one listening TCP socket.
     """
     announced = {name: os.environ.get(name, "") for name in _VARIABLES}
     if announced["LISTEN_PID"] != str(os.getpid()):

@@ -111,7 +111,7 @@ async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read
         tasks.start(_track(host, listener))
         tasks.start(_watch_certificate(host))
         gc.collect()
-        gc.freeze()  # what a daemon starts with stays: the collector need not look at it again
+        gc.freeze()  # objects made so far stay: the collector need not look at them again
         loop.add_signal_handler(signal.SIGHUP, lambda: tasks.start(_reload(host, config, read_again, notifier)))
         where = f", listening on {listener.address}" if listener.address is not None else ""
         log.info("ready", role=role, control=str(config.control.socket), listen=str(listener.address or "-"))
@@ -125,7 +125,7 @@ async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read
 
 
 async def _reload(host: MigrationHost, begun: Config, read_again: Callable[[], Config], notifier: Notifier) -> None:
-    """Take over what may change while the daemon runs; running migrations keep what they began with."""
+    """Take over the settings that may change while the daemon runs; running migrations keep those they began with."""
     notifier.reloading()
     try:
         config = await asyncio.to_thread(read_again)
@@ -202,7 +202,7 @@ def _look_at_certificate(host: MigrationHost) -> None:
 
 
 async def _track(host: MigrationHost, listener: Listener) -> None:
-    """Keep the gauges of what runs up to date."""
+    """Keep the gauges of running migrations up to date."""
     while True:
         host.metrics.track(host.progress(None))
         host.metrics.connections(listener.connections)

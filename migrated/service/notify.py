@@ -22,7 +22,7 @@ class Notifier:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
-        """What ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID`` ask for."""
+        """Build the notifier that ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID`` ask for."""
         environment = os.environ if environment is None else environment
         interval_us = environment.get("WATCHDOG_USEC", "")
         asked = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())

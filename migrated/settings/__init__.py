@@ -1,1 +1,1 @@
-"""What can be set: the configuration file and the parameters of a migration."""
+"""All settings: the configuration file and the parameters of a migration."""

@@ -151,7 +151,7 @@ class ControlConfig(Section):
 
 
 class StateConfig(Section):
-    """``[state]``: what must survive a restart: the journal and the history."""
+    """``[state]``: the files that must survive a restart: the journal and the history."""
 
     directory: DirectoryPath = Path("/var/lib/migrated")
 
@@ -170,7 +170,7 @@ class ListenConfig(Section):
 
 
 class TlsConfig(Section):
-    """``[tls]``: who the hosts are to each other. With a certificate every connection between daemons is mutual TLS
+    """``[tls]``: how the hosts prove who they are. With a certificate every connection between daemons is mutual TLS
     1.3; without one they are plain, and only on loopback."""
 
     certificate: DirectoryPath | None = None
@@ -226,8 +226,19 @@ class VmmConfig(Section):
         return self
 
 
+class QemuConfig(Section):
+    """``[qemu]``: how QEMU guests are started."""
+
+    command: Command | None = None
+    """QEMU and fixed arguments; a bare name is looked up on PATH. ``qemu-system-x86_64`` unless given."""
+    definitions: DirectoryPath = Path("configs/qemu")
+    """Definitions of guests, NAME.toml: the only source of paths and arguments for a guest that arrives."""
+    ram_directory: DirectoryPath = Path("/dev/shm/migrated")
+    """Memory files of guests that arrive: a tmpfs or hugetlbfs with room for their memory."""
+
+
 class LimitsConfig(Section):
-    """``[limits]``: what a peer may ask of this host, and the bound of every wait."""
+    """``[limits]``: limits on the requests of a peer, and the bound of every wait."""
 
     max_incoming: int = Field(default=4, ge=1, le=1024)
     """Incoming migrations at once."""
@@ -312,6 +323,7 @@ class Config(Section):
     tls: TlsConfig = TlsConfig()
     authorisation: AuthorisationConfig = AuthorisationConfig()
     vmm: VmmConfig = Field(default_factory=VmmConfig)
+    qemu: QemuConfig = QemuConfig()
     limits: LimitsConfig = LimitsConfig()
     migration: MigrationParameters = MigrationParameters()
     log: LogConfig = LogConfig()

@@ -38,7 +38,8 @@ BytesPerSecond = Annotated[int, BeforeValidator(_rate)]
 class MigrationParameters(BaseModel):
     """Parameters of one migration. What QEMU has too keeps QEMU's name, with ``_`` for ``-`` and the unit behind it.
 
-    Limits of 0 mean: ``switchover_limit_ms`` no tolerance, every other one no limit.
+    A limit of 0: ``downtime_limit_ms`` lets no switchover fit while it is enforced, ``switchover_limit_ms`` is no
+    tolerance, and of the others (bandwidth, time-out, guest time) 0 is no limit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -56,7 +57,7 @@ class MigrationParameters(BaseModel):
     timeout_s: Seconds = Field(default=600.0, ge=0, le=1_000_000)
     """How long pre-copy may take."""
     on_timeout: Literal["abort", "force"] = "abort"
-    """What happens then: give up, or stop the guest although the prediction does not fit."""
+    """Action when the time-out passes: give up, or stop the guest although the prediction does not fit."""
     digest: bool = True
     """Keep and compare the running digest of guest memory."""
     dirty_tracking: Literal["auto", "pagemap-scan", "logged"] = "auto"
@@ -99,14 +100,15 @@ CHANGE_WHILE_RUNNING: Final = (
     "on_timeout", "prediction_coverage_pct", "downtime_goal", "downtime_steps", "auto_converge", "cpu_throttle_initial",
     "cpu_throttle_increment", "max_cpu_throttle", "pause_before_switchover",
 )  # fmt: skip
-"""What a running migration takes up at once; the other parameters are agreed on when it begins."""
+"""The parameters that a running migration takes up at once; the others are agreed on when it begins."""
 
 
 def in_force(running: MigrationParameters, wished: MigrationParameters) -> MigrationParameters:
-    """The parameters of a running migration after an operator wished for others."""
+    """Return the parameters of a running migration after an operator set others: only those that can change while it
+    runs are taken."""
     return running.model_copy(update={name: getattr(wished, name) for name in CHANGE_WHILE_RUNNING})
 
 
 def limit_of(parameters: MigrationParameters) -> int:
-    """What a switchover must stay under (ns)."""
+    """Return the downtime that a switchover must stay under (ns)."""
     return int((parameters.downtime_limit_ms + parameters.switchover_limit_ms) * 1e6)

@@ -4,7 +4,8 @@
           -> the others -> zstd or lz4 -> gains? -> frame "zstd" or "lz4", else "plain"
 
 An encoding is chosen per batch by what it gains there: the time that the smaller payload saves on this link, as the
-link was lately measured, must be more than encoding took. What loses several times in a row is only sampled.
+link was lately measured, must be more than encoding took. An encoding that loses several times in a row is only tried
+on some batches.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ _NEVER: Final = -2
 
 @dataclass(slots=True)
 class EncodingTotals:
-    """What one encoding did: batches, bytes of pages in, bytes of payload out, time spent encoding (also on batches
-    that it did not gain on)."""
+    """Totals of one encoding: batches, bytes of pages in, bytes of payload out, time spent encoding (also on batches
+    that did not gain)."""
 
     batches: int = 0
     page_bytes: int = 0
@@ -74,7 +75,7 @@ class EncodedBatch:
 
 
 class LinkSpeed:
-    """What a byte on one channel costs, from how long sends blocked."""
+    """The time per byte on one channel, measured by how long sends blocked."""
 
     def __init__(self) -> None:
         self._bytes = 0.0
@@ -89,14 +90,15 @@ class LinkSpeed:
         self._total_bytes += sent_bytes
 
     def worth(self, saved_bytes: int, ns: int) -> bool:
-        """Whether it pays to spend ``ns`` on sending ``saved_bytes`` less."""
+        """Return whether it pays to spend ``ns`` on sending ``saved_bytes`` less."""
         if saved_bytes <= 0:
             return False
         return self._total_bytes < _KNOWN_BYTES or saved_bytes * self._ns > ns * self._bytes
 
 
 class _Trial:
-    """Whether an encoding is tried on the next batch: always while it gains, now and then once it does not."""
+    """The choice whether an encoding is tried on the next batch: always while it gains, now and then once it does
+    not."""
 
     def __init__(self) -> None:
         self._losses = 0
@@ -115,9 +117,9 @@ class _Trial:
 class DeltaCache:
     """The pages last sent, as far as they fit: direct-mapped, shared by all channels under one lock.
 
-    A page that is here is what the receiver holds: every page that is sent goes through ``exchange`` or ``drop``, and a
-    page is in one batch of a round only. A slot is given up for another page only when its own was not sent
-    again in this or the last round; a page that was sent but once counts as not sent again.
+    A page in the cache is equal to the receiver's: every page that is sent goes through ``exchange`` or ``drop``, and a
+    page is in one batch of a round only. A slot is given up for another page only when its own was not sent again in
+    this or the last round; a page that was sent but once counts as not sent again.
 
     Args:
         capacity_bytes: memory for the pages; it is touched as it fills.
@@ -131,7 +133,7 @@ class DeltaCache:
         self._lock = threading.Lock()
 
     def exchange(self, indices: Indices, pages: Pages, round_number: int, delta: Pages) -> npt.NDArray[np.bool_]:
-        """Keep the batch as what was last sent, and get what changed since.
+        """Keep the batch as the pages last sent, and get their difference to the pages sent before.
 
         Args:
             indices: page numbers, shape (n,), each once.
@@ -162,7 +164,7 @@ class DeltaCache:
         return hits
 
     def drop(self, indices: Indices) -> None:
-        """These pages were sent in another way, as zero pages: what is here is not what the receiver holds."""
+        """Forget pages that were sent as zero pages: the cached ones are no longer equal to the receiver's."""
         slots = indices % self._slots
         with self._lock:
             stale = slots[self._owner[slots] == indices]
@@ -174,10 +176,10 @@ class BatchEncoder:
     """The encoder of one channel's thread.
 
     Args:
-        compression: what pages are compressed with that do not travel as a difference.
+        compression: encoding of pages that do not travel as a difference.
         level: of zstd.
         cache: pages last sent; None without XOR delta.
-        link: what a byte costs on the channel; ``sent`` keeps it up.
+        link: time per byte on the channel; ``sent`` keeps it up to date.
     """
 
     def __init__(
@@ -230,12 +232,12 @@ class BatchEncoder:
         ]
 
     def zeroed(self, indices: Indices) -> None:
-        """These pages were sent as zero pages."""
+        """Note that pages were sent as zero pages."""
         if self._cache is not None:
             self._cache.drop(indices)
 
     def sent(self, wire_bytes: int, ns: int) -> None:
-        """Sending so many bytes took ``ns``."""
+        """Note that sending so many bytes took ``ns``."""
         self._link.add(wire_bytes, ns)
 
     def _compress(self, indices: Indices, pages: Pages, totals: dict[str, EncodingTotals]) -> EncodedBatch:
@@ -271,7 +273,7 @@ def _lz4(raw: memoryview) -> bytes:
 
 
 def encoder_factory(parameters: MigrationParameters, capabilities: Collection[str]) -> Callable[[], BatchEncoder]:
-    """What makes the encoder of each channel: the encodings that were asked for and that the peers agreed on.
+    """Return a function that makes the encoder of each channel, with the encodings that were asked for and agreed on.
 
     Args:
         parameters: ``compression``, ``compression_level``, ``xor_delta``, ``xor_delta_cache_bytes``.

@@ -1,4 +1,4 @@
-"""The end of an outgoing attempt: what came of it, its record, and the last lines of its log."""
+"""The end of an outgoing attempt: its outcome, its record, and the last lines of its log."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a migration would cost, without migrating: the link is measured with a burst of real pages, the guest by a few
-seconds of its dirty log, the destination by its dry run; then the rounds are played through on paper.
+"""Estimate of a migration without migrating: the link is measured with a burst of real pages, the guest by a few
+seconds of its dirty log, the destination by its dry run; then the rounds are simulated with these figures.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ async def estimate(
 
 
 async def _measured(env: Environment, guest: str, session: Session, parameters: MigrationParameters) -> dict[str, Any]:
-    """Measure over an open session and play the rounds."""
+    """Measure over an open session and simulate the rounds."""
     control, description = session.connection.control, session.offer.description
     rounds: asyncio.Queue[messages.RoundDone] = asyncio.Queue()
     listener = asyncio.create_task(_listen(control, rounds))
@@ -139,7 +139,7 @@ def _play(
     scan_ns: int,
     data_bytes: int,
 ) -> dict[str, Any]:
-    """Play the rounds: one of length t leaves F(t) pages, which take F(t) / bandwidth in the next one, until a stop
+    """Simulate the rounds: one of length t leaves F(t) pages, which take F(t) / bandwidth in the next one, until a stop
     fits or less does not remain any more."""
     remaining, elapsed_ns, rounds = data_bytes, 0, 0
     while True:

@@ -1,4 +1,5 @@
-"""The source's hand-over: carries out what protocol/executor.py asks for, now and after a restart of the daemon.
+"""The source's hand-over: it carries out the effects of protocol/executor.py, during a migration and after a restart of
+the daemon.
 
 This is the only place on the source that resumes, retires or commits a guest that was stopped for a migration.
 """
@@ -40,8 +41,8 @@ class SourceHandover:
         migration_id, epoch: whose hand-over this is.
         guest: the guest, None when its process is gone (only after a restart).
         was_paused: the guest was paused when the migration began; it stays paused when it is taken back.
-        asker: how the destination is asked and told over fresh connections.
-        state: where it begins; not RUNNING only after a restart of the daemon.
+        asker: reaches the destination over fresh connections.
+        state: first state; other than RUNNING only after a restart of the daemon.
         on_doubt: called when the attempt becomes in doubt.
 
     Attributes:
@@ -49,7 +50,7 @@ class SourceHandover:
         resume_begin_ns: when taking the guest back began, 0 before.
         decided_at_ns, journaled_at_ns, committed_at_ns: around the decision to commit, 0 before.
         running: the destination's RUNNING once it came, and when it was read.
-        finished: set when it is decided who runs the guest, and that is carried out.
+        finished: set once it is decided which host runs the guest, and all effects of that are carried out.
     """
 
     def __init__(
@@ -92,16 +93,16 @@ class SourceHandover:
 
     @property
     def reason(self) -> str | None:
-        """Why the attempt ended as it did, None while nothing ended it."""
+        """The reason why the attempt ended, None while it has not."""
         return self._executor.reason
 
     @property
     def in_doubt(self) -> bool:
-        """Whether COMMIT was told and is not answered."""
+        """True while COMMIT was sent and is not answered."""
         return self._executor.in_doubt
 
     async def take(self, event: SourceEvent, reply: ControlChannel | None, reason: str | None = None) -> bool:
-        """Something happened: carry out all that it asks for.
+        """Take one event and carry out all effects that it asks for.
 
         Args:
             reply: the session's control channel while it stands.
@@ -134,8 +135,7 @@ class SourceHandover:
         await self._tasks.stop()
 
     def _end(self) -> None:
-        """It is decided, and nothing is in doubt any more: an operator may have settled what the destination never
-        answered."""
+        """Mark the hand-over as finished; an operator may have resolved it while the destination never answered."""
         if self._guest is not None and self.state is SourceState.ABORTED:
             self._guest.overlay = None
         self._transitions.log()
@@ -257,7 +257,7 @@ class SourceHandover:
         # Stamped before the write: the destination cannot have read it earlier.
         self.committed_at_ns = self.committed_at_ns or time.monotonic_ns()
         if reply is not None:
-            with contextlib.suppress(LinkLostError):  # the loss is an event of its own
+            with contextlib.suppress(LinkLostError):  # the listener reports the loss as an event of its own
                 reply.send(messages.Commit(epoch=self.epoch))
         return DONE
 
@@ -280,7 +280,7 @@ class SourceHandover:
         return DONE
 
     async def _settle(self) -> None:
-        """Ask until the destination tells the outcome."""
+        """Ask until the destination answers with the outcome."""
         answer = await self._asker.ask_commit()
         if isinstance(answer, messages.Running):
             self.running, self.running_read_ns = answer, time.monotonic_ns()

@@ -1,4 +1,5 @@
-"""How an attempt is ended from outside its story: by an operator, by the destination, by the loss of the connection."""
+"""Interruption of an attempt from outside its story: by an operator, by the destination, by the loss of the
+connection."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ class Interruption:
     """Ends one attempt: until the guest is stopped by cancelling what is under way, then by an event of the hand-over.
 
     Args:
-        inbox: where the events of the hand-over go.
+        inbox: takes the events of the hand-over.
     """
 
     def __init__(self, inbox: asyncio.Queue[Item]) -> None:
@@ -32,19 +33,19 @@ class Interruption:
 
     @property
     def by_operator(self) -> bool:
-        """Whether an operator ended it."""
+        """True when an operator ended it."""
         return isinstance(self.error, CancelledByOperatorError)
 
     @property
     def undisturbed(self) -> bool:
-        """Whether the guest was not stopped yet."""
+        """True while the guest has not been stopped."""
         return not self._guest_is_stopped
 
     def end(self, error: MigrationError, event: SourceEvent) -> None:
         """End the attempt. The first reason is kept.
 
         Args:
-            event: what it means for the hand-over once the guest is stopped.
+            event: the event of the hand-over that this is once the guest is stopped.
         """
         if not self._ended.done():
             self._ended.set_result(error)

@@ -53,7 +53,7 @@ class MemoryFigures:
     """Pages and bytes of guest memory that were sent. A page that travels twice counts twice."""
 
     pages: int = 0
-    """All of the guest's."""
+    """Pages of the whole guest."""
     sparse_pages: int = 0
     dirty_tracking: Literal["pagemap-scan", "logged"] | None = None
     dirty_syncs: int = 0
@@ -68,7 +68,7 @@ class MemoryFigures:
 
     @property
     def sent_bytes(self) -> int:
-        """On the wire, in rounds and in the downtime."""
+        """Bytes sent on the wire, in rounds and in the downtime."""
         return self.precopy_bytes + self.downtime_bytes
 
     def ram(self, channels: int, moving_ns: int) -> Ram:
@@ -116,7 +116,7 @@ class RoundFigures:
     prediction: Prediction | None = None
 
     def add(self, row: RoundRow) -> None:
-        """Keep a round. So that a record can be sent, every second one of the older half goes when there are many."""
+        """Keep a round. When there are too many for a record, every second one of the older half is dropped."""
         self.rows.append(row)
         self.count += 1
         if len(self.rows) > _ROUNDS_KEPT:
@@ -254,9 +254,9 @@ class OutgoingLedger:
 
 
 def _refined(parts: Iterable[DowntimePart], details: Sequence[DowntimePart]) -> Iterator[DowntimePart]:
-    """The source's parts, those that happened on the destination cut into the pieces that it told of.
+    """Return the source's parts, with those that passed on the destination cut into the pieces that it reported.
 
-    The pieces are durations of the destination's clock that lie inside the part; what they leave is the part's rest.
+    The pieces are durations on the destination's clock that lie inside the part; the part keeps the rest.
     Pieces that are longer than their part cannot be right and are left out.
     """
     for whole in parts:

@@ -1,4 +1,5 @@
-"""What the destination says on the control channel, handed to whoever waits for it."""
+"""The reader of the control channel on the source: it hands each message of the destination to the code that waits for
+it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ log = structlog.get_logger()
 
 
 class Listener:
-    """Listens for one attempt.
+    """Reads the control channel of one attempt.
 
     Args:
         ledger: gets the destination's half of the record.
@@ -29,7 +30,7 @@ class Listener:
         inbox: gets what concerns the hand-over.
 
     Attributes:
-        acknowledged: what the destination said of itself, for operators.
+        acknowledged: figures that the destination reported, for operators.
         reported: set when its half of the record came, or will not come any more.
     """
 
@@ -77,7 +78,7 @@ class Listener:
         self.reported.set()
 
     def _note(self, message: messages.Message) -> None:
-        """Keep for operators what the destination says of itself."""
+        """Keep the figures that the destination reports, for operators."""
         said = self.acknowledged
         match message:
             case messages.RoundDone(round=number, bytes=received_bytes):

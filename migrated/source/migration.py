@@ -1,11 +1,11 @@
-"""One outgoing attempt: what an operator can do with it, and its way from begin to end.
+"""One outgoing attempt: an operator's commands on it, and its course from begin to end.
 
-    story         connect -> negotiate -> rounds -> switchover           phases        what exists by then
-    listener      what the destination says                              interruption  how it is ended from outside
-    view          what an operator sees                                  ending        outcome, record
+    story         connect -> negotiate -> rounds -> switchover           phases        objects of each phase
+    listener      the destination's messages                              interruption  its end from outside
+    view          the operator's view                                  ending        outcome, record
 
-Whatever fails before the stop leaves a guest that was never disturbed; whatever fails after it is decided by the
-hand-over. Every way out lets go of what the last phase holds, so that a retry works at once.
+A failure before the stop leaves a guest that was never disturbed; after the stop the hand-over decides. Every way out
+releases the objects of the last phase, so that a retry works at once.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class OutgoingMigration:
 
     @property
     def status(self) -> Status:
-        """The attempt's status, in QEMU's words."""
+        """The attempt's status, by QEMU's names."""
         return self._view.status
 
     async def cancel(self, reason: str = "cancelled by the operator") -> bool:
@@ -149,7 +149,7 @@ class OutgoingMigration:
     # Section: from begin to end
 
     async def run(self) -> None:
-        """See the attempt through to its last record.
+        """Run the attempt to its last record.
 
         Raises:
             Exception: the record could not be written; the attempt has ended all the same.
@@ -180,11 +180,11 @@ class OutgoingMigration:
             self._settled.set()
 
     async def close(self) -> None:
-        """Let go at the daemon's stop. What is in doubt is found again in the journal."""
+        """Release the attempt at the daemon's stop. One in doubt is found again in the journal after a restart."""
         await self._story.phase.stop_asking()
 
     async def _tell_story(self) -> Exception | None:
-        """Run the story. Returns what ended it early, None when the hand-over ended it."""
+        """Run the story. Returns the error that ended it early, None when the hand-over ended it."""
         try:
             await self._story.run()
         except LinkLostError as error:
@@ -198,8 +198,8 @@ class OutgoingMigration:
         return None
 
     async def _told(self, error: LinkLostError) -> MigrationError:
-        """Why a channel was lost: a destination that gives up says so on the control channel, but a data channel may
-        break before that is read."""
+        """Return the destination's own reason for a lost channel: a destination that gives up says so on the control
+        channel, but a data channel may break before that is read."""
         if self._story.phase.connected:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_TOLD_S):

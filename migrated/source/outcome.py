@@ -1,4 +1,4 @@
-"""Asking for the outcome: the source tells its decision over a fresh connection until the destination answers.
+"""Asking for the outcome: the source sends its decision over fresh connections until the destination answers.
 
 This ends an attempt in doubt, and saves the destination a time-out after an abort whose message was lost.
 """
@@ -26,11 +26,11 @@ _MAX_PAUSE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class OutcomeAsker:
-    """How to reach the destination of one attempt.
+    """The way to the destination of one attempt over fresh connections.
 
     Attributes:
         host, port: its listen address.
-        security: whom this host talks to, and how.
+        security: TLS, and the rules on which peers this host talks to.
         limits: bounds of every wait, and the first pause between two questions.
         migration_id, epoch: the attempt.
     """
@@ -43,7 +43,7 @@ class OutcomeAsker:
     epoch: int
 
     async def ask_commit(self) -> messages.Running | messages.Discarded:
-        """Tell COMMIT until the destination says what became of it. Never gives up."""
+        """Send COMMIT until the destination answers with the outcome. Never gives up."""
         pause_s = 0.0
         while True:
             await asyncio.sleep(pause_s)
@@ -58,7 +58,7 @@ class OutcomeAsker:
             log.warning("the outcome is still open", answer=answer.TYPE.name)
 
     async def tell_abort(self) -> None:
-        """Tell ABORT a few times; the destination's own time-out does the rest."""
+        """Send ABORT a few times; if none arrives, the destination's own time-out discards the guest."""
         for attempt in range(_ABORT_TRIES):
             await asyncio.sleep(attempt * self.limits.outcome_retry_s)
             try:

@@ -2,10 +2,11 @@
 
     runs -> stretches -> | zero test, batches -> gather, encode, hash, send | x channels -> BARRIER on every channel
 
-Pages are read once into a staging buffer; what is hashed is what is sent. A page that the guest writes meanwhile is
-dirty again and travels again in a later round, and only its last version counts; one that it wrote between the collect
-and the reading is cleared in the dirty log just before it is read, so it does not travel twice. In the first round some
-channel looks ahead for memory that is densely used and announces it, so that the destination can populate it.
+Pages are read once into a staging buffer, so the hash is of exactly the bytes that are sent. A page that the guest
+writes meanwhile is dirty again and travels again in a later round, and only its last version counts; one that it wrote
+between the collect and the reading is cleared in the dirty log just before it is read, so it does not travel twice. In
+the first round some channel looks ahead for memory that is densely used and announces it, so that the destination can
+populate it.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ _MAX_RUNS: Final = MAX_RUNS_BYTES // RUN_BYTES
 
 @dataclass(slots=True)
 class Sent:
-    """What a piece of work put on the wire."""
+    """Pages and bytes that a piece of work put on the wire."""
 
     normal_pages: int = 0
     zero_pages: int = 0
     postponed_pages: int = 0
-    """Pages that were dirty again before they were read, and did not travel twice for that."""
+    """Pages that were dirty again before they were read: they travelled once, not twice."""
     wire_bytes: int = 0
     digest_delta: int = 0
     encodings: dict[str, EncodingTotals] = field(default_factory=dict)
@@ -224,7 +225,7 @@ def _resolve(future: asyncio.Future[Sent], value: Sent) -> None:
 def _fail(future: asyncio.Future[Sent], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
-        # Whoever waits sees it; when nobody does any more, the attempt has ended for another reason.
+        # A waiting caller raises it; when nobody waits any more, the attempt has ended for another reason.
         future.exception()
 
 
@@ -254,7 +255,7 @@ class _Worker:
                     barrier = messages.Barrier(round=work.barrier)
                     sent.wire_bytes += self.channel.send(barrier, round_number=work.round_number)
                 self.owner.finished(work, sent)
-            except Exception as error:  # whatever ends this thread must end the attempt, which would wait for ever
+            except Exception as error:  # otherwise the attempt would wait for ever for this thread
                 drop_views(error)
                 self.owner.failed(work, error)
                 return
@@ -345,19 +346,20 @@ class _Worker:
 
 
 def _any_bit(words: Words) -> npt.NDArray[np.bool_]:
-    """Which rows are not all zero."""
+    """Return which rows are not all zero, shape (n,)."""
     found: npt.NDArray[np.bool_] = np.bitwise_or.reduce(words, axis=1) != 0
     return found
 
 
 def _nonzero_heads(words: Words) -> npt.NDArray[np.bool_]:
-    """Which pages show in their first cache line that they are not zero; ``words`` has shape (n, 512)."""
+    """Return which pages are known by their first cache line not to be zero, shape (n,); ``words`` has shape (n,
+    512)."""
     return _any_bit(words[:, :_TESTED_WORDS])
 
 
 def _nonzero(words: Words) -> npt.NDArray[np.bool_]:
-    """Which pages are not zero. They are read in place: zero memory is never copied, memory in use only where it is
-    needed. ``words`` has shape (n, 512)."""
+    """Return which pages are not zero, shape (n,). They are read in place: zero memory is never copied, memory in use
+    only where it is needed. ``words`` has shape (n, 512)."""
     found = _nonzero_heads(words)
     if found.all():
         return found

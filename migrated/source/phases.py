@@ -1,10 +1,11 @@
-"""How far an outgoing attempt has come, as types: each phase has what exists by then and knows what can be done.
+"""The phases of an outgoing attempt, as types: each phase holds the objects that exist by then and says which commands
+are possible.
 
     Beginning -> Connected -> Opened -> Prepared -> Blackout
                  a channel    session   hand-over,  switchover
                                         rounds
 
-A phase goes on until the next one begins; the last that was reached is let go of at the end.
+A phase lasts until the next one begins; the last that was reached is released at the end.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _IN_DOUBT: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the rounds come to now."""
+    """Figures of the rounds so far."""
 
     remaining_bytes: int = 0
     bandwidth_bytes_per_s: float = 0.0
@@ -55,17 +56,17 @@ class Beginning:
 
     @property
     def connected(self) -> bool:
-        """Whether a control channel stands."""
+        """True when there is a control channel."""
         return False
 
     @property
     def in_doubt(self) -> bool:
-        """Whether the destination may run the guest, and has not said so."""
+        """True when the destination may run the guest and has not said whether it does."""
         return False
 
     @property
     def too_late(self) -> bool:
-        """Whether the attempt cannot be given up any more."""
+        """True when the attempt cannot be cancelled any more."""
         return False
 
     def figures(self) -> Figures:
@@ -77,7 +78,7 @@ class Beginning:
         return 0
 
     def pace(self, bytes_per_s: int) -> None:
-        """An operator changed the cap on the bandwidth."""
+        """Take over a cap on the bandwidth that an operator changed."""
 
     def continue_switchover(self) -> bool:
         """Let a held switchover go on. Returns False when none is held."""
@@ -88,7 +89,7 @@ class Beginning:
         return False
 
     def outcome(self, cancelled: bool) -> tuple[Outcome, str | None] | None:
-        """How the hand-over ended, with the reason; None while it has not decided anything.
+        """Return the outcome of the hand-over, with the reason; None while it has not decided anything.
 
         Args:
             cancelled: whether an operator ended the attempt.
@@ -96,10 +97,10 @@ class Beginning:
         return None
 
     async def give_up(self, reason: str) -> None:
-        """The attempt failed: tell the destination, and let the guest run where it is."""
+        """Give up a failed attempt: tell the destination, and let the guest run here."""
 
     async def let_go(self) -> None:
-        """Let go of everything but the control channel: threads, sockets, mappings, tracking, throttling."""
+        """Release everything but the control channel: threads, sockets, mappings, tracking, throttling."""
 
     async def part(self, record: Record) -> None:
         """Hand the record to the destination and close the control channel."""
@@ -108,7 +109,7 @@ class Beginning:
         """Wait until an attempt in doubt is decided."""
 
     async def stop_asking(self) -> None:
-        """The daemon stops: what is in doubt is found again in the journal."""
+        """Stop asking for the outcome, because the daemon stops; a restarted one finds the attempt in its journal."""
 
 
 class Connected(Beginning):

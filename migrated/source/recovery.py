@@ -1,4 +1,4 @@
-"""What a restarted daemon does with an outgoing attempt that it finds open in its journal.
+"""Recovery of an outgoing attempt that a restarted daemon finds open in its journal.
 
 No COMMIT in the journal: the guest is ours, and runs again. COMMIT without an answer: in doubt, so it is asked for.
 """
@@ -33,7 +33,7 @@ class RecoveredHandover:
 
     Args:
         env: the daemon.
-        attempt: what the journal knows.
+        attempt: the journal's entries of it.
         guest: the guest, None when its process is gone.
     """
 
@@ -95,7 +95,7 @@ class RecoveredHandover:
         return True
 
     def progress(self) -> Progress:
-        """A snapshot for an operator: what the journal still knows."""
+        """Return a snapshot for an operator, from the facts in the journal."""
         attempt, parameters = self._attempt, self._parameters
         status: Status = "in-doubt"
         if self._handover.finished.is_set():
@@ -118,7 +118,7 @@ class RecoveredHandover:
         return snapshot(standing, Moved())
 
     async def close(self) -> None:
-        """Stop asking; the journal keeps what is open."""
+        """Stop asking; the journal keeps the open attempt."""
         await self._handover.close()
 
     def _record(self, outcome: Outcome, reason: str | None) -> None:

@@ -1,10 +1,10 @@
-"""A session with a destination: the connections and everything that an attempt holds while it moves state.
+"""A session with a destination: the connections and all other objects that an attempt needs to move state.
 
-    offer_of     what the guest is and costs here                                       (nobody else is asked)
+    offer_of     the guest and its costs here                                       (nobody else is asked)
     connect      a control channel to the destination
     open_session HELLO -> WELCOME, data channels, memory, tracking of writes, sender, legs
 
-Each gives something complete, or raises and leaves nothing of its own behind. None of it disturbs the guest.
+Each returns a complete object, or raises and leaves nothing of its own behind. None of it disturbs the guest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LOADED_ALONE_NS = 300_000
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a guest is, and what stopping and saving it is expected to cost here."""
+    """A guest's description, and the expected costs of stopping and saving it here."""
 
     description: GuestDescription
     was_paused: bool
@@ -50,7 +50,7 @@ class Offer:
 
 
 async def offer_of(vmm: VmmGuest, description: GuestDescription, parameters: MigrationParameters) -> Offer:
-    """Find out what can be offered of a guest.
+    """Describe a guest for an offer, with its expected costs.
 
     Raises:
         RefusedError: the guest is itself waiting for a migration, or cannot be moved with these parameters.
@@ -84,7 +84,7 @@ class Connection:
         return f"{self.host}:{self.port}"
 
     def give_up(self, epoch: int, reason: str) -> None:
-        """Tell the destination that nothing will come of an offer, while the channel stands."""
+        """Tell the destination that this attempt ends, if the channel still stands."""
         with contextlib.suppress(LinkLostError):
             self.control.send(messages.Abort(epoch=epoch, reason=reason[:2000]))
 
@@ -127,7 +127,7 @@ class Tracking:
     def __init__(self, vmm: VmmGuest, log: DirtyLog) -> None:
         self.log = log
         self.guest_stays = True
-        """Whether there is a guest left whose VMM must be told."""
+        """False when the guest's VMM is gone and need not be told."""
         self._vmm = vmm
 
     async def end(self) -> None:
@@ -144,7 +144,8 @@ class Tracking:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An offer that was taken, with everything that moving the guest needs. The control channel is the connection's.
+    """An offer that the destination has taken, with all objects that moving the guest needs. The control channel
+    belongs to the ``Connection``.
 
     Attributes:
         channels: joined data channels, in the hands of the sender's threads.
@@ -165,11 +166,11 @@ class Session:
         return _limits(parameters, self.offer)
 
     def bases(self, dirty_pages: int, device_bytes: int, scan_ns: int, bandwidth: Bandwidth) -> Bases:
-        """What a stop now rests on: tried on both sides, or measured in this attempt.
+        """Return the bases of the prediction of a stop now: rehearsed on both sides, or measured in this attempt.
 
         Args:
             dirty_pages: pages that would travel while the guest stands still.
-            device_bytes: device states that would.
+            device_bytes: size of the device states that would travel with them.
             scan_ns: cost of a dirty-log read, with its fence.
             bandwidth: the link.
         """

@@ -56,14 +56,14 @@ class Story:
         guest: the guest, reserved for this attempt.
         target: where to.
         parameters: called for the parameters in force; they may change while rounds run.
-        ledger, view, listener: where figures go, what an operator sees, and what the destination says.
+        ledger, view, listener: take the figures, the operator's view, and the destination's messages.
         interruption: ends the story from outside.
         inbox: events of the hand-over.
         tasks: where the listener runs.
 
     Attributes:
-        phase: how far it has come.
-        guest_class: of which class of guests the predictions learn, empty before it is known.
+        phase: the last phase that it has reached.
+        guest_class: the class of guests for which the predictions learn, empty before it is known.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class Story:
         """Move the guest. When it returns the hand-over is decided, or in doubt.
 
         Raises:
-            MigrationError, ProtocolError, JournalError, OSError, ValueError: it ended before the stop; what ``phase``
-                holds must be let go of.
+            MigrationError, ProtocolError, JournalError, OSError, ValueError: it ended before the stop; the caller must
+                release ``phase``.
         """
         prepared, pending = await self._interruption.unless_ended(self._without_disturbing())
         await self._switch_over(prepared, pending)
 
     async def _without_disturbing(self) -> tuple[Prepared, Runs]:
-        """Everything up to the stop. Returns also the pages that are dirty and not sent, shape (n, 2)."""
+        """Run all steps up to the stop. Returns also the pages that are dirty and not sent, shape (n, 2)."""
         ledger, view = self._ledger, self._view
         with ledger.phase(Phase.SYNC):
             prepared = await self._set_up()
@@ -217,7 +217,7 @@ class Story:
                     await self._listener.reported.wait()
 
     def _predict(self, session: Session, transfer: Transfer, dirty_pages: int, bandwidth: Bandwidth) -> Prediction:
-        """What a stop now would cost: bases tried or measured here, corrected by what was learned."""
+        """Predict the downtime of a stop now: bases rehearsed or measured here, corrected by learned factors."""
         return self._env.knowledge.predict(
             self._ledger.guest,
             self.guest_class,

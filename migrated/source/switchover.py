@@ -4,7 +4,7 @@
                                                                   NO, deadline, loss, cancel -> take the guest back
 
 Work (moving state) and waiting (for the vote, the deadline, an operator) run side by side, so a decision never waits
-for a save or a send to end. What an event means for the guest is decided by the hand-over alone.
+for a save or a send to end. Only the hand-over decides what an event means for the guest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Happened:
-    """Something that is no message: what it means for the hand-over, and a sentence."""
+    """An occurrence that is no message: the event of the hand-over that it is, and a sentence with the reason."""
 
     event: SourceEvent
     reason: str
@@ -56,10 +56,10 @@ class Switchover:
         transfer: what to send with, as the rounds left it.
         handover: decides who runs the guest.
         limits: the budget, fixed from here on: the destination is told it with every DOWNTIME.
-        reserves: what is kept back from it. They come from this attempt's measured legs and tried costs, the own resume
-            also from what resumes took on this host.
+        reserves: the parts of it that are reserved. They come from this attempt's measured legs and tried costs, the
+            own resume also from what resumes took on this host.
         pending: pages that are dirty and not sent, shape (n, 2).
-        inbox: messages of the control channel and what else happens (``Happened``), in order.
+        inbox: messages of the control channel and other occurrences (``Happened``), in order.
         bounds: bounds of waits.
         clock: this host's clocks.
         hold: set when the operator lets a held switchover go on; None without pause-before-switchover.
@@ -97,9 +97,10 @@ class Switchover:
         self._state_sent_ns = 0
         self._ready_read_ns = 0
         self._due_ns = 0
-        """When what is being handled came, or should have come: an abort gives the guest back from then on."""
+        """Instant at which the message or deadline now handled came: an abort counts the return of the guest from then
+        on."""
         self.gave_back_ns: int | None = None
-        """How long giving the guest back took from then on, None when it was not, or not by an abort."""
+        """Time from that instant until the guest ran again at an abort (ns); None without an abort."""
         self.phase = Phase.PAUSE
 
     async def run(self) -> None:
@@ -157,7 +158,7 @@ class Switchover:
     # Section: work
 
     async def _move_state(self) -> None:
-        """Send everything that is left; a failure is an event like any other."""
+        """Send all remaining state; a failure is an event like any other."""
         try:
             await self._hold_if_asked()
             self._tell_downtime()
@@ -232,7 +233,7 @@ class Switchover:
             self._ledger.part(Part.FENCE, begin_ns, end_ns)
 
     def _end_state(self) -> None:
-        """Tell the destination what must be there for READY."""
+        """Tell the destination which state must have arrived before READY."""
         digest = self._transfer.sender.digest
         self._ledger.blackout.source_digest = digest.value if digest is not None else None
         self._ledger.blackout.source_reported_ns = elapsed_ns = self._budget.counted_ns(time.monotonic_ns())
@@ -257,7 +258,7 @@ class Switchover:
         return time.monotonic_ns()
 
     async def _save_devices(self, kind: DeviceKind, sending: list[asyncio.Future[int]]) -> None:
-        """Save all devices of a kind; what the VMM gave is sent while the next is saved."""
+        """Save all devices of a kind; each state is sent while the next is saved."""
         async for parts in self._transfer.vmm.state_out(kind):
             sending.append(self._transfer.send_final(parts))
             self._tell_downtime()
@@ -297,11 +298,11 @@ class Switchover:
         if patience_ns is None:
             return None
         if self._hold is not None and not self._hold.is_set():
-            return self._bounds.heartbeat_interval_s  # the hold does not count; look again
+            return self._bounds.heartbeat_interval_s  # the hold does not count: compute the deadline again
         return patience_ns / 1e9
 
     async def _out_of_time(self) -> None:
-        """Nothing came in time."""
+        """Act on a deadline that passed without a message."""
         if self._handover.state is SourceState.COMMITTED:
             await self._handover.take(SourceEvent.DEADLINE, self._control)
             return
@@ -317,7 +318,7 @@ class Switchover:
             case messages.TimeAsk():
                 await self._answer_time(message, received)
             case messages.RoundDone():
-                pass  # the vote tells more
+                pass  # a vote that has arrived meanwhile decides instead
             case messages.Ready(epoch=epoch):
                 if check_epoch(handover.epoch, epoch):
                     await self._decide(message, received)
@@ -359,7 +360,7 @@ class Switchover:
         self._ledger.add_phase(Phase.TIME_DATA, begin_ns, time.monotonic_ns())
 
     async def _decide(self, ready: messages.Ready, received: Received) -> None:
-        """READY came: commit if what is left of the budget covers what is left to do."""
+        """Decide after READY: commit if the rest of the budget covers the remaining steps."""
         handover, ledger = self._handover, self._ledger
         if handover.state is SourceState.STOPPED:
             self._ready_read_ns = received.read_at_ns
@@ -398,7 +399,7 @@ class Switchover:
         ledger.ended_ns = self._budget.t0_ns + interval.measured_ns
 
     def _aborted(self) -> None:
-        """The downtime of an abort: the guest ran again here."""
+        """Work out the pause of an abort: the guest ran again here."""
         handover, ledger = self._handover, self._ledger
         if not handover.resumed_at_ns:
             return

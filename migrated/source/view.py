@@ -1,5 +1,5 @@
-"""What an operator sees of an outgoing attempt: its status and the events of its changes, the sentence that explains
-the last decision, and the snapshot of it all."""
+"""The operator's view of an outgoing attempt: its status with an event for each change, the sentence that explains the
+last decision, and the snapshot."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class View:
     """One attempt as an operator sees it.
 
     Args:
-        env: where events go.
+        env: the daemon, which publishes events.
         ledger: the figures so far.
-        listener: what the destination said of itself.
+        listener: has the figures that the destination reported.
     """
 
     def __init__(self, env: Environment, ledger: OutgoingLedger, listener: Listener) -> None:
@@ -39,7 +39,7 @@ class View:
         self._passes_told = 0
 
     def set_status(self, status: Status) -> None:
-        """Enter a status; a change is an event."""
+        """Set the status; publish an event if it changed."""
         if self.status != status:
             self.status = status
             self._env.publish(
@@ -48,12 +48,12 @@ class View:
             )
 
     def guest_stopped(self, held: bool) -> None:
-        """After STOP, as QEMU has it; one who cancels meanwhile is not told otherwise."""
+        """Set the status after QEMU's event STOP, unless the attempt is being cancelled."""
         if self.status != "cancelling":
             self.set_status("pre-switchover" if held else "device")
 
     def became_doubtful(self, reason: str) -> None:
-        """COMMIT was sent and the destination does not answer."""
+        """Set the status in-doubt: COMMIT was sent and the destination does not answer."""
         self.set_status("in-doubt")
         self._env.publish(
             "X_MIGRATED_IN_DOUBT",
@@ -61,18 +61,18 @@ class View:
         )
 
     def say(self, sentence: str) -> None:
-        """What happens now."""
+        """Set the sentence on the step under way."""
         self._decision = sentence
 
     def say_round(self, sentence: str, prediction: Prediction) -> None:
-        """Why the guest has not been stopped yet, or is now, and the prediction behind it."""
+        """Set the sentence on why the guest is stopped now or not yet, and the prediction behind it."""
         self._prediction = prediction
         log.debug("round", round=self._ledger.rounds.count, decision=sentence)
         self.tell_passes()
         self.say(sentence)
 
     def tell_passes(self) -> None:
-        """MIGRATION_PASS for every read of the dirty log since the last time, as QEMU has it."""
+        """Publish MIGRATION_PASS for every read of the dirty log since the last call, as QEMU does."""
         while self._passes_told < self._ledger.memory.dirty_syncs:
             self._passes_told += 1
             self._env.publish(
@@ -84,8 +84,8 @@ class View:
         """A snapshot.
 
         Args:
-            phase: how far the attempt has come.
-            label: the phase's name, or what follows it.
+            phase: the last phase that the attempt has reached.
+            label: the name of the phase, or of the step after it.
             reason: why the attempt ended, None while it has not, and when it completed.
         """
         ledger, figures, prediction = self._ledger, phase.figures(), self._prediction

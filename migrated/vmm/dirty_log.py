@@ -97,7 +97,7 @@ class PagemapScanLog(DirtyLog):
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _scan(self, span: Span, first: int, end: int, vector: pagemap.Vector) -> Runs:
-        """Get and clear what was written from page ``first`` up to page ``end``, which lie in one span."""
+        """Get and clear the written pages from ``first`` up to ``end``, which lie in one span."""
         begin = span.address + (first - span.first_page) * PAGE_SIZE
         try:
             ranges = pagemap.scan(

@@ -12,7 +12,7 @@ from typing import Final
 from migrated.settings.config import Config, ConfigError, Problem
 from migrated.vmm.seam import Driver
 
-_BUILT_IN: Final = ("migrated.vmm.sim.driver:SimDriver",)
+_BUILT_IN: Final = ("migrated.vmm.sim.driver:SimDriver", "migrated.vmm.qemu.driver:QemuDriver")
 
 
 def load_drivers(config: Config) -> dict[str, Driver]:

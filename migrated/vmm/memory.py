@@ -107,7 +107,7 @@ class GuestMemory(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Let go of mappings and descriptors. Every view must be gone; a second call does nothing.
+        """Release mappings and descriptors. No view may be in use any more; a second call does nothing.
 
         Mapped memory takes 0.2 s/GiB where the VMM has ended already: call it in a thread.
         """
@@ -321,7 +321,7 @@ class ProcessMemory(GuestMemory):
         self.write(np.arange(start, start + len(words)), words)
 
     def punch(self, runs: Runs) -> None:
-        """Zeros are written: another process's pages cannot be taken from it."""
+        """Write zeros, because another process's pages cannot be taken from it."""
         zeros: Words = np.zeros((_ZEROS_AT_ONCE, WORDS_PER_PAGE), np.uint64)
         indices = indices_of(runs)
         for begin in range(0, len(indices), _ZEROS_AT_ONCE):
@@ -348,7 +348,7 @@ class ProcessMemory(GuestMemory):
         return VmmError(f"the memory of guest {self._guest} cannot be reached: {error.strerror}")
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Do nothing: this memory holds no mapping and no descriptor."""
 
 
 class MixedMemory(GuestMemory):

@@ -1,4 +1,4 @@
-"""What a migration's parameters ask of a guest that not every VMM can give."""
+"""Requirements that a migration's parameters put on a guest and that not every VMM meets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ _DEFAULTS = MigrationParameters()
 
 
 def unmet(guest: VmmGuest, description: GuestDescription, parameters: MigrationParameters) -> str | None:
-    """A sentence that names the parameter, the guest and what to do, None when the guest can give what is asked for."""
+    """Return a sentence that names the parameter, the guest and the remedy; None when the guest meets all
+    requirements."""
     who = f"guest {guest.name!r} (driver {guest.driver!r})"
     tracking = parameters.dirty_tracking
     if tracking != "auto" and tracking not in guest.dirty_tracking:

@@ -1,5 +1,5 @@
-"""What it takes on this host to let a stopped guest run, beyond what its VMM says of itself: the journal, the call, and
-until a busy host wakes those who wait. Measured whenever it happens here, and kept back from the downtime limit.
+"""Durations of resumes on this host beyond the VMM's own estimate: the journal, the call, and the time until a busy
+host wakes the waiting threads. Every resume is measured, and the result is reserved from the downtime limit.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ class ResumeCosts:
     """The resumes of one host.
 
     Args:
-        guessed_ns: what to keep back where the costs of a guest are guessed, until something is known.
+        guessed_ns: reserve for a guest whose costs are guessed, until a resume was measured (ns).
     """
 
     def __init__(self, guessed_ns: int) -> None:
         self._guessed_ns = guessed_ns
         self._over_ns = _recent()
-        """What came on top of the expectation of VMMs that tried it."""
+        """Excess over the expected cost (ns), for VMMs that rehearsed it."""
         self._whole_ns: defaultdict[str, deque[int]] = defaultdict(_recent)
         """Whole resumes of guests whose costs were guessed, by driver."""
 
     def add(self, driver: str, took_ns: int, expected: ExpectedCosts) -> None:
-        """Remember one: how long it took from the moment it was due, and what the VMM had expected."""
+        """Remember one resume: its duration from the moment it was due, and the VMM's expectation."""
         if expected.basis == "tried":
             self._over_ns.append(max(0, took_ns - expected.resume_ns))
         else:
             self._whole_ns[driver].append(took_ns)
 
     def expected_ns(self, driver: str, expected: ExpectedCosts, limit_ns: int) -> int:
-        """What a resume in the VMM is counted with: its word where it tried, never 0 where it guessed.
+        """Return the expected cost of a resume in the VMM (ns): the VMM's figure where it rehearsed, never 0 where it
+        guessed.
 
         Args:
             driver: of the guest.
@@ -60,15 +61,15 @@ class ResumeCosts:
         return max(expected.resume_ns, learned_ns)
 
     def reserve_ns(self, driver: str, expected: ExpectedCosts, limit_ns: int) -> int:
-        """What to keep back of a limit so that the guest runs again within it.
+        """Return the part of a limit to reserve so that the guest runs again within it (ns).
 
         Args:
             driver: of the guest.
-            expected: its costs; their calls tell of this host what no resume has told yet.
+            expected: its costs; the duration of calls stands in while no resume was measured on this host.
             limit_ns: the whole limit.
 
         Returns:
-            What the resume is counted with, and an upper quantile of what came on top of it, bounded by a part of the
+            The expected cost of the resume, plus an upper quantile of the measured excess, bounded by a part of the
             limit.
         """
         over_ns = expected.call_ns

@@ -1,8 +1,9 @@
-"""The seam: what the stories in ``source`` and ``destination`` know of a VMM, whatever its kind.
+"""The seam: the interface through which ``source`` and ``destination`` use a VMM of any kind.
 
     Driver      finds, attaches, creates guests of one kind of VMM, and says what ran
     VmmGuest    one guest: a small core that every VMM can give
-    facets      what only some VMMs can do: GuestTime, Iterations, Throttle, OwnershipLock. ``None`` where one is
+    facets      abilities that only some VMMs have: GuestTime, Iterations, Throttle, OwnershipLock. ``None`` where one
+    is
                 missing; a parameter that needs a missing facet is refused with a sentence before anything moves
 
 State outside memory leaves and enters as a stream of named parts; how many calls that takes is the driver's affair.
@@ -35,9 +36,9 @@ StateBytes: TypeAlias = bytes | bytearray | memoryview
 
 @dataclass(frozen=True, slots=True)
 class GuestStatus:
-    """What a VMM says of its guest now. ``detail`` holds everything else, for people.
+    """The state of a guest as its VMM reports it now. ``detail`` holds all other figures, for people.
 
-    ``observed_gap`` is what the guest itself saw of its last blackout, where the VMM can tell.
+    ``observed_gap`` is the guest's last blackout as the guest itself observed it, where the VMM can tell.
     """
 
     state: GuestState
@@ -57,7 +58,7 @@ class ObservedGap:
 
 @dataclass(frozen=True, slots=True)
 class StatePart:
-    """One named part of a guest's state outside memory. ``save_ns`` is what saving it cost in the VMM."""
+    """One named part of a guest's state outside memory. ``save_ns`` is the duration of saving it in the VMM."""
 
     name: str
     kind: DeviceKind
@@ -67,7 +68,7 @@ class StatePart:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedCosts:
-    """What a switchover is expected to cost in this VMM now (ns).
+    """The durations that a switchover is expected to take in this VMM now (ns).
 
     ``basis`` says whether this was tried (the VMM did it, or timed a rehearsal) or guessed (a prior, or what was
     learned elsewhere): a reserve that rests on a guess must use a learned quantile or a configured floor.
@@ -91,7 +92,8 @@ def total_cost(costs: Iterable[DeviceCost]) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class TimeImport:
-    """What importing time data cost: time since the snapshot as the VMM measured it (ns), and the ticks it added."""
+    """The VMM's part in an import of time data: time since the snapshot as the VMM measured it (ns), and the ticks that
+    it added."""
 
     vmm_ns: int
     vmm_ticks: int
@@ -114,11 +116,11 @@ class Iterations(ABC):
 
     @abstractmethod
     async def save_iteration(self, name: str, number: int) -> StatePart:
-        """What an iterable device has new in a round, counted from 0."""
+        """Save the new state of an iterable device in a round, counted from 0."""
 
     @abstractmethod
     async def load_iteration(self, part: StatePart) -> int:
-        """Load what ``save_iteration`` gave into an incoming guest. Returns what it cost (ns)."""
+        """Load the result of ``save_iteration`` into an incoming guest. Returns the duration (ns)."""
 
 
 class Throttle(ABC):
@@ -171,7 +173,8 @@ class VmmGuest(ABC):
         """State and figures of the guest; answers also while state is saved or loaded."""
 
     async def why_not_migrate(self) -> str | None:
-        """A sentence that says what in this guest would break the promise of a migration, None when nothing does."""
+        """Return a sentence on everything in this guest that would break the promise of a migration, None when nothing
+        does."""
         return None
 
     @abstractmethod
@@ -193,7 +196,7 @@ class VmmGuest(ABC):
 
     @property
     def needs_fence(self) -> bool:
-        """Whether writes can bypass the page tables (a drive with O_DIRECT). Asked once, when tracking begins."""
+        """True when writes can bypass the page tables (a drive with O_DIRECT). Asked once, when tracking begins."""
         return False
 
     @abstractmethod
@@ -201,12 +204,12 @@ class VmmGuest(ABC):
         """End tracking; without effect when it is off."""
 
     async def prepare_stop(self) -> None:  # noqa: B027 - most VMMs have nothing to prepare
-        """Do what can be done while the guest still runs so that stopping and saving cost less. A resume or an
+        """Prepare, while the guest still runs, for a stop and saves that take less time. A resume or an
         ``interrupt`` undoes it."""
 
     @abstractmethod
     async def pause(self) -> int:
-        """Stop the vCPUs; when this returns nothing writes guest memory any more. Returns what it cost (ns)."""
+        """Stop the vCPUs; when this returns nothing writes guest memory any more. Returns the duration (ns)."""
 
     @abstractmethod
     async def resume(self, epoch: int) -> int:
@@ -219,17 +222,18 @@ class VmmGuest(ABC):
 
     @abstractmethod
     def state_out(self, kind: DeviceKind) -> AsyncIterator[Sequence[StatePart]]:
-        """Save the final state of all devices of a kind, in the order in which it must be loaded. Each item is what one
-        call of the VMM gave; the next call is made when the next item is asked for. The guest is paused and saving
-        changes nothing that a resume here would notice."""
+        """Save the final state of all devices of a kind, in the order in which it must be loaded. Each item is the
+        result of one call to the VMM; the next call is made when the next item is asked for. The guest is paused and
+        saving changes nothing that a resume here would notice."""
 
     @abstractmethod
     async def state_in(self, parts: Sequence[StatePart]) -> Sequence[int]:
-        """Load final state, in order, into an incoming guest that does not run. Returns what each part cost (ns)."""
+        """Load final state, in order, into an incoming guest that does not run. Returns the duration of each part
+        (ns)."""
 
     @abstractmethod
     async def expected_costs(self, side: Side) -> ExpectedCosts:
-        """What a switchover would cost here, found out without disturbing the guest."""
+        """Return the expected costs of a switchover here, found out without disturbing the guest."""
 
     async def own_operation(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """An operation that only this kind of VMM has (a simulated guest's ``verify``).
@@ -259,7 +263,7 @@ class GuestRequest:
 
 
 class Driver(ABC):
-    """One kind of VMM on this host.
+    """The driver of one kind of VMM on this host.
 
     Attributes:
         name: of the driver, as in a guest's description.
@@ -275,8 +279,8 @@ class Driver(ABC):
 
     @abstractmethod
     def places(self) -> Sequence[Path]:
-        """Where guests of this driver may be found now: API sockets, each named after its guest (NAME.sock). Those of
-        another driver than ``sim`` lie in a directory of their own below ``[vmm] directory``."""
+        """List the API sockets at which guests of this driver may be found now, each named after its guest (NAME.sock).
+        Those of another driver than ``sim`` lie in a directory of their own below ``[vmm] directory``."""
 
     def tidy(self, place: Path) -> None:
         """Remove what a guest left behind whose process has ended."""

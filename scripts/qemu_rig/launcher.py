@@ -37,7 +37,7 @@ BOOT_TIMEOUT_S: Final = 120.0
 """From the start of QEMU to READY, under emulation on a busy machine."""
 _END_TIMEOUT_S: Final = 60.0
 _SHARED_MEMORY: Final = Path("/dev/shm")
-_KERNEL_ARGUMENTS: Final = "console=ttyS0 quiet panic=-1 no_timer_check rdinit=/init"
+KERNEL_ARGUMENTS: Final = "console=ttyS0 quiet panic=-1 no_timer_check rdinit=/init"
 """``no_timer_check``: on a busy host an emulated timer can come so late that the kernel takes it for broken at boot."""
 
 
@@ -87,7 +87,7 @@ def command_line(
         "-m", f"{spec.memory_mib}M", *memory,
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-kernel", str(image.kernel), "-initrd", str(image.initramfs),
-        "-append", f"{_KERNEL_ARGUMENTS} -- {' '.join(guest_arguments)}",
+        "-append", f"{KERNEL_ARGUMENTS} -- {' '.join(guest_arguments)}",
         "-qmp", f"unix:{directory}/qmp,server=on,wait=off",
         "-fw_cfg", f"name=opt/rig/incarnation,string={incarnation}",
     ]  # fmt: skip

@@ -9,6 +9,7 @@ socket pair, which is handed over while the guest still runs at the source.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
@@ -74,6 +75,13 @@ class StateSave:
         await self._qmp.call("xen-save-devices-state", _SAVE_S, filename=self._path, live=True)
         took_ns = time.monotonic_ns() - begin_ns
         return with_machine(os.pread(self._reading, os.fstat(self._reading).st_size, 0), machine), took_ns
+
+    async def release(self) -> None:
+        """Take the file back from QEMU, which runs on."""
+        if self._path:
+            with contextlib.suppress(VmmError):
+                await self._qmp.call("remove-fd", fdset_id=int(self._path.rpartition("/")[2]))
+        self.close()
 
     def close(self) -> None:
         """Let go of the file."""

@@ -31,7 +31,7 @@ class Calls:
         Raises:
             VmmGoneError: nobody listens on the socket: the guest's process has ended.
             VmmSilentError: its process is there and does not answer.
-            VmmError: it cannot be reached, or does not understand.
+            VmmError: it cannot be reached, or its answer is not understood.
         """
         try:
             client = await VmmClient.connect(str(api_socket), timeout=timeout_s)

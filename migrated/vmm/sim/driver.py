@@ -37,7 +37,7 @@ class SimDriver(Driver):
         super().__init__(config)
         self._directory = config.vmm.directory
         self._command = [*config.vmm.command]
-        # A VMM lives on the same host: where the host's clocks are shifted, its are too.
+        # The VMM runs on the same host: where the host's clocks are shifted, the VMM's are too.
         clock = config.clock
         if clock != ClockConfig():
             self._command += [

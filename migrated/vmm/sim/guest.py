@@ -114,7 +114,8 @@ class SimGuest(VmmGuest):
         self._calls = calls
         self._description: GuestDescription | None = None
         self._costs_ns: dict[tuple[str, str], int] = {}
-        """What saving or loading each device is expected to cost, by name and kind; whichever was asked for last."""
+        """Expected duration of saving, or of loading, each device (ns), by name and kind; of the direction that was
+        asked for last."""
 
     async def describe(self) -> GuestDescription:
         reply = await self._calls.call("describe")
@@ -207,7 +208,7 @@ class SimGuest(VmmGuest):
         )
 
     async def own_operation(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """``verify`` compares every byte of memory with what it must be; ``set-dirty-rate`` changes how fast the
+        """``verify`` compares every byte of memory with its correct content; ``set-dirty-rate`` changes how fast the
         workload writes (``bytes_per_s``)."""
         match name:
             case "verify":

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from migrated.vmm.qemu.checks import Row, check_guest, drives_bypass_page_tables, refusals
+from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
+from migrated.vmm.qemu.findings import Row, refusals
 from migrated.vmm.qemu.qmp import Qmp
 from migrated.vmm.qemu.ram import Ram, RamBlock, find_ram
 from tests.migrated.qemu.conftest import BareQemu

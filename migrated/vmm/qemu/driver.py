@@ -1,0 +1,178 @@
+"""Finding, starting and attaching QEMU guests.
+
+In ``[vmm] directory``/qemu lie, for each guest, its QMP socket or a link to it, the record of it, and its logs
+(``places``). A guest is either started here, from a definition of this host's own, or adopted: somebody else started it
+and gave it a monitor for us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from migrated.base.errors import RefusedError, VmmError, VmmGoneError
+from migrated.settings.config import Config
+from migrated.vmm import spawn
+from migrated.vmm.qemu import places
+from migrated.vmm.qemu.blueprint import Blueprint
+from migrated.vmm.qemu.definition import CommandLine, load_definition
+from migrated.vmm.qemu.guest import QemuGuest
+from migrated.vmm.qemu.places import Place
+from migrated.vmm.qemu.qmp import QUICK_S
+from migrated.vmm.seam import Driver, GuestRequest
+from protocol.guest import GuestDescription
+
+_LOOK_AGAIN_S: Final = 0.01
+_GONE_S: Final = 10.0
+_DEFAULT_COMMAND: Final = ("qemu-system-x86_64",)
+
+
+class _Options(BaseModel):
+    """What may be asked of a guest of this driver: ``definition`` names one of this host's, ``qmp`` adopts a running
+    QEMU; ``incoming`` says that it waits for a migration, ``run_log`` where it logs its run state."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    definition: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = None
+    qmp: Path | None = None
+    incoming: bool = False
+    run_log: Path | None = None
+
+
+class QemuDriver(Driver):
+    """Stock QEMU, 7.2 or newer."""
+
+    name = "qemu"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._directory = config.vmm.directory / "qemu"
+
+    def places(self) -> Sequence[Path]:
+        return sorted(self._directory.glob("*.sock"))
+
+    def tidy(self, place: Path) -> None:
+        places.forget(place)
+
+    async def attach(self, api_socket: Path, timeout_s: float | None = QUICK_S) -> QemuGuest:
+        return await QemuGuest.attach(
+            api_socket,
+            places.read_place(api_socket),
+            timeout_s=timeout_s,
+            stop_timeout_s=self.config.limits.stop_timeout_s,
+            lock_directory=self.config.lock.directory,
+        )
+
+    async def create(self, request: GuestRequest) -> QemuGuest:
+        try:
+            options = _Options.model_validate(dict(request.options))
+        except ValidationError as error:
+            found = "; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors(include_url=False))
+            raise VmmError(f"QEMU guest {request.name!r} cannot be made so: {found}") from error
+        self._directory.mkdir(parents=True, exist_ok=True)
+        if options.qmp is not None:
+            return await self._adopt(request.name, options.qmp, options)
+        line = self._command_line(request.name, options.definition or request.name)
+        guest = await self._start(request.name, line, line.running(paused=request.paused), incoming=False)
+        if guest.lock is not None and not request.paused:
+            await guest.lock.take()
+        return guest
+
+    async def create_incoming(self, description: GuestDescription) -> QemuGuest:
+        try:
+            line = self._command_line(description.name, description.name)
+            theirs = Blueprint.unpack(description.vmm_config)
+        except VmmError as error:
+            raise RefusedError(f"the destination cannot take guest {description.name!r}: {error}") from error
+        guest = await self._start(description.name, line, line.incoming(), incoming=True)
+        try:
+            ours = await guest.describe()
+            found = theirs.differences(Blueprint.unpack(ours.vmm_config)) or description.differences(ours)
+            if found:
+                raise RefusedError(
+                    f"the destination's definition of guest {description.name!r} makes another machine: "
+                    f"{'; '.join(found)}. Change {self.config.qemu.definitions / description.name}.toml there"
+                )
+        except BaseException:
+            with contextlib.suppress(VmmError):
+                await guest.destroy()
+            raise
+        return guest
+
+    def ran(self, name: str, epoch: int) -> bool | None:
+        api_socket = self._directory / f"{name}.sock"
+        try:
+            place = places.read_place(api_socket)
+        except VmmError:
+            return None
+        if place.run_log is None:
+            return None
+        return place.epoch == epoch and places.ran_after(place.run_log, place.run_log_bytes)
+
+    def _command_line(self, name: str, definition: str) -> CommandLine:
+        qemu = self.config.qemu
+        return CommandLine(
+            load_definition(qemu.definitions, definition),
+            name,
+            qemu.command or _DEFAULT_COMMAND,
+            qemu.definitions,
+            self._directory / f"{name}.sock",
+            qemu.ram_directory,
+        )
+
+    async def _adopt(self, name: str, qmp: Path, options: _Options) -> QemuGuest:
+        """Take over a QEMU that somebody else started; it runs on undisturbed."""
+        api_socket = self._directory / f"{name}.sock"
+        if api_socket.is_symlink() or api_socket.exists():
+            raise VmmError(f"{api_socket} is there already: a guest named {name!r} was adopted or created before")
+        place = Place(name=name, started_here=False, run_log=options.run_log, incoming=options.incoming)
+        api_socket.symlink_to(qmp.absolute())
+        places.write_place(api_socket, place)
+        try:
+            guest = await self.attach(api_socket)
+            try:
+                if guest.lock is not None and (await guest.status()).state == "running":
+                    await guest.lock.take()
+            except BaseException:
+                await guest.close()
+                raise
+        except BaseException:
+            places.forget(api_socket)
+            raise
+        return guest
+
+    async def _start(self, name: str, line: CommandLine, command: list[str], *, incoming: bool) -> QemuGuest:
+        """Start QEMU and connect to it."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self.config.qemu.ram_directory.mkdir(parents=True, exist_ok=True)
+        api_socket = self._directory / f"{name}.sock"
+        log_path = api_socket.with_suffix(".log")
+        line.run_log.unlink(missing_ok=True)
+        places.write_place(api_socket, Place(name=name, started_here=True, run_log=line.run_log, incoming=incoming))
+        pid = spawn.start_process(command, log_path)
+        timeout_s = self.config.vmm.start_timeout_s
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                if api_socket.exists():
+                    with contextlib.suppress(VmmGoneError):
+                        return await self.attach(api_socket)
+                if spawn.reap(pid):
+                    raise VmmError(f"QEMU ended at once: {spawn.last_lines(log_path) or 'it said nothing'}")
+                if time.monotonic() > deadline:
+                    raise VmmError(f"QEMU did not answer within {timeout_s:g} s; its log is {log_path}")
+                await asyncio.sleep(_LOOK_AGAIN_S)
+        except BaseException:
+            await spawn.make_sure_gone(pid, _GONE_S)
+            places.forget(api_socket)
+            raise
+        finally:
+            # QEMU has them open: without a name they go when it goes, whatever happens to us.
+            for path in line.ram_files():
+                path.unlink(missing_ok=True)

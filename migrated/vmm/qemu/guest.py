@@ -1,0 +1,320 @@
+"""One QEMU guest behind the seam: memory and its tracking by us and the kernel, device state and run state by QEMU.
+
+source        start_dirty_log   a userfaultfd made inside QEMU (it stands still for 0.2 ms), all blocks registered
+              fence             an empty block transaction: what is in flight past the page tables has landed
+              pause             stop: vCPUs, then every drive drained and flushed
+              state_out         one part, from xen-save-devices-state; the disks are let go with it
+              resume            cont: takes the disks back
+destination   memory            RAM in a file of ours; video memory and firmware in QEMU, written from here
+              state_in          the part, as a migration stream; QEMU stays stopped
+              resume            cont: opens the disks, then runs; after that the network is told where it is now
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from migrated.base.errors import VmmError, VmmGoneError
+from migrated.kernel.errors import OtherProcessError
+from migrated.kernel.tracking import WriteTracking, start_tracking
+from migrated.vmm import spawn
+from migrated.vmm.dirty_log import DirtyLog, PagemapScanLog
+from migrated.vmm.memory import GuestMemory, Span
+from migrated.vmm.qemu import access, places
+from migrated.vmm.qemu.blueprint import draw
+from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
+from migrated.vmm.qemu.findings import Row, refusals
+from migrated.vmm.qemu.lock import QemuLock
+from migrated.vmm.qemu.places import Place
+from migrated.vmm.qemu.qmp import QUICK_S, Qmp, QmpCommandError
+from migrated.vmm.qemu.ram import Ram, find_ram
+from migrated.vmm.qemu.state import StateLoad, StateSave
+from migrated.vmm.seam import DirtyTracking, ExpectedCosts, GuestState, GuestStatus, Side, StatePart, VmmGuest
+from protocol.guest import PAGE_SIZE, DeviceDescription, DeviceKind, GuestDescription, MemoryRegion
+from protocol.messages import DeviceCost
+
+DEVICES: Final = "qemu devices"
+"""The one part that all of QEMU's device state travels in."""
+_GONE_S: Final = 10.0
+_QUIT_S: Final = 2.0
+_PRIOR_STATE_BYTES: Final = 160 << 10
+# Measured on 2 cores with QEMU 7.2 under TCG: the upper end of what was seen, for a guest that was never moved here.
+_PRIOR_PAUSE_NS: Final = 1_000_000
+_PRIOR_SAVE_NS: Final = 3_000_000
+_PRIOR_LOAD_NS: Final = 9_000_000
+_PRIOR_RESUME_NS: Final = 3_000_000
+_CALLS_TRIED: Final = 5
+
+
+class QemuGuest(VmmGuest):
+    """A connected QEMU guest. Made by ``attach``.
+
+    Attributes:
+        drain_ns: how much of the last pause came after the vCPUs stood: drives drained and flushed.
+    """
+
+    driver = "qemu"
+    dirty_tracking = frozenset({"pagemap-scan"})
+
+    def __init__(self, qmp: Qmp, api_socket: Path, place: Place, ram: Ram, stop_timeout_s: float) -> None:
+        self.name = place.name
+        self.pid = qmp.pid
+        self.api_socket = api_socket
+        self.drain_ns = 0
+        self._qmp = qmp
+        self._place = place
+        self._ram = ram
+        self._stop_timeout_s = stop_timeout_s
+        self._tracking: WriteTracking | None = None
+        self._fenced = False
+        self._machine = ""
+        self._save = StateSave(qmp)
+        self._load = StateLoad(qmp)
+
+    @classmethod
+    async def attach(
+        cls,
+        api_socket: Path,
+        place: Place,
+        *,
+        timeout_s: float | None = QUICK_S,
+        stop_timeout_s: float = QUICK_S,
+        lock_directory: Path | None = None,
+    ) -> QemuGuest:
+        """Connect to a guest.
+
+        Args:
+            api_socket: its QMP socket, or a link to it.
+            place: what is remembered of it.
+            timeout_s: bound of the wait for QEMU's greeting.
+            stop_timeout_s: how long QEMU may take to stop, resume or drain.
+            lock_directory: where ownership locks lie, None where there are none.
+
+        Raises:
+            VmmGoneError, VmmSilentError, VmmError: as ``Driver.attach``.
+        """
+        qmp = await Qmp.connect(api_socket, timeout_s)
+        try:
+            guest = cls(qmp, api_socket, place, await find_ram(qmp), stop_timeout_s)
+            guest._fenced = drives_bypass_page_tables(await qmp.call("query-named-block-nodes"))
+            if lock_directory is not None:
+                guest.lock = QemuLock(qmp, lock_directory / f"{(await guest.describe()).uuid}.lock")
+            return guest
+        except BaseException:
+            await qmp.close()
+            raise
+
+    async def describe(self) -> GuestDescription:
+        self._ram = await find_ram(self._qmp)
+        if self._ram.lost:
+            names = ", ".join(block.name for block in self._ram.lost)
+            raise VmmError(
+                f"memory of guest {self.name!r} cannot be found in QEMU (process {self.pid}): {names}. The guest "
+                "does not "
+                "see it just now, and no one mapping has its size; start QEMU 10.0 or newer, which tells where it is"
+            )
+        blueprint = await draw(self._qmp, self.name, self._ram)
+        self._machine = blueprint.machine
+        return GuestDescription(
+            name=self.name,
+            uuid=blueprint.uuid,
+            vmm=self.driver,
+            machine=blueprint.machine,
+            page_size=PAGE_SIZE,
+            memory=tuple(
+                MemoryRegion(
+                    name=carried.block.label,
+                    guest_address=carried.block.guest_address if carried.block.role == "main" else 0,
+                    size_bytes=carried.block.size,
+                    offset_pages=carried.first_page,
+                )
+                for carried in self._ram.carried
+            ),
+            devices=(
+                DeviceDescription(
+                    name=DEVICES,
+                    kind="non-iterable",
+                    state_bytes=self._place.state_bytes or _PRIOR_STATE_BYTES,
+                    expected_save_ns=_PRIOR_SAVE_NS,
+                    expected_load_ns=_PRIOR_LOAD_NS,
+                ),
+            ),
+            vcpus=blueprint.vcpus,
+            guest_freq=0,
+            guest_time=False,
+            expected_stop_ns=_PRIOR_PAUSE_NS,
+            expected_resume_ns=_PRIOR_RESUME_NS,
+            vmm_config=blueprint.pack(),
+        )
+
+    async def status(self) -> GuestStatus:
+        answer = await self._qmp.call("query-status")
+        state: GuestState = "running" if answer["running"] else "paused"
+        if not answer["running"] and self._place.incoming and not self._has_run():
+            state = "incoming"
+        detail = {
+            "qemu_status": answer["status"],
+            "qemu_version": ".".join(str(part) for part in self._qmp.version),
+            "drain_ns": self.drain_ns,
+            "injection_pause_ns": self._tracking.pause_ns if self._tracking is not None else 0,
+        }
+        return GuestStatus(state=state, pid=self.pid, epoch=self._place.epoch, detail=detail)
+
+    def _has_run(self) -> bool:
+        """Whether the vCPUs ran since the resume that was asked for last."""
+        log = self._place.run_log
+        return log is not None and places.ran_after(log, self._place.run_log_bytes)
+
+    async def check(self) -> list[Row]:
+        """Everything that could break the promise of a migration, each with its verdict."""
+        return await check_guest(self._qmp, self._ram)
+
+    async def why_not_migrate(self) -> str | None:
+        return refusals(await self.check())
+
+    async def memory(self) -> GuestMemory:
+        return await asyncio.to_thread(access.open_memory, self.name, self.pid, self._ram)
+
+    async def start_dirty_log(self, mode: DirtyTracking) -> DirtyLog:
+        if mode == "logged":
+            raise VmmError(f"QEMU keeps no dirty log that guest {self.name!r} could be followed by: use pagemap-scan")
+        await self.stop_dirty_log()
+        self._fenced = drives_bypass_page_tables(await self._qmp.call("query-named-block-nodes"))
+        ranges = [carried.range for carried in self._ram.carried]
+        try:
+            tracking = await asyncio.to_thread(start_tracking, self.pid, ranges)
+        except OtherProcessError as error:
+            raise VmmError(f"guest {self.name!r} cannot be tracked: {error}") from error
+        self._tracking = tracking
+        spans = [Span(carried.address, carried.block.pages, carried.first_page) for carried in self._ram.carried]
+        try:
+            pagemap = os.open(f"/proc/{self.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise VmmError(f"the page tables of QEMU (process {self.pid}) cannot be read: {error.strerror}") from error
+        return PagemapScanLog(pagemap, spans, present_only=True)
+
+    async def stop_dirty_log(self) -> None:
+        tracking, self._tracking = self._tracking, None
+        if tracking is not None:
+            await asyncio.to_thread(tracking.close)
+
+    @property
+    def needs_fence(self) -> bool:
+        return self._fenced
+
+    async def fence(self) -> int:
+        if not self._fenced:
+            return 0
+        begin_ns = time.monotonic_ns()
+        await self._qmp.call("transaction", self._stop_timeout_s, actions=[])
+        return time.monotonic_ns() - begin_ns
+
+    async def prepare_stop(self) -> None:
+        await self._save.prepare()
+
+    async def pause(self) -> int:
+        begin_ns = time.monotonic_ns()
+        async with self._qmp.listen("STOP") as next_event:
+            stopped = asyncio.ensure_future(_arrival_ns(next_event()))
+            try:
+                await self._qmp.call("stop", self._stop_timeout_s)
+                end_ns = time.monotonic_ns()
+                # No event where it stood already.
+                self.drain_ns = end_ns - stopped.result() if stopped.done() else 0
+            finally:
+                stopped.cancel()
+        if self._place.incoming:
+            self._remember(incoming=False)
+        return end_ns - begin_ns
+
+    async def resume(self, epoch: int) -> int:
+        if self.lock is not None:
+            await self.lock.take()
+        arriving = self._place.incoming
+        self._remember(epoch=epoch, run_log_bytes=places.log_size(self._place.run_log))
+        async with self._qmp.listen("RESUME") as next_event:
+            resumed = asyncio.ensure_future(_arrival_ns(next_event()))
+            try:
+                await self._qmp.call("cont", self._stop_timeout_s)
+                running_at_ns = resumed.result() if resumed.done() else time.monotonic_ns()
+            finally:
+                resumed.cancel()
+        await self._save.release()
+        if arriving:
+            self._remember(incoming=False)
+            with contextlib.suppress(QmpCommandError):  # a guest without a network has nobody to tell
+                await self._qmp.call("announce-self", initial=50, max=550, rounds=5, step=100)
+        return running_at_ns
+
+    def _remember(self, **changes: Any) -> None:
+        self._place = self._place.model_copy(update=changes)
+        places.write_place(self.api_socket, self._place)
+
+    async def interrupt(self) -> None:
+        # A save takes milliseconds and cannot hang: it writes to memory.
+        self._load.interrupt()
+
+    async def state_out(self, kind: DeviceKind) -> AsyncIterator[Sequence[StatePart]]:
+        if kind == "iterable":
+            return
+        if not self._machine:
+            await self.describe()
+        data, took_ns = await self._save.save(self._machine)
+        self._place = self._place.model_copy(update={"state_bytes": len(data)})
+        yield [StatePart(DEVICES, "non-iterable", data, took_ns)]
+
+    async def state_in(self, parts: Sequence[StatePart]) -> Sequence[int]:
+        if [part.name for part in parts] != [DEVICES]:
+            names = ", ".join(part.name for part in parts)
+            raise VmmError(f"a QEMU guest takes its state as one part named {DEVICES!r}, not as: {names}")
+        return [await self._load.load(parts[0].data)]
+
+    async def expected_costs(self, side: Side) -> ExpectedCosts:
+        call_ns = 0
+        for _ in range(_CALLS_TRIED):
+            begin_ns = time.monotonic_ns()
+            await self._qmp.call("query-status")
+            call_ns = max(call_ns, time.monotonic_ns() - begin_ns)
+        if side == "load":
+            await self._load.prepare()
+        cost_ns = _PRIOR_SAVE_NS if side == "save" else _PRIOR_LOAD_NS
+        return ExpectedCosts(
+            devices=(DeviceCost(name=DEVICES, kind="non-iterable", ns=cost_ns),),
+            pause_ns=_PRIOR_PAUSE_NS,
+            resume_ns=_PRIOR_RESUME_NS,
+            call_ns=call_ns,
+            basis="guessed",
+        )
+
+    async def own_operation(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """``check``: the rows of everything that was looked at."""
+        if name == "check":
+            return {"rows": [row._asdict() for row in await self.check()]}
+        return await super().own_operation(name, arguments)
+
+    async def destroy(self) -> None:
+        with contextlib.suppress(VmmError):
+            await self._qmp.call("quit", _QUIT_S)
+        await self.close()
+        if not await spawn.make_sure_gone(self.pid, _GONE_S):
+            raise VmmError(f"QEMU of guest {self.name!r} (process {self.pid}) does not end; end it by hand")
+        places.forget(self.api_socket)
+
+    async def close(self) -> None:
+        self._save.close()
+        self._load.close()
+        with contextlib.suppress(VmmGoneError):
+            await self.stop_dirty_log()
+        await self._qmp.close()
+
+
+async def _arrival_ns(event: Any) -> int:
+    """When an event came (monotonic, ns)."""
+    await event
+    return time.monotonic_ns()

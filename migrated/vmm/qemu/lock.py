@@ -1,0 +1,63 @@
+"""The ownership lock of a QEMU guest: an flock on a file that QEMU, which knows nothing of it, keeps open for us.
+
+The lock belongs to the open file: it holds for as long as one process has a copy of the descriptor. We take it, hand
+QEMU a copy and close ours, so that it lasts as long as QEMU lives, whatever becomes of us; QEMU drops it when asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+from typing import Final
+
+from migrated.base.errors import VmmError
+from migrated.vmm.qemu.qmp import Qmp, QmpCommandError
+from migrated.vmm.seam import OwnershipLock
+
+_NAME: Final = "migrated-ownership"
+
+
+class QemuLock(OwnershipLock):
+    """The lock of one guest.
+
+    Args:
+        qmp: the monitor of its QEMU.
+        path: the file, ``UUID.lock`` in a directory that both hosts share.
+    """
+
+    def __init__(self, qmp: Qmp, path: Path) -> None:
+        self._qmp = qmp
+        self._path = path
+        self._held = False
+
+    async def take(self) -> None:
+        if self._held:
+            return
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise VmmError(f"the ownership lock {self._path} cannot be opened: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            await self._qmp.pass_descriptor(_NAME, fd)
+        except BlockingIOError as error:
+            if not self._open_in_qemu():
+                raise VmmError(f"another VMM holds the ownership lock {self._path}: it must let go first") from error
+        finally:
+            os.close(fd)
+        self._held = True
+
+    def _open_in_qemu(self) -> bool:
+        """Whether QEMU has it open: an earlier daemon gave it a copy."""
+        try:
+            links = list(Path(f"/proc/{self._qmp.pid}/fd").iterdir())
+            return any(os.path.samestat(link.stat(), self._path.stat()) for link in links if link.exists())
+        except OSError:
+            return False
+
+    async def release(self) -> None:
+        with contextlib.suppress(QmpCommandError):  # it has none
+            await self._qmp.call("closefd", fdname=_NAME)
+        self._held = False

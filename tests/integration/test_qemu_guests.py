@@ -1,0 +1,256 @@
+"""Real Linux guests in stock QEMU, moved between two daemons: memory by us, devices by QEMU, the guest none the wiser.
+
+a  web runs, writes, checks its pages, beats   ==>   b  web goes on beating where it was   ==>   a again
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrated.control.client import CommandError
+from migrated.kernel.tracking import why_no_tracking
+from scripts.qemu_rig.console import Console
+from scripts.qemu_rig.definition import PORTS, write_definition
+from scripts.qemu_rig.disk import make_disk
+from scripts.qemu_rig.image import GuestImage, guest_image
+from scripts.qemu_rig.kernel import KERNEL_PACKAGE, download_kernel, missing_packages
+from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Disk, QemuSpec
+from scripts.qemu_rig.workload import Workload
+from scripts.rig.host import Host
+from scripts.rig.pair import Pair
+from scripts.rig.waiting import RigError, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+ROOMY = {"downtime_limit": 10_000}
+BUSY = QemuSpec(workload=Workload.hot_cold(64, 20))
+
+
+class World:
+    """Two hosts with definitions of their own, and the consoles of the guest on each."""
+
+    def __init__(self, pair: Pair, definitions: dict[Host, Path], image: GuestImage) -> None:
+        self.pair = pair
+        self.image = image
+        self.definitions = definitions
+
+    def define(self, spec: QemuSpec, host: Host | None = None) -> None:
+        """Write the definition of ``web`` on one host, or on both."""
+        for number, one in enumerate(self.pair.hosts):
+            if host in (None, one):
+                write_definition(self.definitions[one], "web", spec, self.image, number)
+
+    def run_directory(self, host: Host) -> Path:
+        """Where the sockets and logs of a host's QEMU guests are."""
+        return host.directory / "guests" / "qemu"
+
+    async def console(self, host: Host) -> Console:
+        """The guest's console on a host; beats are read from now on."""
+        return await asyncio.to_thread(Console, *(self.run_directory(host) / f"web.{port}" for port in PORTS))
+
+    async def create(self, spec: QemuSpec, **options: Any) -> Console:
+        """Define the guest on both hosts, start it on the first, and wait until it is up."""
+        self.define(spec)
+        await self.pair.a.create_guest("web", spec.memory_mib, **options)
+        console = await self.console(self.pair.a)
+        await asyncio.to_thread(console.wait_for, "READY", BOOT_TIMEOUT_S)
+        return console
+
+    def qemu_pids(self, host: Host) -> list[int]:
+        """Processes of the host's QEMU guests."""
+        marker = os.fsencode(f"unix:{self.run_directory(host)}/")
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if any(word.startswith(marker) for word in path.read_bytes().split(b"\0")):
+                    found.append(int(path.parent.name))
+        return found
+
+
+@pytest.fixture(scope="module")
+def image() -> GuestImage:
+    """The rig's guest; skipped where it cannot be had."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may track another process for sure")
+    if (reason := why_no_tracking()) is not None:
+        pytest.skip(reason)
+    if missing_packages() == [KERNEL_PACKAGE]:
+        with contextlib.suppress(RigError):
+            download_kernel()
+    if missing := missing_packages():
+        pytest.skip(f"a Linux guest needs {', '.join(missing)}")
+    return guest_image()
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="qg-") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+async def world(image: GuestImage, directory: Path) -> AsyncIterator[World]:
+    """Two hosts whose guests are QEMU's; nothing of them may be left."""
+    made_pair = Pair(vmm={"driver": "qemu"})
+    for host in made_pair.hosts:
+        host.configure(qemu={"ram_directory": str(directory / "ram"), "definitions": str(directory / host.name)})
+    with made_pair as pair:
+        made = World(pair, {host: directory / host.name for host in pair.hosts}, image)
+        yield made
+        print(pair.log_tail())  # noqa: T201 - shown when the test failed
+        await pair.remove_guests()
+        assert [made.qemu_pids(host) for host in pair.hosts] == [[], []]
+        assert not list((directory / "ram").glob("*"))
+        assert await pair.leftovers() == []
+
+
+async def move(world: World, source: Host, target: Host, console: Console, **parameters: Any) -> Console:
+    """Move ``web``; it goes on where it was, with all of its memory right. Returns its console on the target."""
+    record = await source.migrate("web", target, **{**ROOMY, **parameters})
+    assert record["outcome"] == "completed", record["reason"]
+    assert record["digest"]["source"] == record["digest"]["destination"]
+    downtime = record["downtime"]
+    assert sum(part["ns"] for part in downtime["parts"]) + downtime["unattributed_ns"] == downtime["measured_ns"]
+    arrived = await world.console(target)
+    before = console.beats()[-1]
+    await asyncio.to_thread(arrived.wait_for_beats, 20, 60.0)
+    after = arrived.beats()[0]
+    assert after.sequence > before.sequence
+    assert after.guest_ns > before.guest_ns
+    assert await asyncio.to_thread(arrived.check) == 0
+    assert not arrived.complaints()
+    console.close()
+    return arrived
+
+
+@pytest.mark.parametrize("backing", ["private", "file", "memfd"])
+async def test_a_linux_guest_goes_there_and_back(world: World, backing: Any) -> None:
+    console = await world.create(replace(BUSY, backing=backing))
+    a, b = world.pair.hosts
+    console = await move(world, a, b, console)
+    assert world.qemu_pids(a) == []
+    console = await move(world, b, a, console)
+    console.close()
+    assert (await a.guest("web"))["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        replace(BUSY, numa=True),
+        replace(BUSY, machine="pc", network=False, rng=False),
+        replace(BUSY, cpus=2),
+        replace(BUSY, memory_mib=4096),
+    ],
+    ids=["numa", "pc", "two-vcpus", "around-the-pci-hole"],
+)
+async def test_machines_of_other_kinds(world: World, spec: QemuSpec) -> None:
+    console = await world.create(spec)
+    (await move(world, world.pair.a, world.pair.b, console)).close()
+
+
+async def test_a_disk_that_bypasses_the_page_tables(world: World, directory: Path) -> None:
+    """Every round waits for what is in flight, and only one host ever has the image open for writing."""
+    disk = Disk(directory / "disk", cache="none", log_ms=20, read_mib=8)
+    make_disk(disk.path, disk.read_mib)
+    console = await world.create(replace(BUSY, disk=disk))
+    a, b = world.pair.hosts
+    console = await move(world, a, b, console)
+    console = await move(world, b, a, console)
+    console.close()
+
+
+async def test_another_definition_at_the_destination_is_refused_with_what_differs(world: World) -> None:
+    console = await world.create(BUSY)
+    world.define(replace(BUSY, cpus=2, rng=False), world.pair.b)
+    record = await world.pair.a.migrate("web", world.pair.b, **ROOMY)
+    assert record["outcome"] == "refused"
+    assert "vcpus is 1 at the source and 2 here" in record["reason"]
+    assert "device only at the source: virtio-rng-pci" in record["reason"]
+    assert world.qemu_pids(world.pair.b) == []
+    await asyncio.to_thread(console.wait_for_beats, 20, 60.0)
+    console.close()
+
+
+async def test_a_destination_without_a_definition_refuses(world: World) -> None:
+    console = await world.create(BUSY)
+    (world.definitions[world.pair.b] / "web.toml").unlink()
+    record = await world.pair.a.migrate("web", world.pair.b, **ROOMY)
+    assert record["outcome"] == "refused"
+    assert "no definition of a QEMU guest 'web'" in record["reason"]
+    console.close()
+
+
+async def test_a_load_that_hangs_is_aborted_and_the_guest_goes_on_at_the_source(world: World) -> None:
+    console = await world.create(BUSY)
+    a, b = world.pair.hosts
+    migration = await a.begin_migration("web", b, downtime_limit=2000, pause_before_switchover=True)
+    await a.until_status("web", "pre-switchover")
+    (incoming,) = world.qemu_pids(b)
+    os.kill(incoming, signal.SIGSTOP)
+    await a.command("migrate-continue", {"guest": "web", "state": "pre-switchover"})
+    record = await a.wait(migration)
+    assert record["outcome"] == "aborted", record["reason"]
+    await asyncio.to_thread(console.wait_for_beats, 20, 60.0)
+    assert await asyncio.to_thread(console.check) == 0
+    assert (await a.guest("web"))["state"] == "running"
+    await until("the incoming QEMU ended", lambda: _none(world.qemu_pids(b)))
+    # And once more, to the end.
+    (await move(world, a, b, console)).close()
+
+
+async def _none(pids: list[int]) -> bool:
+    return not pids
+
+
+async def test_a_restarted_daemon_finds_its_guest_and_can_move_it(world: World) -> None:
+    console = await world.create(BUSY)
+    a, b = world.pair.hosts
+    a.kill()
+    await asyncio.to_thread(console.wait_for_beats, 20, 60.0)
+    a.restart()
+    assert (await a.guests())["web"]["state"] == "running"
+    console = await move(world, a, b, console)
+    b.kill()
+    b.restart()
+    assert (await b.guests())["web"]["state"] == "running"
+    (await move(world, b, a, console)).close()
+
+
+async def test_a_daemon_killed_while_it_tracks_leaves_the_guest_running(world: World) -> None:
+    console = await world.create(BUSY)
+    a, b = world.pair.hosts
+    await a.begin_migration("web", b, max_bandwidth=4 << 20, **ROOMY)
+    await a.until_status("web", "active")
+    a.kill()
+    await asyncio.to_thread(console.wait_for_beats, 20, 60.0)
+    a.restart()
+    assert (await a.guests())["web"]["state"] == "running"
+    await until("the incoming QEMU ended", lambda: _none(world.qemu_pids(b)))
+    (await move(world, a, b, console)).close()
+
+
+async def test_a_qemu_that_ends_at_the_destination_aborts(world: World) -> None:
+    console = await world.create(BUSY)
+    a, b = world.pair.hosts
+    migration = await a.begin_migration("web", b, downtime_limit=5000, pause_before_switchover=True)
+    await a.until_status("web", "pre-switchover")
+    for pid in world.qemu_pids(b):
+        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(CommandError):  # it may have been given up already
+        await a.command("migrate-continue", {"guest": "web", "state": "pre-switchover"})
+    record = await a.wait(migration)
+    assert record["outcome"] in ("aborted", "failed"), record["reason"]
+    await asyncio.to_thread(console.wait_for_beats, 20, 60.0)
+    assert (await a.guest("web"))["state"] == "running"
+    console.close()
