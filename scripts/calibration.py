@@ -1,9 +1,10 @@
 """The prediction campaign: real migrations over loopback, predicted against actual, and against simpler predictors.
 
-    training attempts (another seed, not counted)  ->  counted attempts  ->  figures, baselines, plots
+    training attempts (another seed, not counted)  ->  counted attempts  ->  the cells  ->  figures, baselines, plots
 
 Guests, workloads, dirty rates, link caps, device profiles and limits are drawn from the seed. A share of the attempts
-is forced and unlimited, which samples what a refusal would have hidden. The last line on stdout is one JSON object.
+is forced and unlimited, which samples what a refusal would have hidden. The cells (``calibration_cells``) are fixed
+settings, each with daemons of its own, in which the bound must hold too. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from scripts import calibration_cells as cells
 from scripts.basics import MIB, ROOT
+from scripts.calibration_cells import FORCED_SHARE, Outcome
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
 
@@ -37,7 +40,6 @@ DIRTY_SHARES: Final = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 1.2)
 WORKLOADS: Final = ("idle", "sequential", "random", "hot-cold", "phased")
 PROFILES: Final = ("plain", "cloud-hypervisor-small", "propolis-lab", "qemu-33g-one-vf", "busy")
 MEMORY_MIB: Final = 48
-FORCED_SHARE: Final = 0.25
 GUESTS: Final = 4
 """Guests that exist at once."""
 WARM_UP_S: Final = 0.2
@@ -54,17 +56,6 @@ class Subject:
     cap_mib: int
     at: Host
     moves: int = 0
-
-
-@dataclass(slots=True)
-class Outcome:
-    """One counted attempt."""
-
-    subject: str
-    first: bool
-    forced: bool
-    limit_ms: float
-    record: dict[str, Any]
 
 
 def write_profile(directory: Path, profile: str) -> None:
@@ -118,7 +109,7 @@ async def attempt(pair: Pair, subject: Subject, draw: random.Random) -> Outcome:
     if record["outcome"] == "completed":
         subject.at = destination
     await subject.at.command("x-migrated-guest-pause", {"guest": subject.name})
-    outcome = Outcome(subject.name, subject.moves == 0, forced, limit_ms, record)
+    outcome = Outcome(f"drawn, {subject.cap_mib} MiB/s", subject.name, subject.moves == 0, forced, limit_ms, record)
     subject.moves += 1
     return outcome
 
@@ -151,12 +142,6 @@ async def must_refuse(pair: Pair) -> bool:
 
 
 # Section: figures
-
-
-def actual_ns(outcome: Outcome) -> int | None:
-    """The downtime where the switchover was seen through."""
-    downtime = outcome.record["downtime"]
-    return downtime["measured_ns"] if downtime is not None and outcome.record["outcome"] == "completed" else None
 
 
 BASELINES: Final[dict[str, Callable[[dict[str, Any], float], float]]] = {
@@ -206,7 +191,7 @@ def percent(part: int, whole: int) -> float:
 
 def figures(training: list[Outcome], counted: list[Outcome]) -> dict[str, Any]:
     """Everything that the campaign shows."""
-    seen = [(o, actual) for o in counted if (actual := actual_ns(o)) is not None]
+    seen = [(o, actual) for o in counted if (actual := o.actual_ns) is not None]
     errors_ns = [abs(o.record["downtime"]["predicted_ns"] - actual) for o, actual in seen]
     errors_pct = [100 * error / actual for error, (_, actual) in zip(errors_ns, seen, strict=True)]
     held = [actual <= o.record["downtime"]["predicted_upper_ns"] for o, actual in seen]
@@ -259,7 +244,7 @@ def _fixed_part(training: list[Outcome]) -> float:
     rests = [
         actual - BASELINES["qemu"](outcome.record, 0.0)
         for outcome in training
-        if (actual := actual_ns(outcome)) is not None and outcome.record["rounds"]
+        if (actual := outcome.actual_ns) is not None and outcome.record["rounds"]
     ]
     return max(0.0, median(rests)) if rests else 0.0
 
@@ -290,7 +275,7 @@ def plot(outcomes: list[Outcome], directory: Path) -> None:
     points = [
         (o.record["downtime"]["predicted_ns"] / MS, actual / MS, o.record["downtime"]["predicted_upper_ns"] / MS)
         for o in outcomes
-        if (actual := actual_ns(o)) is not None
+        if (actual := o.actual_ns) is not None
     ]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "prediction-scatter.svg").write_text(_scatter(points), encoding="utf-8")
@@ -357,15 +342,21 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         refused = await must_refuse(pair)
         training = await campaign(pair, options.training, options.seed + 1_000_003, "train", say)
         counted = await campaign(pair, options.migrations, options.seed, "count", say)
-    result = figures(training, counted)
+    by_cell = await cells.all_attempts(options.cell_attempts, options.seed, options.cell, say)
+    result = figures(training, counted) | {"cells": cells.figures(counted + by_cell)}
     result["one_ms_refused"] = refused
     result["seed"] = options.seed
     if options.plots is not None:
         plot(counted, options.plots)
     if options.records is not None:
         with options.records.open("w", encoding="utf-8") as file:
-            for outcome in training + counted:
-                drawn = {"forced": outcome.forced, "limit_ms": outcome.limit_ms, "first": outcome.first}
+            for outcome in training + counted + by_cell:
+                drawn = {
+                    "cell": outcome.cell,
+                    "forced": outcome.forced,
+                    "limit_ms": outcome.limit_ms,
+                    "first": outcome.first,
+                }
                 file.write(json.dumps({**drawn, **outcome.record}) + "\n")
     return result
 
@@ -377,6 +368,11 @@ def main() -> None:
     parser.add_argument("--migrations", type=int, default=int(environment.get("CALIBRATE_MIGRATIONS", "300")))
     parser.add_argument("--training", type=int, default=int(environment.get("CALIBRATE_TRAINING", "120")))
     parser.add_argument("--seed", type=int, default=int(environment.get("CALIBRATE_SEED", "1")))
+    parser.add_argument(
+        "--cell-attempts", type=int, default=int(environment.get("CALIBRATE_CELL_ATTEMPTS", "40")),
+        help="attempts in each of the cells, 0 for none",
+    )  # fmt: skip
+    parser.add_argument("--cell", default="", help="only cells whose name holds this")
     parser.add_argument("--plots", type=Path, help="write plots into this directory")
     parser.add_argument(
         "--records", type=Path, help="write every record into this file, one JSON line each; training first"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -25,6 +25,9 @@ from migrated.record.reading import read_record
 from protocol.units import format_size
 
 Json = Mapping[str, Any]
+
+_BOUNDS_SHOWN: Final = 20
+"""Most guests in the table of bounds, those that were migrated most."""
 
 
 def guests_table(guests: Sequence[Json]) -> RenderableType:
@@ -96,7 +99,19 @@ def stats_view(stats: Json) -> RenderableType:
     errors = stats["prediction_error_pct"]
     percent = ["-" if errors[k] is None else f"{errors[k]:.1f} %" for k in keys]
     table.add_row("prediction error", str(errors["count"]), *percent)
-    return Group(facts, table)
+    return Group(facts, table, *_bounds_held(stats))
+
+
+def _bounds_held(stats: Json) -> Iterator[RenderableType]:
+    """How often the predicted bound held, by regime and by guest; nothing when an older daemon does not tell."""
+    for key, title in (("prediction_by_regime", "regime"), ("prediction_by_guest", "guest")):
+        if not (rows := stats.get(key)):
+            continue
+        table = new_table("Within the predicted bound", title, "switchovers>", "held>", "share>")
+        for name, row in list(rows.items())[:_BOUNDS_SHOWN]:
+            share = row["held"] / row["switchovers"]
+            table.add_row(clean(name), str(row["switchovers"]), str(row["held"]), f"{share:.1%}")
+        yield table
 
 
 def estimate_view(estimate: Json) -> RenderableType:

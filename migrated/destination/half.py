@@ -1,4 +1,5 @@
-"""The destination's half of the record: its own parts of the downtime, checkpoints and figures."""
+"""The destination's half of the record: its own parts of the downtime, checkpoints and figures; and the whole record,
+as the source sends it back."""
 
 from __future__ import annotations
 

@@ -62,8 +62,14 @@ class Metrics:
         )
         self._late_predictions = Counter(
             "migrated_prediction_bound_exceeded",
-            "Completed migrations whose downtime exceeded the predicted bound.",
-            role,
+            "Completed migrations whose downtime exceeded the predicted bound, by the kind of attempt.",
+            ("role", "regime"),
+            registry=self.registry,
+        )
+        self._bounds = Counter(
+            "migrated_prediction_bounds",
+            "Completed migrations whose downtime had a predicted bound, by the kind of attempt.",
+            ("role", "regime"),
             registry=self.registry,
         )
         self._bandwidth = Histogram(
@@ -137,8 +143,10 @@ class Metrics:
         self._downtime.labels(role).observe(downtime.measured_ns / 1e9)
         if downtime.predicted_ns is not None and downtime.counted_ns > 0:
             self._prediction_error.labels(role).observe(abs(downtime.predicted_ns / downtime.counted_ns - 1))
-        if downtime.predicted_upper_ns is not None and downtime.counted_ns > downtime.predicted_upper_ns:
-            self._late_predictions.labels(role).inc()
+        if downtime.predicted_upper_ns is not None:
+            kind = (role, downtime.predicted_regime or "unknown")
+            self._bounds.labels(*kind).inc()
+            self._late_predictions.labels(*kind).inc(downtime.counted_ns > downtime.predicted_upper_ns)
 
     def connection_refused(self, reason: str) -> None:
         """Count a connection that was not taken, by the kind of the reason."""

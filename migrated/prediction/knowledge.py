@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any, Final
 
 from migrated.prediction.conformal import ScorePools
-from migrated.prediction.model import Bases, Prediction
+from migrated.prediction.model import Bases, Prediction, was_busy
 from migrated.prediction.prior import Prior
 from migrated.record.model import Downtime, Record
 from migrated.record.parts import Component, PredictedPart
@@ -139,14 +139,14 @@ class Knowledge:
         """A component, corrected, with its spread."""
         prior, base_ns = self._prior.components[component], bases.of(component)
         scale = base_ns if base_ns >= _LARGE_NS else 1
-        ns = prior.expected_ns(base_ns, bases.devices, bases.device_bytes)
+        ns = prior.expected_ns(base_ns, bases.devices, bases.device_bytes, bases.load)
         tried_ns = bases.spreads_ns.get(component)
         share_ns = base_ns * prior.spread
         known_ns = _UNTRIED * share_ns if tried_ns is None else math.hypot(share_ns, tried_ns)
-        spread = (known_ns + prior.spread_ns) / scale
+        spread = (known_ns + prior.spread_ns * bases.load) / scale
         own, *_ = keys = list(_keys(guest, kind))
         for key in reversed(keys):
-            ring = self._corrections.get(_correction_key(key, component, base_ns, memory_bound=bases.memory_bound))
+            ring = self._corrections.get(_correction_key(key, component, base_ns, bases.memory_bound, bases.busy))
             if ring is None:
                 continue
             count, centre = len(ring.values), median(ring.values)
@@ -191,6 +191,7 @@ class Knowledge:
     def _learn_components(self, guest: str, downtime: Downtime, kind: str) -> None:
         truth, bases_ns = downtime.by_component(), downtime.predicted_bases_ns
         memory_bound = not downtime.predicted_parts_ns.get(PredictedPart.DEVICE_SAVES.label)
+        busy = was_busy(downtime.predicted_regime)
         for component in Component:
             base_ns = bases_ns.get(component, 0)
             if base_ns >= _LARGE_NS:
@@ -198,7 +199,7 @@ class Knowledge:
             else:
                 learned = float(min(truth[component] - base_ns, _MOST_OVERHEAD_NS))
             for key in _keys(guest, kind):
-                name = _correction_key(key, component, base_ns, memory_bound=memory_bound)
+                name = _correction_key(key, component, base_ns, memory_bound, busy)
                 self._ring(self._corrections, name, _CORRECTIONS_KEPT).add(learned)
 
     def _ring(self, rings: dict[str, _Ring], key: str, limit: int) -> _Ring:
@@ -259,14 +260,16 @@ def _scale_ns(estimates: Mapping[Component, _Estimate]) -> float:
     return math.sqrt(_SPREAD_FLOOR_NS**2 + sum(estimate.spread_ns**2 for estimate in estimates.values()))
 
 
-def _correction_key(key: str, component: Component, base_ns: int, *, memory_bound: bool) -> str:
-    """The key of a correction. State that waits for the link and state that waits for a device err differently."""
+def _correction_key(key: str, component: Component, base_ns: int, memory_bound: bool, busy: bool) -> str:
+    """The key of a correction. State that waits for the link and state that waits for a device err differently, and so
+    does everything on a host where it waits for a processor."""
     what = (
         f"{component}:{'memory' if memory_bound else 'device-saves'}"
         if component is Component.STATE
         else component.value
     )
-    return f"{key}/{what}/{'factor' if base_ns >= _LARGE_NS else 'overhead'}"
+    host = "/busy" if busy else ""
+    return f"{key}{host}/{what}/{'factor' if base_ns >= _LARGE_NS else 'overhead'}"
 
 
 def _keys(guest: str, kind: str) -> Iterator[str]:

@@ -18,6 +18,15 @@ from migrated.record.parts import Component, PredictedPart
 _FAST_BYTES_PER_S: Final = 450 << 20
 """From this bandwidth on a link counts as fast: what counts is what a page costs at both ends, not the wire."""
 
+_BUSY_LOAD: Final = 1.5
+"""From this load on a host counts as busy: a migration with its guest alone comes to about one."""
+_BUSY_HOST: Final = "busy-host"
+
+
+def was_busy(regime: str) -> bool:
+    """Whether the host was busy in an attempt of this regime."""
+    return _BUSY_HOST in regime
+
 
 @dataclass(frozen=True, slots=True)
 class Bases:
@@ -28,7 +37,7 @@ class Bases:
     Attributes:
         devices, device_bytes: device states that are loaded in a call of their own, and the bytes of all.
         bandwidth_bytes_per_s: of large transfers, 0 while unknown.
-        busy: whether this host has more to do than processors.
+        load: what wants to run on this host for each of its processors, at least 1.
         spreads_ns: how far single tries lay from the base, for components that were tried more than once.
     """
 
@@ -42,13 +51,18 @@ class Bases:
     devices: int = 0
     device_bytes: int = 0
     bandwidth_bytes_per_s: float = 0.0
-    busy: bool = False
+    load: float = 1.0
     spreads_ns: Mapping[Component, int] = field(default_factory=dict)
 
     @property
     def memory_bound(self) -> bool:
         """Whether memory takes longer than saving devices."""
         return self.memory_ns >= self.save_ns
+
+    @property
+    def busy(self) -> bool:
+        """Whether what is due waits for others on this host."""
+        return self.load >= _BUSY_LOAD
 
     def regime(self, *, first: bool) -> str:
         """The kind of attempt that this one is like, by the host, the link, and what it waits for.
@@ -60,7 +74,7 @@ class Bases:
         return "/".join(
             (
                 "first" if first else "later",
-                "busy-host" if self.busy else "quiet-host",
+                _BUSY_HOST if self.busy else "quiet-host",
                 "fast-link" if self.bandwidth_bytes_per_s >= _FAST_BYTES_PER_S else "slow-link",
                 "memory-bound" if self.memory_bound and 2 * self.memory_ns >= total_ns else "device-bound",
             )

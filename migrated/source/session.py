@@ -36,6 +36,7 @@ from protocol.messages import Limits, TimeRules
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES
 
 _MEASURE_S = 5.0
+_MOST_LOAD = 4.0
 _LOADED_ALONE_NS = 300_000
 """A device whose load costs less travels to the VMM in one call with others like it."""
 
@@ -194,7 +195,7 @@ class Session:
             devices=sum(cost.ns >= _LOADED_ALONE_NS for cost in load_costs),
             device_bytes=device_bytes,
             bandwidth_bytes_per_s=bandwidth.bytes_per_s,
-            busy=os.getloadavg()[0] > (os.cpu_count() or 1),
+            load=min(max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), _MOST_LOAD),
             spreads_ns=spreads_ns,
         )
 

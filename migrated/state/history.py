@@ -178,18 +178,25 @@ class History:
         return [_document(text) for (text,) in self._select("document", query)]
 
     def stats(self, query: HistoryQuery) -> dict[str, Any]:
-        """Figures over the records that the query selects, from the indexed columns alone.
+        """Figures over the records that the query selects, from the indexed columns and the regimes of their bounds.
 
         Returns:
             ``migrations``, ``outcomes`` {outcome: count}, ``limit_violations``, and summaries (``count``, ``p50``,
             ``p90``, ``p95``, ``p99``, ``max``) of ``downtime_ns`` and ``total_ns`` (completed), ``abort_pause_ns``
             (aborted: never pooled with completed ones) and ``prediction_error_pct`` (absolute, completed);
-            ``prediction_coverage_pct`` is how often the actual downtime stayed within the predicted bound.
+            ``prediction_coverage_pct`` is how often the actual downtime stayed within the predicted bound;
+            ``prediction_by_guest`` and ``prediction_by_regime`` say the same of each, {name: {``switchovers``,
+            ``held``}}. A hold is no part of a downtime that was predicted.
         """
-        rows = self._select("outcome, total_ns, downtime_ns, limit_violated, predicted_ns, predicted_upper_ns", query)
+        rows = self._select(
+            "outcome, total_ns, downtime_ns, limit_violated, predicted_ns, predicted_upper_ns, guest, "
+            "json_extract(document, '$.downtime.predicted_regime'), json_extract(document, '$.downtime.hold_ns')",
+            query,
+        )
         completed = [row for row in rows if row[0] == "completed"]
-        errors = [abs(p - d) / d * 100 for _, _, d, _, p, _ in completed if p is not None and d]
-        inside = [d <= upper for _, _, d, _, _, upper in completed if upper is not None and d is not None]
+        counted = [(row, row[2] - (row[8] or 0)) for row in completed if row[2] is not None]
+        errors = [abs(row[4] - ns) / ns * 100 for row, ns in counted if row[4] is not None and ns > 0]
+        bounds = [(row[6], row[7] or "unknown", ns <= row[5]) for row, ns in counted if row[5] is not None]
         return {
             "migrations": len(rows),
             "outcomes": dict(Counter(row[0] for row in rows)),
@@ -198,7 +205,9 @@ class History:
             "abort_pause_ns": _summary(row[2] for row in rows if row[0] == "aborted"),
             "total_ns": _summary(row[1] for row in completed),
             "prediction_error_pct": _summary(errors),
-            "prediction_coverage_pct": 100 * sum(inside) / len(inside) if inside else None,
+            "prediction_coverage_pct": 100 * sum(held for *_, held in bounds) / len(bounds) if bounds else None,
+            "prediction_by_guest": _bounds_held((guest, held) for guest, _, held in bounds),
+            "prediction_by_regime": _bounds_held((regime, held) for _, regime, held in bounds),
         }
 
     def _select(self, columns: str, query: HistoryQuery) -> list[tuple[Any, ...]]:
@@ -228,6 +237,16 @@ class History:
                 return self._connection.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             raise HistoryError(f"The history {self.path} cannot be read: {error}.") from error
+
+
+def _bounds_held(bounds: Iterable[tuple[str, bool]]) -> dict[str, dict[str, int]]:
+    """How often the bound held, by name, the most frequent names first."""
+    switchovers: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    for name, held in bounds:
+        switchovers[name] += 1
+        kept[name] += held
+    return {name: {"switchovers": count, "held": kept[name]} for name, count in switchovers.most_common()}
 
 
 def _open(path: Path) -> sqlite3.Connection:

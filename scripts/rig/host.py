@@ -48,16 +48,22 @@ class Host:
         directory: short, since socket paths are limited; owned by the caller.
         name: for messages.
         role: role of the daemon.
+        namespace, address: the network namespace that the daemon and its guests run in, and the host's address there.
         sections: further configuration, section by section.
     """
 
-    def __init__(self, directory: Path, name: str, *, role: str = "host", **sections: dict[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, name: str, *, role: str = "host", namespace: str | None = None,
+        address: str = "127.0.0.1", **sections: dict[str, Any],
+    ) -> None:  # fmt: skip
         self.directory = directory
         self.name = name
         self.role = role
         self.port = 0
         self.deaths: dict[int, int] = {}
         """When guest processes that were killed here were gone (CLOCK_MONOTONIC, ns)."""
+        self.address = address
+        self._enter = [] if namespace is None else ["ip", "netns", "exec", namespace]
         self._sections = sections
         self._process: subprocess.Popen[bytes] | None = None
         self._log_mark = 0
@@ -74,7 +80,7 @@ class Host:
     @property
     def uri(self) -> str:
         """Where guests are sent to reach this host."""
-        return f"tcp:127.0.0.1:{self.port}"
+        return f"tcp:{self.address}:{self.port}"
 
     @property
     def log_path(self) -> Path:
@@ -102,7 +108,7 @@ class Host:
         sections: dict[str, dict[str, Any]] = {
             "control": {"socket": str(self.socket)},
             "state": {"directory": str(self.directory / "state")},
-            "listen": {"address": f"127.0.0.1:{self.port}"},
+            "listen": {"address": f"{self.address}:{self.port}"},
             "vmm": {"directory": str(self.directory / "guests"), "profiles": str(ROOT / "configs" / "guests")},
             "log": {"level": "debug", "format": "json", "file": str(self.log_path)},
         }
@@ -128,7 +134,7 @@ class Host:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         with (self.directory / "stderr").open("ab") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "migrated", self.role, "--config", str(path)],
+                [*self._enter, sys.executable, "-m", "migrated", self.role, "--config", str(path)],
                 cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
                 start_new_session=True,
             )  # fmt: skip

@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 
 from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.rig.host import Host
+from scripts.rig.network import Network
 from scripts.rig.runs import check_runs
 from scripts.rig.waiting import SETTLE_TIMEOUT_S, until
 
@@ -41,21 +42,26 @@ class Pair:
     Args:
         quick: short bounds of waits, for tests that cut and kill.
         limits: further ``[limits]``.
+        network: where the hosts stand; on this machine's loopback without it.
         shared_lock: one directory of ownership locks for both, as on shared storage.
         sections: further configuration of both daemons, section by section.
     """
 
     def __init__(
         self, *, quick: bool = False, limits: dict[str, Any] | None = None, shared_lock: bool = False,
-        **sections: dict[str, Any],
+        network: Network | None = None, **sections: dict[str, Any],
     ) -> None:  # fmt: skip
         self.directory = Path(tempfile.mkdtemp(prefix="mig-"))
         all_limits = {**(QUICK_LIMITS if quick else {}), **(limits or {})}
         common = {"limits": all_limits, **sections}
         if shared_lock:
             common["lock"] = {"directory": str(self.directory / "locks")}
-        self.a = Host(self.directory / "a", "a", role="host", **common)
-        self.b = Host(self.directory / "b", "b", role="host", **common)
+        namespaces = (None, None) if network is None else network.namespaces
+        addresses = ("127.0.0.1", "127.0.0.1") if network is None else network.addresses
+        self.a, self.b = (
+            Host(self.directory / name, name, role="host", namespace=namespace, address=address, **common)
+            for name, namespace, address in zip("ab", namespaces, addresses, strict=True)
+        )
 
     @property
     def hosts(self) -> tuple[Host, Host]:

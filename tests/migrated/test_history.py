@@ -126,6 +126,27 @@ def test_stats_never_pool_aborted_attempts_with_completed_ones(
     assert stats["prediction_coverage_pct"] == 90
 
 
+def test_stats_say_how_often_the_bound_held_for_each_guest_and_regime(
+    history: History, record_of: Callable[..., Any], downtime_of: Callable[..., Any]
+) -> None:
+    ms = 1_000_000
+    for number in range(6):
+        downtime = downtime_of(
+            (100 + number) * ms, predicted_upper_ns=(90 if number == 5 else 110) * ms, predicted_regime=f"r{number % 2}"
+        )
+        history.add(record_of(migration_id=str(number), guest=f"g{number % 3}", downtime=downtime), "source")
+    held = downtime_of(5000 * ms, hold_ns=4950 * ms, predicted_upper_ns=60 * ms)
+    history.add(record_of(migration_id="held", guest="g0", downtime=held), "source")
+    stats = history.stats(HistoryQuery())
+    assert stats["prediction_by_regime"] == {
+        "r0": {"switchovers": 3, "held": 3},
+        "r1": {"switchovers": 3, "held": 2},
+        "unknown": {"switchovers": 1, "held": 1},
+    }
+    assert stats["prediction_by_guest"]["g0"] == {"switchovers": 3, "held": 3}
+    assert stats["prediction_by_guest"]["g2"] == {"switchovers": 2, "held": 1}
+
+
 def test_stats_of_nothing(history: History) -> None:
     stats = history.stats(HistoryQuery())
     assert stats["migrations"] == 0

@@ -44,11 +44,23 @@ def test_finished_attempts_are_counted_by_what_they_were(
     assert found["migrated_downtime_seconds_sum", "source"] == pytest.approx(0.466)
     assert found["migrated_abort_pause_seconds_sum", "source"] == pytest.approx(0.1)
     assert found["migrated_limit_violations_total", "source"] == 1
-    assert found["migrated_prediction_bound_exceeded_total", "source"] == 1
+    assert found["migrated_prediction_bound_exceeded_total", "unknown", "source"] == 1
     assert found["migrated_prediction_error_ratio_sum", "source"] == pytest.approx(6 / 66 + 340 / 400)
     assert found["migrated_rounds_count", "source"] == 4
     assert found["migrated_bandwidth_bytes_per_second_count", "source"] == 6
     assert found["migrated_transferred_bytes_total", "source"] == 4 * (300 << 20)
+
+
+def test_misses_of_the_bound_are_counted_by_the_kind_of_attempt(
+    record_of: Callable[..., Any], downtime_of: Callable[..., Any]
+) -> None:
+    metrics = Metrics()
+    for ms in (60, 70, 90):
+        downtime = downtime_of(ms * 1_000_000, predicted_upper_ns=75_000_000, predicted_regime="later/fast-link")
+        metrics.observe(record_of(downtime=downtime), "source")
+    found = values(metrics)
+    assert found["migrated_prediction_bounds_total", "later/fast-link", "source"] == 3
+    assert found["migrated_prediction_bound_exceeded_total", "later/fast-link", "source"] == 1
 
 
 def test_what_an_operator_held_is_no_error_of_the_prediction(
@@ -60,7 +72,7 @@ def test_what_an_operator_held_is_no_error_of_the_prediction(
     found = values(metrics)
     assert found["migrated_downtime_seconds_sum", "source"] == pytest.approx(1.066)
     assert found["migrated_prediction_error_ratio_sum", "source"] == pytest.approx(6 / 66)
-    assert found.get(("migrated_prediction_bound_exceeded_total", "source"), 0) == 0
+    assert found["migrated_prediction_bound_exceeded_total", "unknown", "source"] == 0
 
 
 def test_what_runs_now_is_told_and_forgotten_when_it_ends(progress_of: Callable[..., Any]) -> None:

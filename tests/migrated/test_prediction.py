@@ -1,80 +1,23 @@
-"""The predictor, pure: bandwidth, the dirty curve, learning, bounds, decisions."""
+"""What records teach: corrections, spreads, and bounds that hold in every regime and that no odd event carries away."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
-from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
-from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
 from migrated.prediction.knowledge import Knowledge
-from migrated.prediction.model import Bases, Prediction
-from migrated.record.model import Digest, DowntimePart, Ram, Record, downtime_of
+from migrated.prediction.model import Bases
 from migrated.record.parts import Component, Part
 from migrated.record.terms import Outcome
-from migrated.settings.parameters import MigrationParameters
-from migrated.state.learned import load_prior
-
-MS = 1_000_000
-PRIOR = load_prior()
-EMPTY = Knowledge(PRIOR).document()
-BASES = Bases(
-    stop_ns=1 * MS, dirty_log_ns=1 * MS, memory_ns=40 * MS, save_ns=10 * MS, load_ns=30 * MS, legs_ns=1 * MS,
-    resume_ns=2 * MS,
-)  # fmt: skip
-
-
-SMALL = Bases(
-    stop_ns=MS // 2, dirty_log_ns=MS // 4, memory_ns=MS, save_ns=MS // 2, load_ns=MS // 2, legs_ns=MS // 4,
-    resume_ns=MS // 2,
-)  # fmt: skip
-
-
-def predict(knowledge: Knowledge, guest: str = "g", bases: Bases = BASES, coverage: float = 0.95) -> Prediction:
-    return knowledge.predict(guest, "class", bases, coverage=coverage, bandwidth_known=True)
-
-
-def record_of(
-    prediction: Prediction, truth: dict[Part, int], outcome: Outcome = "completed", guest: str = "g"
-) -> Record:
-    """A record whose parts are ``truth`` (ns by part)."""
-    parts = tuple(DowntimePart.of(part, ns) for part, ns in truth.items())
-    total = sum(truth.values())
-    downtime = downtime_of(
-        lower_ns=total, upper_ns=total, measured_ns=total, limit_ns=300 * MS, parts=parts,
-        predicted_ns=prediction.total_ns, predicted_upper_ns=prediction.upper_ns, source_reported_ns=None,
-        destination_measured_ns=None, predicted_parts_ns=prediction.parts(),
-        predicted_bases_ns=prediction.bases_by_name(), predicted_regime=prediction.regime,
-        predicted_scale_ns=prediction.scale_ns,
-    )  # fmt: skip
-    return Record(
-        migration_id="0" * 32, guest=guest, epoch=1, peer="tcp:h:1", source_host="a",
-        destination_host="b", started_at="2026-01-01T00:00:00+00:00", outcome=outcome, reason=None,
-        parameters=MigrationParameters(), total_ns=1, setup_ns=0, downtime=downtime, devices=(), checkpoints=(),
-        rounds=(), phases=(), time=None, digest=Digest(algorithm="off", source=None, destination=None),
-        ram=Ram(
-            total_bytes=0, page_size=4096, transferred_bytes=0, normal_pages=0, zero_pages=0, sparse_pages=0,
-            precopy_bytes=0, downtime_bytes=0, precopy_pages=0, downtime_pages=0, dirty_sync_count=0,
-            pages_per_second=0.0, dirty_tracking=None, channels=1,
-        ),
-    )  # fmt: skip
-
-
-def truth_of(scale: float) -> dict[Part, int]:
-    """What a switchover with the bases above costs, every part scaled."""
-    parts = {
-        Part.STOP: 1, Part.FINAL_DIRTY_LOG_READ: 1, Part.FINAL_PAGES: 40, Part.DEVICE_LOADS: 30, Part.COMMIT_LEG: 1,
-        Part.RESUME: 2,
-    }  # fmt: skip
-    return {part: int(ms * MS * scale) for part, ms in parts.items()}
+from migrated.state.learned import keep_knowledge, load_knowledge
+from tests.migrated.predictions import BASES, EMPTY, MS, PRIOR, SMALL, predict, record_of, truth_of
 
 
 def test_parts_of_a_prediction_sum_to_its_total() -> None:
@@ -321,279 +264,6 @@ def test_a_prediction_is_cheap() -> None:
     assert (time.perf_counter() - begin) / 50 < 0.02  # 1 ms on a quiet machine; this one may be busy
 
 
-def test_bandwidth_counts_only_rounds_that_load_the_link() -> None:
-    bandwidth = Bandwidth()
-    assert bandwidth.bytes_per_s == 0
-    bandwidth.add(25_600, 100 << 20, 100 * MS)
-    for _ in range(10):
-        bandwidth.add(2, 8 << 10, 2 * MS)  # the round trip, not the link
-    assert bandwidth.for_bytes(4 << 20) == pytest.approx((100 << 20) / 0.1)
-
-
-def test_bandwidth_before_any_large_round_is_low_never_invented() -> None:
-    bandwidth = Bandwidth()
-    bandwidth.add(16, 64 << 10, 2 * MS)
-    assert bandwidth.for_bytes(1 << 30) == pytest.approx((64 << 10) / 0.002)
-
-
-@given(st.lists(st.tuples(st.integers(1, 10**10), st.integers(0, 10**6)), min_size=1, max_size=40))
-@settings(max_examples=200, deadline=None)
-def test_the_dirty_curve_never_falls_and_begins_at_zero(points: list[tuple[int, int]]) -> None:
-    curve = DirtyCurve()
-    for ns, pages in points:
-        curve.add(ns, pages)
-    assert curve.pages_within(0) == 0
-    samples = [curve.pages_within(t) for t in sorted(random.Random(1).sample(range(1, 2 * 10**10), 50))]
-    assert all(a <= b + 1e-6 for a, b in itertools.pairwise(samples))
-
-
-def test_a_bounded_working_set_is_reachable_at_any_dirty_rate() -> None:
-    """1,000 hot pages rewritten for ever at more than the link carries: within 100 ms only those 1,000 are dirty."""
-    curve = DirtyCurve()
-    for ns in (2000 * MS, 100 * MS, 50 * MS):
-        curve.add(ns, 1000)
-    link = 50e6  # bytes per second: 100 ms carry 5 MB, 1,000 pages are 4 MB
-    assert curve.reachable(100 * MS, link, 4096, margin=1.0)
-    assert not curve.reachable(30 * MS, link, 4096, margin=1.0)
-
-
-def seen(pages: int, elapsed_s: float = 1.0) -> Observation:
-    return Observation(pages, elapsed_s, 1e9)
-
-
-def prediction_of(total_ms: float, upper_ms: float, memory_ms: float = 0.0) -> Prediction:
-    components = dict.fromkeys(Component, 0)
-    components[Component.STATE] = int(memory_ms * MS)
-    components[Component.LEGS] = int((total_ms - memory_ms) * MS)
-    return Prediction(int(total_ms * MS), int(upper_ms * MS), components, int(memory_ms * MS), "test", True, BASES)
-
-
-def decide(
-    decider: Decider, parameters: MigrationParameters, prediction: Prediction, curve: DirtyCurve, seen: Observation
-) -> Verdict:
-    """The verdict when a stop now is predicted so, and memory costs in proportion to its pages. Rounds are too long
-    to be rehearsals."""
-    pages, rest_ns = seen.dirty_pages, prediction.total_ns - prediction.memory_ns
-    above_ns = prediction.upper_ns - prediction.total_ns
-
-    def stop(dirty_pages: int) -> Prediction:
-        memory_ns = prediction.memory_ns * dirty_pages // pages
-        components = dict(prediction.components) | {Component.STATE: memory_ns}
-        upper_ns = rest_ns + memory_ns + above_ns
-        return dataclasses.replace(
-            prediction, total_ns=rest_ns + memory_ns, upper_ns=upper_ns, memory_ns=memory_ns, components=components
-        )
-
-    return decider.after_round(parameters, Outlook(stop, lambda _: 50 * MS), curve, seen)
-
-
-def test_the_bound_and_not_the_guess_must_fit() -> None:
-    parameters = MigrationParameters(downtime_limit_ms=100)
-    decider = Decider()
-    assert decide(decider, parameters, prediction_of(80, 120), DirtyCurve(), seen(100)).step == "round"
-    assert decide(decider, parameters, prediction_of(80, 99), DirtyCurve(), seen(100)).step == "switch"
-
-
-def test_it_waits_while_every_round_halves_what_remains() -> None:
-    parameters = MigrationParameters(downtime_limit_ms=300, downtime_goal="first-fit")
-    decider = Decider()
-    steps = [
-        decide(decider, parameters, prediction_of(50, 60), DirtyCurve(), seen(pages)).step
-        for pages in (100_000, 40_000, 15_000, 14_000)
-    ]
-    assert steps == ["switch", "wait", "wait", "switch"]
-
-
-def test_waiting_for_a_better_moment_is_bounded() -> None:
-    parameters = MigrationParameters(downtime_limit_ms=300, downtime_goal="first-fit")
-    decider = Decider()
-    steps = [
-        decide(decider, parameters, prediction_of(50, 60), DirtyCurve(), seen(10_000_000 >> n)).step
-        for n in range(0, 20, 2)
-    ]
-    assert steps.count("wait") <= 4
-    assert "switch" in steps[1:6]
-
-
-def test_the_target_rises_in_steps() -> None:
-    parameters = MigrationParameters(downtime_limit_ms=300, downtime_steps=3)
-    decider = Decider()
-    steps = [decide(decider, parameters, prediction_of(150, 180), DirtyCurve(), seen(1000)).step for _ in range(5)]
-    assert steps == ["round", "round", "switch", "switch", "switch"]
-
-
-def test_a_stall_is_lack_of_progress_and_throttles_if_allowed() -> None:
-    parameters = MigrationParameters(downtime_limit_ms=100, auto_converge=True, cpu_throttle_initial=20,
-                                     cpu_throttle_increment=30, max_cpu_throttle=60)  # fmt: skip
-    decider = Decider()
-    verdicts = [
-        decide(decider, parameters, prediction_of(500, 540, 450), DirtyCurve(), seen(50_000)) for _ in range(24)
-    ]
-    throttles = [verdict.throttle_percent for verdict in verdicts if verdict.step == "throttle"]
-    assert throttles == [20, 50, 60]
-
-
-def test_an_unreachable_guest_is_given_up_with_figures() -> None:
-    parameters = MigrationParameters(downtime_limit_ms=100)
-    decider = Decider()
-    curve = DirtyCurve()
-    for _ in range(8):
-        curve.add(100 * MS, 100_000)  # 400 MB in 100 ms; the link carries 100 MB
-        verdict = decide(decider, parameters, prediction_of(500, 560, 480), curve, seen(100_000))
-    assert verdict.step == "give-up"
-    assert "MiB" in verdict.sentence
-    assert "--downtime-limit" in verdict.sentence
-
-
-@pytest.mark.parametrize(("on_timeout", "step"), [("abort", "give-up"), ("force", "switch")])
-def test_when_time_is_up(on_timeout: str, step: str) -> None:
-    parameters = MigrationParameters.model_validate(
-        {"downtime_limit_ms": 100, "timeout_s": 10, "on_timeout": on_timeout}
-    )
-    verdict = decide(Decider(), parameters, prediction_of(500, 600), DirtyCurve(), seen(100, elapsed_s=10.5))
-    assert verdict.step == step
-
-
-def test_costs_over_the_limit_are_refused_before_anything_moves_unless_forced() -> None:
-    decider = Decider()
-    limit_1ms = MigrationParameters(downtime_limit_ms=1)
-    reason = decider.hopeless(limit_1ms, prediction_of(4, 7))
-    assert reason is not None
-    assert "limit 1 ms" in reason
-    forced = limit_1ms.model_copy(update={"on_timeout": "force"})
-    assert decider.hopeless(forced, prediction_of(4, 7)) is None
-
-
-def test_an_attempt_whose_bound_no_round_can_bring_under_the_limit_ends_with_that_sentence() -> None:
-    """Not one round after the other until the timeout."""
-    parameters = MigrationParameters(downtime_limit_ms=100)
-    decider = Decider()
-    verdicts = [
-        decide(decider, parameters, prediction_of(95, 110, 5), DirtyCurve(), seen(1000 - number)) for number in range(3)
-    ]
-    assert [verdict.step for verdict in verdicts] == ["round", "round", "give-up"]
-    assert "no number of rounds" in verdicts[-1].sentence
-    assert "bound 105.0 ms" in verdicts[-1].sentence
-    forced = parameters.model_copy(update={"on_timeout": "force"})
-    decider = Decider()
-    steps = [
-        decide(decider, forced, prediction_of(95, 110, 5), DirtyCurve(), seen(1000 - number)).step
-        for number in range(5)
-    ]
-    assert steps == ["round"] * 5
-
-
-def test_a_busy_moment_at_the_floor_does_not_end_an_attempt() -> None:
-    parameters = MigrationParameters(downtime_limit_ms=100)
-    decider = Decider()
-    bounds = (110, 110, 99, 110, 110, 99)
-    steps = [decide(decider, parameters, prediction_of(95, bound), DirtyCurve(), seen(1000)).step for bound in bounds]
-    assert "give-up" not in steps
-
-
-def test_a_bound_that_is_somewhat_wide_does_not_keep_an_attempt_from_beginning() -> None:
-    parameters = MigrationParameters(downtime_limit_ms=600)
-    assert Decider().hopeless(parameters, prediction_of(449, 617)) is None
-    assert Decider().hopeless(parameters, prediction_of(449, 900)) is not None
-
-
-def converging(goal: str, working_set_pages: int = 0) -> tuple[list[str], float]:
-    """Play an attempt of 100 MiB over 1 Gbit/s with 20 MiB/s dirtied and a limit of 300 ms. Returns the steps, and the
-    downtime (ms)."""
-    parameters = MigrationParameters.model_validate({"downtime_limit_ms": 300, "downtime_goal": goal})
-    page_ns, dirty_per_ns = 35_000, 5120e-9
-    decider, curve = Decider(), DirtyCurve()
-    steps: list[str] = []
-    fixed = dataclasses.replace(BASES, memory_ns=0, save_ns=0, load_ns=5 * MS)
-    knowledge = Knowledge(PRIOR)
-
-    def stop(pages: int) -> Prediction:
-        spreads_ns = {Component.STATE: pages * page_ns // 10}
-        return predict(knowledge, bases=dataclasses.replace(fixed, memory_ns=pages * page_ns, spreads_ns=spreads_ns))
-
-    pages, elapsed_ns, sent_bytes = 25_600, 0, 0
-    while not steps or steps[-1] != "switch":
-        round_ns = MS + pages * page_ns
-        elapsed_ns, sent_bytes = elapsed_ns + round_ns, sent_bytes + pages * 4096
-        pages = max(working_set_pages, int(round_ns * dirty_per_ns))
-        curve.add(round_ns, pages)
-        observed = Observation(pages, elapsed_ns / 1e9, 1e9 / page_ns * 4096, sent_bytes)
-        verdict = decider.after_round(parameters, Outlook(stop, lambda n: MS + n * page_ns), curve, observed)
-        steps.append(verdict.step)
-        assert len(steps) < 50
-    return steps, stop(pages).total_ns / MS
-
-
-def test_the_least_downtime_that_is_cheap_costs_a_few_rounds() -> None:
-    first_steps, first_ms = converging("first-fit")
-    least_steps, least_ms = converging("least")
-    assert least_ms < 0.5 * first_ms
-    assert "shorten" in least_steps
-    assert len(least_steps) <= len(first_steps) + 6
-
-
-def test_rounds_that_shorten_nothing_are_not_made() -> None:
-    """A hot set that is dirty again after every round: one try shows it, and the stop is made."""
-    steps, _ = converging("least", working_set_pages=3000)
-    assert steps.count("shorten") <= 2
-    assert steps[-1] == "switch"
-
-
-def test_the_last_small_round_is_a_rehearsal() -> None:
-    parameters = MigrationParameters(downtime_limit_ms=300)
-    decider = Decider()
-    outlook = Outlook(lambda _: prediction_of(20, 30), lambda _: 2 * MS)
-    steps = [decider.after_round(parameters, outlook, DirtyCurve(), seen(100)).step for _ in range(2)]
-    assert steps == ["rehearse", "switch"]
-
-
-def link_rounds(sizes: list[int], setup_ns: int = 3 * MS, page_ns: int = 9_000, jitter: float = 0.05) -> Bandwidth:
-    draw = random.Random(2)
-    bandwidth = Bandwidth()
-    for pages in sizes:
-        bandwidth.add(pages, pages * 4096, int((setup_ns + pages * page_ns) * draw.uniform(1 - jitter, 1 + jitter)))
-    return bandwidth
-
-
-def test_a_small_round_costs_what_small_rounds_cost_and_not_its_bytes_over_the_bandwidth() -> None:
-    bandwidth = link_rounds([65_536, 30_000, 120, 80, 100])
-    expected = bandwidth.expect(60, 0)
-    assert expected.ns == pytest.approx(3 * MS + 60 * 9_000, rel=0.15)
-    assert expected.ns > 3 * 60 * 4096 * 1e9 / bandwidth.bytes_per_s
-    assert expected.spread_ns < 0.25 * expected.ns
-
-
-def test_what_small_rounds_cost_beside_their_pages_is_not_multiplied_for_a_large_one() -> None:
-    expected = link_rounds([65_536, 3_000, 400, 350, 380]).expect(30_000, 0)
-    assert expected.ns == pytest.approx(3 * MS + 30_000 * 9_000, rel=0.2)
-
-
-def test_one_round_in_which_the_host_stood_still_does_not_bend_the_fit() -> None:
-    bandwidth = link_rounds([65_536, 3_000, 400, 350, 380, 360])
-    before = bandwidth.expect(300, 0).ns
-    bandwidth.add(340, 340 * 4096, 8_000 * MS)
-    bandwidth.add(330, 330 * 4096, 3 * MS + 330 * 9_000)
-    assert bandwidth.expect(300, 0).ns < 2 * before
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 10**6), st.integers(1, 4 << 30), st.integers(1, 10**11)), min_size=1, max_size=40
-    ),
-    st.integers(0, 10**6),
-)
-@settings(max_examples=200, deadline=None)
-def test_no_rounds_make_a_nonsense_of_the_next(rounds: list[tuple[int, int, int]], pages: int) -> None:
-    bandwidth = Bandwidth()
-    for one in rounds:
-        bandwidth.add(*one)
-    expected = bandwidth.expect(pages, 0)
-    assert expected.ns >= 0
-    assert expected.spread_ns >= 0
-    fastest = max(size / ns for _, size, ns in rounds)
-    assert expected.ns >= pages * 4096 / fastest / 1.2 - 1
-
-
 def test_tries_that_lay_close_together_make_a_narrow_bound() -> None:
     """450 ms of devices that were tried fifteen times, within 5 ms: nothing is known of this guest, and it fits 600."""
     bases = Bases(
@@ -608,6 +278,27 @@ def test_tries_that_lay_close_together_make_a_narrow_bound() -> None:
     assert restless.upper_ns > 600 * MS
 
 
+def test_on_a_busy_host_what_waits_for_a_processor_takes_longer() -> None:
+    knowledge = Knowledge(PRIOR)
+    busy = dataclasses.replace(SMALL, load=4.0)
+    quiet_prediction, busy_prediction = predict(knowledge, bases=SMALL), predict(knowledge, bases=busy)
+    assert busy_prediction.total_ns > 1.5 * quiet_prediction.total_ns
+    assert busy_prediction.upper_ns - busy_prediction.total_ns > quiet_prediction.upper_ns - quiet_prediction.total_ns
+    assert "busy-host" in busy_prediction.regime
+
+
+def test_what_was_learned_on_a_busy_host_does_not_lengthen_the_prediction_of_a_quiet_one() -> None:
+    knowledge = Knowledge(PRIOR)
+    for _ in range(10):
+        knowledge.learn(record_of(predict(knowledge), truth_of(1.0)), "class")
+    before = predict(knowledge).total_ns
+    busy = dataclasses.replace(BASES, load=4.0)
+    for _ in range(10):
+        knowledge.learn(record_of(predict(knowledge, bases=busy), truth_of(3.0)), "class")
+    assert predict(knowledge).total_ns == before
+    assert predict(knowledge, bases=busy).total_ns == pytest.approx(sum(truth_of(3.0).values()), rel=0.02)
+
+
 def test_parts_are_attributed_to_components() -> None:
 
     knowledge = Knowledge(PRIOR)
@@ -615,3 +306,22 @@ def test_parts_are_attributed_to_components() -> None:
     corrections = knowledge.document()["corrections"]
     assert corrections["class:class/state:memory/factor"][0] == pytest.approx(1.0, abs=0.01)
     assert corrections["class:class/device-loads/factor"][0] == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_file_of_an_older_version_is_dropped_with_a_line_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "knowledge.json").write_text(
+        json.dumps({"version": 2, "corrections": {}, "scores": [9e9], "aborts": {}})
+    )
+    with capture_logs() as said:
+        knowledge = load_knowledge(tmp_path)
+    assert knowledge.document() == EMPTY
+    assert [line["log_level"] for line in said] == ["warning"]
+    assert "version 2" in said[0]["reason"]
+
+
+def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
+    knowledge = Knowledge(PRIOR)
+    for _ in range(6):
+        knowledge.learn(record_of(predict(knowledge), truth_of(1.5)), "class")
+    keep_knowledge(tmp_path, knowledge)
+    assert predict(load_knowledge(tmp_path)) == predict(knowledge)
