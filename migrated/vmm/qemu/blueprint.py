@@ -16,7 +16,7 @@ from migrated.vmm.qemu.qmp import Qmp
 from migrated.vmm.qemu.ram import Ram
 from protocol.guest import WireModel
 
-_DEVICE: Final = re.compile(r'^(?P<indent> *)dev: (?P<type>[^,]+), id "(?P<id>[^"]*)"')
+_DEVICE: Final = re.compile(r'^ *dev: (?P<type>[^,]+), id "')
 _PROPERTY: Final = re.compile(
     r"^\s+(?P<name>addr|mac|unit-address|lun|scsi-id|serial|num-queues|queues|vectors) = (?P<value>.*)$"
 )
@@ -35,7 +35,8 @@ class Blueprint(WireModel):
         machine, cpu: their types, versioned as QEMU does.
         accelerator: ``kvm`` or ``tcg``.
         blocks: every block of memory, "name size role", those too that do not travel.
-        devices: every device, "type id: properties", in QEMU's order.
+        devices: every device, "type: properties", in QEMU's order. Not its id: that is a name of the host's, the guest
+            never sees it, and QEMU's state goes by the place on the bus.
     """
 
     qemu: Text
@@ -120,7 +121,7 @@ def parse_devices(text: str) -> list[str]:
     devices: list[str] = []
     for line in text.splitlines():
         if (match := _DEVICE.match(line)) is not None:
-            devices.append(f"{match['type']} {match['id']}:")
+            devices.append(f"{match['type']}:")
         elif devices and (match := _PROPERTY.match(line)) is not None:
             devices[-1] += f" {match['name']}={match['value'].strip()}"
     return devices
