@@ -111,7 +111,7 @@ class IncomingMigration:
         self.ended = asyncio.Event()
         """Set when the attempt has ended and its record is kept, if one came."""
         self._record: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        """The source's record of the attempt as it came, None when it will not come."""
+        """A future whose result is the source's record of the attempt as it came, None when it will not come."""
 
     # Section: from outside
 

@@ -211,3 +211,17 @@ async def test_a_plain_session_that_is_sent_again_is_refused(pair: Pair) -> None
     assert isinstance(answer, messages.Error)
     assert "not under way" in answer.text
     late.wire.close()
+
+
+async def test_a_record_of_nothing_but_nesting_costs_nothing(pair: Pair) -> None:
+    """Four megabytes of nesting, in the middle of the rounds: decoding them would stop the daemon for seconds."""
+    control, data, _ = await open_session(pair, await describe(pair))
+    before = pair.b.anonymous_bytes()
+    await control.send(FrameType.RECORD, {}, payload=b"[" * (4 * MIB))
+    await control.send(FrameType.CLOCK_ASK, {"nonce": 7})
+    while not isinstance(await control.receive(), messages.ClockReply):
+        pass
+    assert pair.b.anonymous_bytes() - before < 48 * MIB
+    control.wire.close()
+    data.wire.close()
+    await honest_again(pair)
