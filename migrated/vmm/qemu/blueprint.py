@@ -14,9 +14,9 @@ from pydantic import Field, ValidationError
 from migrated.base.errors import VmmError
 from migrated.vmm.qemu.qmp import Qmp
 from migrated.vmm.qemu.ram import Ram
-from protocol.guest import WireModel
+from protocol.guest import GuestDescription, WireModel
 
-_DEVICE: Final = re.compile(r'^(?P<indent> *)dev: (?P<type>[^,]+), id "(?P<id>[^"]*)"')
+_DEVICE: Final = re.compile(r'^ *dev: (?P<type>[^,]+), id "')
 _PROPERTY: Final = re.compile(
     r"^\s+(?P<name>addr|mac|unit-address|lun|scsi-id|serial|num-queues|queues|vectors) = (?P<value>.*)$"
 )
@@ -35,7 +35,8 @@ class Blueprint(WireModel):
         machine, cpu: their types, versioned as QEMU does.
         accelerator: ``kvm`` or ``tcg``.
         blocks: every block of memory, "name size role", those too that do not travel.
-        devices: every device, "type id: properties", in QEMU's order.
+        devices: every device, "type: properties", in QEMU's order. By what names they are known to whoever started
+            QEMU does not matter.
     """
 
     qemu: Text
@@ -80,6 +81,16 @@ class Blueprint(WireModel):
         return found
 
 
+def unfit(source: GuestDescription, here: GuestDescription) -> list[str]:
+    """What makes the guest of one description unfit to take the state of the other's: one phrase each.
+
+    Raises:
+        VmmError: one of them is no QEMU guest's.
+    """
+    theirs, ours = Blueprint.unpack(source.vmm_config), Blueprint.unpack(here.vmm_config)
+    return theirs.differences(ours) or source.differences(here)
+
+
 def _without(items: tuple[str, ...], others: tuple[str, ...]) -> list[str]:
     left = list(others)
     missing = []
@@ -120,7 +131,7 @@ def parse_devices(text: str) -> list[str]:
     devices: list[str] = []
     for line in text.splitlines():
         if (match := _DEVICE.match(line)) is not None:
-            devices.append(f"{match['type']} {match['id']}:")
+            devices.append(f"{match['type']}:")
         elif devices and (match := _PROPERTY.match(line)) is not None:
             devices[-1] += f" {match['name']}={match['value'].strip()}"
     return devices

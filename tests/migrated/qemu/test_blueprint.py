@@ -31,9 +31,9 @@ bus: main-system-bus
 
 def test_devices_with_what_the_guest_sees_of_their_place() -> None:
     assert parse_devices(TREE) == [
-        "q35-pcihost :",
-        "virtio-net-pci net0: addr=02.0",
-        'virtio-net-device : mac="52:54:00:12:34:56"',
+        "q35-pcihost:",
+        "virtio-net-pci: addr=02.0",
+        'virtio-net-device: mac="52:54:00:12:34:56"',
     ]
 
 
