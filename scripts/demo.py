@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,9 +48,10 @@ class DemoError(Exception):
 
 
 @contextlib.contextmanager
-def running_host(name: str, directory: Path, log_path: Path) -> Iterator[Host]:
-    """A host whose daemon runs; its log is left at ``log_path``."""
-    host = Host(directory, name, migration={"timeout_s": 20}, log={"level": "info"})
+def running_host(name: str, directory: Path, log_path: Path, **sections: dict[str, Any]) -> Iterator[Host]:
+    """A host whose daemon runs; its log is left at ``log_path``. ``sections`` are more of its configuration."""
+    host = Host(directory, name)
+    host.configure(migration={"timeout_s": 20}, log={"level": "info"}, **sections)
     try:
         host.start()
         yield host
@@ -67,19 +69,27 @@ def say(title: str, text: str = "") -> None:
         out.print(Text(text))
 
 
-async def move(source: Host, destination: Host, options: argparse.Namespace) -> dict[str, Any]:
-    """Migrate the guest with live progress; returns the record of the attempt that completed."""
-    for attempt in range(ATTEMPTS):
-        wanted = {
-            "guest": GUEST,
-            "uri": destination.uri,
-            "downtime-limit": options.downtime_limit / 1e6 * 2**attempt,
-            "max-bandwidth": options.max_bandwidth,
-        }
-        async with await ControlClient.connect(source.socket) as client:
-            begun = await client.command("migrate", wanted)
-            with display(as_json=False, stderr=True, rounds=6) as update:
-                record: dict[str, Any] = await attend(client, GUEST, begun["migration-id"], update)
+async def migrate(source: Host, destination: Host, guest: str, limit_ns: int, max_bandwidth: int = 0) -> dict[str, Any]:
+    """Migrate a guest once, with live progress; returns the record, whatever became of it."""
+    wanted = {
+        "guest": guest,
+        "uri": destination.uri,
+        "downtime-limit": limit_ns / 1e6,
+        "max-bandwidth": max_bandwidth,
+    }
+    async with await ControlClient.connect(source.socket) as client:
+        begun = await client.command("migrate", wanted)
+        with display(as_json=False, stderr=True, rounds=6) as update:
+            record: dict[str, Any] = await attend(client, guest, begun["migration-id"], update)
+    return record
+
+
+async def insist(
+    source: Host, destination: Host, limit_ns: int, attempt: Callable[[int], Awaitable[dict[str, Any]]]
+) -> dict[str, Any]:
+    """Try again with twice the limit until an attempt completes; returns its record. ``attempt`` gets the limit."""
+    for number in range(ATTEMPTS):
+        record = await attempt(limit_ns * 2**number)
         if record["outcome"] == "completed":
             return record
         out.print(Text(f"{record['outcome'].capitalize()}: {record['reason']}", style="yellow"))
@@ -89,6 +99,15 @@ async def move(source: Host, destination: Host, options: argparse.Namespace) -> 
             f"The guest runs on on host {source.name}: that is what the limit is for. Again, with twice the limit."
         )
     raise DemoError(f"the guest did not get from host {source.name} to host {destination.name}")
+
+
+async def move(source: Host, destination: Host, options: argparse.Namespace) -> dict[str, Any]:
+    """Migrate the guest, again if need be; returns the record of the attempt that completed."""
+
+    def attempt(limit_ns: int) -> Awaitable[dict[str, Any]]:
+        return migrate(source, destination, GUEST, limit_ns, options.max_bandwidth)
+
+    return await insist(source, destination, options.downtime_limit, attempt)
 
 
 async def check(host: Host, other: Host, record: dict[str, Any]) -> None:
@@ -105,8 +124,8 @@ async def check(host: Host, other: Host, record: dict[str, Any]) -> None:
     out.print(Text(f"Verified on host {host.name}: {verdict['message']}", style="green"))
 
 
-async def demo(options: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
-    """The whole story; returns the records of both moves."""
+async def demo(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """The whole story; returns the document of the last line."""
     with contextlib.ExitStack() as stack:
         say("Two hosts", "Two daemons on this machine, each with its own state, control socket and TCP address.")
         a, b = [
@@ -137,76 +156,96 @@ async def demo(options: argparse.Namespace, directory: Path) -> list[dict[str, A
         await check(a, b, back)
         await a.command("x-migrated-guest-destroy", {"guest": GUEST})
 
-    for title, record in (("Where the downtime went: a -> b", there), ("Where the downtime went: b -> a", back)):
-        say(title)
-        out.print(record_view(read_record(record), details=False))
-    return [there, back]
-
-
-def keep(records: list[dict[str, Any]], directory: Path) -> None:
-    """Leave records and reports where the user finds them."""
-    say(f"Left for you in {directory}")
-    for name, record in zip(("there", "back"), records, strict=True):
-        (directory / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-        write_report(record, directory / f"{name}.html")
+    show_breakdown("a -> b", there)
+    show_breakdown("b -> a", back)
+    say(f"Left for you in {options.output}")
+    keep("there", there, options.output)
+    keep("back", back, options.output)
     out.print("there.html, back.html   a report of each migration, to open in a browser or to send on")
     out.print("there.json, back.json   their records;   host-a.log, host-b.log   what the daemons logged")
+    return {"demo": "ok", "migrations": [there, back]}
+
+
+def show_breakdown(way: str, record: dict[str, Any]) -> None:
+    """Say where the downtime of a move went."""
+    say(f"Where the downtime went: {way}")
+    out.print(record_view(read_record(record), details=False))
+
+
+def keep(name: str, record: dict[str, Any], directory: Path) -> None:
+    """Leave a record and its report where the user finds them."""
+    (directory / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_report(record, directory / f"{name}.html")
+
+
+def option(
+    parser: argparse.ArgumentParser, name: str, metavar: str, parse: Callable[[str], object], default: str, meaning: str
+) -> None:
+    """Add an option whose values are parsed, and which tells its default."""
+
+    def value(text: str) -> object:
+        try:
+            return parse(text)
+        except UnitError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    parser.add_argument(f"--{name}", metavar=metavar, type=value, default=default, help=f"{meaning} [{default}]")
 
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-
-    def option(name: str, metavar: str, parse: Callable[[str], object], default: str, meaning: str) -> None:
-        def value(text: str) -> object:
-            try:
-                return parse(text)
-            except UnitError as error:
-                raise argparse.ArgumentTypeError(str(error)) from None
-
-        shown = f"{meaning} [{default}]"
-        parser.add_argument(f"--{name}", metavar=metavar, type=value, default=default, help=shown)
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option("memory", "SIZE", parse_size, "256MiB", "guest memory")
-    option("dirty-rate", "RATE", parse_rate, "100MiB/s", "how fast the guest writes")
-    option("profile", "PROFILE", str, "demo", "a guest profile of configs/guests, or the path of one")
-    option("downtime-limit", "DURATION", parse_duration_ns, "300ms", "the whole budget from stop to run")
-    option(
-        "max-bandwidth", "RATE", parse_rate, "0", "cap, to have more to watch: 120MiB/s is about 1 Gbit/s; 0 is none"
-    )
-    option("output", "DIRECTORY", Path, "run/demo", "where records, reports and logs are left")
+    option(parser, "memory", "SIZE", parse_size, "256MiB", "guest memory")
+    option(parser, "dirty-rate", "RATE", parse_rate, "100MiB/s", "how fast the guest writes")
+    option(parser, "profile", "PROFILE", str, "demo", "a guest profile of configs/guests, or the path of one")
+    option(parser, "downtime-limit", "DURATION", parse_duration_ns, "300ms", "the whole budget from stop to run")
+    cap = "cap, to have more to watch: 120MiB/s is about 1 Gbit/s; 0 is none"
+    option(parser, "max-bandwidth", "RATE", parse_rate, "0", cap)
+    option(parser, "output", "DIRECTORY", Path, "run/demo", "where records, reports and logs are left")
     return parser.parse_args()
 
 
-async def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The demo, which SIGTERM ends as Ctrl-C does."""
+Story = Callable[[Path], Coroutine[Any, Any, dict[str, Any]]]
+"""A demonstration: it gets a temporary directory and returns the document of the last line."""
+
+
+async def run(story: Story) -> dict[str, Any]:
+    """Tell a story, which SIGTERM ends as Ctrl-C does."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     # Sockets have short paths only under the temporary directory: a checkout may lie anywhere.
     with tempfile.TemporaryDirectory(prefix="migrated-demo-") as directory:
-        return await demo(options, Path(directory))
+        return await story(Path(directory))
 
 
-def main() -> int:
-    """Run the demo."""
-    options = parse_options()
-    options.output.mkdir(parents=True, exist_ok=True)
+def perform(story: Story, output: Path) -> int:
+    """Tell a story and print its document as the last line, or why it failed. Returns the exit status.
+
+    Args:
+        output: where logs are left; made if need be.
+    """
+    output.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     reason = ""
     try:
-        records = asyncio.run(run(options))
-        keep(records, options.output)
+        document = asyncio.run(run(story))
         say(f"Done in {time.monotonic() - begin:.1f} s: moved there and back, intact both times.")
-        print(json.dumps({"demo": "ok", "migrations": records}))
+        print(json.dumps(document))
         return 0
     except (DemoError, RigError, CommandError, DaemonUnreachableError, OSError) as error:
         reason = str(error).rstrip(".")
     except (KeyboardInterrupt, asyncio.CancelledError):
         reason = "interrupted"
-    print(f"The demo failed: {reason}. What the daemons logged is in {options.output}.", file=sys.stderr)
+    print(f"The demo failed: {reason}. What the daemons logged is in {output}.", file=sys.stderr)
     print(json.dumps({"demo": "failed", "reason": reason}))
     return 1
+
+
+def main() -> int:
+    """Run the demo."""
+    options = parse_options()
+    return perform(functools.partial(demo, options), options.output)
 
 
 if __name__ == "__main__":

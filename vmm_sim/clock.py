@@ -90,6 +90,7 @@ class GuestClock:
         self._host_tsc = host_tsc
         self.guest_freq = guest_freq
         self.hops = 0
+        self.ran_unscaled_before = False
         self._multiplier = host_tsc.multiplier(guest_freq)
         self.boot_hrtime = host.hrtime_ns()
         self._offset = (boot_tsc - self._scaled(self.boot_hrtime)) & U64_MAX
@@ -101,6 +102,11 @@ class GuestClock:
     def scaled(self) -> bool:
         """True when the guest's TSC is scaled to exactly its frequency here (False: within the tolerance, unscaled)."""
         return self._multiplier != 1 << FRACTION_BITS or self.guest_freq == self._host_tsc.freq
+
+    @property
+    def ran_unscaled(self) -> bool:
+        """True when the TSC ever ran unscaled, at a host's frequency (within the tolerance), here or elsewhere."""
+        return self.ran_unscaled_before or not self.scaled
 
     def tsc_at(self, hrtime: int) -> int:
         """VM-wide guest TSC at host time ``hrtime``."""

@@ -124,3 +124,35 @@ def start_tracking(memory: GuestMemory, mode: Mode, *, present_only: bool = Fals
         raise VmmError(
             "DirtyTrackingUnavailable", f"Dirty tracking by pagemap-scan is not possible here: {error}; use logged."
         ) from error
+
+
+class DirtyTracking:
+    """The tracking of one guest's memory: off, or on in one of its modes.
+
+    Args:
+        memory: the guest's.
+        preference: the mode that ``auto`` stands for.
+    """
+
+    def __init__(self, memory: GuestMemory, preference: Mode) -> None:
+        self._memory = memory
+        self._preference: Mode = preference
+        self._tracking: PagemapTracking | LoggedTracking | None = None
+
+    @property
+    def mode(self) -> Mode | None:
+        """The mode in use, None while tracking is off."""
+        return None if self._tracking is None else self._tracking.mode
+
+    def start(self, mode: Mode, *, present_only: bool) -> PagemapTracking | LoggedTracking:
+        """Start tracking from clean, also when it is on already. Raises VmmError DirtyTrackingUnavailable."""
+        self.stop()
+        preference = self._preference if mode == "auto" else mode
+        self._tracking = start_tracking(self._memory, preference, present_only=present_only)
+        return self._tracking
+
+    def stop(self) -> None:
+        """Stop tracking; nothing happens when it is off."""
+        if self._tracking is not None:
+            self._tracking.close()
+            self._tracking = None

@@ -3,7 +3,8 @@
     new guest ----> running <---> paused
     incoming: memory (by the daemon), time, devices ----> running or paused
 
-Operations that may take long run in threads of their callers; ``resume`` and ``interrupt`` end them.
+Operations that may take long run in threads of their callers; ``resume`` and ``interrupt`` end them. The module is
+longer than others because all operations of the API share one life cycle and its locks.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 from typing import Any, Final, Literal
 
 from vmm_sim.clock import GuestClock, HostTsc, parse_time_data
 from vmm_sim.config import Costs, DeviceConfig, GuestConfig
-from vmm_sim.costs import draw_ns, wait_until
+from vmm_sim.costs import CostDraws, wait_until
 from vmm_sim.description import build_description
 from vmm_sim.devices import Device, StateBody, SyntheticBody
 from vmm_sim.errors import VmmError
@@ -28,7 +29,7 @@ from vmm_sim.operations import Operations
 from vmm_sim.ownership import Ownership
 from vmm_sim.platform import I64, Platform, State, integers
 from vmm_sim.runlog import RunLog
-from vmm_sim.tracking import LoggedTracking, Mode, PagemapTracking, start_tracking
+from vmm_sim.tracking import DirtyTracking, Mode
 from vmm_sim.vcpu import Vcpu
 from vmm_sim.verify import Verifier, find_clock_fault
 from vmm_sim.workload import POPULATE_PAGES, Workload
@@ -37,6 +38,14 @@ MAX_STEP: Final = 1 << 62
 CPU: Final = "cpu"
 
 RunState = Literal["running", "paused", "incoming"]
+
+
+@dataclass(slots=True)
+class DeviceWrites:
+    """Pages that devices wrote while they saved; ``lock`` keeps two saves from writing the same ones."""
+
+    count: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Vmm:
@@ -68,15 +77,11 @@ class Vmm:
         self.devices = {device.key: device for device in self._build_devices()}
         self.state: RunState = "incoming" if incoming else "paused"
         self.epoch = 0
-        self.device_writes = 0
+        self.device_writes = DeviceWrites()
         self._run_log = run_log
-        self._tracking_preference: Mode = tracking
-        self._tracking: PagemapTracking | LoggedTracking | None = None
+        self._tracking = DirtyTracking(self.memory, tracking)
         self._time_imported = False
-        self._unscaled_before = False
-        self._costs = Random(config.seed if cost_seed is None else cost_seed)
-        self._dry_costs = Random(self._costs.getrandbits(64))
-        self._costs_lock = threading.Lock()
+        self._costs = CostDraws(config.seed if cost_seed is None else cost_seed)
         self._life = threading.Lock()
         self._operations = Operations()
         self._verification = threading.Event()  # set when a running verification must give way
@@ -149,7 +154,7 @@ class Vmm:
             self.vcpu.stop_running()
             self._run_log.write("stop", self.vcpu.step, self.epoch)
             self.state = "paused"
-            wait_until(begun + self._draw_transition("stop", self._costs), self._exiting)
+            wait_until(begun + self._costs.transition_ns("stop", self._parts()), self._exiting)
             return {"step": self.vcpu.step, "ns": time.monotonic_ns() - begun}
 
     def resume(self, epoch: int | None = None) -> dict[str, Any]:
@@ -165,7 +170,7 @@ class Vmm:
             with self._operations.none():
                 if self.state == "incoming":
                     self._require_complete("resume")
-                wait_until(begun + self._draw_transition("resume", self._costs), self._exiting)
+                wait_until(begun + self._costs.transition_ns("resume", self._parts()), self._exiting)
                 if epoch is not None:
                     self.epoch = epoch
                 step = self.vcpu.step
@@ -199,10 +204,9 @@ class Vmm:
                 "GuestIncomplete", f"The incoming guest cannot {verb}: not loaded yet: {shown}. Load them first."
             )
 
-    def _draw_transition(self, which: Literal["stop", "resume"], random: Random) -> int:
-        with self._costs_lock:
-            parts: list[Costs] = [self.config, *(device.config for device in self.devices.values())]
-            return sum(draw_ns(random, part, part.stop_us if which == "stop" else part.resume_us) for part in parts)
+    def _parts(self) -> list[Costs]:
+        """The guest and its devices: all that takes time at a stop and a resume."""
+        return [self.config, *(device.config for device in self.devices.values())]
 
     def interrupt(self) -> dict[str, Any]:
         """End running saves and loads with the error Interrupted, and a verification too."""
@@ -219,11 +223,9 @@ class Vmm:
         Raises VmmError DirtyTrackingUnavailable.
         """
         with self._life:
-            self._close_dirty_log()
             for device in self.devices.values():
                 device.begin_attempt()
-            preference = self._tracking_preference if mode == "auto" else mode
-            tracking = self._tracking = start_tracking(self.memory, preference, present_only=present_only)
+            tracking = self._tracking.start(mode, present_only=present_only)
             meta = {
                 "mode": tracking.mode,
                 "address": self.memory.address,
@@ -235,13 +237,8 @@ class Vmm:
     def stop_dirty_log(self) -> dict[str, Any]:
         """Stop tracking; nothing happens when it is off."""
         with self._life:
-            self._close_dirty_log()
+            self._tracking.stop()
         return {}
-
-    def _close_dirty_log(self) -> None:
-        if self._tracking is not None:
-            self._tracking.close()
-            self._tracking = None
 
     # Time
 
@@ -306,7 +303,7 @@ class Vmm:
                     raise VmmError("NotIterable", f"Device {name} is not iterable: save it once, while paused.")
             else:
                 self._require_state("paused", "NotPaused", f"the final state of device {name} needs a paused guest")
-                cost_ns = self._draw(device, "save")
+                cost_ns = self._costs.device_ns(device.config, "save")
                 written = self._write_for(device)
             piece = device.save(round_number, interrupt)
             wait_until(begun + cost_ns, interrupt)
@@ -335,9 +332,9 @@ class Vmm:
     def _write_for(self, device: Device) -> bool:
         pages = device.config.writes_pages
         if pages:
-            with self._costs_lock:
-                self.workload.execute_device_writes(self.memory, self.device_writes, pages)
-                self.device_writes += pages
+            with self.device_writes.lock:
+                self.workload.execute_device_writes(self.memory, self.device_writes.count, pages)
+                self.device_writes.count += pages
         return pages > 0
 
     def load_device(self, name: str, kind: str, final: bool, piece: memoryview) -> dict[str, Any]:
@@ -357,29 +354,25 @@ class Vmm:
                 )
             body = device.check(piece, final)
             # The state takes effect after the wait: a load that is interrupted has loaded nothing.
-            wait_until(begun + (self._draw(device, "load") if final else 0), interrupt)
+            wait_until(begun + (self._costs.device_ns(device.config, "load") if final else 0), interrupt)
             device.load(body, final)
         return {"ns": time.monotonic_ns() - begun}
-
-    def _draw(self, device: Device, side: Literal["save", "load"]) -> int:
-        config = device.config
-        with self._costs_lock:
-            return draw_ns(self._costs, config, config.save_us if side == "save" else config.load_us)
 
     def dry_run(self, side: Literal["save", "load"]) -> dict[str, Any]:
         """Return possible costs of a switchover here: draws from the same distributions, with nothing saved or
         loaded."""
-        random = self._dry_costs
-        devices = []
-        for device in self.devices.values():
-            config = device.config
-            with self._costs_lock:
-                cost_ns = draw_ns(random, config, config.save_us if side == "save" else config.load_us)
-            devices.append({"name": config.name, "kind": config.kind, "ns": cost_ns})
+        devices = [
+            {
+                "name": device.config.name,
+                "kind": device.config.kind,
+                "ns": self._costs.device_ns(device.config, side, rehearsal=True),
+            }
+            for device in self.devices.values()
+        ]
         return {
             "devices": devices,
-            "pause_ns": self._draw_transition("stop", random),
-            "resume_ns": self._draw_transition("resume", random),
+            "pause_ns": self._costs.transition_ns("stop", self._parts(), rehearsal=True),
+            "resume_ns": self._costs.transition_ns("resume", self._parts(), rehearsal=True),
         }
 
     # The vCPU's state
@@ -388,9 +381,9 @@ class Vmm:
         vcpu = self.vcpu
         return {
             "step": vcpu.step,
-            "device_writes": self.device_writes,
+            "device_writes": self.device_writes.count,
             "hops": self.clock.hops,
-            "ran_unscaled": int(self._ran_unscaled()),
+            "ran_unscaled": int(self.clock.ran_unscaled),
             "beat_monotonic_ns": vcpu.last_beat_monotonic_ns,
             "heartbeat": vcpu.heartbeat.state(),
             "registers": self.platform.tsc.save(),
@@ -413,23 +406,18 @@ class Vmm:
         except ValueError as error:
             raise VmmError("DeviceStateInvalid", f"The state of device cpu is not usable: {error}.") from error
         self.platform.tsc.load(registers)
-        self.vcpu.step, self.device_writes, self.clock.hops = step, device_writes, hops + 1
-        self._unscaled_before = bool(unscaled)
+        self.vcpu.step, self.device_writes.count, self.clock.hops = step, device_writes, hops + 1
+        self.clock.ran_unscaled_before = bool(unscaled)
         self.vcpu.last_beat_monotonic_ns = beat
         self.vcpu.heartbeat = loaded
-
-    def _ran_unscaled(self) -> bool:
-        """Return whether the TSC ever ran at a host's frequency instead of its own (within the tolerance)."""
-        return self._unscaled_before or not self.clock.scaled
 
     # Reports and settings
 
     def describe(self) -> dict[str, Any]:
         """The guest's description, as :class:`protocol.guest.GuestDescription` dumps it."""
-        with self._costs_lock:
-            # The other host's costs are its own, and no two attempts should draw alike: a fresh seed every time.
-            cost_seed = self._dry_costs.getrandbits(63)
-        return {"description": build_description(self.config, self.devices.values(), cost_seed).model_dump()}
+        # The other host's costs are its own, and no two attempts should draw alike: a fresh seed every time.
+        description = build_description(self.config, self.devices.values(), self._costs.fresh_seed())
+        return {"description": description.model_dump()}
 
     def status(self) -> dict[str, Any]:
         """Return all figures that a poller may want; never waits."""
@@ -459,7 +447,7 @@ class Vmm:
             "throttle": vcpu.throttle_percent,
             "workload": config.workload,
             "dirty_rate_bytes_per_s": vcpu.rate_bytes_per_s,
-            "dirty_tracking": None if self._tracking is None else self._tracking.mode,
+            "dirty_tracking": self._tracking.mode,
         }
 
     def throttle(self, percent: int) -> dict[str, Any]:
@@ -494,10 +482,10 @@ class Vmm:
             self.vcpu.stop_running()
             try:
                 verdict = Verifier(
-                    self.memory, self.workload, self.vcpu.step, self.device_writes, self.vcpu.heartbeat
+                    self.memory, self.workload, self.vcpu.step, self.device_writes.count, self.vcpu.heartbeat
                 ).run(self._verification)
                 clock_fault = find_clock_fault(
-                    self.clock, self.vcpu.heartbeat, self.config.boot_tsc, ran_unscaled=self._ran_unscaled()
+                    self.clock, self.vcpu.heartbeat, self.config.boot_tsc, ran_unscaled=self.clock.ran_unscaled
                 )
             finally:
                 if was_running and not self._exiting.is_set():

@@ -124,7 +124,7 @@ class ControlServer:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._clients) >= MAX_CLIENTS:
             writer.write(encode(_error("GenericError", f"This daemon serves {MAX_CLIENTS} clients already")))
             writer.close()
@@ -139,9 +139,9 @@ class ControlServer:
             writer.close()
             return
         client = _Client(self._operations, self._commands, reader, writer, peer, right)
-        task = asyncio.current_task()
-        assert task is not None  # a coroutine always runs in one
-        self._clients[client] = task
+        self._clients[client] = asyncio.create_task(self._serve(client, writer))
+
+    async def _serve(self, client: _Client, writer: asyncio.StreamWriter) -> None:
         try:
             await client.run()
         finally:

@@ -11,10 +11,8 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Final
 
 from migrated.base.clock import HostClock
@@ -24,12 +22,12 @@ from migrated.link.security import Names
 from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Connection
 from migrated.link.tls import READ_BYTES
 from protocol import messages
-from protocol.clock import ClockError, ClockExchange, OffsetEstimate, one_way_transit
+from protocol.clock import ClockError, OffsetEstimate
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.frames import HEADER_BYTES, FrameParser
 from protocol.messages import ClockAsk, ClockReply, Message
+from protocol.peer_clock import PeerClock
 
-KEPT_EXCHANGES: Final = 32
 _LEAVE_S: Final = 0.5
 """How long a peer is waited for that does not close its side."""
 _OPENING_EXCHANGES: Final = 8
@@ -86,8 +84,7 @@ class ControlChannel:
         self._inbox: asyncio.Queue[Received | Exception] = asyncio.Queue()
         self._messages_left = Allowance(_MESSAGES_AT_ONCE, _MESSAGES_PER_S)
         self._bytes_left = Allowance(_BYTES_AT_ONCE, _BYTES_PER_S)
-        self._asked: dict[int, int] = {}
-        self._exchanges: deque[ClockExchange] = deque(maxlen=KEPT_EXCHANGES)
+        self._peer_clock = PeerClock()
         self._answered = asyncio.Event()
         self._heard_at = time.monotonic()
         self._failure: Exception | None = None
@@ -156,29 +153,27 @@ class ControlChannel:
                     raise LinkLostError(str(self._failure)) from self._failure
 
     def round_trip_ns(self) -> int:
-        """The longest round trip of the recent exchanges (ns), 0 before the first: for reserves."""
-        return max((exchange.delta_ns for exchange in self._exchanges), default=0)
+        """Return the longest round trip of the recent exchanges (ns), 0 before the first: for reserves."""
+        return self._peer_clock.round_trip_ns()
 
     def typical_round_trip_ns(self) -> int:
-        """The median round trip of the recent exchanges (ns), 0 before the first: for predictions."""
-        return int(median(exchange.delta_ns for exchange in self._exchanges)) if self._exchanges else 0
+        """Return the median round trip of the recent exchanges (ns), 0 before the first: for predictions."""
+        return self._peer_clock.typical_round_trip_ns()
 
     def offset(self) -> OffsetEstimate | None:
-        """What the recent exchanges prove about the peer's raw clock, None when they prove nothing or exclude each
-        other."""
+        """Return the bounds of the peer's raw clock; None before an exchange, or when exchanges exclude each other."""
         try:
-            return OffsetEstimate(tuple(self._exchanges)) if self._exchanges else None
+            return self._peer_clock.offset()
         except ClockError:
             return None
 
     def transit_upper_ns(self, sent_at_peer_ns: int, read_at_ns: int) -> int:
-        """Upper bound for the transit of a message that the peer stamped (raw clocks, ns): from the offset where one
-        is known, else the longest round trip."""
-        estimate = self.offset()
-        if estimate is not None:
-            with contextlib.suppress(ClockError):
-                return one_way_transit(estimate.at(read_at_ns), sent_at_peer_ns, read_at_ns)[1]
-        return self.round_trip_ns()
+        """Return an upper bound of the transit of a message that the peer stamped (raw clocks, ns): from the offset
+        where one is known, else the longest round trip."""
+        try:
+            return self._peer_clock.transit_upper_ns(sent_at_peer_ns, read_at_ns)
+        except ClockError:
+            return self.round_trip_ns()
 
     async def fail(self, error: RemoteProtocolError) -> None:
         """Tell the peer what it did wrong and give the channel up."""
@@ -232,9 +227,7 @@ class ControlChannel:
                 self.on_lost(error)
 
     def _ask(self) -> None:
-        nonce = secrets.randbits(63)
-        self._asked[nonce] = self._clock.hrtime_ns()
-        self.send(ClockAsk(nonce=nonce))
+        self.send(self._peer_clock.ask(secrets.randbits(63), self._clock.hrtime_ns()))
 
     async def _beat(self) -> None:
         """Ask regularly; declare the peer lost after a silence."""
@@ -245,8 +238,6 @@ class ControlChannel:
             if silence_s > self._timeout_s:
                 self._lose(LinkLostError(f"{self.peer} has been silent for {silence_s:.1f} s"))
                 return
-            if len(self._asked) > KEPT_EXCHANGES:
-                self._asked.clear()
             try:
                 self._ask()
             except LinkLostError as error:
@@ -292,17 +283,12 @@ class ControlChannel:
             case ClockAsk(nonce=nonce):
                 with contextlib.suppress(LinkLostError):
                     self.send(ClockReply(nonce=nonce, t2_ns=received.read_at_hrtime_ns, t3_ns=self._clock.hrtime_ns()))
-            case ClockReply(nonce=nonce, t2_ns=t2, t3_ns=t3):
-                asked_at = self._asked.pop(nonce, None)
-                if asked_at is None:
-                    return  # late answer to an ask that was given up: it proves nothing
-                exchange = ClockExchange(asked_at, t2, t3, received.read_at_hrtime_ns)
+            case ClockReply() as reply:
                 try:
-                    exchange.check()
+                    if self._peer_clock.hear(reply, received.read_at_hrtime_ns):
+                        self._answered.set()
                 except ClockError as error:
                     raise RemoteProtocolError(str(error), ErrorCode.TIME) from error
-                self._exchanges.append(exchange)
-                self._answered.set()
             case messages.Error(text=text):
                 self._lose(LinkLostError(f"{self.peer} ended the migration: {text}"))
             case _:

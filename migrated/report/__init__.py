@@ -40,8 +40,7 @@ def write_report(record: dict[str, Any], path: Path) -> None:
         OSError: the file cannot be written.
     """
     fields = _fields(record, "")
-    body = attempt.body(fields)
-    path.write_text(_page(f"{fields['guest']}: migration {fields['migration_id']}", body), encoding="utf-8")
+    write_page(f"{fields['guest']}: migration {fields['migration_id']}", attempt.body(fields), path)
 
 
 def write_comparison(a: dict[str, Any], b: dict[str, Any], path: Path) -> None:
@@ -58,7 +57,7 @@ def write_comparison(a: dict[str, Any], b: dict[str, Any], path: Path) -> None:
     """
     first, second = _fields(a, "a."), _fields(b, "b.")
     title = f"{first['guest']} and {second['guest']}: two migrations compared"
-    path.write_text(_page(title, comparison.body(first, second)), encoding="utf-8")
+    write_page(title, comparison.body(first, second), path)
 
 
 def _fields(document: dict[str, Any], prefix: str) -> Fields:
@@ -67,5 +66,10 @@ def _fields(document: dict[str, Any], prefix: str) -> Fields:
     return Fields(read_record(document), prefix, document)
 
 
-def _page(title: str, body: Markup) -> str:
-    return Template(_PAGE).substitute(title=text(title), policy=_POLICY, body=body)
+def write_page(title: str, body: Markup, path: Path) -> None:
+    """Write a page of sections (``markup``, ``pieces``) in the form of a report.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.write_text(Template(_PAGE).substitute(title=text(title), policy=_POLICY, body=body), encoding="utf-8")

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -33,6 +34,24 @@ log = structlog.get_logger()
 OPERATOR_KEEPS: Final = "the operator resolved the doubt: the guest runs here"
 
 
+@dataclass(slots=True)
+class HandoverTimes:
+    """Instants of the hand-over's steps on this host's monotonic clock (ns), 0 for a step that was not reached.
+
+    Attributes:
+        stopped_at_ns: the guest has stopped.
+        resume_begin_ns, resumed_at_ns: taking the guest back began; it runs again.
+        decided_at_ns, journaled_at_ns, committed_at_ns: to commit is decided; it is in the journal; COMMIT is written.
+    """
+
+    stopped_at_ns: int = 0
+    resume_begin_ns: int = 0
+    resumed_at_ns: int = 0
+    decided_at_ns: int = 0
+    journaled_at_ns: int = 0
+    committed_at_ns: int = 0
+
+
 class SourceHandover:
     """One epoch of one outgoing guest.
 
@@ -46,9 +65,7 @@ class SourceHandover:
         on_doubt: called when the attempt becomes in doubt.
 
     Attributes:
-        stopped_at_ns, resumed_at_ns: end of the stop and of the resume on this host's monotonic clock, 0 before.
-        resume_begin_ns: when taking the guest back began, 0 before.
-        decided_at_ns, journaled_at_ns, committed_at_ns: around the decision to commit, 0 before.
+        times: instants of its steps.
         running: the destination's RUNNING once it came, and when it was read.
         finished: set once it is decided which host runs the guest, and all effects of that are carried out.
     """
@@ -65,12 +82,7 @@ class SourceHandover:
         on_doubt: Callable[[str], None] = lambda _why: None,
     ) -> None:
         self.epoch = epoch
-        self.stopped_at_ns = 0
-        self.resume_begin_ns = 0
-        self.resumed_at_ns = 0
-        self.decided_at_ns = 0
-        self.journaled_at_ns = 0
-        self.committed_at_ns = 0
+        self.times = HandoverTimes()
         self.running: messages.Running | None = None
         self.running_read_ns = 0
         self.finished = asyncio.Event()
@@ -117,7 +129,7 @@ class SourceHandover:
         async with self._lock:
             before = self.state
             if event is SourceEvent.READY_IN_TIME and before is SourceState.STOPPED:
-                self.decided_at_ns = time.monotonic_ns()
+                self.times.decided_at_ns = time.monotonic_ns()
             accepted = self._executor.take(event, reason)
             self._transitions.note(before, event, self.state)
             while (effect := self._executor.effect) is not None:
@@ -177,7 +189,7 @@ class SourceHandover:
             except VmmError as error:
                 return failed(error)
             self._env.publish("STOP", {"guest": self._guest.name})
-        self.stopped_at_ns = time.monotonic_ns()
+        self.times.stopped_at_ns = time.monotonic_ns()
         return DONE
 
     def _journal(self, decision: Decision) -> Outcome:
@@ -187,7 +199,7 @@ class SourceHandover:
             log.error("a decision could not be journaled", decision=decision, reason=str(error))
             return failed(error)
         if decision is Decision.COMMIT:
-            self.journaled_at_ns = time.monotonic_ns()
+            self.times.journaled_at_ns = time.monotonic_ns()
         return DONE
 
     async def _release_lock(self) -> Outcome:
@@ -228,16 +240,16 @@ class SourceHandover:
         try:
             if self._was_paused:
                 await guest.vmm.interrupt()
-                self.resumed_at_ns = time.monotonic_ns()
+                self.times.resumed_at_ns = time.monotonic_ns()
             else:
-                self.resumed_at_ns = await guest.vmm.resume(self.epoch)
+                self.times.resumed_at_ns = await guest.vmm.resume(self.epoch)
                 self._env.publish("RESUME", {"guest": guest.name})
         except VmmError as error:
             return self._not_resumed(guest, error)
         return DONE
 
     def _resume_begins(self) -> None:
-        self.resume_begin_ns = self.resume_begin_ns or time.monotonic_ns()
+        self.times.resume_begin_ns = self.times.resume_begin_ns or time.monotonic_ns()
 
     def _not_resumed(self, guest: Guest, error: VmmError) -> Outcome:
         log.error("the guest could not be resumed", guest=guest.name, reason=str(error))
@@ -255,7 +267,7 @@ class SourceHandover:
 
     def _send_commit(self, reply: ControlChannel | None) -> Outcome:
         # Stamped before the write: the destination cannot have read it earlier.
-        self.committed_at_ns = self.committed_at_ns or time.monotonic_ns()
+        self.times.committed_at_ns = self.times.committed_at_ns or time.monotonic_ns()
         if reply is not None:
             with contextlib.suppress(LinkLostError):  # the listener reports the loss as an event of its own
                 reply.send(messages.Commit(epoch=self.epoch))

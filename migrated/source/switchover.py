@@ -132,7 +132,7 @@ class Switchover:
             gc.unfreeze()
 
     def _stopped(self) -> None:
-        stopped_ns = self._handover.stopped_at_ns
+        stopped_ns = self._handover.times.stopped_at_ns
         self._state_begin_ns = stopped_ns
         self._ledger.part(Part.STOP, self._budget.t0_ns, stopped_ns)
         self._ledger.add_phase(Phase.PAUSE, self._budget.t0_ns, stopped_ns)
@@ -276,8 +276,8 @@ class Switchover:
                 await self._handle(item)
             except RemoteProtocolError as error:
                 await handover.take(SourceEvent.FAULT, self._control, str(error))
-        if handover.state is SourceState.ABORTED and handover.resumed_at_ns:
-            self.gave_back_ns = handover.resumed_at_ns - self._due_ns
+        if handover.state is SourceState.ABORTED and handover.times.resumed_at_ns:
+            self.gave_back_ns = handover.times.resumed_at_ns - self._due_ns
         self.account()
 
     async def _handle(self, item: Item) -> None:
@@ -382,10 +382,10 @@ class Switchover:
         handover, ledger, running = self._handover, self._ledger, self._handover.running
         if running is None:
             return
-        ledger.part(Part.DECISION, self._ready_read_ns, handover.decided_at_ns)
-        ledger.part(Part.JOURNAL, handover.decided_at_ns, handover.journaled_at_ns)
-        ledger.part(Part.LOCK_RELEASE, handover.journaled_at_ns, handover.committed_at_ns)
-        committed_ns = handover.committed_at_ns - self._budget.t0_ns
+        ledger.part(Part.DECISION, self._ready_read_ns, handover.times.decided_at_ns)
+        ledger.part(Part.JOURNAL, handover.times.decided_at_ns, handover.times.journaled_at_ns)
+        ledger.part(Part.LOCK_RELEASE, handover.times.journaled_at_ns, handover.times.committed_at_ns)
+        committed_ns = handover.times.committed_at_ns - self._budget.t0_ns
         interval = measured_downtime(
             committed_ns, handover.running_read_ns - self._budget.t0_ns, running.resumed_after_ns, running.sent_after_ns
         )
@@ -399,12 +399,12 @@ class Switchover:
     def _aborted(self) -> None:
         """Work out the pause of an abort: the guest ran again here."""
         handover, ledger = self._handover, self._ledger
-        if not handover.resumed_at_ns:
+        if not handover.times.resumed_at_ns:
             return
         accounted_ns = self._budget.t0_ns + sum(part.ns for part in ledger.blackout.parts)
-        ledger.part(Part.UNTIL_ABORT, min(accounted_ns, handover.resume_begin_ns), handover.resume_begin_ns)
-        ledger.part(Part.RESUME_ON_SOURCE, handover.resume_begin_ns, handover.resumed_at_ns)
-        pause_ns = handover.resumed_at_ns - self._budget.t0_ns
+        ledger.part(Part.UNTIL_ABORT, min(accounted_ns, handover.times.resume_begin_ns), handover.times.resume_begin_ns)
+        ledger.part(Part.RESUME_ON_SOURCE, handover.times.resume_begin_ns, handover.times.resumed_at_ns)
+        pause_ns = handover.times.resumed_at_ns - self._budget.t0_ns
         ledger.checkpoint(QemuCheckpoint.DOWNTIME_END, pause_ns)
         ledger.blackout.interval = DowntimeInterval(pause_ns, pause_ns)
-        ledger.ended_ns = handover.resumed_at_ns
+        ledger.ended_ns = handover.times.resumed_at_ns

@@ -48,6 +48,14 @@ class Round:
     end: messages.RoundEnd | None = None
 
 
+@dataclass
+class Resumed:
+    """When COMMIT was read, and how long after that the vCPUs ran (ns of the host's clock), 0 before."""
+
+    commit_read_ns: int = 0
+    resumed_after_ns: int = 0
+
+
 class Incoming(Actor[DestinationState, DestinationEvent, DestinationEffect]):
     """One attempt."""
 
@@ -76,8 +84,7 @@ class Incoming(Actor[DestinationState, DestinationEvent, DestinationEffect]):
         self._deadline = 0
         self._time_asked_ns = 0
         self._time_imported = False
-        self._commit_read_ns = 0
-        self._resumed_after_ns = 0
+        self._resumed = Resumed()
         if state is not DestinationState.LOADING:
             self._arm_ready_timeout()
         if self.vmm is not None:
@@ -301,8 +308,8 @@ class Incoming(Actor[DestinationState, DestinationEvent, DestinationEffect]):
             case effects.SendNo(cause=cause, reason=reason):
                 _send(reply, messages.No(epoch=epoch, cause=cause, reason=reason[:2000]))
             case effects.SendRunning() | effects.SendDiscarded() | effects.SendOpen():
-                after_ns = self._resumed_after_ns
-                sent_ns = self.host.clock_ns() - self._commit_read_ns if after_ns else 0
+                after_ns = self._resumed.resumed_after_ns
+                sent_ns = self.host.clock_ns() - self._resumed.commit_read_ns if after_ns else 0
                 _send(reply, answer_message(effect, epoch, after_ns, sent_ns))
         return DONE
 
@@ -336,12 +343,14 @@ class Incoming(Actor[DestinationState, DestinationEvent, DestinationEffect]):
         if vmm.state != "running":
             return failed("it does not run")
         # The VMM says when its vCPUs ran: this daemon may hear of it late.
-        self._resumed_after_ns = vmm.ran_hrtime - self._commit_read_ns if self._commit_read_ns else 0
+        self._resumed.resumed_after_ns = (
+            vmm.ran_hrtime - self._resumed.commit_read_ns if self._resumed.commit_read_ns else 0
+        )
         return DONE
 
     def take(self, event: DestinationEvent, reply: Channel | None = None, why: str = "") -> None:
         if event is DestinationEvent.COMMIT and self.state is DestinationState.READY:
-            self._commit_read_ns = self.host.clock_ns()
+            self._resumed.commit_read_ns = self.host.clock_ns()
         super().take(event, reply, why)
 
     def settled(self, event: DestinationEvent) -> None:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from protocol import messages
-from protocol.clock import ClockError, ClockExchange, OffsetEstimate, one_way_transit
+from protocol.clock import ClockError, OffsetEstimate
 from protocol.errors import RemoteProtocolError
 from protocol.frames import MAX_PAYLOAD_BYTES, FrameParser
 from protocol.messages import ClockAsk, ClockReply, FrameType, Message
+from protocol.peer_clock import PeerClock
 from protocol.versions import MAJOR, PREFACE_BYTES, agree_version, pack_preface, unpack_preface
 from scripts.proof.kernel import MS, SECOND, Call, Process, World
 
@@ -250,8 +251,7 @@ class Control(Channel):
     """A control channel: it keeps the heartbeat and measures the peer's clock."""
 
     def __init__(self, end: End, on_message: OnMessage, on_lost: OnLost) -> None:
-        self._asked: dict[int, int] = {}
-        self._exchanges: list[ClockExchange] = []
+        self._peer_clock = PeerClock()
         self._nonce = 0
         self._heard_ns = end.process.host.clock_ns()
         super().__init__(end, on_message, on_lost)
@@ -274,36 +274,30 @@ class Control(Channel):
 
     def _ask(self) -> None:
         self._nonce += 1
-        self._asked[self._nonce] = self.process.host.clock_ns()
-        self.send(ClockAsk(nonce=self._nonce))
+        self.send(self._peer_clock.ask(self._nonce, self.process.host.clock_ns()))
 
     def heard(self, message: Message) -> bool:
         self._heard_ns = now_ns = self.process.host.clock_ns()
         match message:
             case ClockAsk(nonce=nonce):
                 self.send(ClockReply(nonce=nonce, t2_ns=now_ns, t3_ns=self.process.host.clock_ns()))
-            case ClockReply(nonce=nonce, t2_ns=t2, t3_ns=t3):
-                exchange = ClockExchange(self._asked.pop(nonce), t2, t3, now_ns)
-                exchange.check()
-                self._exchanges = [*self._exchanges[-31:], exchange]
+            case ClockReply():
+                self._peer_clock.hear(message, now_ns)
             case _:
                 return super().heard(message)
         return True
 
     def round_trip_ns(self) -> int:
         """The longest recent round trip."""
-        return max((exchange.delta_ns for exchange in self._exchanges), default=0)
+        return self._peer_clock.round_trip_ns()
 
     def offset(self) -> OffsetEstimate | None:
-        """What is proved about the peer's clock."""
-        return OffsetEstimate(tuple(self._exchanges)) if self._exchanges else None
+        """Bounds of the peer's clock; the clocks of this world are honest, so there is no excuse for an error."""
+        return self._peer_clock.offset()
 
     def transit_upper_ns(self, sent_at_ns: int) -> int:
         """Upper bound for the transit of a message that the peer stamped and that was read now."""
-        estimate, now_ns = self.offset(), self.process.host.clock_ns()
-        if estimate is None:
-            return self.round_trip_ns()
         try:
-            return one_way_transit(estimate.at(now_ns), sent_at_ns, now_ns)[1]
+            return self._peer_clock.transit_upper_ns(sent_at_ns, self.process.host.clock_ns())
         except ClockError as error:
             raise AssertionError(f"honest clocks were called false: {error}") from error

@@ -7,7 +7,8 @@ what the guest noticed.
     console                beats and answers of the guest, with the host's time of arrival; the gaps between them
     baseline               QEMU's own migration of the same guest, to compare with
     slow_disk              a disk whose direct reads stay in flight for long
-    figures                records and observations as one table and one JSON document
+    figures                records and observations as one table, for terminals and reports, and one JSON document
+    definition             the same guest as a definition for the daemons' driver
 
 QEMU, the kernel and a C compiler come from the distribution. ``kernel.missing_packages`` says what lacks; nothing here
 installs anything.

@@ -21,16 +21,13 @@ from typing import Final
 from scripts.basics import say
 from scripts.qemu_rig.baseline import Baseline, booted, migrate_with_qemu
 from scripts.qemu_rig.image import GuestImage, guest_image
-from scripts.qemu_rig.kernel import missing_packages
+from scripts.qemu_rig.kernel import MISSING, missing_packages
 from scripts.qemu_rig.launcher import QemuSpec
-from scripts.qemu_rig.workload import Workload
+from scripts.qemu_rig.workload import WORKLOADS, Workload
 from scripts.rig.waiting import RigError
 
-WORKLOADS: Final = {"idle": Workload.idle(), "hot-cold": Workload.hot_cold(), "heavy": Workload.heavy()}
 BEATS: Final = 2000
 BEATS_TIMEOUT_S: Final = 120.0
-MISSING: Final = 3
-"""Exit status when packages are missing, as of every program here that needs QEMU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ class Baseline:
         limit_ms: the downtime that QEMU was asked to aim at.
         reported_downtime_ms: what QEMU says.
         observed_gap_ns: from the guest's last beat on the source to its first one on the destination.
+        stood_ns: how much of it the guest's own clock stood.
         total_ms: what QEMU says, from the command to the end.
         transferred_bytes: of RAM.
         seconds: from the command to ``completed`` on both sides, by our clock.
@@ -46,6 +47,7 @@ class Baseline:
     limit_ms: int
     reported_downtime_ms: int
     observed_gap_ns: int
+    stood_ns: int
     total_ms: int
     transferred_bytes: int
     ram_bytes: int
@@ -107,6 +109,7 @@ async def migrate_with_qemu(
             limit_ms=downtime_limit_ms,
             reported_downtime_ms=int(result["downtime"]),
             observed_gap_ns=gap.ns,
+            stood_ns=gap.stood_ns,
             total_ms=int(result["total-time"]),
             transferred_bytes=int(result["ram"]["transferred"]),
             ram_bytes=int(result["ram"]["total"]),

@@ -51,3 +51,8 @@ def write_definition(directory: Path, name: str, spec: QemuSpec, image: GuestIma
     """Write a guest's definition where a daemon looks for it."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.toml").write_text(definition(spec, image, incarnation), encoding="utf-8")
+
+
+def console_paths(guests: Path, name: str) -> list[Path]:
+    """Where the serial ports of a guest of these definitions are, console first. ``guests``: the [vmm] directory."""
+    return [guests / "qemu" / f"{name}.{port}" for port in PORTS]

@@ -31,6 +31,12 @@ class Gap:
         """How long the host heard nothing."""
         return self.end_ns - self.begin_ns
 
+    @property
+    def stood_ns(self) -> int:
+        """How much of it the guest's own clock did not go on: it was stopped. For the rest it ran and was slow to say
+        so, as an emulated guest is whose code is translated anew where it arrives, or one that waits for a CPU."""
+        return self.ns - self.guest_clock_ns
+
 
 def largest_gap(beats: Sequence[Beat], begin_ns: int, end_ns: int) -> Gap:
     """The longest silence that has a part of it between the two host times.

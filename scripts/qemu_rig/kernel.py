@@ -28,6 +28,8 @@ QEMU: Final = "qemu-system-x86_64"
 KERNEL_PACKAGE: Final = "linux-image-cloud-amd64"
 GUEST_MODULES: Final = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "qemu_fw_cfg")
 """What the guest's devices need. One that is not found is taken to be built into the kernel."""
+MISSING: Final = 3
+"""Exit status of every program here when this machine lacks what QEMU guests need."""
 _PACKAGES: Final = {QEMU: "qemu-system-x86", "gcc": "gcc"}
 _LIBC: Final = "libc6-dev"
 _DOWNLOAD_TIMEOUT_S: Final = 300.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +50,7 @@ class Workload:
             f"check={self.check_mib_per_s}",
             f"period_us={self.beat_us}",
         ]
+
+
+WORKLOADS: Final = {"idle": Workload.idle(), "hot-cold": Workload.hot_cold(), "heavy": Workload.heavy()}
+"""The kinds that comparisons are made with, by name."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +40,16 @@ def _line(entry: dict[str, Any]) -> str:
         frames = " < ".join(f"{frame['filename']}:{frame['lineno']}" for frame in raised["frames"][::-1])
         text += f"\n    {raised['exc_type']}: {raised['exc_value']} at {frames}"
     return text
+
+
+def _api_socket(arguments: list[str]) -> Path | None:
+    """Where a guest process listens by its arguments; None for any other process."""
+    for option, value in pairwise(arguments):
+        if option == "--api-socket":
+            return Path(value)
+        if option == "-qmp" and value.startswith("unix:"):
+            return Path(value.removeprefix("unix:").partition(",")[0])
+    return None
 
 
 class Host:
@@ -293,16 +304,14 @@ class Host:
     # Section: guest processes
 
     def vmm_pids(self) -> dict[int, str]:
-        """Process ids of the guest processes of this host, with the names of their guests."""
+        """Process ids of the guest processes of this host, simulated ones and QEMUs that a daemon started, with the
+        names of their guests."""
         found: dict[int, str] = {}
-        marker = os.fsencode(str(self.directory / "guests")) + b"/"
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
-                arguments = path.read_bytes().split(b"\0")
-                if b"--api-socket" in arguments:
-                    socket = arguments[arguments.index(b"--api-socket") + 1]
-                    if socket.startswith(marker):
-                        found[int(path.parent.name)] = Path(os.fsdecode(socket)).stem
+                socket = _api_socket(os.fsdecode(path.read_bytes()).split("\0"))
+                if socket is not None and socket.is_relative_to(self.directory / "guests"):
+                    found[int(path.parent.name)] = socket.stem
         return found
 
     def kill_vmm(self, name: str = "g1") -> None:

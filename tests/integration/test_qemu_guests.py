@@ -20,7 +20,7 @@ import pytest
 from migrated.control.client import CommandError
 from migrated.kernel.tracking import why_no_tracking
 from scripts.qemu_rig.console import Console
-from scripts.qemu_rig.definition import PORTS, write_definition
+from scripts.qemu_rig.definition import console_paths, write_definition
 from scripts.qemu_rig.disk import make_disk
 from scripts.qemu_rig.image import GuestImage, guest_image
 from scripts.qemu_rig.kernel import KERNEL_PACKAGE, download_kernel, missing_packages
@@ -50,13 +50,9 @@ class World:
             if host in (None, one):
                 write_definition(self.definitions[one], "web", spec, self.image, number)
 
-    def run_directory(self, host: Host) -> Path:
-        """Where the sockets and logs of a host's QEMU guests are."""
-        return host.directory / "guests" / "qemu"
-
     async def console(self, host: Host) -> Console:
         """The guest's console on a host; beats are read from now on."""
-        return await asyncio.to_thread(Console, *(self.run_directory(host) / f"web.{port}" for port in PORTS))
+        return await asyncio.to_thread(Console, *console_paths(host.directory / "guests", "web"))
 
     async def create(self, spec: QemuSpec, **options: Any) -> Console:
         """Define the guest on both hosts, start it on the first, and wait until it is up."""
@@ -65,16 +61,6 @@ class World:
         console = await self.console(self.pair.a)
         await asyncio.to_thread(console.wait_for, "READY", BOOT_TIMEOUT_S)
         return console
-
-    def qemu_pids(self, host: Host) -> list[int]:
-        """Processes of the host's QEMU guests."""
-        marker = os.fsencode(f"unix:{self.run_directory(host)}/")
-        found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if any(word.startswith(marker) for word in path.read_bytes().split(b"\0")):
-                    found.append(int(path.parent.name))
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +95,7 @@ async def world(image: GuestImage, directory: Path) -> AsyncIterator[World]:
         yield made
         print(pair.log_tail())  # noqa: T201 - shown when the test failed
         await pair.remove_guests()
-        assert [made.qemu_pids(host) for host in pair.hosts] == [[], []]
+        assert [host.vmm_pids() for host in pair.hosts] == [{}, {}]
         assert not list((directory / "ram").glob("*"))
         assert await pair.leftovers() == []
 
@@ -138,7 +124,7 @@ async def test_a_linux_guest_goes_there_and_back(world: World, backing: Any) -> 
     console = await world.create(replace(BUSY, backing=backing))
     a, b = world.pair.hosts
     console = await move(world, a, b, console)
-    assert world.qemu_pids(a) == []
+    assert a.vmm_pids() == {}
     console = await move(world, b, a, console)
     console.close()
     assert (await a.guest("web"))["state"] == "running"
@@ -177,7 +163,7 @@ async def test_another_definition_at_the_destination_is_refused_with_what_differ
     assert record["outcome"] == "refused"
     assert "vcpus is 1 at the source and 2 here" in record["reason"]
     assert "device only at the source: virtio-rng-pci" in record["reason"]
-    assert world.qemu_pids(world.pair.b) == []
+    assert world.pair.b.vmm_pids() == {}
     await asyncio.to_thread(console.wait_for_beats, 20, 60.0)
     console.close()
 
@@ -237,7 +223,7 @@ async def test_a_load_that_hangs_is_aborted_and_the_guest_goes_on_at_the_source(
     a, b = world.pair.hosts
     migration = await a.begin_migration("web", b, downtime_limit=2000, pause_before_switchover=True)
     await a.until_status("web", "pre-switchover")
-    (incoming,) = world.qemu_pids(b)
+    (incoming,) = b.vmm_pids()
     os.kill(incoming, signal.SIGSTOP)
     await a.command("migrate-continue", {"guest": "web", "state": "pre-switchover"})
     record = await a.wait(migration)
@@ -245,12 +231,12 @@ async def test_a_load_that_hangs_is_aborted_and_the_guest_goes_on_at_the_source(
     await asyncio.to_thread(console.wait_for_beats, 20, 60.0)
     assert await asyncio.to_thread(console.check) == 0
     assert (await a.guest("web"))["state"] == "running"
-    await until("the incoming QEMU ended", lambda: _none(world.qemu_pids(b)))
+    await until("the incoming QEMU ended", lambda: _none(b.vmm_pids()))
     # And once more, to the end.
     (await move(world, a, b, console)).close()
 
 
-async def _none(pids: list[int]) -> bool:
+async def _none(pids: dict[int, str]) -> bool:
     return not pids
 
 
@@ -277,7 +263,7 @@ async def test_a_daemon_killed_while_it_tracks_leaves_the_guest_running(world: W
     await asyncio.to_thread(console.wait_for_beats, 20, 60.0)
     a.restart()
     assert (await a.guests())["web"]["state"] == "running"
-    await until("the incoming QEMU ended", lambda: _none(world.qemu_pids(b)))
+    await until("the incoming QEMU ended", lambda: _none(b.vmm_pids()))
     (await move(world, a, b, console)).close()
 
 
@@ -286,7 +272,7 @@ async def test_a_qemu_that_ends_at_the_destination_aborts(world: World) -> None:
     a, b = world.pair.hosts
     migration = await a.begin_migration("web", b, downtime_limit=5000, pause_before_switchover=True)
     await a.until_status("web", "pre-switchover")
-    for pid in world.qemu_pids(b):
+    for pid in b.vmm_pids():
         os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(CommandError):  # it may have been given up already
         await a.command("migrate-continue", {"guest": "web", "state": "pre-switchover"})

@@ -35,8 +35,8 @@ class Blueprint(WireModel):
         machine, cpu: their types, versioned as QEMU does.
         accelerator: ``kvm`` or ``tcg``.
         blocks: every block of memory, "name size role", those too that do not travel.
-        devices: every device, "type: properties", in QEMU's order. By what names they are known to whoever started
-            QEMU does not matter.
+        devices: every device, "type: properties", in QEMU's order. Not its id: that is a name of the host's, the guest
+            never sees it, and QEMU's state goes by the place on the bus.
     """
 
     qemu: Text

@@ -37,10 +37,13 @@ def test_devices_with_what_the_guest_sees_of_their_place() -> None:
     ]
 
 
-async def test_equal_machines_are_equal_whatever_backs_their_memory(bare_qemu: BareQemu) -> None:
+async def test_equal_machines_are_equal_whatever_backs_their_memory_and_names_their_devices(
+    bare_qemu: BareQemu,
+) -> None:
     devices = ("-device", "VGA", "-device", "virtio-rng-pci")
     backend = ("-object", "memory-backend-memfd,id=mine,size=64M,share=on")
     one = await bare_qemu(*devices)
+    devices = ("-device", "VGA,id=screen", "-device", "virtio-rng-pci,id=dice")
     other = await bare_qemu(*devices, *backend, "-incoming", "defer", "-S", machine="q35,accel=tcg,memory-backend=mine")
     mine, theirs = [await draw(qmp, "web", await find_ram(qmp)) for qmp in (one, other)]
     assert mine.differences(theirs) == []
