@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from scripts.basics import MIB, say
@@ -43,7 +42,7 @@ class Size:
         """Measure a host's daemon."""
         held = footprint(host.pid)
         return cls(
-            anonymous_bytes(host.pid),
+            host.anonymous_bytes(),
             held.descriptors.total(),
             held.threads,
             (host.directory / "state" / "journal").stat().st_size,
@@ -52,14 +51,6 @@ class Size:
     def since(self, earlier: Size) -> dict[str, int]:
         """What has been added since."""
         return {name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__}
-
-
-def anonymous_bytes(pid: int) -> int:
-    """Private memory of a process that is in use now."""
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) << 10
-    raise RigError(f"process {pid} has ended")
 
 
 async def there_and_back(pair: Pair, migrations: int, label: str) -> None:
@@ -75,7 +66,7 @@ async def there_and_back(pair: Pair, migrations: int, label: str) -> None:
         if record["outcome"] != "completed":
             raise RigError(f"migration {number} is {record['outcome']}: {record['reason']}")
         if number % max(1, migrations // _SAMPLES) == 0:
-            sizes = ", ".join(f"{host.name} {anonymous_bytes(host.pid) / MIB:.2f} MiB" for host in pair.hosts)
+            sizes = ", ".join(f"{host.name} {host.anonymous_bytes() / MIB:.2f} MiB" for host in pair.hosts)
             say(f"{label} {number:5}: {sizes}; {time.monotonic() - begin:.0f} s")
 
 

@@ -22,7 +22,6 @@ from protocol.guest import PAGE_SIZE
 from protocol.messages import FrameType
 from protocol.pages import RUN_BYTES
 from scripts.basics import MIB
-from scripts.growth import anonymous_bytes
 from scripts.rig.hostile import Hostile, connect, describe, hello_of, open_session
 from scripts.rig.pair import Pair
 from scripts.rig.waiting import until
@@ -43,12 +42,12 @@ def hosts() -> Iterator[Pair]:
 
 @pytest.fixture
 async def pair(hosts: Pair) -> AsyncIterator[Pair]:
-    before_bytes = anonymous_bytes(hosts.b.pid)
+    before_bytes = hosts.b.anonymous_bytes()
     yield hosts
     print(hosts.log_tail())  # noqa: T201 - shown when the test failed
     await hosts.remove_guests()
     assert await hosts.leftovers() == []
-    assert anonymous_bytes(hosts.b.pid) - before_bytes < MOST_BYTES
+    assert hosts.b.anonymous_bytes() - before_bytes < MOST_BYTES
 
 
 async def beside(pair: Pair, lie: Callable[[], Awaitable[None]]) -> None:
