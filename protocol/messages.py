@@ -40,6 +40,10 @@ MAX_RUNS_BYTES: Final = 48 << 10
 """Longest run table of one page frame: 6,144 runs of 8 bytes."""
 
 
+MAX_STATES: Final = 1024
+"""Most device states of one migration, those of rounds among them."""
+
+
 class FrameType(IntEnum):
     """Message type numbers on the wire. 0 is never valid; a number is never used again for something else."""
 
@@ -214,7 +218,7 @@ class StateEnd(Message):
     TYPE = FrameType.STATE_END
     epoch: Epoch
     last_round: U32
-    devices: Annotated[int, Field(ge=0, le=1024)]
+    devices: Annotated[int, Field(ge=0, le=MAX_STATES)]
     digest: U64
     source_downtime_ns: NonNegativeNs
     sent_at_ns: I64

@@ -17,6 +17,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 import tomllib
 from collections import Counter
@@ -57,10 +58,8 @@ class Subject:
     moves: int = 0
 
 
-def profile_file(directory: Path, profile: str) -> Path | None:
-    """A profile with jitter and 10 % outliers on every device, written to a file; None for a guest without devices."""
-    if profile == "plain":
-        return None
+def write_profile(directory: Path, profile: str) -> None:
+    """Write a profile of this name with jitter and 10 % outliers on every device."""
     document = tomllib.loads((ROOT / "configs" / "guests" / f"{profile}.toml").read_text(encoding="utf-8"))
     # Every tenth switchover has an outlier somewhere: the share is spread over the devices.
     devices = document.get("device", [])
@@ -72,9 +71,7 @@ def profile_file(directory: Path, profile: str) -> Path | None:
     for device in devices:
         drawn = {**device, "jitter": 0.1, "outlier_probability": 0.1 / max(1, len(devices)), "outlier_factor": 3.0}
         lines += ["[[device]]", *(f"{key} = {json.dumps(value)}" for key, value in drawn.items())]
-    path = directory / f"calibrate-{profile}.toml"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    (directory / f"{profile}.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 async def create(pair: Pair, draw: random.Random, number: int, prefix: str) -> Subject:
@@ -85,9 +82,8 @@ async def create(pair: Pair, draw: random.Random, number: int, prefix: str) -> S
     arguments: dict[str, Any] = {"workload": workload, "seed": draw.randrange(1 << 30)}
     if workload != "idle":
         arguments["dirty_rate_bytes_per_s"] = int(share * cap * MIB)
-    path = profile_file(pair.directory, profile)
-    if path is not None:
-        arguments["profile"] = str(path)
+    if profile != "plain":
+        arguments["profile"] = profile
     await pair.a.create_guest(subject.name, MEMORY_MIB, **arguments)
     await pair.a.command("x-migrated-guest-pause", {"guest": subject.name})
     return subject
@@ -339,7 +335,10 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     began = time.monotonic()
-    with Pair() as pair:
+    with tempfile.TemporaryDirectory() as profiles, Pair(vmm={"profiles": profiles}) as pair:
+        for profile in PROFILES:
+            if profile != "plain":
+                write_profile(Path(profiles), profile)
         refused = await must_refuse(pair)
         training = await campaign(pair, options.training, options.seed + 1_000_003, "train", say)
         counted = await campaign(pair, options.migrations, options.seed, "count", say)

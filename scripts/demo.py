@@ -197,7 +197,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option(parser, "memory", "SIZE", parse_size, "256MiB", "guest memory")
     option(parser, "dirty-rate", "RATE", parse_rate, "100MiB/s", "how fast the guest writes")
-    option(parser, "profile", "PROFILE", str, "demo", "a guest profile of configs/guests, or the path of one")
+    option(parser, "profile", "PROFILE", str, "demo", "a guest profile of configs/guests")
     option(parser, "downtime-limit", "DURATION", parse_duration_ns, "300ms", "the whole budget from stop to run")
     cap = "cap, to have more to watch: 120MiB/s is about 1 Gbit/s; 0 is none"
     option(parser, "max-bandwidth", "RATE", parse_rate, "0", cap)

@@ -15,6 +15,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Sequence
 
 from scripts.basics import say
 from scripts.rig.matrix import ALL_CELLS, Cell, run_matrix
@@ -22,9 +23,9 @@ from scripts.rig.matrix import ALL_CELLS, Cell, run_matrix
 LANES = 3
 
 
-def chosen(patterns: list[str]) -> list[Cell]:
+def chosen(patterns: list[str], cells: Sequence[Cell] = ALL_CELLS) -> list[Cell]:
     """The cells whose name has one of the patterns in it; all without a pattern."""
-    return [cell for cell in ALL_CELLS if not patterns or any(pattern in str(cell) for pattern in patterns)]
+    return [cell for cell in cells if not patterns or any(pattern in str(cell) for pattern in patterns)]
 
 
 def prove_matrix(options: argparse.Namespace) -> tuple[dict[str, int], bool]:

@@ -16,6 +16,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,7 +24,7 @@ from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.basics import say
 from scripts.rig.faults import AtFrame, AtTime, Cut, Point, Reset, Stall
 from scripts.rig.faulty import FaultyPair
-from scripts.rig.matrix import ALL_CELLS, BLACKOUT_S, PARAMETERS, RESTART_S, action_of, start_over
+from scripts.rig.matrix import ALL_CELLS, BLACKOUT_S, PARAMETERS, RESTART_S, Cell, action_of
 from scripts.rig.waiting import RigError
 
 FAULTY_SHARE: Final = 0.6
@@ -50,18 +51,18 @@ class Soak:
         return {"migrations": self.migrations, "faults": self.faults, "violations": len(self.violations)}
 
 
-async def one_migration(pair: FaultyPair, chance: random.Random, soak: Soak) -> str:
+async def one_migration(pair: FaultyPair, chance: random.Random, soak: Soak, cells: Sequence[Cell]) -> str:
     """One migration, with or without a fault. Returns what happened, as a line; violations go to ``soak``."""
     source = await pair.settled(GUEST)
     if source is None:
         source = chance.choice(pair.hosts)
         pair.forget_runs()
-        await source.create_guest(GUEST, 16, profile="small", seed=chance.randrange(1 << 32))
+        await pair.new_guest(source, GUEST, chance.randrange(1 << 32))
     destination = pair.other(source)
     proxy = pair.way_to(destination)
     # Every choice is made before anything can go otherwise, so that a seed means the same faults every time.
     faulty, timed, seconds = chance.random() < FAULTY_SHARE, chance.random() < TIMED_SHARE, chance.uniform(0, LONGEST_S)
-    cell, blunt = chance.choice(ALL_CELLS), chance.choice((Cut(), Reset(), Stall(BLACKOUT_S)))
+    cell, blunt = chance.choice(cells), chance.choice((Cut(), Reset(), Stall(BLACKOUT_S)))
     point: Point = AtTime(seconds) if timed else AtFrame(cell.step.frame)
     action = blunt if timed else action_of(cell.fault, source, destination, GUEST)
     fault = proxy.arm(point, action) if faulty else None
@@ -96,24 +97,23 @@ async def one_migration(pair: FaultyPair, chance: random.Random, soak: Soak) -> 
     if found:
         soak.violations += found
         line += "".join(f"\n    VIOLATION: {one}" for one in found) + f"\n{pair.log_tail(LOG_LINES)}"
-        await start_over(pair)
+        await pair.start_over()
     return line
 
 
-async def run(migrations: int, seed: int) -> Soak:
-    """Run the soak."""
+async def run(migrations: int, seed: int, pair: FaultyPair, cells: Sequence[Cell] = ALL_CELLS) -> Soak:
+    """Run the soak on a pair of hosts, which is started and closed here, with faults out of ``cells``."""
     soak, chance = Soak(), random.Random(seed)
-    pair = FaultyPair()
     try:
         await asyncio.to_thread(pair.start)
         for _ in range(migrations):
             try:
                 async with asyncio.timeout(120):
-                    say(await one_migration(pair, chance, soak))
+                    say(await one_migration(pair, chance, soak, cells))
             except (RigError, CommandError, DaemonUnreachableError, TimeoutError) as error:
                 soak.violations.append(str(error) or "a migration took more than 120 s")
                 say(f"    VIOLATION: {soak.violations[-1]}\n{pair.log_tail(LOG_LINES)}")
-                await start_over(pair)
+                await pair.start_over()
     finally:
         await asyncio.to_thread(pair.close)
     return soak
@@ -124,7 +124,7 @@ def prove_soak(options: argparse.Namespace) -> tuple[dict[str, int], bool]:
     # Daemons and guests must not outlive a run that is told to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     begin = time.monotonic()
-    soak = asyncio.run(run(options.migrations, options.seed))
+    soak = asyncio.run(run(options.migrations, options.seed, FaultyPair()))
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(soak.outcomes.items()))
     say(f"seed {options.seed}: {outcomes or 'nothing'}; {time.monotonic() - begin:.0f} s")
     return soak.document(), not soak.violations

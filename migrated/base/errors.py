@@ -12,6 +12,10 @@ class RefusedError(MigrationError):
     """The destination, or the gate on the source, does not let the migration begin or the guest stop."""
 
 
+class NoRoomError(RefusedError):
+    """This host has no place for one more guest."""
+
+
 class LinkLostError(MigrationError):
     """The connection to the peer is gone: closed, reset, timed out, or silent for too long."""
 

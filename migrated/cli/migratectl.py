@@ -30,7 +30,7 @@ from migrated.cli.options import (
 )
 from migrated.cli.session import EXIT_FAILED, Session, default_socket, exit_status
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
-from migrated.record.terms import FINISHED, OUTCOMES
+from migrated.record.terms import FINISHED, HANDED_OVER, OUTCOMES
 
 if TYPE_CHECKING:
     from migrated.record.model import Record
@@ -143,7 +143,7 @@ def guest() -> None:
 @click.option("--definition", metavar="NAME", help="A QEMU guest, by the name or file of its definition on that host.")
 @click.option("--workload", metavar="WORKLOAD", help=WORKLOADS_HELP)
 @click.option("--dirty-rate", type=RATE, help="How fast it writes memory.")
-@click.option("--profile", metavar="PROFILE", help="A guest profile: its name, or the path of its file.")
+@click.option("--profile", metavar="PROFILE", help="A guest profile of the daemon's [vmm] profiles, by name.")
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of its memory content and of its costs.")
 @click.option("--paused", is_flag=True, help="Leave its vCPUs stopped.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="A further option of the VMM.")
@@ -363,14 +363,24 @@ def cancel(session: Session, name: str) -> None:
         await client.command("migrate_cancel", {"guest": name}, oob=True)
         if not running:
             return None
-        return await client.command("x-migrated-wait", {"migration-id": running[-1].migration_id}, oob=True)
+        last = running[-1]
+        try:
+            return last, await client.command("x-migrated-wait", {"migration-id": last.migration_id}, oob=True)
+        except CommandError as error:
+            if last.role == "source" or error.kind != "DeviceNotFound":
+                raise
+            return last, None  # the source did not tell its record
 
-    result = session.run(work)
-    if result is None:
+    answer = session.run(work)
+    if answer is None:
         session.say({}, f"No migration of {name} is running.")
         return
+    cancelled, result = answer
+    if result is None:
+        session.say({}, f"The incoming migration of {name} is cancelled; its source has not sent a record.")
+        return
     record = session.record(result)
-    if record.outcome == "cancelled":
+    if record.outcome == "cancelled" or (cancelled.role == "destination" and record.outcome not in HANDED_OVER):
         session.say(result, f"The migration of {name} is cancelled: {record.reason}")
     else:
         session.document(result)

@@ -74,7 +74,7 @@ class GuestSpec(BaseModel):
     workload: str | None = None
     dirty_rate_bytes_per_s: int | None = Field(default=None, ge=0, le=1 << 50)
     profile: str | None = None
-    """Name of a guest profile, or the path of its file."""
+    """Name of a guest profile in ``[vmm] profiles``, or the path of a file there."""
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     paused: bool = False
     options: dict[OptionName, OptionValue] = Field(default_factory=dict)

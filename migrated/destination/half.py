@@ -6,26 +6,25 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
-import numpy as np
 import structlog
 
-from migrated.base.errors import VmmError
+from migrated.base.errors import DocumentError, VmmError
 from migrated.destination.loading import Loaded
 from migrated.destination.phases import Arriving, Final
 from migrated.destination.takeover import ResumeTimes, Takeover
 from migrated.guests.registry import Guest
 from migrated.record.model import Checkpoint, DestinationHalf, DowntimePart, GuestGap, LogLine, Record
 from migrated.record.parts import Part
-from migrated.record.terms import QemuCheckpoint
+from migrated.record.terms import HANDED_OVER, QemuCheckpoint
+from protocol import messages
 from protocol.budget import abort_limit_ns
 
 log = structlog.get_logger()
 
-_MAX_DEPTH = 64
-"""A decoder that follows deeper nesting takes seconds and gigabytes for a few megabytes."""
-_OPENING = np.frombuffer(b"[{", np.uint8)
-_CLOSING = np.frombuffer(b"]}", np.uint8)
+_CLOCKS_APART = timedelta(days=1)
+"""How far two hosts' wall clocks may be apart before nothing can be said of when an attempt began."""
 
 
 @dataclass(slots=True)
@@ -99,6 +98,32 @@ def half_of(
     )
 
 
+def check_record(record: Record, hello: messages.Hello, offered_at: str, runs_here: bool) -> None:
+    """Check that a record that the source sent is of this attempt, and does not say what cannot be.
+
+    Args:
+        hello: the offer.
+        offered_at: when it came (ISO 8601).
+        runs_here: whether the guest was taken over.
+
+    Raises:
+        DocumentError: it is not.
+    """
+    if (record.migration_id, record.guest, record.epoch) != (hello.migration_id, hello.guest.name, hello.epoch):
+        raise DocumentError(
+            f"it is of migration {record.migration_id[:40]}, epoch {record.epoch} of guest {record.guest[:80]!r}, not "
+            "of this attempt"
+        )
+    if runs_here is not (record.outcome in HANDED_OVER):
+        raise DocumentError(f"it says {record.outcome}, and the guest {'runs' if runs_here else 'does not run'} here")
+    try:
+        apart = abs(datetime.fromisoformat(record.started_at) - datetime.fromisoformat(offered_at))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DocumentError(f"it began at {record.started_at[:80]!r}, which is no date with a time zone") from error
+    if apart > _CLOCKS_APART:
+        raise DocumentError(f"it began at {record.started_at}, {apart.days} days from when it was offered here")
+
+
 def log_costs(phase: Arriving, times: VoteTimes, resumed: ResumeTimes | None, done: Loaded) -> None:
     """The two lines of a guest that runs here, breakdown first."""
     resume_ms = (resumed.end_ns - resumed.begin_ns) / 1e6 if resumed is not None else 0.0
@@ -113,19 +138,3 @@ def log_costs(phase: Arriving, times: VoteTimes, resumed: ResumeTimes | None, do
         f"{(phase.counted_at_vote_ns or 0) / 1e6:.0f}ms at READY "
         f"(limit was {abort_limit_ns(phase.limits) / 1e6:.0f}ms)"
     )
-
-
-def read_record(payload: bytes, migration_id: str) -> Record:
-    """Decode a record that a peer sent.
-
-    Raises:
-        ValueError: it is nested deeper than any record, is none, or is that of another migration.
-    """
-    marks = np.frombuffer(payload, np.uint8)
-    steps = np.isin(marks, _OPENING).astype(np.int32) - np.isin(marks, _CLOSING)
-    if len(steps) and int(np.cumsum(steps).max()) > _MAX_DEPTH:
-        raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
-    record = Record.model_validate_json(payload)
-    if record.migration_id != migration_id:
-        raise ValueError(f"it is that of another migration, {record.migration_id}")
-    return record

@@ -6,7 +6,8 @@ import asyncio
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from migrated.destination.pages import ArrivedState, RoundReceived
+from migrated.destination.pages import RoundReceived
+from migrated.destination.states import ArrivedState
 from migrated.link.control import Received
 from migrated.link.reply import Reply
 from protocol.handover import DestinationEvent

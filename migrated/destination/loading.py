@@ -16,7 +16,7 @@ import structlog
 
 from migrated.base.clock import HostClock
 from migrated.base.errors import MigrationError
-from migrated.destination.pages import ArrivedState
+from migrated.destination.states import ArrivedState, ArrivingStates
 from migrated.record.model import TimeSummary
 from migrated.vmm.seam import StatePart, VmmGuest
 from protocol import messages
@@ -62,6 +62,7 @@ class Loading:
         devices: (name, kind) of every device that must have its final state loaded.
         rules: how guest time is carried over.
         clock: this host's clocks.
+        arriving: where states come from; is told when one is loaded.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class Loading:
         devices: set[tuple[str, str]],
         rules: TimeRules,
         clock: HostClock,
+        arriving: ArrivingStates,
     ) -> None:
         self.done = Loaded()
         self._vmm = vmm
         self._devices = devices
         self._rules = rules
         self._clock = clock
+        self._arriving = arriving
         self._states: dict[int, ArrivedState] = {}
         self._arrived = asyncio.Event()
         self._time: asyncio.Future[tuple[ArrivedTime, OffsetEstimate | None]] = (
@@ -134,6 +137,7 @@ class Loading:
                 f"device {state.meta.name} sent state in a round, which the driver {self._vmm.driver!r} cannot load"
             )
         await iterations.load_iteration(_part(state))
+        self._arriving.loaded(state)
         self.done.states += 1
 
     async def _load_final(self, first: ArrivedState) -> None:
@@ -148,6 +152,7 @@ class Loading:
         for state, ns in zip(ready, costs_ns, strict=True):
             self.done.load_ns[f"{state.meta.name}/{state.meta.kind}"] = ns
             self.done.final_devices.add((state.meta.name, state.meta.kind))
+            self._arriving.loaded(state)
         self.done.states += len(ready)
 
     def _may_be_loaded(self, state: ArrivedState) -> bool:

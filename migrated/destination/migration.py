@@ -17,15 +17,17 @@ from dataclasses import dataclass
 import structlog
 from pydantic import ValidationError
 
-from migrated.base.errors import LinkLostError, MigrationError
+from migrated.base.errors import DocumentError, LinkLostError, MigrationError
 from migrated.base.tasks import TaskSet
-from migrated.destination.half import VoteTimes, guest_gap_of, half_of, log_costs, read_record
+from migrated.destination.half import VoteTimes, check_record, guest_gap_of, half_of, log_costs
 from migrated.destination.inbox import Broken, Item, LoadingDone, OutcomeAsked, RoundArrived
 from migrated.destination.loading import ArrivedTime, Loading
 from migrated.destination.offer import Offer
-from migrated.destination.pages import ArrivedState, PageReceiver
+from migrated.destination.origin import Origin
+from migrated.destination.pages import PageReceiver
 from migrated.destination.phases import Alarm, Arriving, Blackout, Final, Terms
 from migrated.destination.rounds import Rounds
+from migrated.destination.states import ArrivedState
 from migrated.destination.takeover import Takeover
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
@@ -36,6 +38,7 @@ from migrated.link.security import Names
 from migrated.link.sockets import Connection
 from migrated.observe.progress import Progress
 from migrated.record.model import Record
+from migrated.record.received import read_received
 from migrated.vmm.memory import GuestMemory
 from migrated.vmm.seam import ExpectedCosts
 from protocol import messages
@@ -50,6 +53,8 @@ from protocol.messages import NoCause
 log = structlog.get_logger()
 
 _RECORD_S = 5.0
+_PROGRESS_BYTES = 1 << 20
+"""What must come over the data channels within stall_timeout_s, while the guest is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +108,10 @@ class IncomingMigration:
         self._ready_alarm = Alarm()
         self._tasks = TaskSet()
         self._link_gone = False
-        self._record: asyncio.Future[Record | None] = asyncio.get_running_loop().create_future()
-        """A future whose result is the source's record of the attempt, None when it will not come."""
+        self.ended = asyncio.Event()
+        """Set when the attempt has ended and its record is kept, if one came."""
+        self._record: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        """A future whose result is the source's record of the attempt as it came, None when it will not come."""
 
     # Section: from outside
 
@@ -127,12 +134,20 @@ class IncomingMigration:
                 self._env.journal.close_attempt(self.migration_id, "destination")
             self._view.set_status("failed")
         finally:
-            await self._clean_up()
+            try:
+                await self._clean_up()
+            finally:
+                self.ended.set()
 
     @property
-    def peer_names(self) -> Names:
-        """The names in the source's certificate, empty without TLS."""
-        return self._control.names
+    def promised_bytes(self) -> int:
+        """Memory that the guest may still come to need, as far as can be told."""
+        return self._offer.promised_bytes
+
+    @property
+    def origin(self) -> Origin:
+        """The host that the guest comes from."""
+        return self._offer.origin
 
     def check_join(self, join: messages.Join, names: Names) -> None:
         """Check that a data channel belongs to this session: by its token, and by who brings it.
@@ -192,13 +207,34 @@ class IncomingMigration:
         hello = self._offer.hello
         log.info("taking a guest in", memory_mib=hello.guest.memory_bytes >> 20, source=hello.host)
         self._tasks.start(self._listen())
+        self._tasks.start(self._watch_progress())
+
+    async def _watch_progress(self) -> None:
+        """Give the attempt up when nothing comes of it: a source that only answers clocks must not keep its place."""
+        bounds, receiver = self._env.config.limits, self._equipment.receiver
+        await asyncio.sleep(bounds.handshake_timeout_s)
+        if not receiver.joined:
+            self._break(
+                DestinationEvent.FAULT, "lost", f"not all data channels joined within {bounds.handshake_timeout_s:g} s"
+            )
+        while True:
+            before_bytes = receiver.received_bytes
+            await asyncio.sleep(bounds.stall_timeout_s)
+            if (came_bytes := receiver.received_bytes - before_bytes) < _PROGRESS_BYTES:
+                self._break(
+                    DestinationEvent.FAULT,
+                    "lost",
+                    f"the source sent {came_bytes} bytes in {bounds.stall_timeout_s:g} s ([limits] stall_timeout_s)",
+                )
 
     async def _listen(self) -> None:
         try:
             while True:
                 received = await self._control.receive()
                 if isinstance(received.message, messages.Record):
-                    await self._take_record(received.payload)
+                    if self._record.done():
+                        raise LinkLostError("a second record came")
+                    self._record.set_result(received.payload)
                 else:
                     self._inbox.put_nowait(received)
         except LinkLostError as error:
@@ -350,21 +386,19 @@ class IncomingMigration:
             await asyncio.wait((self._record,), timeout=_RECORD_S)
         env.journal.close_attempt(self.migration_id, "destination")
         self._view.set_status("completed" if runs_here else "failed")
-        if self._record.done() and (record := self._record.result()) is not None:
-            env.finish(record, "destination")
+        if self._record.done() and (payload := self._record.result()) is not None:
+            await self._keep_record(payload, runs_here)
 
-    async def _take_record(self, payload: bytes) -> None:
-        """Take the record once it is due, which is when the hand-over has ended, and only the first."""
-        if self._record.done() or not self.takeover.finished.is_set():
-            log.warning("a record that is not due was dropped")
-            return
-        record = None
+    async def _keep_record(self, payload: bytes, runs_here: bool) -> None:
+        """Keep the source's record, if it is one of this attempt."""
+        hello = self._offer.hello
         try:
-            record = await asyncio.to_thread(read_record, payload, self.migration_id)
-        except ValueError as error:
-            log.warning("the source's record cannot be read", reason=str(error)[:2000])
-        if not self._record.done():
-            self._record.set_result(record)
+            record = await asyncio.to_thread(read_received, Record, payload, "record")
+            check_record(record, hello, self._view.started_at, runs_here)
+        except DocumentError as error:
+            log.warning("the source's record is not kept", reason=str(error))
+        else:
+            self._env.finish(record, "destination")
 
     def _tell(self, message: messages.Message) -> None:
         """Send a message while the channel stands; its loss is an event of its own."""

@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
-from migrated.base.errors import LinkLostError
+from migrated.base.errors import LinkLostError, NoRoomError
 from migrated.destination.inbox import Broken, Inbox
+from migrated.destination.origin import Origin
 from migrated.destination.view import View
 from migrated.link.control import ControlChannel
 from migrated.observe.progress import Progress
 from protocol import messages
 from protocol.errors import ErrorCode, RemoteProtocolError
+from protocol.guest import PAGE_SIZE
 from protocol.handover import DestinationEvent
+
+RefusalKind: TypeAlias = Literal["role", "busy", "room", "memory", "used", "owner", "epoch", "guest"]
+"""What an offer fails at, as the metric counts it: this host's role, attempts under way, guests here, free memory, a
+migration id or a guest that is another's, an epoch that cannot be, or what is offered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +29,13 @@ class Refusal:
 
     code: ErrorCode
     reason: str
+    kind: RefusalKind
 
     @classmethod
     def because_of(cls, error: Exception) -> Refusal:
         """Return the refusal for an error that happened while the offer was taken."""
         code = error.code if isinstance(error, RemoteProtocolError) else ErrorCode.GUEST_MISMATCH
-        return cls(code, str(error))
+        return cls(code, str(error), "room" if isinstance(error, NoRoomError) else "guest")
 
     def tell(self, control: ControlChannel) -> None:
         """Send the refusal, if the channel still stands."""
@@ -50,6 +58,17 @@ class Offer:
     hello: messages.Hello
     view: View
     inbox: Inbox = field(default_factory=asyncio.Queue)
+
+    @property
+    def promised_bytes(self) -> int:
+        """Memory that the guest may still come to need, as far as can be told."""
+        memory_bytes = self.hello.guest.memory_bytes
+        return memory_bytes - min(memory_bytes, self.view.tally.normal_pages * PAGE_SIZE)
+
+    @property
+    def origin(self) -> Origin:
+        """The host that the guest comes from."""
+        return Origin(self.control.peer, self.control.names)
 
     def cancel(self, reason: str) -> None:
         """Give the attempt up from this side."""

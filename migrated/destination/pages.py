@@ -12,10 +12,9 @@ guest. A page that stays zero is never touched; one that becomes zero again is g
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -23,24 +22,27 @@ import numpy.typing as npt
 import xxhash
 
 from migrated.base.errors import LinkLostError
+from migrated.destination.ahead import Mapper, Populator
 from migrated.destination.decoding import check_encoding, decode
+from migrated.destination.states import ArrivedState, ArrivingStates
 from migrated.link.data import DataChannel
 from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, Words, drop_views
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.frames import MAX_PAYLOAD_BYTES, Header
-from protocol.guest import PAGE_SIZE, GuestDescription
+from protocol.guest import PAGE_SIZE
 from protocol.messages import Encoding
-from protocol.pages import Indices, Runs, count_pages, indices_of, runs_of, unpack_runs
+from protocol.pages import Indices, Runs, count_pages, indices_of, runs_of, split_runs, unpack_runs
 
 _DIRECT_RUNS: Final = 16
 """Up to this many runs a batch is received directly into guest memory; beyond, staging and one scatter are cheaper."""
-_POPULATED_AT_ONCE: Final = 2048
-"""Pages that are populated or mapped between two looks at whether to go on."""
-_MAPPED_RUN: Final = 16
-"""Shortest run that is mapped ahead."""
-_SPARE_STATE_BYTES: Final = 16 << 20
+_ROUNDS_AHEAD: Final = 64
+"""Rounds that one channel may be ahead of the others."""
+_ZEROED_AT_ONCE: Final = 1 << 18
+"""Pages of a table of zero pages that are looked at together: it may name all of a guest in a few bytes."""
+_SPARE_ZERO_PAGES: Final = 1 << 16
+"""What one channel may name in a round beyond every page once."""
 
 
 @dataclass(slots=True)
@@ -54,25 +56,16 @@ class RoundReceived:
     barriers: int = 0
 
 
-@dataclass(slots=True)
-class ArrivedState:
-    """One whole device state."""
-
-    meta: messages.DeviceState
-    data: bytearray
-    missing_bytes: int
-    offsets: set[int] = field(default_factory=set)
-
-
 class PageReceiver:
     """Takes everything that comes over the data channels of one migration.
 
     Args:
         memory: the incoming guest's memory.
-        description: what the source said of the guest; bounds device states.
+        states: takes device states in.
         digest: the destination's running digest, None when it is off.
         channels: how many data channels there will be.
         encodings: that batches may come with.
+        announced: whether it was agreed that pages are announced ahead (EXTENTS).
         on_round: called on the event loop when a round is complete on all channels.
         on_state: called on the event loop with each whole device state.
         on_failure: called on the event loop with the first error of any channel.
@@ -81,11 +74,12 @@ class PageReceiver:
     def __init__(
         self,
         memory: GuestMemory,
-        description: GuestDescription,
+        states: ArrivingStates,
         digest: MemoryDigest | None,
         channels: int,
         encodings: frozenset[Encoding],
         *,
+        announced: bool,
         on_round: Callable[[int, RoundReceived], None],
         on_state: Callable[[ArrivedState], None],
         on_failure: Callable[[Exception], None],
@@ -94,18 +88,19 @@ class PageReceiver:
         self._digest = digest
         self._expected_channels = channels
         self.encodings = encodings
-        self._state_limits = {(d.name, d.kind): 2 * d.state_bytes + _SPARE_STATE_BYTES for d in description.devices}
+        self.states = states
+        self.announced = announced
         self._on_round = on_round
         self._on_state = on_state
         self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._rounds: dict[int, RoundReceived] = {}
-        self._states: dict[int, ArrivedState] = {}
+        self._complete_rounds = 0
         self.present: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
         """Which pages hold data, shape (pages,)."""
-        self.populator = _Populator(memory)
-        self._mapper = _Mapper(memory, self.present)
+        self.populator = Populator(memory)
+        self._mapper = Mapper(memory, self.present)
         self._threads: dict[int, threading.Thread] = {}
         self._channels: dict[int, DataChannel] = {}
         self._stopping = False
@@ -144,6 +139,7 @@ class PageReceiver:
             channel.close()
         self._channels.clear()
         self._threads.clear()
+        self.states.end()
 
     def _run(self, channel: DataChannel) -> None:
         receiver = _ChannelReceiver(self, channel)
@@ -158,6 +154,11 @@ class PageReceiver:
         """A channel closed a round (called in its thread)."""
         self.populator.end()
         with self._lock:
+            if number > self._complete_rounds + _ROUNDS_AHEAD:
+                raise RemoteProtocolError(
+                    f"a channel closes round {number} and another is still in round {self._complete_rounds + 1}",
+                    ErrorCode.TOO_LARGE,
+                )
             total = self._rounds.setdefault(number, RoundReceived())
             total.normal_pages += received.normal_pages
             total.zero_pages += received.zero_pages
@@ -167,49 +168,29 @@ class PageReceiver:
             complete = total.barriers == self._expected_channels
             if complete:
                 del self._rounds[number]
+                self._complete_rounds = number
         if complete and number == 1:
             self._mapper.start()
         if complete:
             self._loop.call_soon_threadsafe(self._on_round, number, total)
 
+    @property
+    def joined(self) -> bool:
+        """Whether every data channel is here."""
+        return len(self._channels) == self._expected_channels
+
+    @property
+    def received_bytes(self) -> int:
+        """What came over the channels so far, headers too."""
+        return sum(channel.received_bytes for channel in self._channels.values())
+
     def guest_stopped(self) -> None:
         """The blackout began: nothing that can wait may take its time."""
         self._mapper.end()
 
-    def state_buffer(self, meta: messages.DeviceState, piece_bytes: int) -> tuple[ArrivedState, memoryview]:
-        """Where a piece of a device state goes (called in a channel's thread)."""
-        with self._lock:
-            state = self._states.get(meta.order)
-            if state is None:
-                limit = self._state_limits.get((meta.name, meta.kind))
-                if limit is None:
-                    raise RemoteProtocolError(f"state of device {meta.name} ({meta.kind}), which the guest lacks")
-                if meta.total_bytes > limit:
-                    raise RemoteProtocolError(
-                        f"state of device {meta.name} has {meta.total_bytes} bytes, at most {limit} were announced",
-                        ErrorCode.TOO_LARGE,
-                    )
-                state = ArrivedState(meta, bytearray(meta.total_bytes), meta.total_bytes)
-                self._states[meta.order] = state
-            same = meta.model_copy(update={"offset": state.meta.offset}) == state.meta
-            if not same or meta.offset in state.offsets or meta.offset + piece_bytes > meta.total_bytes:
-                raise RemoteProtocolError(f"a piece of the state of device {meta.name} does not fit the others")
-            state.offsets.add(meta.offset)
-            return state, memoryview(state.data)[meta.offset : meta.offset + piece_bytes]
-
-    def state_piece_done(self, state: ArrivedState, piece_bytes: int) -> None:
-        """A piece of a device state is in place (called in a channel's thread)."""
-        with self._lock:
-            state.missing_bytes -= piece_bytes
-            complete = state.missing_bytes == 0
-            if complete:
-                del self._states[state.meta.order]
-        if complete:
-            if xxhash.xxh3_64_intdigest(state.data) != state.meta.digest:
-                raise RemoteProtocolError(
-                    f"the state of device {state.meta.name} arrived damaged: its digest differs", ErrorCode.CORRUPT
-                )
-            self._loop.call_soon_threadsafe(self._on_state, state)
+    def state_arrived(self, state: ArrivedState) -> None:
+        """A device state is whole (called in a channel's thread)."""
+        self._loop.call_soon_threadsafe(self._on_state, state)
 
     @property
     def memory(self) -> GuestMemory:
@@ -222,103 +203,6 @@ class PageReceiver:
         return self._digest
 
 
-class _Populator:
-    """Puts huge pages behind memory that is about to come. Without huge pages there is nothing to gain: a small page
-    costs less where its content is written than twice, here and there.
-
-    Attributes:
-        backed: which pages may have memory behind them because of this, shape (pages,).
-        mapped: which of them have it: they are best written through the mapping.
-    """
-
-    def __init__(self, memory: GuestMemory) -> None:
-        self.backed: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
-        self.mapped: npt.NDArray[np.bool_] = np.zeros(memory.pages, np.bool_)
-        self._memory = memory
-        self._work: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
-        self._ending = False
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-
-    def expect(self, runs: Runs) -> None:
-        """Populate these pages soon (called in a channel's thread)."""
-        with self._lock:
-            if self._ending:
-                return
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="populate", daemon=True)
-                self._thread.start()
-        for start, count in runs.tolist():
-            if self.backed[start : start + count].any():
-                continue  # once is enough, whatever the peer says
-            self.backed[start : start + count] = True
-            for begin in range(start, start + count, _POPULATED_AT_ONCE):
-                self._work.put((begin, min(_POPULATED_AT_ONCE, start + count - begin)))
-
-    def end(self) -> None:
-        """Leave what is not populated yet to the stream. Does not wait."""
-        with self._lock:
-            self._ending = True
-        self._work.put(None)
-
-    def join(self) -> None:
-        """Wait for the thread, after ``end``."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None and not self._ending:
-            start, count = work
-            if self._memory.mapped(start, count) is None:
-                continue  # not in a mapping of ours
-            if not self._memory.populate_huge(start, count):
-                return  # no memory, or not on this host: whoever writes finds out
-            self.mapped[start : start + count] = True
-
-
-class _Mapper:
-    """Maps pages that arrived through the file, so that they can be rewritten without a fault: scattered pages of later
-    rounds, and those after the stop, then take a fifth of the time.
-
-    Args:
-        memory: the incoming guest's memory.
-        present: which pages hold data, shape (pages,).
-    """
-
-    def __init__(self, memory: GuestMemory, present: npt.NDArray[np.bool_]) -> None:
-        self._memory = memory
-        self._present = present
-        self._ending = False
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Map what is here, in the background (called in a channel's thread, once)."""
-        self._thread = threading.Thread(target=self._run, name="map", daemon=True)
-        self._thread.start()
-
-    def end(self) -> None:
-        """Leave what is not mapped yet. Does not wait."""
-        self._ending = True
-
-    def join(self) -> None:
-        """Wait for the thread, after ``end``."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        for begin in range(0, len(self._present), _POPULATED_AT_ONCE):
-            runs = runs_of(np.flatnonzero(self._present[begin : begin + _POPULATED_AT_ONCE]))
-            # Many short runs would cost a call each, more than the faults that they save.
-            for start, count in runs[runs[:, 1] >= _MAPPED_RUN].tolist():
-                if self._ending:
-                    return
-                if self._memory.mapped(begin + start, count) is None:
-                    continue
-                # A page that is given back just now would get memory again for nothing, and would still read as zero.
-                if not self._memory.map(begin + start, count):
-                    return
-
-
 class _ChannelReceiver:
     """One channel's thread and its staging memory."""
 
@@ -329,6 +213,7 @@ class _ChannelReceiver:
         self._packed = np.empty(MAX_PAYLOAD_BYTES, np.uint8).data
         self._round = 1
         self._received = RoundReceived()
+        self._announced_pages = 0
 
     def receive(self) -> None:
         """Take frames until the channel ends."""
@@ -341,12 +226,9 @@ class _ChannelReceiver:
                 case messages.ZeroPages():
                     self._check_round(header)
                     self._take_zero_pages(header, message)
-                case messages.Extents(runs=table):
+                case messages.Extents():
                     self._check_round(header)
-                    _check_payload(header, 0)
-                    if self._round != 1:
-                        raise RemoteProtocolError("memory is announced after the first round", ErrorCode.UNEXPECTED)
-                    self._owner.populator.expect(unpack_runs(table, self._owner.memory.pages))
+                    self._take_extents(header, message)
                 case messages.Barrier(round=number):
                     self._check_round(header)
                     _check_payload(header, 0)
@@ -356,10 +238,11 @@ class _ChannelReceiver:
                     self._received = RoundReceived()
                     self._round += 1
                 case messages.DeviceState():
-                    state, view = self._owner.state_buffer(message, header.payload_bytes)
+                    state, view = self._owner.states.place(message, header.payload_bytes)
                     if len(view):
                         self._channel.read_into([view])
-                    self._owner.state_piece_done(state, header.payload_bytes)
+                    if self._owner.states.piece_done(state, header.payload_bytes):
+                        self._owner.state_arrived(state)
                 case messages.Error(text=text):
                     raise LinkLostError(f"the source ended the migration: {text}")
                 case _:
@@ -462,18 +345,52 @@ class _ChannelReceiver:
             memory.write_new(start, staged[done : done + count])
             done += count
 
+    def _take_extents(self, header: Header, message: messages.Extents) -> None:
+        owner = self._owner
+        _check_payload(header, 0)
+        if not owner.announced:
+            raise RemoteProtocolError("memory is announced, which was not agreed on", ErrorCode.UNEXPECTED)
+        if self._round != 1:
+            raise RemoteProtocolError("memory is announced after the first round", ErrorCode.UNEXPECTED)
+        runs = unpack_runs(message.runs, owner.memory.pages)
+        self._announced_pages += count_pages(runs)
+        if self._announced_pages > owner.memory.pages:
+            raise RemoteProtocolError(
+                f"{self._announced_pages} pages are announced of a guest that has {owner.memory.pages}",
+                ErrorCode.TOO_LARGE,
+            )
+        owner.populator.expect(runs)
+
     def _take_zero_pages(self, header: Header, message: messages.ZeroPages) -> None:
         owner = self._owner
         _check_payload(header, 0)
         runs = unpack_runs(message.runs, owner.memory.pages)
-        indices = indices_of(runs)
-        held = indices[owner.present[indices] | owner.populator.backed[indices]]
-        if len(held):
-            owner.memory.punch(runs_of(held))
-            owner.present[held] = owner.populator.backed[held] = owner.populator.mapped[held] = False
+        self._received.zero_pages += count_pages(runs)
+        if self._received.zero_pages > owner.memory.pages + _SPARE_ZERO_PAGES:
+            raise RemoteProtocolError(
+                f"round {self._round} brings {self._received.zero_pages} zero pages on one channel, and the guest has "
+                f"{owner.memory.pages}",
+                ErrorCode.TOO_LARGE,
+            )
+        for some in split_runs(runs, _ZEROED_AT_ONCE):
+            self._zero(some)
+
+    def _zero(self, runs: Runs) -> None:
+        """Give back those pages of some runs that have memory; the others are zero, and nothing is known of them."""
+        owner = self._owner
+        present, backed = owner.present, owner.populator.backed
+        if len(runs) == 1:
+            start, end = int(runs[0, 0]), int(runs[0].sum())
+            held = start + np.flatnonzero(present[start:end] | backed[start:end])
+        else:
+            indices = indices_of(runs)
+            held = indices[present[indices] | backed[indices]]
+        if not len(held):
+            return
+        owner.memory.punch(runs_of(held))
+        present[held] = backed[held] = owner.populator.mapped[held] = False
         if owner.digest is not None:
-            self._received.digest_delta += owner.digest.set_zero(indices)
-        self._received.zero_pages += len(indices)
+            self._received.digest_delta += owner.digest.set_zero(held)
 
 
 def _check_payload(header: Header, expected_bytes: int) -> None:

@@ -6,10 +6,9 @@ runs the guest.
 
 from __future__ import annotations
 
-import asyncio
-
 import structlog
 
+from migrated.destination.origin import Origin
 from migrated.destination.takeover import Takeover
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
@@ -56,11 +55,7 @@ class RecoveredTakeover:
         reason = "the destination's daemon was restarted during the migration"
         await takeover.take(DestinationEvent.RESTART, None, reason=reason)
         if takeover.awaits_decision:
-            try:
-                async with asyncio.timeout(self._env.config.limits.ready_timeout_s):
-                    await takeover.finished.wait()
-            except TimeoutError:
-                await takeover.take(DestinationEvent.READY_TIMEOUT, None, reason="no decision came after READY")
+            await takeover.await_decision(self._env.config.limits.ready_timeout_s)
         await takeover.finished.wait()
         log.info("the incoming migration is settled", state=takeover.state)
         self._env.journal.close_attempt(self._attempt.migration_id, "destination")
@@ -70,9 +65,18 @@ class RecoveredTakeover:
         """The hand-over's state."""
         return self._takeover.state
 
+    def is_open_for(self, guest: str) -> bool:
+        """Whether it is of this guest and not decided."""
+        return self._attempt.guest == guest and not self._takeover.finished.is_set()
+
     def is_older_than(self, guest: str, epoch: int) -> bool:
         """Return whether an offer of ``epoch`` is of this guest and newer than the attempt that is still open here."""
-        return self._attempt.guest == guest and self._attempt.epoch < epoch and not self._takeover.finished.is_set()
+        return self.is_open_for(guest) and self._attempt.epoch < epoch
+
+    @property
+    def source(self) -> Origin:
+        """The host that the guest comes from."""
+        return Origin(str(self._attempt.facts["peer"]), tuple(self._attempt.facts.get("peer_names", ())))
 
     async def take(self, decision: DestinationEvent, reply: Reply) -> None:
         """Take the source's decision."""

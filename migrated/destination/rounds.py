@@ -3,11 +3,16 @@ the control channel, are here and agree."""
 
 from __future__ import annotations
 
+from typing import Final
+
 from migrated.destination.pages import RoundReceived
 from migrated.destination.view import Tally
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.errors import ErrorCode, RemoteProtocolError
+
+ROUNDS_AHEAD: Final = 64
+"""How many rounds may be on their way before the first of them is in place."""
 
 
 class Rounds:
@@ -38,13 +43,15 @@ class Rounds:
         """Take the source's announcement of a round. Returns the acknowledgement once the round is in place, else None.
 
         Raises:
-            RemoteProtocolError: other pages came than were sent.
+            RemoteProtocolError: other pages came than were sent, or the round is none that can come now.
         """
+        self._check_number(end.round, end.round in self._announced)
         self._announced[end.round] = end
         return self._in_place(end.round)
 
     def arrived(self, number: int, received: RoundReceived) -> messages.RoundDone | None:
         """Take a round that is complete on every data channel. Returns and raises as ``announced``."""
+        self._check_number(number, number in self._arrived)
         if self._digest is not None:
             self._digest.add(received.digest_delta)
         self._arrived[number] = received
@@ -52,6 +59,12 @@ class Rounds:
         self._tally.normal_pages += received.normal_pages
         self._tally.zero_pages += received.zero_pages
         return self._in_place(number)
+
+    def _check_number(self, number: int, twice: bool) -> None:
+        if twice or not self.last < number <= self.last + ROUNDS_AHEAD:
+            raise RemoteProtocolError(
+                f"round {number} comes twice or out of turn: round {self.last} is in place", ErrorCode.UNEXPECTED
+            )
 
     def _in_place(self, number: int) -> messages.RoundDone | None:
         end, received = self._announced.get(number), self._arrived.get(number)

@@ -39,6 +39,27 @@ class ResumeTimes:
     end_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class EndedTakeover:
+    """What is kept of a hand-over that is over: enough to answer a late question, and nothing that holds memory."""
+
+    migration_id: str
+    epoch: int
+    guest_name: str
+    driver: str
+    state: DestinationState
+    reason: str | None
+    resume_times: ResumeTimes | None
+
+    def again(self, env: Environment) -> Takeover:
+        """The hand-over as it was at its end, to answer by the same rules."""
+        takeover = Takeover(
+            env, self.migration_id, self.epoch, self.guest_name, self.driver, None, self.state, reason=self.reason
+        )
+        takeover.resume_times = self.resume_times
+        return takeover
+
+
 def _nothing_loaded() -> messages.Ready:
     raise RuntimeError("only LOADING leads to READY, and whoever loads a guest sets make_ready first")
 
@@ -53,6 +74,7 @@ class Takeover:
         guest: the incoming guest, None when its process is gone.
         state: first state; other than LOADING only after a restart of the daemon.
         keep_paused: the guest was paused on the source; it arrives paused.
+        reason: why it was discarded, where that is known from before.
 
     Attributes:
         make_ready: called for the READY message of the vote; set by the code that loads the guest.
@@ -70,6 +92,7 @@ class Takeover:
         guest: Guest | None,
         state: DestinationState = DestinationState.LOADING,
         keep_paused: bool = False,
+        reason: str | None = None,
     ) -> None:
         self.epoch = epoch
         self.resume_times: ResumeTimes | None = None
@@ -84,6 +107,7 @@ class Takeover:
         self._executor = DestinationExecutor(
             state, locks=env.config.lock.directory is not None, keep_paused=keep_paused
         )
+        self._executor.reason = reason
         self._lock = asyncio.Lock()
         self._commit_read_ns = 0
         self._commit_journaled_ns = 0
@@ -100,6 +124,20 @@ class Takeover:
     def reason(self) -> str | None:
         """The reason why the guest was discarded, or could not be resumed yet; None when neither is so."""
         return self._executor.reason
+
+    def ended(self) -> EndedTakeover:
+        """What to keep of it once it is finished."""
+        return EndedTakeover(
+            self._migration_id, self.epoch, self._guest_name, self._driver, self.state, self.reason, self.resume_times
+        )
+
+    async def await_decision(self, timeout_s: float) -> None:
+        """Wait after READY until the source has decided, at most ``timeout_s``: then the guest is discarded."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.finished.wait()
+        except TimeoutError:
+            await self.take(DestinationEvent.READY_TIMEOUT, None, reason="no decision came after READY")
 
     @property
     def awaits_decision(self) -> bool:

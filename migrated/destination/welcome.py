@@ -16,6 +16,7 @@ from migrated.destination.loading import Loading
 from migrated.destination.migration import Equipment, IncomingMigration
 from migrated.destination.offer import Offer, Refusal
 from migrated.destination.pages import PageReceiver
+from migrated.destination.states import ArrivingStates
 from migrated.destination.takeover import Takeover
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
@@ -111,12 +112,14 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
         if takeover.state is DestinationState.LOADING:
             inbox.put_nowait(Broken(DestinationEvent.FAULT, "fault", f"a data channel failed: {error}"))
 
+    states = ArrivingStates(built.devices)
     receiver = PageReceiver(
         memory,
-        hello.guest,
+        states,
         digest,
         hello.channels,
         allowed_encodings(agreed),
+        announced="extents" in agreed,
         on_round=lambda number, received: inbox.put_nowait(RoundArrived(number, received)),
         on_state=inbox.put_nowait,
         on_failure=channel_failed,
@@ -126,6 +129,7 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
         {(d.name, d.kind) for d in hello.guest.devices},
         hello.time_rules,
         env.clock,
+        states,
     )
     answer = messages.Welcome(
         token=secrets.token_bytes(16),

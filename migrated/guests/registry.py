@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from migrated.base.errors import RefusedError, VmmError, VmmGoneError, VmmSilentError
+from migrated.base.errors import NoRoomError, RefusedError, VmmError, VmmGoneError, VmmSilentError
 from migrated.base.tasks import TaskSet
 from migrated.settings.config import Config
 from migrated.vmm import spawn
@@ -51,6 +51,7 @@ class Guest:
     migration_id: str | None = None
     overlay: Overlay | None = None
     pidfd: int = -1
+    ended: bool = False
 
     def summary(self, state: str) -> dict[str, Any]:
         """The guest as ``guest list`` shows it."""
@@ -197,7 +198,7 @@ class GuestRegistry:
         """Start a new guest with a driver, or with the one that the configuration names.
 
         Raises:
-            RefusedError: the name is taken.
+            RefusedError: the name is taken, or there is no place for one more.
             VmmError: the VMM does not start.
         """
         driver = self._drivers[driver_name or self._config.vmm.driver]
@@ -211,7 +212,8 @@ class GuestRegistry:
         """Start an empty guest equal to the description, waiting for state; or take one that waits here already.
 
         Raises:
-            RefusedError: the name or the uuid is taken here, or this host lacks the guest's driver.
+            RefusedError: the name or the uuid is taken here, there is no place for one more, or this host lacks the
+                guest's driver.
             VmmError: the VMM does not start or cannot be such a guest.
         """
         driver = self._drivers.get(description.vmm)
@@ -238,15 +240,20 @@ class GuestRegistry:
             self._starting.discard(description.name)
 
     async def destroy(self, guest: Guest) -> None:
-        """End a guest and forget it. When this returns its process is gone.
+        """End a guest and forget it. When this returns its process is gone, whoever else was ending it already.
 
         Raises:
             VmmError: the process does not end.
         """
+        while (ending := self._ending.get(guest.name)) is not None:
+            await ending.wait()
+        if guest.ended:
+            return
         self._forget(guest)
         ended = self._ending[guest.name] = asyncio.Event()
         try:
             await guest.vmm.destroy()
+            guest.ended = True
         finally:
             del self._ending[guest.name]
             ended.set()
@@ -261,6 +268,9 @@ class GuestRegistry:
         """Reserve a name; one whose process is just ending becomes free first."""
         while (ending := self._ending.get(name)) is not None:
             await ending.wait()
+        most = self._config.limits.max_guests
+        if (count := len(self._guests) + len(self._starting) + len(self.silent)) >= most:
+            raise NoRoomError(f"there are {count} guests on this host, the most that [limits] max_guests allows")
         if name in self._guests or name in self._starting or name in self.silent:
             raise RefusedError(f"a guest named {name!r} is already on this host; choose another name or destroy it")
         self._starting.add(name)

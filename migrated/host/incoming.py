@@ -14,14 +14,16 @@ import structlog
 from migrated.base.tasks import TaskSet
 from migrated.control.operations import OperationError
 from migrated.destination.migration import IncomingMigration
-from migrated.destination.offer import Offer, Refusal
+from migrated.destination.offer import Offer, Refusal, RefusalKind
+from migrated.destination.origin import Origin
 from migrated.destination.recovery import RecoveredTakeover
-from migrated.destination.takeover import Takeover, answer_message
+from migrated.destination.takeover import EndedTakeover, Takeover, answer_message
 from migrated.destination.view import View
 from migrated.destination.welcome import welcome
 from migrated.environment import DaemonRole, Environment
 from migrated.guests.registry import Guest
 from migrated.host.recovery import Recovery
+from migrated.kernel.memory import available_bytes
 from migrated.link.control import ControlChannel
 from migrated.link.reply import Nobody, OneAnswer
 from migrated.link.security import Names
@@ -36,6 +38,11 @@ from protocol.messages import Message
 log = structlog.get_logger()
 
 _TAKEOVERS_KEPT: Final = 64
+_SHOWN_KEPT: Final = 256
+"""Guests whose last attempt is still shown after its end: a peer may offer any number of names."""
+_EPOCHS_AHEAD: Final = 1 << 20
+"""How far an epoch may be ahead of what is known here: a guest that was never here has migrated before, though not a
+million times, and no number may come near the end of numbers."""
 
 
 class IncomingAttempts:
@@ -46,20 +53,31 @@ class IncomingAttempts:
         role: a source takes nothing in.
         recovery: has the attempts that the last daemon left open.
         tasks: where they run.
+        count_refused: counts offers that are not taken, by kind of the reason.
     """
 
-    def __init__(self, env: Environment, role: DaemonRole, recovery: Recovery, tasks: TaskSet) -> None:
+    def __init__(
+        self,
+        env: Environment,
+        role: DaemonRole,
+        recovery: Recovery,
+        tasks: TaskSet,
+        count_refused: Callable[[RefusalKind], None],
+    ) -> None:
         self._env = env
         self._role = role
         self._recovery = recovery
         self._tasks = tasks
+        self._count_refused = count_refused
         self._offered: dict[str, Offer] = {}
         """Offers that are looked at, by migration id."""
         self._running: dict[str, IncomingMigration] = {}
         """Attempts under way, by migration id."""
         self._last: dict[str, Callable[[], Progress]] = {}
         """Snapshots of the last one of each guest since the daemon's start."""
-        self._takeovers: dict[str, Takeover] = {}
+        self._unsettled: dict[str, Takeover] = {}
+        """Take-overs of attempts that failed unexpectedly before it was decided who runs the guest."""
+        self._takeovers: dict[str, EndedTakeover] = {}
         """Finished take-overs: they answer late questions better than the journal, which may not have been written."""
 
     async def connected(self, first: Message, connection: Connection) -> None:
@@ -111,6 +129,11 @@ class IncomingAttempts:
         if attempt is not None:
             attempt.guest_gone()
 
+    async def ended(self, migration_id: str) -> None:
+        """Wait for the end of an attempt, if it is under way."""
+        if (incoming := self._running.get(migration_id)) is not None:
+            await incoming.ended.wait()
+
     def knows(self, guest: str) -> bool:
         """Whether a guest of this name was taken in, or was to be, since the daemon's start."""
         return guest in self._last
@@ -131,9 +154,10 @@ class IncomingAttempts:
             received=1,
         )
         await control.start()
-        refusal = self._why_not(hello, connection.wire.names)
+        refusal = self._why_not(hello, Origin(control.peer, control.names))
         if refusal is not None:
             log.warning("refused an incoming migration", guest=hello.guest.name, reason=refusal.reason)
+            self._count_refused(refusal.kind)
             refusal.tell(control)
             self._tasks.start(control.close())
             return
@@ -143,23 +167,47 @@ class IncomingAttempts:
         self._last[hello.guest.name] = offer.progress
         self._tasks.start(self._run(offer))
 
-    def _why_not(self, hello: messages.Hello, names: Names) -> Refusal | None:
+    def _why_not(self, hello: messages.Hello, origin: Origin) -> Refusal | None:
         if self._role == "source":
-            return Refusal(ErrorCode.BUSY, "this daemon is a source only and takes no guests in")
+            return Refusal(ErrorCode.BUSY, "this daemon is a source only and takes no guests in", "role")
         under_way = len(self._offered) + len(self._running)
         if under_way >= self._env.config.limits.max_incoming:
             return Refusal(
                 ErrorCode.BUSY,
                 f"{under_way} incoming migrations are under way, the most that [limits] max_incoming allows",
+                "busy",
             )
         known = hello.migration_id in self._offered or hello.migration_id in self._running
         if known or self._env.journal.attempt(hello.migration_id, "destination"):
-            return Refusal(ErrorCode.UNEXPECTED, "this migration id was used before")
-        others = [offer.control.names for offer in self._offered.values() if offer.hello.guest.name == hello.guest.name]
-        others += [one.peer_names for one in self._running.values() if one.guest_name == hello.guest.name]
-        if any(other != names for other in others):
-            return Refusal(ErrorCode.BUSY, f"guest {hello.guest.name!r} is being taken in from another host")
-        return None
+            return Refusal(ErrorCode.UNEXPECTED, "this migration id was used before", "used")
+        others = [offer.origin for offer in self._offered.values() if offer.hello.guest.name == hello.guest.name]
+        others += [one.origin for one in self._running.values() if one.guest_name == hello.guest.name]
+        others += self._recovery.sources_of(hello.guest.name)
+        if not all(other.same_host(origin) for other in others):
+            return Refusal(ErrorCode.BUSY, f"guest {hello.guest.name!r} is being taken in from another host", "owner")
+        if hello.epoch > (most := self._env.journal.next_epoch(hello.guest.name, 0) + _EPOCHS_AHEAD):
+            return Refusal(
+                ErrorCode.UNEXPECTED,
+                f"epoch {hello.epoch} of guest {hello.guest.name!r} is beyond what migrations can have come to: at "
+                f"most {most} is taken here",
+                "epoch",
+            )
+        return self._why_no_memory(hello.guest.memory_bytes)
+
+    def _why_no_memory(self, memory_bytes: int) -> Refusal | None:
+        """A host that promises more memory than it has loses guests that run on it already."""
+        promised: list[Offer | IncomingMigration] = [*self._offered.values(), *self._running.values()]
+        promised_bytes = sum(one.promised_bytes for one in promised)
+        free_bytes, spare_bytes = available_bytes(), self._env.config.limits.spare_memory_bytes
+        if memory_bytes + promised_bytes + spare_bytes <= free_bytes:
+            return None
+        return Refusal(
+            ErrorCode.BUSY,
+            f"the guest has {memory_bytes >> 20} MiB of memory; this host has {free_bytes >> 20} MiB free, of which "
+            f"{promised_bytes >> 20} MiB are promised to guests that come in and {spare_bytes >> 20} MiB are kept "
+            "([limits] spare_memory_bytes)",
+            "memory",
+        )
 
     async def _end_older(self, hello: messages.Hello) -> None:
         """See every older attempt of a guest through that is offered with a newer epoch."""
@@ -176,7 +224,9 @@ class IncomingAttempts:
             answer = await welcome(self._env, offer)
         finally:
             del self._offered[migration_id]
+            self._show_as_ended(offer.hello.guest.name, offer.progress)
         if isinstance(answer, Refusal):
+            self._count_refused(answer.kind)
             return
         self._running[migration_id] = answer
         self._last[offer.hello.guest.name] = answer.progress
@@ -184,9 +234,37 @@ class IncomingAttempts:
             await answer.run()
         finally:
             del self._running[migration_id]
-            self._takeovers[migration_id] = answer.takeover
-            while len(self._takeovers) > _TAKEOVERS_KEPT:
-                del self._takeovers[next(iter(self._takeovers))]
+            self._show_as_ended(answer.guest_name, answer.progress)
+            await self._keep(migration_id, answer.takeover)
+
+    async def _keep(self, migration_id: str, takeover: Takeover) -> None:
+        """Keep the little that a late question needs, once it is decided who runs the guest."""
+        if not takeover.finished.is_set():
+            self._unsettled[migration_id] = takeover
+            try:
+                if takeover.awaits_decision:
+                    await takeover.await_decision(self._env.config.limits.ready_timeout_s)
+                await takeover.finished.wait()
+            finally:
+                del self._unsettled[migration_id]
+        self._takeovers[migration_id] = takeover.ended()
+        while len(self._takeovers) > _TAKEOVERS_KEPT:
+            del self._takeovers[next(iter(self._takeovers))]
+
+    def _show_as_ended(self, guest: str, progress: Callable[[], Progress]) -> None:
+        """Show the last snapshot from now on, not the attempt, which holds all that it had; unless a newer one is
+        shown already."""
+        if self._last.get(guest) == progress:
+            last = progress()
+            self._last[guest] = lambda: last
+        ended = [name for name in self._last if not self._under_way_of(name)]
+        for name in ended[: max(0, len(ended) - _SHOWN_KEPT)]:
+            del self._last[name]
+
+    def _under_way_of(self, guest: str) -> bool:
+        return any(offer.hello.guest.name == guest for offer in self._offered.values()) or any(
+            one.guest_name == guest for one in self._running.values()
+        )
 
     # Section: late questions
 
@@ -207,7 +285,7 @@ class IncomingAttempts:
         decision = DestinationEvent.COMMIT if ask.decision == "commit" else DestinationEvent.ABORT
         one = who_answers(
             self._under_way(ask.migration_id),
-            self._recovery.takeover(ask.migration_id),
+            self._recovery.takeover(ask.migration_id) or self._unsettled.get(ask.migration_id),
             self._takeovers.get(ask.migration_id),
         )
         match one:
@@ -215,8 +293,12 @@ class IncomingAttempts:
                 one.outcome_asked(decision, reply)
             case RecoveredTakeover():
                 await one.take(decision, reply)
-            case Takeover():
-                await one.take(decision, reply, reason="the source keeps its guest")
+            case Takeover() | EndedTakeover():
+                takeover = one.again(self._env) if isinstance(one, EndedTakeover) else one
+                try:
+                    await takeover.take(decision, reply, reason="the source keeps its guest")
+                except RemoteProtocolError as error:
+                    log.error("the source broke the hand-over", reason=str(error))
             case None:
                 attempt = self._env.journal.attempt(ask.migration_id, "destination")
                 answer = journaled_answer(decision, attempt.decisions if attempt is not None else None)

@@ -84,7 +84,7 @@ class MigrationHost:
         self._recovery = Recovery(self._env, self._tasks)
         self._guests = GuestCommands(self._env, self._recovery)
         self._outgoing = OutgoingAttempts(self._env, self._tasks)
-        self._incoming = IncomingAttempts(self._env, role, self._recovery, self._tasks)
+        self._incoming = IncomingAttempts(self._env, role, self._recovery, self._tasks, self.metrics.offer_refused)
         self._env.guests.on_gone = self._guest_gone
         self._env.guests.on_settled = self._recovery.guest_settled
 
@@ -172,6 +172,7 @@ class MigrationHost:
         return await self._outgoing.begin(self._guests.idle(guest), uri, overrides)
 
     async def wait(self, migration_id: str) -> dict[str, Any]:
+        await self._incoming.ended(migration_id)
         document = await self._outgoing.ended(migration_id)
         return document if document is not None else await asyncio.to_thread(self.record, migration_id)
 

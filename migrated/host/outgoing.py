@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 from migrated.base.errors import MigrationError
 from migrated.base.tasks import TaskSet
@@ -19,6 +20,9 @@ from migrated.source.estimate import estimate
 from migrated.source.migration import OutgoingMigration
 from migrated.state.learned import keep_knowledge
 from protocol.errors import ProtocolError
+
+_SHOWN_KEPT: Final = 256
+"""Guests whose last attempt is still shown after its end."""
 
 
 class OutgoingAttempts:
@@ -36,8 +40,8 @@ class OutgoingAttempts:
         self._guest_parameters: dict[str, MigrationParameters] = {}
         self._running: dict[str, OutgoingMigration] = {}
         """By migration id; those in doubt too."""
-        self._last: dict[str, OutgoingMigration] = {}
-        """The last one of each guest since the daemon's start."""
+        self._last: dict[str, Callable[[], Progress]] = {}
+        """Snapshots of the last one of each guest since the daemon's start."""
 
     # Section: attempts
 
@@ -52,7 +56,8 @@ class OutgoingAttempts:
         epoch = self._env.journal.next_epoch(guest.name, status.epoch)
         reservation = Reservation(guest, migration_id)
         migration = OutgoingMigration(self._env, guest, reservation, target, parameters, migration_id, epoch)
-        self._running[migration_id] = self._last[guest.name] = migration
+        self._running[migration_id] = migration
+        self._last[guest.name] = migration.progress
         self._tasks.start(self._run(migration, reservation))
         return migration_id
 
@@ -62,9 +67,19 @@ class OutgoingAttempts:
                 await migration.run()
         finally:
             self._running.pop(migration.migration_id, None)
+            self._show_as_ended(migration)
             if migration.status == "completed":
                 self.forget_parameters(migration.guest_name)  # the next guest of this name is another one
             await asyncio.to_thread(keep_knowledge, self._env.config.state.directory, self._env.knowledge)
+
+    def _show_as_ended(self, migration: OutgoingMigration) -> None:
+        """Show the last snapshot from now on, not the attempt, which holds all that it had."""
+        last = migration.progress()
+        if self._last.get(migration.guest_name) == migration.progress:
+            self._last[migration.guest_name] = lambda: last
+        ended = [name for name in self._last if not self._of(name)]
+        for name in ended[: max(0, len(ended) - _SHOWN_KEPT)]:
+            del self._last[name]
 
     async def estimate(self, guest: Guest, uri: str, overrides: dict[str, object]) -> dict[str, Any]:
         """Predict the cost of moving an idle guest, without moving it."""
@@ -112,7 +127,7 @@ class OutgoingAttempts:
             OperationError: none is held.
         """
         if not any(migration.continue_switchover() for migration in self._of(guest)):
-            status = self._last[guest].status if guest in self._last else "none"
+            status = self._last[guest]().status if guest in self._last else "none"
             raise OperationError(f"Migration not in expected state: {status}; only a held switchover can be continued")
 
     def guest_gone(self, guest: Guest) -> None:
@@ -127,7 +142,7 @@ class OutgoingAttempts:
 
     def progress(self) -> list[Progress]:
         """A snapshot of the last attempt of every guest."""
-        return [migration.progress() for migration in self._last.values()]
+        return [progress() for progress in self._last.values()]
 
     async def cancel_all(self, reason: str) -> list[OutgoingMigration]:
         """Cancel the attempts that can be cancelled. Returns all that were under way."""

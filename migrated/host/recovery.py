@@ -12,6 +12,7 @@ import structlog
 
 from migrated.base.errors import VmmError
 from migrated.base.tasks import TaskSet
+from migrated.destination.origin import Origin
 from migrated.destination.recovery import RecoveredTakeover
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
@@ -70,6 +71,10 @@ class Recovery:
     def takeover(self, migration_id: str) -> RecoveredTakeover | None:
         """An incoming attempt that was taken up again, None when it is not one."""
         return self._incoming.get(migration_id)
+
+    def sources_of(self, guest: str) -> list[Origin]:
+        """The hosts that a guest was coming from when the last daemon ended, where that is not decided yet."""
+        return [recovered.source for recovered in self._incoming.values() if recovered.is_open_for(guest)]
 
     async def end_older(self, guest: str, epoch: int) -> None:
         """End every older attempt of a guest that is offered with a newer epoch."""

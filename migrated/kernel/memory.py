@@ -27,6 +27,9 @@ _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 _MLOCK_ONFAULT: Final = 1
 _SYS_MLOCK2: Final = {"x86_64": 325, "aarch64": 284}
 
+_M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -63,6 +66,27 @@ def map_shared_at(address: int, size: int, fd: int, offset: int) -> None:
     flags = _MAP_SHARED | _MAP_FIXED
     if _libc.mmap(address, size, _PROT_READ | _PROT_WRITE, flags, fd, offset) == _MAP_FAILED:
         raise _error(f"cannot map {size} bytes at {offset} of a memory file")
+
+
+def bound_heap() -> None:
+    """Keep the C library from holding what a migration needed. Buffers of 4 MiB come from the kernel and go back to it,
+    where otherwise the first one that is freed raises that bound to 32 MiB; and threads, of which every migration has
+    new ones, share two heaps, where otherwise each begins one that is never given back."""
+    _libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+    _libc.mallopt(_M_ARENA_MAX, 2)
+
+
+def available_bytes() -> int:
+    """Memory that this host can still give without swapping (MemAvailable).
+
+    Raises:
+        OSError: the kernel does not tell.
+    """
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    raise OSError("the kernel does not tell MemAvailable in /proc/meminfo")
 
 
 def lock_on_fault(address: int, size: int) -> bool:

@@ -105,6 +105,12 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        self._offers_refused = Counter(
+            "migrated_offers_refused",
+            "Guests that were offered and not taken in, by kind of the reason.",
+            ("reason",),
+            registry=self.registry,
+        )
         self._certificate_end = Gauge(
             "migrated_certificate_expiry_timestamp_seconds",
             "When this host's certificate ends; 0 without TLS.",
@@ -145,6 +151,10 @@ class Metrics:
     def connection_refused(self, reason: str) -> None:
         """Count a connection that was not taken, by the kind of the reason."""
         self._refused.labels(reason).inc()
+
+    def offer_refused(self, reason: str) -> None:
+        """Count a guest that was not taken in, by the kind of the reason."""
+        self._offers_refused.labels(reason).inc()
 
     def connections(self, count: int) -> None:
         """Set the number of open migration connections."""

@@ -20,6 +20,7 @@ from migrated.control.access import Access, AccessError
 from migrated.control.server import ControlServer, ControlSocketError
 from migrated.environment import DaemonRole
 from migrated.host.migration_host import MigrationHost
+from migrated.kernel.memory import bound_heap
 from migrated.link.listener import Listener
 from migrated.link.security import PlainRefusedError
 from migrated.link.tls import CredentialsError
@@ -61,6 +62,7 @@ def run_daemon(config: Config, role: DaemonRole, read_again: Callable[[], Config
         sys.stderr.write(f"the log file {config.log.file} cannot be opened: {error.strerror}\n")
         return EXIT_FAILED
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    bound_heap()
     try:
         uvloop.run(_serve(config, role, collector, read_again))
     except (

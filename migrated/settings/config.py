@@ -244,6 +244,10 @@ class LimitsConfig(Section):
     """Incoming migrations at once."""
     max_memory_bytes: Bytes = Field(default=1 << 40, ge=1 << 20)
     """Memory of one incoming guest."""
+    max_guests: int = Field(default=256, ge=1, le=65_536)
+    """Guests on this host, those that come in among them."""
+    spare_memory_bytes: Bytes = Field(default=256 << 20, ge=0)
+    """Memory that must stay free on this host beside what is promised to guests that come in."""
     connect_timeout_s: PositiveSeconds = 5.0
     handshake_timeout_s: PositiveSeconds = 15.0
     max_connections: int = Field(default=512, ge=8, le=65_536)
@@ -256,6 +260,9 @@ class LimitsConfig(Section):
     """Such connections of one address."""
     round_timeout_s: PositiveSeconds = 60.0
     """A round without any acknowledged progress for this long is lost."""
+    stall_timeout_s: PositiveSeconds = 300.0
+    """An incoming migration that sends less than 1 MiB in this time before its guest is handed over is given up; a
+    switchover that its operator holds (pause-before-switchover) sends nothing."""
     stop_timeout_s: PositiveSeconds = 5.0
     """How long the VMM may take to stop or resume its vCPUs."""
     heartbeat_interval_s: PositiveSeconds = 0.5

@@ -6,12 +6,12 @@ from __future__ import annotations
 import asyncio
 
 import structlog
-from pydantic import ValidationError
 
-from migrated.base.errors import CancelledByOperatorError, LinkLostError, MigrationError
+from migrated.base.errors import CancelledByOperatorError, DocumentError, LinkLostError, MigrationError
 from migrated.link.control import ControlChannel
 from migrated.observe.progress import Acknowledged
 from migrated.record.model import DestinationHalf
+from migrated.record.received import read_received
 from migrated.source.interruption import Interruption
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.switchover import Happened, Item
@@ -40,6 +40,7 @@ class Listener:
         self._ledger = ledger
         self._interruption = interruption
         self._inbox = inbox
+        self._reported_once = False
         self._round_done: dict[int, asyncio.Future[messages.RoundDone]] = {}
 
     def round_done(self, number: int) -> asyncio.Future[messages.RoundDone]:
@@ -60,7 +61,7 @@ class Listener:
                         if not (done := self.round_done(number)).done():
                             done.set_result(received.message)
                     case messages.Report():
-                        self._take_report(received.payload)
+                        await self._take_report(received.payload)
                     case messages.No(reason=reason, cause=cause) if self._interruption.undisturbed:
                         kind = CancelledByOperatorError if cause == "cancelled" else MigrationError
                         self._give_up(kind(f"the destination gave up: {reason}"))
@@ -90,9 +91,13 @@ class Listener:
                 return
         self.acknowledged = said.model_copy(update=update)
 
-    def _take_report(self, payload: bytes) -> None:
+    async def _take_report(self, payload: bytes) -> None:
+        if self._reported_once:
+            log.warning("the destination's half of the record came again, and is not taken")
+            return
+        self._reported_once = True
         try:
-            self._ledger.half = DestinationHalf.model_validate_json(payload)
-        except ValidationError as error:
-            log.warning("the destination's half of the record cannot be read", reason=str(error))
+            self._ledger.half = await asyncio.to_thread(read_received, DestinationHalf, payload, "half of the record")
+        except DocumentError as error:
+            log.warning("the destination's half of the record is not taken", reason=str(error))
         self.reported.set()

@@ -14,6 +14,7 @@ from migrated.base.errors import VmmError
 from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
+from migrated.guests.reservation import Reservation
 from migrated.observe.progress import Moved, Progress, Standing, snapshot
 from migrated.record.terms import Outcome, Status
 from migrated.settings.config import parse_uri
@@ -54,8 +55,7 @@ class RecoveredHandover:
             asker,
             source_state_of(attempt.decisions),
         )
-        if guest is not None:
-            guest.migration_id = attempt.migration_id
+        self._reservation = Reservation(guest, attempt.migration_id) if guest is not None else None
 
     async def run(self) -> None:
         """Finish or undo the attempt and write its record."""
@@ -66,6 +66,10 @@ class RecoveredHandover:
             peer=self._attempt.facts["peer"],
         )
         log.warning("taking up a migration that the last daemon left open", state=self._handover.state)
+        with self._reservation or contextlib.nullcontext():
+            await self._see_through()
+
+    async def _see_through(self) -> None:
         await self._handover.take(SourceEvent.RESTART, None, "the source's daemon was restarted during the migration")
         if self._handover.in_doubt:
             self._record("in-doubt", "COMMIT was sent before the daemon was restarted, and no answer is known yet")
@@ -80,8 +84,6 @@ class RecoveredHandover:
             if self._guest is None:
                 reason = f"{reason}; the guest's process is gone too"
             self._record("aborted", reason)
-        if self._guest is not None:
-            self._guest.migration_id = None
         self._env.journal.close_attempt(self._attempt.migration_id, "source")
 
     async def resolve(self, run_here: bool) -> bool:

@@ -10,7 +10,6 @@ for a save or a send to end. Only the hand-over decides what an event means for 
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TypeAlias
 import structlog
 
 from migrated.base.clock import HostClock
+from migrated.base.collector import QuietCollector
 from migrated.base.errors import LinkLostError, MigrationError, VmmError
 from migrated.link.control import Received
 from migrated.record.parts import Part
@@ -109,7 +109,10 @@ class Switchover:
         Every way out leaves a decision in ``handover``: RETIRED, ABORTED (the guest runs here again), or COMMITTED
         (in doubt). Nothing but cancellation of the daemon itself is raised.
         """
-        gc.freeze()
+        with QuietCollector():
+            await self._run()
+
+    async def _run(self) -> None:
         work: asyncio.Task[None] | None = None
         try:
             try:
@@ -129,7 +132,6 @@ class Switchover:
             if work is not None:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
-            gc.unfreeze()
 
     def _stopped(self) -> None:
         stopped_ns = self._handover.times.stopped_at_ns

@@ -23,6 +23,8 @@ from migrated.record.terms import Outcome, Role
 
 FILE_NAME: Final = "history.sqlite"
 BUSY_TIMEOUT_S: Final = 5.0
+_SHARE: Final = 10
+"""One in so many records may be of a guest that was offered to this host and was not taken over."""
 
 SCHEMA: Final[tuple[str, ...]] = (
     """
@@ -101,7 +103,8 @@ class History:
     def add(self, record: Record, role: Role) -> bool:
         """Store a record, replacing an earlier one of the same migration id. ``role`` is this host's part in it.
 
-        Beyond ``max_records`` the oldest go, but for those in doubt: somebody still has to decide them.
+        Beyond ``max_records`` the oldest go, but for those in doubt: somebody still has to decide them. Incoming
+        attempts of which nothing came go sooner, so that no peer can push out the others.
 
         Returns:
             False when it could not be stored (full disk, read-only file system); the reason is logged.
@@ -124,12 +127,8 @@ class History:
             with self._lock, self._connection:
                 self._connection.execute(f"REPLACE INTO records VALUES ({', '.join('?' * len(row))})", row)
                 if self._max_records is not None:
-                    self._connection.execute(
-                        "DELETE FROM records WHERE outcome != 'in-doubt' AND rowid IN "
-                        "(SELECT rowid FROM records ORDER BY started_at_us DESC, rowid DESC LIMIT -1 OFFSET ?)",
-                        (self._max_records,),
-                    )
-        except sqlite3.Error as error:
+                    self._make_room(self._max_records)
+        except (sqlite3.Error, OverflowError) as error:
             log.error(
                 "The record cannot be stored in the history; make room or mend the file system",
                 migration_id=record.migration_id,
@@ -138,6 +137,18 @@ class History:
             )
             return False
         return True
+
+    def _make_room(self, max_records: int) -> None:
+        """Delete the oldest records beyond the bound, and sooner those that a peer can make any number of."""
+        for which, most in (
+            ("role = 'destination' AND outcome NOT IN ('completed', 'in-doubt')", max(1, max_records // _SHARE)),
+            ("TRUE", max_records),
+        ):
+            self._connection.execute(
+                "DELETE FROM records WHERE outcome != 'in-doubt' AND rowid IN "
+                f"(SELECT rowid FROM records WHERE {which} ORDER BY started_at_us DESC, rowid DESC LIMIT -1 OFFSET ?)",
+                (most,),
+            )
 
     def get(self, migration_id: str) -> dict[str, Any]:
         """The record document with this migration id, or with this unique beginning of one.

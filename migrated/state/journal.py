@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -28,7 +29,11 @@ from protocol.answers import may_close
 from protocol.handover import Decision
 
 KEPT_ATTEMPTS: Final = 2000
-"""Attempts kept when the journal is rewritten at start; a late COMMIT for an older one is answered as unknown."""
+"""Closed attempts kept when the journal is rewritten; a late COMMIT for an older one is answered as unknown."""
+KEPT_UNDECIDED: Final = 100
+"""Of those in which nothing was decided but to give up, so many: a peer can make any number of them."""
+_MORE_LINES: Final = 10_000
+"""Lines after which the journal is rewritten while the daemon runs."""
 
 _SYNC_DELAY_S: Final = 0.2
 _END_OF_TORN: Final = b"#\n"
@@ -75,6 +80,9 @@ class Journal:
         self._syncs: set[asyncio.Future[None]] = set()
         self._sync_timer: asyncio.TimerHandle | None = None
         self._ends_torn = False
+        self._lines = 0
+        self._behind: list[bytes] | None = None
+        """While the journal is rewritten: what was written to the old file meanwhile."""
         self.torn_lines = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -128,6 +136,8 @@ class Journal:
             return
         with contextlib.suppress(JournalError):
             self._append({"migration_id": migration_id, "role": role, "decision": "closed"})
+        if self._lines > _MORE_LINES and self._behind is None:
+            self._rewrite_later()
 
     def attempt(self, migration_id: str, role: Role) -> Attempt | None:
         """One attempt, None when it is unknown here."""
@@ -168,6 +178,9 @@ class Journal:
         if self._ends_torn:
             raise JournalError(f"the journal {self._path} took only {written} of {len(line)} bytes: the disk is full")
         self._apply(entry)
+        self._lines += 1
+        if self._behind is not None:
+            self._behind.append(_pack(entry))
         self._sync_later()
 
     def _sync_later(self) -> None:
@@ -211,25 +224,85 @@ class Journal:
                 yield entry
 
     def _rewrite(self) -> None:
-        """Drop what is no longer needed: old closed attempts. Atomic."""
-        closed = [key for key, attempt in self._attempts.items() if attempt.closed]
-        for key in closed[: max(0, len(closed) - KEPT_ATTEMPTS)]:
-            del self._attempts[key]
-        temporary = self._path.with_suffix(".new")
-        with temporary.open("wb") as file:
-            for attempt in self._attempts.values():
-                entry = asdict(attempt)
-                decisions = [decision.value for decision in entry.pop("decisions")]
-                was_closed = entry.pop("closed")
-                entry["at"] = entry.pop("began_at")
-                file.write(_pack({**entry, "decision": Decision.BEGIN.value}))
-                for decision in [*decisions, *(["closed"] if was_closed else [])]:
-                    file.write(
-                        _pack({"migration_id": attempt.migration_id, "role": attempt.role, "decision": decision})
-                    )
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        """Drop what is no longer needed. Atomic."""
+        self._drop_old()
+        _write_whole(self._new_path, self._packed_attempts())
+        self._new_path.replace(self._path)
+
+    @property
+    def _new_path(self) -> Path:
+        return self._path.with_suffix(".new")
+
+    def _drop_old(self) -> None:
+        """Forget old closed attempts, sooner where nothing was decided: a peer must not push out what was."""
+        closed = [(key, attempt) for key, attempt in self._attempts.items() if attempt.closed]
+        decided = [key for key, attempt in closed if _was_decided(attempt)]
+        undecided = [key for key, attempt in closed if not _was_decided(attempt)]
+        for keys, kept in ((decided, KEPT_ATTEMPTS), (undecided, KEPT_UNDECIDED)):
+            for key in keys[: max(0, len(keys) - kept)]:
+                del self._attempts[key]
+        self._epochs.clear()
+        for attempt in self._attempts.values():
+            self._epochs[attempt.guest] = max(self._epochs.get(attempt.guest, 0), attempt.epoch)
+
+    def _packed_attempts(self) -> bytes:
+        lines: list[bytes] = []
+        for attempt in self._attempts.values():
+            entry = asdict(attempt)
+            decisions = [decision.value for decision in entry.pop("decisions")]
+            was_closed = entry.pop("closed")
+            entry["at"] = entry.pop("began_at")
+            lines.append(_pack({**entry, "decision": Decision.BEGIN.value}))
+            which = {"migration_id": attempt.migration_id, "role": attempt.role}
+            said = [*decisions, *(["closed"] if was_closed else [])]
+            lines.extend(_pack({**which, "decision": decision}) for decision in said)
+        self._lines = len(lines)
+        return b"".join(lines)
+
+    def _rewrite_later(self) -> None:
+        """Rewrite the journal while decisions go on to be written: the old file counts until the new one is whole."""
+        with contextlib.suppress(RuntimeError):  # no loop: a tool reads the journal
+            loop = asyncio.get_running_loop()
+            self._drop_old()
+            self._behind = []
+            future = loop.run_in_executor(None, _write_whole, self._new_path, self._packed_attempts())
+            self._syncs.add(future)
+            future.add_done_callback(self._rewritten)
+
+    def _rewritten(self, future: asyncio.Future[None]) -> None:
+        """The new file is on the disk but for what was written since: add that, and go on with it."""
+        self._syncs.discard(future)
+        behind, self._behind = self._behind or [], None
+        if self._fd < 0 or future.cancelled():
+            return
+        try:
+            if (error := future.exception()) is not None:
+                raise error
+            fd = os.open(self._new_path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            try:
+                if os.write(fd, rest := b"".join(behind)) != len(rest):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._new_path.replace(self._path)
+            except OSError:
+                os.close(fd)
+                raise
+        except OSError as problem:
+            log.error("the journal could not be rewritten: it goes on to grow", reason=problem.strerror)
+            return
+        os.close(self._fd)
+        self._fd, self._ends_torn = fd, False
+        self._sync_later()
+
+
+def _was_decided(attempt: Attempt) -> bool:
+    return not {Decision.READY, Decision.COMMIT, Decision.RUNNING, Decision.RETIRED}.isdisjoint(attempt.decisions)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _pack(entry: dict[str, Any]) -> bytes:

@@ -15,6 +15,7 @@ import os
 import re
 import selectors
 import socket
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from scripts.rig.waiting import RigError
 _BEAT: Final = re.compile(r"b (\d+) (\d+)")
 _CONNECT_PAUSE_S: Final = 0.01
 _READ_BYTES: Final = 65536
+_CREDENTIALS: Final = struct.Struct("3i")
+"""Process, user and group of a peer."""
 CONNECT_TIMEOUT_S: Final = 20.0
 ANSWER_TIMEOUT_S: Final = 60.0
 
@@ -54,18 +57,23 @@ class Console:
     Without ``beats_path`` beats come on the console.
     """
 
-    def __init__(self, console_path: Path, beats_path: Path | None = None) -> None:
+    def __init__(
+        self, console_path: Path, beats_path: Path | None = None, timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> None:
         self._name = console_path.parent.name
         self._changed = threading.Condition()
         self._beats: list[Beat] = []
         self._lines: list[Line] = []
         self._ended = False
-        self._console = _connected(console_path)
+        self._console = _connected(console_path, timeout_s)
         try:
-            self._sockets = [self._console, *([_connected(beats_path)] if beats_path else [])]
+            self._sockets = [self._console, *([_connected(beats_path, timeout_s)] if beats_path else [])]
         except RigError:
             self._console.close()
             raise
+        credentials = self._console.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self.pid: int = _CREDENTIALS.unpack(credentials)[0]
+        """The QEMU that is on the other end."""
         self._wake = os.pipe()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -87,6 +95,12 @@ class Console:
             connection.close()
 
     # Section: what was read
+
+    @property
+    def ended(self) -> bool:
+        """Whether QEMU has ended, and all that it said was read."""
+        with self._changed:
+            return self._ended
 
     def beats(self) -> list[Beat]:
         """All beats until now, in the order of their arrival."""
@@ -206,8 +220,8 @@ def _received(connection: socket.socket) -> bytes:
     return b""
 
 
-def _connected(path: Path) -> socket.socket:
-    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+def _connected(path: Path, timeout_s: float) -> socket.socket:
+    deadline = time.monotonic() + timeout_s
     while True:
         connection = socket.socket(socket.AF_UNIX)
         try:

@@ -53,6 +53,7 @@ def write_definition(directory: Path, name: str, spec: QemuSpec, image: GuestIma
     (directory / f"{name}.toml").write_text(definition(spec, image, incarnation), encoding="utf-8")
 
 
-def console_paths(guests: Path, name: str) -> list[Path]:
+def console_paths(guests: Path, name: str) -> tuple[Path, Path]:
     """Where the serial ports of a guest of these definitions are, console first. ``guests``: the [vmm] directory."""
-    return [guests / "qemu" / f"{name}.{port}" for port in PORTS]
+    console, beats = (guests / "qemu" / f"{name}.{port}" for port in PORTS)
+    return console, beats

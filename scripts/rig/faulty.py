@@ -23,8 +23,8 @@ LAST_FRAMES_S = 0.5
 class FaultyPair(Pair):
     """A pair with short time-outs whose hosts reach each other through proxies."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(quick=True, **options)
+    def __init__(self, *, quick: bool = True, **options: Any) -> None:
+        super().__init__(quick=quick, **options)
         self._proxies: dict[str, Proxy] = {}
 
     def start(self) -> None:
@@ -41,6 +41,10 @@ class FaultyPair(Pair):
     def way_to(self, host: Host) -> Proxy:
         """The proxy in front of a host."""
         return self._proxies[host.name]
+
+    async def new_guest(self, host: Host, name: str, seed: int = 0) -> None:
+        """Start the guest that faults are tried on. No other of its name has run since ``forget_runs``."""
+        await host.create_guest(name, 16, profile="small", seed=seed)
 
     async def fired(self, fault: Fault, source: Host, migration_id: str) -> bool:
         """Wait until a fault has happened. Returns False when the migration ended without it."""
@@ -77,6 +81,18 @@ class FaultyPair(Pair):
             for pid in [*([host.pid] if host.running else []), *host.vmm_pids()]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
+
+    async def start_over(self) -> None:
+        """New daemons and no guests, whatever has become of those there are."""
+        await self.recover()
+        for host in self.hosts:
+            host.kill()
+            for name in set(host.vmm_pids().values()):
+                host.kill_vmm(name)
+        for host in self.hosts:
+            host.forget_everything()
+            await asyncio.to_thread(host.restart)
+            host.bugs()
 
     async def check_retry(self, name: str, at: Host) -> list[str]:
         """What stands against another migration of the guest, right after a failure or a success of the last."""

@@ -9,13 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from migrated.control.client import CommandError, ControlClient
+from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
 from migrated.settings.config import ENV_PREFIX
 from scripts.basics import MIB, ROOT
 from scripts.rig.processes import Footprint, footprint, is_alive
@@ -25,6 +26,7 @@ from vmm_sim.client import VmmClient
 START_TIMEOUT_S: Final = 60.0
 COMMAND_TIMEOUT_S: Final = 40.0
 """For one command: a migration may be waited for. Below the time that pytest gives a test, which would end nothing."""
+CANCEL_S: Final = 0.2
 _LIBUV_THREADS: Final = 4
 
 _BUG_EVENTS: Final = frozenset(
@@ -259,6 +261,17 @@ class Host:
         """One guest, with everything its VMM says."""
         return dict(await self.command("x-migrated-guest-show", {"guest": name}))
 
+    def cancel(self, name: str = "g1") -> None:
+        """Have the guest's migration cancelled, from any thread; does not wait longer than a moment for the answer."""
+
+        async def ask() -> None:
+            with contextlib.suppress(CommandError, DaemonUnreachableError, RigError):
+                await self.command("migrate_cancel", {"guest": name})
+
+        asking = threading.Thread(target=asyncio.run, args=[ask()], daemon=True)
+        asking.start()
+        asking.join(CANCEL_S)
+
     async def verify(self, name: str = "g1") -> dict[str, Any]:
         """Check every byte of a guest."""
         return dict(await self.command("x-migrated-guest-verify", {"guest": name}))
@@ -341,6 +354,13 @@ class Host:
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in lines]
+
+    def forget_everything(self) -> None:
+        """Remove what the daemon, which does not run, and its guests have kept."""
+        for kept in ("guests", "state"):
+            for path in (self.directory / kept).rglob("*"):
+                if not path.is_dir():
+                    path.unlink()
 
     # Section: what may not be left
 

@@ -69,6 +69,7 @@ NETWORK_FAULTS: Final = (
 PROCESSES: Final = ("source-daemon", "destination-daemon", "source-vmm", "destination-vmm")
 FAULTS: Final = (
     *NETWORK_FAULTS,
+    "cancel",
     *(f"kill-{process}" for process in PROCESSES),
     *(f"stop-{process}" for process in PROCESSES),
 )
@@ -147,6 +148,8 @@ def action_of(fault: str, source: Host, destination: Host, guest: str) -> Action
             return Truncate()
         case "duplicate":
             return Duplicate()
+        case "cancel":
+            return Call(lambda: source.cancel(guest), fault)
     verb, _, process = fault.partition("-")
     side, _, kind = process.partition("-")
     host = source if side == "source" else destination
@@ -171,27 +174,30 @@ async def judge(cell: Cell, pair: FaultyPair, guest: str = "g1") -> Judged:
     except (RigError, CommandError, DaemonUnreachableError, TimeoutError) as error:
         judged.violations.append(f"{str(error) or 'it took more than 90 s'}\n{pair.log_tail(LOG_LINES)}")
     if judged.violations:
-        await start_over(pair)  # so that the next cell is judged by itself
+        await pair.start_over()  # so that the next cell is judged by itself
     judged.seconds = time.monotonic() - begin
     return judged
 
 
 async def _run(cell: Cell, pair: FaultyPair, guest: str, judged: Judged) -> None:
+    ends: list[str] = []
     for _ in range(TRIES):
         source = await pair.settled(guest)
         if source is None:
             source = pair.a
             pair.forget_runs()
-            await source.create_guest(guest, 16, profile="small")
+            await pair.new_guest(source, guest)
         destination = pair.other(source)
         proxy = pair.way_to(destination)
         fault = proxy.arm(AtFrame(cell.step.frame), action_of(cell.fault, source, destination, guest))
         migration_id = await source.begin_migration(guest, proxy.uri, **PARAMETERS)
         if await pair.fired(fault, source, migration_id):
             break
+        if (record := await source.record(migration_id)) is not None:
+            ends.append(f"{record['outcome']}: {record['reason']}")
         proxy.heal()
     else:
-        judged.violations.append(f"the migration never came to the step in {TRIES} tries")
+        judged.violations.append(f"the migration never came to the step in {TRIES} tries: {'; '.join(ends)}")
         return
     await asyncio.sleep(RESTART_S if cell.fault.startswith("kill-") else BLACKOUT_S)  # the fault's own length
     await pair.recover()
@@ -232,36 +238,24 @@ async def _run(cell: Cell, pair: FaultyPair, guest: str, judged: Judged) -> None
         violations[-1] += f"\n{pair.log_tail(LOG_LINES)}"
 
 
-async def start_over(pair: FaultyPair) -> None:
-    """After a cell that could not be judged: new daemons, no guests."""
-    await pair.recover()
-    for host in pair.hosts:
-        host.kill()
-        for name in set(host.vmm_pids().values()):
-            host.kill_vmm(name)
-    for host in pair.hosts:
-        for path in (host.directory / "guests").glob("*"):
-            path.unlink()
-        for path in (host.directory / "state").glob("*"):
-            path.unlink()
-        await asyncio.to_thread(host.restart)
-        host.bugs()
-
-
 async def run_matrix(
-    cells: Iterable[Cell], lanes: int, say: Callable[[str], None] = lambda _text: None
+    cells: Iterable[Cell],
+    lanes: int,
+    say: Callable[[str], None] = lambda _text: None,
+    make_pair: Callable[[], FaultyPair] = FaultyPair,
 ) -> list[Judged]:
     """Run cells on several pairs of hosts side by side: most of a cell's time is waiting.
 
     Args:
         lanes: how many pairs.
         say: told of every cell as it is judged.
+        make_pair: makes the hosts, with the kind of guest that is to be tried.
     """
     waiting = list(cells)[::-1]
     done: list[Judged] = []
 
     async def lane() -> None:
-        pair = FaultyPair()
+        pair = make_pair()
         try:
             await asyncio.to_thread(pair.start)
             while waiting:

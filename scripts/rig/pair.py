@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.rig.host import Host
@@ -47,6 +47,8 @@ class Pair:
         sections: further configuration of both daemons, section by section.
     """
 
+    host_type: ClassVar[type[Host]] = Host
+
     def __init__(
         self, *, quick: bool = False, limits: dict[str, Any] | None = None, shared_lock: bool = False,
         network: Network | None = None, **sections: dict[str, Any],
@@ -59,7 +61,7 @@ class Pair:
         namespaces = (None, None) if network is None else network.namespaces
         addresses = ("127.0.0.1", "127.0.0.1") if network is None else network.addresses
         self.a, self.b = (
-            Host(self.directory / name, name, role="host", namespace=namespace, address=address, **common)
+            self.host_type(self.directory / name, name, role="host", namespace=namespace, address=address, **common)
             for name, namespace, address in zip("ab", namespaces, addresses, strict=True)
         )
 

@@ -129,4 +129,4 @@ async def test_a_destination_without_the_driver_refuses(tiny: Pair, fresh: Pair)
     await tiny.a.create_guest("g1", 16)
     record = await tiny.a.migrate("g1", fresh.b)
     assert record["outcome"] == "refused"
-    assert "needs the driver 'tiny', which the destination lacks; it has sim" in record["reason"]
+    assert "needs the driver 'tiny', which the destination lacks; it has qemu, sim" in record["reason"]

@@ -213,16 +213,14 @@ async def test_a_plain_session_that_is_sent_again_is_refused(pair: Pair) -> None
     late.wire.close()
 
 
-async def test_a_record_that_is_not_due_is_not_even_decoded(pair: Pair) -> None:
+async def test_a_record_of_nothing_but_nesting_costs_nothing(pair: Pair) -> None:
     """Four megabytes of nesting, in the middle of the rounds: decoding them would stop the daemon for seconds."""
     control, data, _ = await open_session(pair, await describe(pair))
     before = pair.b.anonymous_bytes()
     await control.send(FrameType.RECORD, {}, payload=b"[" * (4 * MIB))
-
-    async def dropped() -> bool:
-        return any(entry["event"] == "a record that is not due was dropped" for entry in pair.b.log())
-
-    await until("host b drops the record", dropped)
+    await control.send(FrameType.CLOCK_ASK, {"nonce": 7})
+    while not isinstance(await control.receive(), messages.ClockReply):
+        pass
     assert pair.b.anonymous_bytes() - before < 48 * MIB
     control.wire.close()
     data.wire.close()

@@ -18,17 +18,15 @@ from typing import Any
 import pytest
 
 from migrated.control.client import CommandError
-from migrated.kernel.tracking import why_no_tracking
 from scripts.qemu_rig.console import Console
 from scripts.qemu_rig.definition import console_paths, write_definition
 from scripts.qemu_rig.disk import make_disk
-from scripts.qemu_rig.image import GuestImage, guest_image
-from scripts.qemu_rig.kernel import KERNEL_PACKAGE, download_kernel, missing_packages
+from scripts.qemu_rig.image import GuestImage
 from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Disk, QemuSpec, running_qemu
 from scripts.qemu_rig.workload import Workload
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
-from scripts.rig.waiting import RigError, until
+from scripts.rig.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -61,21 +59,6 @@ class World:
         console = await self.console(self.pair.a)
         await asyncio.to_thread(console.wait_for, "READY", BOOT_TIMEOUT_S)
         return console
-
-
-@pytest.fixture(scope="module")
-def image() -> GuestImage:
-    """The rig's guest; skipped where it cannot be had."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may track another process for sure")
-    if (reason := why_no_tracking()) is not None:
-        pytest.skip(reason)
-    if missing_packages() == [KERNEL_PACKAGE]:
-        with contextlib.suppress(RigError):
-            download_kernel()
-    if missing := missing_packages():
-        pytest.skip(f"a Linux guest needs {', '.join(missing)}")
-    return guest_image()
 
 
 @pytest.fixture

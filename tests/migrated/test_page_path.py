@@ -11,6 +11,7 @@ import os
 import pathlib
 import socket
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -24,7 +25,8 @@ from hypothesis import strategies as st
 
 from migrated.base.errors import LinkLostError, MigrationError
 from migrated.destination.decoding import allowed_encodings
-from migrated.destination.pages import ArrivedState, PageReceiver, RoundReceived
+from migrated.destination.pages import PageReceiver, RoundReceived
+from migrated.destination.states import ArrivedState, ArrivingStates
 from migrated.link.data import DataChannel
 from migrated.link.sockets import Agreed, Connection, Wire
 from migrated.source import pages as source_pages
@@ -100,10 +102,11 @@ class Path:
         self.failures: asyncio.Queue[Exception] = asyncio.Queue()
         self.receiver = PageReceiver(
             self.destination.guest,
-            description_of(pages),
+            ArrivingStates(description_of(pages).devices),
             self.destination_digest,
             channels,
             allowed_encodings(capabilities),
+            announced="extents" in capabilities,
             on_round=lambda number, received: self.rounds.put_nowait((number, received)),
             on_state=self.states.put_nowait,
             on_failure=self.failures.put_nowait,
@@ -657,6 +660,63 @@ async def test_memory_announced_after_the_first_round_is_refused() -> None:
         failure = await both.failure()
         assert isinstance(failure, RemoteProtocolError)
         assert failure.code is ErrorCode.UNEXPECTED
+
+
+async def test_memory_that_is_announced_without_agreement_is_refused() -> None:
+    async with path(2 * HUGE, 1, capabilities=CAPABILITIES - {"extents"}) as both:
+        both.channels[0].send(messages.Extents(runs=pack_runs(run(0, HUGE))), round_number=1)
+        failure = await both.failure()
+        assert isinstance(failure, RemoteProtocolError)
+        assert failure.code is ErrorCode.UNEXPECTED
+        assert "not agreed on" in str(failure)
+        assert both.destination.backed_pages() == 0
+
+
+async def test_no_more_memory_is_announced_than_there_is() -> None:
+    async with path(HUGE, 1) as both:
+        for _ in range(2):
+            both.channels[0].send(messages.Extents(runs=pack_runs(run(0, HUGE))), round_number=1)
+        failure = await both.failure()
+        assert isinstance(failure, RemoteProtocolError)
+        assert failure.code is ErrorCode.TOO_LARGE
+
+
+async def test_a_few_bytes_of_zero_pages_take_no_memory_whatever_the_guest_has() -> None:
+    """16 bytes that name all pages of a guest of 256 GiB, one of which holds something."""
+    pages = (256 << 30) // PAGE_SIZE
+    async with path(pages, 1) as both:
+        both.channels[0].send(
+            pages_message(run(5, 1), "plain", xxhash.xxh3_64_intdigest(content_of(1))), [memoryview(content_of(1))], 1
+        )
+        both.channels[0].send(messages.Barrier(round=1), round_number=1)
+        _, received = await asyncio.wait_for(both.rounds.get(), WAIT_S)
+        assert both.destination_digest is not None
+        both.destination_digest.add(received.digest_delta)
+        assert both.destination_digest.value != 0
+        tracemalloc.start()
+        try:
+            both.channels[0].send(messages.ZeroPages(runs=pack_runs(run(0, pages))), round_number=2)
+            both.channels[0].send(messages.Barrier(round=2), round_number=2)
+            _, received = await asyncio.wait_for(both.rounds.get(), WAIT_S)
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        both.destination_digest.add(received.digest_delta)
+        assert both.destination_digest.value == 0
+        assert received.zero_pages == pages
+        assert peak_bytes < 16 << 20
+        assert both.destination.backed_pages() == 0
+
+
+async def test_a_round_names_each_page_as_zero_about_once() -> None:
+    pages = 1 << 16
+    async with path(pages, 1) as both:
+        for _ in range(3):
+            both.channels[0].send(messages.ZeroPages(runs=pack_runs(run(0, pages))), round_number=1)
+        failure = await both.failure()
+        assert isinstance(failure, RemoteProtocolError)
+        assert failure.code is ErrorCode.TOO_LARGE
+        assert "zero pages on one channel" in str(failure)
 
 
 async def test_a_difference_to_a_page_that_never_travelled_is_one_to_zero() -> None:

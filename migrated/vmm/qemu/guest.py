@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -221,7 +221,7 @@ class QemuGuest(VmmGuest):
     async def pause(self) -> int:
         begin_ns = time.monotonic_ns()
         async with self._qmp.listen("STOP") as next_event:
-            stopped = asyncio.ensure_future(_arrival_ns(next_event()))
+            stopped = asyncio.ensure_future(_arrival_ns(next_event))
             try:
                 await self._qmp.call("stop", self._stop_timeout_s)
                 end_ns = time.monotonic_ns()
@@ -239,7 +239,7 @@ class QemuGuest(VmmGuest):
         arriving = self._place.incoming
         self._remember(epoch=epoch, run_log_bytes=places.log_size(self._place.run_log))
         async with self._qmp.listen("RESUME") as next_event:
-            resumed = asyncio.ensure_future(_arrival_ns(next_event()))
+            resumed = asyncio.ensure_future(_arrival_ns(next_event))
             try:
                 await self._qmp.call("cont", self._stop_timeout_s)
                 running_at_ns = resumed.result() if resumed.done() else time.monotonic_ns()
@@ -324,7 +324,7 @@ class QemuGuest(VmmGuest):
         await self._qmp.close()
 
 
-async def _arrival_ns(event: Any) -> int:
-    """When an event came (monotonic, ns)."""
-    await event
+async def _arrival_ns(next_event: Callable[[], Any]) -> int:
+    """When the next event came (monotonic, ns)."""
+    await next_event()
     return time.monotonic_ns()

@@ -60,7 +60,11 @@ class StateSave:
         self._reading = os.memfd_create("device-state", os.MFD_CLOEXEC)
         # QEMU takes a descriptor for writing only where that is all that it allows.
         self._writing = os.open(f"/proc/self/fd/{self._reading}", os.O_WRONLY | os.O_CLOEXEC)
-        self._path = await self._qmp.add_descriptor(self._writing)
+        try:
+            self._path = await self._qmp.add_descriptor(self._writing)
+        except BaseException:
+            self.close()
+            raise
 
     async def save(self, machine: str) -> tuple[bytes, int]:
         """Save the state of a stopped guest; its disks are free for the destination afterwards.
@@ -139,6 +143,8 @@ class StateLoad:
         except OSError as error:
             why = "loading was interrupted" if self._interrupted else f"it hung up ({error.strerror}); {_LOOK}"
             raise VmmError(f"QEMU (process {self._qmp.pid}) did not load the guest's device state: {why}") from error
+        finally:
+            stream.close()
 
     def interrupt(self) -> None:
         """End a running load: QEMU, which cannot take a stream twice, gives up and ends."""

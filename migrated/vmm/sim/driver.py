@@ -85,13 +85,16 @@ class SimDriver(Driver):
         return False
 
     def _profile_path(self, profile: str) -> Path:
-        path, profiles = Path(profile), self.config.vmm.profiles
-        if path.suffix != ".toml" and len(path.parts) == 1:
-            path = profiles / f"{profile}.toml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in profiles.glob("*.toml"))) or "none"
-            raise VmmError(f"there is no guest profile {profile!r} ({path}); profiles here: {known}")
-        return path
+        profiles = self.config.vmm.profiles.resolve()
+        known = {path.stem: path for path in profiles.glob("*.toml")}
+        path = Path(profile)
+        # By name or by a path into the directory; what lies elsewhere is not even looked for.
+        inside = len(path.parts) == 1 or path.parent == profiles
+        found = known.get(path.name.removesuffix(".toml")) if inside else None
+        if found is None:
+            names = ", ".join(sorted(known)) or "none"
+            raise VmmError(f"there is no guest profile {profile!r} in [vmm] profiles; profiles there: {names}")
+        return found
 
     async def _start(self, name: str, arguments: list[str]) -> SimGuest:
         """Start a guest process and connect to it."""

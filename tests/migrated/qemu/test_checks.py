@@ -104,6 +104,12 @@ async def test_drives_past_the_page_tables_need_the_fence(
     assert ("past the page tables" in (await rows_of(qmp))["drives"].sentence) is fenced
 
 
+async def test_locked_memory_is_tracked_and_said(bare_qemu: BareQemu) -> None:
+    row = (await rows_of(await bare_qemu("-overcommit", "mem-lock=on")))["pinned memory"]
+    assert row.verdict == "warning"
+    assert "KiB of QEMU are locked" in row.sentence
+
+
 async def test_a_balloon_and_a_missing_run_log_are_warnings(bare_qemu: BareQemu) -> None:
     rows = await rows_of(await bare_qemu("-device", "virtio-balloon-pci"))
     assert rows["balloon"].verdict == rows["run log"].verdict == "warning"

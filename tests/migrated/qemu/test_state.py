@@ -6,6 +6,7 @@ No memory travels here, and some devices look into it when they are loaded: so t
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,32 @@ async def test_a_guest_can_be_saved_again_and_weighs_the_same(bare_qemu: BareQem
     await qmp.call("cont")
     await save.release()
     assert await qmp.call("query-fdsets") == []
+
+
+def open_memories() -> int:
+    """How many files of device state this process has open."""
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sum("device-state" in link for link in links)
+
+
+async def test_a_save_that_fails_leaves_no_file_open(bare_qemu: BareQemu) -> None:
+    qmp = await bare_qemu("-S")
+    await qmp.close()  # as when QEMU has ended
+    save = StateSave(qmp)
+    for _ in range(2):
+        with pytest.raises(VmmError):
+            await save.prepare()
+    assert open_memories() == 0
+
+
+async def test_a_load_lets_go_of_its_stream(bare_qemu: BareQemu) -> None:
+    source, target = await bare_qemu("-S"), await bare_qemu("-incoming", "defer", "-S")
+    save, load = StateSave(source), StateLoad(target)
+    before = len(os.listdir("/proc/self/fd"))
+    stream, _ = await save.save(await machine_of(source))
+    save.close()
+    await load.load(stream)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_a_disk_is_free_for_the_destination_after_the_save_and_taken_back_by_a_resume(

@@ -1,0 +1,137 @@
+"""The safety argument over real Linux guests in stock QEMU, and how long their moves keep them waiting.
+
+    python -m scripts.prove_qemu matrix [PATTERN ...]                      every step of a move x every fault
+    python -m scripts.prove_qemu soak --migrations 100 --seed 1            moves with random faults
+    python -m scripts.prove_qemu aborts --aborts 50                        loads that hang: how soon the guest is back
+    python -m scripts.prove_qemu moves --moves 100 --memory 1GiB           there and back, every figure of every move
+
+What is right is told by the guest: it checks its own pages, and its beats and the log on its disk show where it ran.
+Progress goes to stderr; the last line on stdout is one JSON object. Exit code 1 when anything was violated, 3 when
+packages are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from protocol.messages import FrameType
+from protocol.units import parse_size
+from scripts import prove_aborts, prove_matrix, soak
+from scripts.basics import MIB, say
+from scripts.qemu_rig.campaign import WORKLOADS, Campaign
+from scripts.qemu_rig.image import GuestImage, guest_image
+from scripts.qemu_rig.kernel import missing_packages
+from scripts.qemu_rig.launcher import Disk, QemuSpec
+from scripts.qemu_rig.pair import GUEST, QemuPair
+from scripts.qemu_rig.workload import Workload
+from scripts.rig.faults import AtFrame, Stall
+from scripts.rig.matrix import ALL_CELLS, action_of, run_matrix
+
+MISSING: Final = 3
+QEMU_CELLS: Final = tuple(cell for cell in ALL_CELLS if not cell.step.name.startswith("time-"))
+"""QEMU carries the guest's clocks in its device state: nothing is asked about them on the way."""
+_MEMORY_MIB: Final = 128
+_WORKLOAD: Final = Workload.hot_cold(16, 5)
+_LOG_MS: Final = 20
+_STALL_S: Final = 2.0
+
+Counts = dict[str, Any]
+
+
+def small_guest(directory: Path) -> QemuSpec:
+    """A guest that boots soon, writes all the while, and logs on a disk that both hosts open."""
+    disk = Disk(directory / "disk", "none", log_ms=_LOG_MS)
+    return replace(QemuSpec(memory_mib=_MEMORY_MIB, workload=_WORKLOAD), disk=disk)
+
+
+def prove_qemu_matrix(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
+    """Run the cells, one after the other."""
+    cells = prove_matrix.chosen(options.patterns, QEMU_CELLS)
+    judged = asyncio.run(run_matrix(cells, 1, say, lambda: QemuPair(small_guest(directory), image)))
+    violations = sum(len(one.violations) for one in judged)
+    return {"cells": len(judged), "violations": violations}, not violations
+
+
+def prove_qemu_soak(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
+    """Run the soak."""
+    pair = QemuPair(small_guest(directory), image)
+    done = asyncio.run(soak.run(options.migrations, options.seed, pair, QEMU_CELLS))
+    return {**done.document(), "outcomes": done.outcomes}, not done.violations
+
+
+async def measure_aborts(aborts: int, pair: QemuPair) -> prove_aborts.Measured:
+    """Force aborts: by turns QEMU is stopped as the state comes, and the way to it holds the state."""
+    try:
+        await asyncio.to_thread(pair.start)
+        await pair.new_guest(pair.a, GUEST)
+        frame = AtFrame(FrameType.DEVICE_STATE)
+        stopped = action_of("stop-destination-vmm", pair.a, pair.b, GUEST)
+        return await prove_aborts.force(
+            pair, GUEST, aborts, {"QEMU stopped": (frame, stopped), "state held up": (frame, Stall(_STALL_S))}
+        )
+    finally:
+        await asyncio.to_thread(pair.close)
+
+
+def prove_qemu_aborts(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
+    """Force the aborts."""
+    return prove_aborts.judge(asyncio.run(measure_aborts(options.aborts, QemuPair(small_guest(directory), image))))
+
+
+def prove_moves(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
+    """Move a guest there and back."""
+    memory_mib = options.memory // MIB
+    spec = QemuSpec(memory_mib=memory_mib, workload=WORKLOADS[options.workload](memory_mib), backing=options.backing)
+    campaign = Campaign(options.moves, options.downtime_limit)
+    asyncio.run(campaign.run(QemuPair(spec, image, quick=False)))
+    return {"memory_mib": memory_mib, "workload": options.workload, **campaign.document()}, not campaign.violations
+
+
+def main() -> int:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(required=True)
+    matrix = parts.add_parser("matrix", help="every step x every fault")
+    matrix.add_argument("patterns", nargs="*", metavar="PATTERN", help="part of a cell's name, for example commit/cut")
+    matrix.set_defaults(prove=prove_qemu_matrix)
+    moves_and_faults = parts.add_parser("soak", help="moves back and forth with random faults")
+    soak.add_arguments(moves_and_faults)
+    moves_and_faults.set_defaults(prove=prove_qemu_soak, migrations=100)
+    aborts = parts.add_parser("aborts", help="how precisely an abort gives the guest back")
+    aborts.add_argument("--aborts", type=int, default=50, help="how many (default %(default)s)")
+    aborts.set_defaults(prove=prove_qemu_aborts)
+    moves = parts.add_parser("moves", help="there and back without faults, every figure of every move")
+    moves.add_argument("--moves", type=int, default=100, help="how many (default %(default)s)")
+    moves.add_argument("--memory", type=parse_size, default="1GiB", help="of the guest (default %(default)s)")
+    moves.add_argument("--workload", choices=WORKLOADS, default="hot-cold", help="(default %(default)s)")
+    moves.add_argument(
+        "--backing", choices=("private", "file", "memfd"), default="private", help="(default %(default)s)"
+    )
+    moves.add_argument("--downtime-limit", default="100ms", help="of every move (default %(default)s)")
+    moves.set_defaults(prove=prove_moves)
+    options = parser.parse_args()
+    if missing := missing_packages():
+        say(f"Real guests need these packages of the distribution: {' '.join(missing)}.")
+        return MISSING
+    # Daemons and guests must not outlive a run that is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    prove: Callable[[argparse.Namespace, GuestImage, Path], tuple[Counts, bool]] = options.prove
+    with tempfile.TemporaryDirectory(prefix="qp-") as directory:
+        counts, held = prove(options, guest_image(), Path(directory))
+    load = [round(average, 2) for average in os.getloadavg()]
+    print(json.dumps({**counts, "load": load}))
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

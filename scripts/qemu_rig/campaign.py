@@ -1,0 +1,136 @@
+"""Many moves of one guest there and back, and every figure of each: what the record says, and what the guest noticed.
+
+beats on the source ...|                                   the gap: last beat there, first beat here
+                       |  ... beats on the destination     then: "check", and every page is looked at
+record                 [lower, upper]                      the gap lies in it, but for two beats
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from scripts.basics import say
+from scripts.qemu_rig.figures import Move, beyond_record_ns
+from scripts.qemu_rig.gaps import handover_gap
+from scripts.qemu_rig.pair import GUEST, QemuPair
+from scripts.qemu_rig.workload import Workload
+from scripts.rig.host import Host
+
+WORKLOADS: Final[Mapping[str, Callable[[int], Workload]]] = {
+    "idle": lambda memory_mib: Workload.idle(memory_mib * 3 // 4),
+    "hot-cold": lambda memory_mib: Workload.hot_cold(memory_mib * 3 // 4),
+    "heavy": lambda memory_mib: Workload.heavy(memory_mib * 3 // 4),
+}
+"""What a guest of so much memory does with three quarters of it."""
+_WARM_BEATS: Final = 100
+_WARM_S: Final = 60.0
+_NS_PER_MS: Final = 1_000_000
+
+
+@dataclass(slots=True)
+class Campaign:
+    """So many moves, each under the same limit, and what came of them.
+
+    Attributes:
+        moves: how many.
+        downtime_limit: as an operator writes it.
+        downtimes_ms: of the moves that completed, as their records say.
+        gaps_ms: how long the guest was heard by nobody.
+        totals_ms: from the command to the end.
+        late: moves whose record says that the limit was violated.
+        beyond_ms: by how much each gap was longer than the record's upper bound and two beats; not above 0 when right.
+        violations: what must not be, as sentences.
+    """
+
+    moves: int
+    downtime_limit: str
+    downtimes_ms: list[float] = field(default_factory=list)
+    gaps_ms: list[float] = field(default_factory=list)
+    totals_ms: list[float] = field(default_factory=list)
+    late: int = 0
+    beyond_ms: list[float] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
+
+    async def run(self, pair: QemuPair) -> None:
+        """Start the hosts and the guest, move it, and close everything."""
+        try:
+            await asyncio.to_thread(pair.start)
+            await pair.new_guest(pair.a, GUEST)
+            source: Host = pair.a
+            for number in range(self.moves):
+                if await self._move(pair, source, number):
+                    source = pair.other(source)
+            self.violations += pair.double_runs() + await pair.leftovers()
+        finally:
+            await asyncio.to_thread(pair.close)
+        for violation in self.violations:
+            say(f"VIOLATION: {violation}")
+
+    async def _move(self, pair: QemuPair, source: Host, number: int) -> bool:
+        """One move. Returns whether the guest is at the other host now."""
+        before = await pair.console(source)
+        await asyncio.to_thread(before.wait_for_beats, _WARM_BEATS, _WARM_S)
+        target = pair.other(source)
+        record = await source.migrate(GUEST, target, downtime_limit=self.downtime_limit)
+        completed = bool(record["outcome"] == "completed")
+        found = [] if completed else [f"it is {record['outcome']}: {record['reason']}"]
+        at = target if completed else source
+        verdict = await at.verify(GUEST)
+        if not verdict["ok"]:
+            found.append(str(verdict["message"]))
+        if completed:
+            found += await self._figures(pair, record, before.beats(), target)
+        self.violations += [f"move {number}: {one}" for one in found]
+        return completed
+
+    async def _figures(self, pair: QemuPair, record: dict[str, Any], before: Any, target: Host) -> list[str]:
+        """Take down the figures of a completed move. Returns what is wrong with them."""
+        gap = handover_gap(before, (await pair.console(target)).beats())
+        move, downtime, digest = Move(record, gap), record["downtime"], record["digest"]
+        beyond_ns = beyond_record_ns(move, pair.spec.workload.beat_us * 1000)
+        self.downtimes_ms.append(downtime["measured_ns"] / _NS_PER_MS)
+        self.gaps_ms.append(gap.ns / _NS_PER_MS)
+        self.totals_ms.append(record["total_ns"] / _NS_PER_MS)
+        self.beyond_ms.append(beyond_ns / _NS_PER_MS)
+        self.late += downtime["limit_violated"]
+        say(
+            f"{len(self.gaps_ms):4} downtime {self.downtimes_ms[-1]:7.2f} ms, guest silent {self.gaps_ms[-1]:7.2f} ms, "
+            f"total {self.totals_ms[-1]:7.0f} ms"
+        )
+        found = []
+        if downtime["limit_violated"]:
+            found.append(f"downtime {self.downtimes_ms[-1]:.3f} ms is beyond the limit")
+        if not digest["source"] or digest["source"] != digest["destination"]:
+            found.append(f"digests differ or lack: {digest}")
+        if gap.ns < downtime["lower_ns"]:
+            found.append(f"the guest was silent for {self.gaps_ms[-1]:.3f} ms, less than the record's lower bound")
+        if beyond_ns > 0:
+            found.append(f"the guest was silent for {self.beyond_ms[-1]:.3f} ms more than the record explains")
+        return found
+
+    def document(self) -> dict[str, Any]:
+        """The figures of all moves."""
+        return {
+            "moves": self.moves,
+            "completed": len(self.downtimes_ms),
+            "late": self.late,
+            "downtime_ms": _spread(self.downtimes_ms),
+            "gap_ms": _spread(self.gaps_ms),
+            "beyond_record_ms": _spread(self.beyond_ms),
+            "total_ms": _spread(self.totals_ms),
+            "violations": len(self.violations),
+        }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    """Median, 99th percentile and maximum; empty without values."""
+    if not values:
+        return {}
+    ranked = sorted(values)
+    chosen = {"p50": statistics.median(ranked), "p99": ranked[math.ceil(0.99 * len(ranked)) - 1], "max": ranked[-1]}
+    return {name: round(value, 3) for name, value in chosen.items()}

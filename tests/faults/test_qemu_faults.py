@@ -1,0 +1,43 @@
+"""Faults at the steps that decide, over real Linux guests in stock QEMU. All of them: ``scripts.prove_qemu matrix``."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from scripts import soak
+from scripts.prove_qemu import QEMU_CELLS, small_guest
+from scripts.qemu_rig.image import GuestImage
+from scripts.qemu_rig.pair import QemuPair
+from scripts.rig.matrix import Judged, run_matrix
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+CORE = (
+    "device-state/kill-destination-vmm",
+    "device-state/kill-source-daemon",
+    "ready/kill-source-vmm",
+    "ready/kill-destination-daemon",
+    "ready/cancel",
+    "commit/kill-source-daemon",
+    "commit/kill-destination-daemon",
+    "commit/kill-destination-vmm",
+    "commit/cut",
+    "running/kill-source-vmm",
+    "running/kill-source-daemon",
+)
+
+
+async def test_one_whole_guest_is_left_at_the_steps_that_decide(image: GuestImage, tmp_path: Path) -> None:
+    cells = [cell for cell in QEMU_CELLS if str(cell) in CORE]
+    assert len(cells) == len(CORE)
+    judged: list[Judged] = await run_matrix(cells, 1, make_pair=lambda: QemuPair(small_guest(tmp_path), image))
+    assert [str(one) for one in judged if one.violations] == []
+
+
+def test_a_short_soak_ends_without_a_violation(image: GuestImage, tmp_path: Path) -> None:
+    done = asyncio.run(soak.run(5, 3, QemuPair(small_guest(tmp_path), image), QEMU_CELLS))
+    assert done.violations == []
+    assert done.migrations == 5
