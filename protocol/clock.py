@@ -101,11 +101,6 @@ class ClockExchange:
         """Round trip without the peer's processing: the width of the interval."""
         return (self.t4 - self.t1) - (self.t3 - self.t2)
 
-    @property
-    def double_offset_ns(self) -> int:
-        """Twice the estimate of remote - local, so that it stays an integer."""
-        return (self.t2 - self.t1) + (self.t3 - self.t4)
-
     def check(self, *, rho_ppb: int = DEFAULT_RHO_PPB, resolution_ns: int = DEFAULT_RESOLUTION_NS) -> None:
         """Raise :class:`FalsifiedStampsError` when two clocks within the bounds cannot have produced these stamps."""
         _check_round_trip(self.t1, self.t2, self.t3, self.t4, rho_ppb, resolution_ns)

@@ -1,4 +1,4 @@
-"""What every tool here uses: where the checkout is, units of memory, and telling a person what happens."""
+"""Basics of all tools here: the directory of the checkout, units of memory, and lines of progress for a person."""
 
 from __future__ import annotations
 

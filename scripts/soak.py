@@ -39,7 +39,7 @@ CALM: Final = {"downtime_limit": 20_000, "timeout_s": 0.1, "on_timeout": "force"
 
 @dataclass(slots=True)
 class Soak:
-    """What happened so far."""
+    """Counts of migrations, faults and violations so far."""
 
     migrations: int = 0
     faults: int = 0

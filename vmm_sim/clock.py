@@ -116,10 +116,6 @@ class GuestClock:
         """Guest uptime in ns at host time ``hrtime``."""
         return hrtime - self.boot_hrtime
 
-    def ticks_to_ns(self, ticks: int) -> int:
-        """Guest time of so many ticks."""
-        return ticks * NS_PER_SEC // self.guest_freq
-
     def read(self) -> VmTimeData:
         """All clocks at one instant."""
         hrtime = self.host.hrtime_ns()

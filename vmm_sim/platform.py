@@ -2,7 +2,8 @@
 VMClock page, each after the part of its model that a migration can get wrong.
 
 Deadlines are absolute host hrtimes while the guest is here. Export subtracts boot_hrtime, import adds the new host's:
-a timer due in 1 s of guest time stays due in 1 s of guest time. Hence time data comes before any of these devices.
+a timer due in 1 s of guest time stays due in 1 s of guest time. Hence time data comes before any of these devices. The
+module is longer than others because the devices are alike and best read side by side.
 """
 
 from __future__ import annotations

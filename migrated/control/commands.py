@@ -1,4 +1,5 @@
-"""The commands of the control socket as one table: QEMU's names and arguments, and what each asks of the daemon."""
+"""The commands of the control socket as one table: QEMU's names and arguments, and the operation that each calls. It is
+long because every command has its row here, with its handler above it."""
 
 from __future__ import annotations
 

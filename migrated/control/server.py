@@ -5,7 +5,8 @@
                  \\--- exec-oob, at once ---------/               +--> writer -> bytes
                                         event bus --> events ----+      (bounded: drops the oldest events)
 
-A client that does not read stops being read; nothing of it ever holds up the daemon or another client.
+A client that does not read stops being read, so it never holds up the daemon or another client. The module is longer
+than others because the tasks of one client share its queues and the order of its replies.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ class Guest:
     migration_id: str | None = None
     overlay: Overlay | None = None
     pidfd: int = -1
+    ended: bool = False
 
     def summary(self, state: str) -> dict[str, Any]:
         """The guest as ``guest list`` shows it."""
@@ -235,15 +236,20 @@ class GuestRegistry:
             self._starting.discard(description.name)
 
     async def destroy(self, guest: Guest) -> None:
-        """End a guest and forget it. When this returns its process is gone.
+        """End a guest and forget it. When this returns its process is gone, whoever else was ending it already.
 
         Raises:
             VmmError: the process does not end.
         """
+        while (ending := self._ending.get(guest.name)) is not None:
+            await ending.wait()
+        if guest.ended:
+            return
         self._forget(guest)
         ended = self._ending[guest.name] = asyncio.Event()
         try:
             await guest.vmm.destroy()
+            guest.ended = True
         finally:
             del self._ending[guest.name]
             ended.set()

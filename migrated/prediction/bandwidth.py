@@ -1,4 +1,4 @@
-"""The link and the guest as the rounds so far showed them: bandwidth, and the curve of unique dirty pages."""
+"""Figures of link and guest from the rounds so far: the bandwidth, and the curve of unique dirty pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Bandwidth:
             self._costs.add(pages, acknowledged_bytes, ns)
 
     def forget(self) -> None:
-        """The cap changed: what was measured before does not hold any more."""
+        """Forget all rounds, because the cap on the bandwidth changed."""
         self._rounds.clear()
         self._costs.forget()
 
@@ -39,9 +39,9 @@ class Bandwidth:
         return self._costs.expect(pages, size_bytes, self.for_bytes(size_bytes))
 
     def for_bytes(self, remaining_bytes: int) -> float:
-        """The rate at which ``remaining_bytes`` would move: the median of the last three rounds that were not much
-        smaller. 0 before anything was acknowledged. While no round was large enough, the fastest there was: it is
-        low, never high."""
+        """Return the rate at which ``remaining_bytes`` would move (bytes per second): the median of the last three
+        rounds that were not much smaller. 0 before anything was acknowledged. While no round was large enough, the
+        fastest there was: it is low, never high."""
         telling = max(_TELLING_BYTES, remaining_bytes // 4)
         rates = [size * 1e9 / ns for size, ns in self._rounds if size >= telling]
         if rates:
@@ -57,16 +57,16 @@ class Bandwidth:
 class DirtyCurve:
     """F(t): unique pages dirtied within t, as far as the rounds measured it.
 
-    Every round is one point: its length, and what was dirty at its end. Between points the curve is a straight line,
-    from the origin on; it never falls, and behind the last point it is flat only as far as nothing else was seen, so
-    it is continued with its last slope.
+    Every round is one point: its length, and the number of pages that were dirty at its end. The curve begins at the
+    origin, is a straight line between points, and never falls. Beyond the longest round it stays at its highest value;
+    while only one round is known, it goes on with the slope of that round.
     """
 
     def __init__(self) -> None:
         self._points: deque[tuple[int, int]] = deque(maxlen=_ROUNDS_KEPT)
 
     def add(self, ns: int, pages: int) -> None:
-        """``pages`` unique pages were dirtied within ``ns``."""
+        """Add a round of ``ns`` in which the guest dirtied ``pages`` unique pages."""
         if ns > 0:
             self._points.append((ns, pages))
 
@@ -74,7 +74,7 @@ class DirtyCurve:
         return len(self._points)
 
     def pages_within(self, ns: int) -> float:
-        """Unique pages that the guest would dirty within ``ns``."""
+        """Return the number of unique pages that the guest would dirty within ``ns``."""
         if not self._points or ns <= 0:
             return 0.0
         before = (0, 0.0)
@@ -88,7 +88,7 @@ class DirtyCurve:
         return before[1] * ns / before[0] if len(self._points) == 1 else before[1]
 
     def reachable(self, memory_budget_ns: int, bandwidth_bytes_per_s: float, page_bytes: int, margin: float) -> bool:
-        """Whether rounds can get the remaining memory inside a budget: the guest dirties less within the budget than
-        moves within it. "Dirty rate above bandwidth" is the wrong test: a bounded working set converges anyway."""
+        """Return whether rounds can get the remaining memory inside a budget: the guest dirties less within the budget
+        than moves within it. "Dirty rate above bandwidth" is the wrong test: a bounded working set converges anyway."""
         movable = bandwidth_bytes_per_s * memory_budget_ns / 1e9
         return self.pages_within(memory_budget_ns) * page_bytes < movable * margin

@@ -1,4 +1,4 @@
-"""What to do after a round: stop now, another round, throttle, wait for a better moment, or give up; and why.
+"""The decision after a round: stop now, another round, throttle, wait for a better moment, or give up; with the reason.
 
 Convergence is judged by progress (the least that remained), never by a rate: a bounded working set converges at any
 dirty rate. Throttling has QEMU's meaning and names (auto-converge); the rising target is what OpenStack and oVirt do.
@@ -52,7 +52,7 @@ _REHEARSAL_NS: Final = 25_000_000
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to do after a round, and the sentence that explains it."""
+    """The action after a round, and the sentence that explains it."""
 
     step: Step
     sentence: str
@@ -104,8 +104,8 @@ class Decider:
         """Rounds that were sent without a pause after the one before."""
 
     def hopeless(self, parameters: MigrationParameters, prediction: Prediction) -> str | None:
-        """Why no stop can fit, whatever memory does; None when one may. ``prediction`` is that of a stop with nothing
-        left to send."""
+        """Return a sentence on why no stop can fit the limit even without memory to send; None when one may fit.
+        ``prediction`` is that of a stop with nothing left to send."""
         limit_ns = limit_of(parameters)
         fits = prediction.total_ns < limit_ns and prediction.upper_ns < _FLOOR_MARGIN * limit_ns
         if not _enforced(parameters) or fits:

@@ -106,13 +106,13 @@ class Prediction:
     """A predicted downtime.
 
     Attributes:
-        total_ns: what it will most likely be.
-        upper_ns: what it will not exceed with the coverage asked for.
+        total_ns: the most likely downtime.
+        upper_ns: a bound that holds with the requested coverage.
         components: the corrected components, summing to ``total_ns``.
         memory_ns: the part of ``state`` that is memory.
         basis: why the bound is as wide as it is, a phrase.
         bandwidth_known: False before anything was acknowledged.
-        bases: what the components rest on.
+        bases: the measured or rehearsed figures behind the components.
         regime: the kind of attempt, whose bounds are kept apart (``Bases.regime``).
         scale_ns: how far such a prediction is usually off.
     """

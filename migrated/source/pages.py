@@ -6,7 +6,8 @@ Pages are read once into a staging buffer, so the hash is of exactly the bytes t
 writes meanwhile is dirty again and travels again in a later round, and only its last version counts; one that it wrote
 between the collect and the reading is cleared in the dirty log just before it is read, so it does not travel twice. In
 the first round some channel looks ahead for memory that is densely used and announces it, so that the destination can
-populate it.
+populate it. The module is longer than others because sender and worker threads share one protocol of jobs, barriers and
+failures.
 """
 
 from __future__ import annotations

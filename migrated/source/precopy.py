@@ -33,15 +33,15 @@ log = structlog.get_logger()
 
 _QUICK_SCAN_NS = 1_000_000
 _EAGER_ROUNDS = 40
-_LONG_PAUSE_S = 0.5
-"""After so many rounds nothing changes from one moment to the next."""
 _IDLE_PAUSE_S = 0.05
 """Pause before the next round when the last one was so short that nothing can have changed."""
+_LONG_PAUSE_S = 0.5
+"""The same pause once many rounds are over: little changes from one moment to the next then (s)."""
 
 
 @dataclass(slots=True)
 class Transfer:
-    """What both the rounds and the switchover send with, and the numbers that go on counting from one to the other."""
+    """The objects with which rounds and switchover send, and the counters that both continue."""
 
     vmm: VmmGuest
     guest: GuestDescription
@@ -54,13 +54,13 @@ class Transfer:
     state_order: int = 0
     scan_ns: int = 0
     fence_ns: int = 0
-    """What the fence after the last collect took."""
+    """Duration of the fence after the last collect."""
     iterations: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     """Bytes that each iterable device had new in the last two rounds, the older first."""
 
     @property
     def collect_ns(self) -> int:
-        """What the last collect took, with its fence."""
+        """Duration of the last collect, with its fence."""
         return self.scan_ns + self.fence_ns
 
     async def collect(self) -> Runs:
@@ -91,7 +91,7 @@ class Transfer:
         return sent
 
     async def send_iteration(self, iterations: Iterations, device: DeviceDescription, number: int) -> int:
-        """Save what an iterable device has new in a round (counted from 0) and send it. Returns its bytes."""
+        """Save and send the new state of an iterable device in a round (counted from 0). Returns its bytes."""
         part = await iterations.save_iteration(device.name, number)
         key = (part.name, part.kind)
         self.iterations[key] = (self.iterations.get(key, (0, 0))[1], len(part.data))
@@ -155,7 +155,7 @@ class Precopy:
     """The rounds of one attempt.
 
     Args:
-        transfer: what to send with.
+        transfer: sends pages and states.
         parameters: called for the parameters in force; they may change while rounds run.
         predict: called for the prediction of a stop now, with the dirty pages and the rounds' bandwidth.
         acknowledged: called to wait for the acknowledgement of a round.

@@ -4,7 +4,8 @@
                                                                   NO, deadline, loss, cancel -> take the guest back
 
 Work (moving state) and waiting (for the vote, the deadline, an operator) run side by side, so a decision never waits
-for a save or a send to end. Only the hand-over decides what an event means for the guest.
+for a save or a send to end. Only the hand-over decides what an event means for the guest. The module is longer than
+others because one blackout is one procedure, read from the stop to the account of its downtime.
 """
 
 from __future__ import annotations

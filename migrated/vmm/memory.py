@@ -5,7 +5,8 @@
     MixedMemory     parts of both kinds, one behind the other
 
 A page that was never touched takes no memory. Looking at it through a mapping would give it some, so the daemon asks
-where data is (``data_runs``) and touches nothing else.
+where data is (``data_runs``) and touches nothing else. The module is longer than others because the three kinds are one
+interface, each method of which is best compared across them.
 """
 
 from __future__ import annotations

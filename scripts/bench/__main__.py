@@ -40,7 +40,7 @@ ON_HUGE_PAGES: Final = ("raw", "qemu", "qemu-multifd", "random")
 
 
 def missing(name: str, size_mib: int) -> str | None:
-    """Why a case cannot run here, None when it can."""
+    """Return the reason why a case cannot run here, None when it can."""
     if name.startswith("qemu") and not rivals.installed(rivals.QEMU):
         return f"{rivals.QEMU} is not installed"
     if name == "iperf3" and not rivals.installed("iperf3"):
@@ -52,7 +52,7 @@ def missing(name: str, size_mib: int) -> str | None:
 
 
 async def measure(names: list[str], size_mib: int, repeats: int, skipped: dict[str, str]) -> dict[str, Case]:
-    """Run the cases, interleaved. What fails is named in ``skipped`` and tried no more."""
+    """Run the cases, interleaved. A case that fails is named in ``skipped`` and not tried again."""
     bench = Bench(size_mib, repeats)
     task = asyncio.current_task()
     assert task is not None

@@ -1,4 +1,4 @@
-"""What watching costs a migration, in one run: throughput with and without `migratectl watch` and scraped metrics, and
+"""The cost of watching a migration, in one run: throughput with and without `migratectl watch` and scraped metrics, and
 downtime with and without clients on the control socket, one of which does not read.
 
     python -m scripts.bench.operators_cost         table on stderr, one JSON object on stdout

@@ -97,7 +97,7 @@ def table(cases: dict[str, Case]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures hold for."""
+    """Return the machine and versions that the figures hold for."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {

@@ -1,4 +1,4 @@
-"""What the benchmark is laid beside: the bare socket, iperf3 and stock QEMU, each on the same machine in the same run.
+"""The rivals of the benchmark: the bare socket, iperf3 and stock QEMU, each on the same machine in the same run.
 
 As a program it is one bare pair: ``python -m scripts.bench.rivals SIZE_MIB`` prints GiB/s of ``sendall`` in one process
 to ``recv_into`` in another, into fresh shared memory that asks for huge pages as the daemons' does.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 Blocks: TypeAlias = dict[str, Callable[[], str]]
-"""What stands between the marks of each name."""
+"""The function that makes the text between the marks of each name."""
 
 
 def refreshed(text: str, blocks: Blocks) -> str:

@@ -45,7 +45,7 @@ MEANINGS: Final = {
     "clock.wall_offset_ns": "Shift of the wall clock.",
     "clock.drift_ppm": "How much too fast the monotonic clock runs.",
 }
-"""What a key is for, where its section alone does not say it and the model has no text below the field."""
+"""The meaning of a key, where its section does not say it and the model has no text below the field."""
 
 UNITS: Final = {"_bytes_per_s": "rate", "_bytes": "size", "_ms": "duration", "_s": "duration", "_ns": "nanoseconds"}
 """Kinds of value by the end of a key's name; the first that fits counts."""
@@ -64,7 +64,7 @@ def field_texts(model: type[BaseModel]) -> dict[str, str]:
 
 
 def meaning(section: str, name: str, texts: dict[str, str]) -> str:
-    """What a key is for.
+    """Return the meaning of a key.
 
     Raises:
         ValueError: nothing says it, or two texts do.
@@ -78,7 +78,7 @@ def meaning(section: str, name: str, texts: dict[str, str]) -> str:
 
 
 def kind(name: str, field: FieldInfo) -> str:
-    """What may stand behind the key, with its range."""
+    """Return the kind of a key's value, with its range."""
     annotation: Any = field.annotation
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(choice for choice in get_args(annotation) if choice is not type(None))

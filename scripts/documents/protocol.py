@@ -170,7 +170,7 @@ MEANINGS: Final = {
     "VmTimeData.hres_ns": "host's wall clock, nanosecond part",
     "VmTimeData.boot_hrtime": "`hrtime` at which the guest booted (ns), negative if it is older than its host",
 }
-"""What each field says."""
+"""The meaning of each field."""
 
 DIRECTIONS: Final = {
     "HELLO": "S → D", "WELCOME": "D → S", "REFUSE": "D → S", "CLOCK_ASK": "both", "CLOCK_REPLY": "both",

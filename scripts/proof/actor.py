@@ -1,4 +1,5 @@
-"""What both simulated daemons share: a journal that outlives them, and a hand-over that takes one event at a time.
+"""The common part of both simulated daemons: a journal that outlives them, and a hand-over that takes one event at a
+time.
 
 The executor that ships says what is done and what follows; here effects only take time, and may be cut short by a
 crash.
@@ -21,9 +22,9 @@ from scripts.proof.kernel import Call, Process, Steps
 from scripts.proof.network import Channel
 
 STEP_NS: Final = 20_000
-"""What a daemon needs for an effect by itself; a crash can fall into it."""
+"""Time that a daemon needs for an effect by itself; a crash can fall into it."""
 WRITE_NS: Final = 60_000
-"""What a line in the journal or a mark takes."""
+"""Time to write a line in the journal or a mark."""
 
 StateT = TypeVar("StateT", bound=StrEnum)
 EventT = TypeVar("EventT", bound=StrEnum)
@@ -34,7 +35,7 @@ Deed: TypeAlias = Generator[int | Callable[[Call], None], None, Outcome]
 
 @dataclass
 class Attempt:
-    """What a journal knows of one attempt."""
+    """The entries of a journal on one attempt."""
 
     migration_id: str
     epoch: int

@@ -39,7 +39,7 @@ TOKEN: Final = bytes(range(16))
 
 @dataclass
 class Round:
-    """What has arrived of one round."""
+    """Counts of what has arrived of one round."""
 
     pages: int = 0
     zero_pages: int = 0
@@ -92,7 +92,7 @@ class Incoming(Actor[DestinationState, DestinationEvent, DestinationEffect]):
 
     @property
     def final(self) -> bool:
-        """Whether it is decided here who runs the guest."""
+        """True once it is decided here which host runs the guest."""
         return self.core.final
 
     # Section: receiving
@@ -250,7 +250,7 @@ class Incoming(Actor[DestinationState, DestinationEvent, DestinationEffect]):
         self._go_on()
 
     def _go_on(self) -> None:
-        """Load what can be loaded, and vote when everything is."""
+        """Load the states that can be loaded, and vote when all are."""
         end, vmm = self._end, self.vmm
         complete = end is not None and self._rounds_done >= end.last_round and self._time_imported
         if not complete or self._load_busy or vmm is None or self.state is not DestinationState.LOADING:
@@ -395,7 +395,7 @@ class DestinationDaemon:
         self._build = build
 
     def boot(self) -> None:
-        """Begin a life: take up what the journal left open."""
+        """Begin a life: continue the attempts that the journal left open."""
         self.process = Process(self.host, "destination")
         self.known = {}
         if not self.journal:

@@ -336,7 +336,7 @@ class Destination:
                 yield Done()
 
     def _whether_it_ran(self, side: DestinationSide) -> Result:
-        """What the marks say once the process is gone."""
+        """The moves by what the marks say once the process is gone."""
         if self._model.marks is Marks.NONE and not side.fresh:
             return self._model.presumes
         ran = side.marked if self._model.marks is Marks.DAEMON else side.ran

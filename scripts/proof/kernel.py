@@ -86,7 +86,7 @@ class Host:
     disk_full: bool = False
 
     def clock_ns(self) -> int:
-        """What the host's clock shows."""
+        """The reading of the host's clock."""
         now = self.world.now_ns
         return self.offset_ns + now + now * self.drift_ppb // 1_000_000_000
 
@@ -103,7 +103,6 @@ class Process:
         self.world = host.world
         self.name = name
         self.alive = True
-        self.born_ns = host.world.now_ns
         self.frozen_until_ns = 0
         self.disturbed_ns = -1
         """When it was last frozen: promises about time hold for daemons that get to run."""

@@ -42,7 +42,7 @@ LOCK_KEPT: Final = "I8: COMMIT is told while the source keeps the ownership lock
 
 
 class Message(IntEnum):
-    """What the network carries. HELLO and STATE belong to a connection (an attempt), the rest names an epoch."""
+    """A message on the network. HELLO and STATE belong to a connection (an attempt), the others name an epoch."""
 
     HELLO = 0
     STATE = 1
@@ -79,7 +79,7 @@ ALIVE: Final = frozenset({Guest.EMPTY, Guest.HALTED, Guest.RUNS})
 
 
 class Marks(StrEnum):
-    """What tells a daemon that finds no VMM whether its guest ran."""
+    """The evidence by which a daemon that finds no VMM knows whether its guest ran."""
 
     VMM = "vmm"
     """A log that the VMM itself writes before its vCPUs run: exact."""
@@ -144,7 +144,7 @@ SideT: TypeAlias = SourceSide | DestinationSide
 
 
 class Guard(IntEnum):
-    """What must be true of the destination for a move of the source: what an operator made sure of."""
+    """A condition on the destination for a move of the source, which an operator has made sure of."""
 
     NONE = 0
     RUNS_THERE = 1
@@ -172,7 +172,8 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """What is explored or simulated: the tables, the executors and the rules beside them. A mutant replaces one.
+    """The rules that are explored or simulated: the tables, the executors and the rules beside them. A mutant replaces
+    one.
 
     The budgets are for the simulator: the explorer knows no time, and lets every deadline pass at any moment.
 

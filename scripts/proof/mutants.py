@@ -36,7 +36,7 @@ S, E, D, F, A = SourceState, SourceEvent, DestinationState, DestinationEvent, Ac
 
 @dataclass(frozen=True)
 class Mutant:
-    """What is broken, and the disaster that an outsider sees when nothing but disasters is watched."""
+    """One change that breaks the rules, and the disaster that an outsider sees when only disasters are watched."""
 
     broken: str
     model: Model

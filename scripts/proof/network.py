@@ -27,7 +27,7 @@ CONNECT_NS: Final = 5 * SECOND
 
 @dataclass
 class Link:
-    """What lies between the hosts.
+    """The network between the hosts.
 
     Attributes:
         latency_ns, jitter_ns: of one direction.

@@ -94,7 +94,6 @@ class Simulation:
         }
         costs = (world.between(100 * US, 10 * MS), world.between(100 * US, 20 * MS))
         writes_per_s = world.between(10, 5_000)
-        self._device_ns = sum(save_ns + load_ns for save_ns, load_ns in devices.values())
 
         def build(host: Host) -> Vmm:
             return Vmm(host, self.estate, pages, devices, costs, writes_per_s)

@@ -39,7 +39,7 @@ REQUIRED: Final = ("digest-xxh3-frames", "switchover-abort", "zero-runs")
 
 @dataclass(frozen=True)
 class Wish:
-    """What one attempt is asked to do.
+    """The settings of one attempt.
 
     Attributes:
         limits: the budget.
@@ -493,7 +493,7 @@ class SourceDaemon:
         self.exported_true_ns = 0
 
     def boot(self) -> None:
-        """Begin a life: take up what the journal left open."""
+        """Begin a life: continue the attempt that the journal left open."""
         self.process = Process(self.host, "source")
         self.current = None
         if self.journal and not self.journal[-1][0].closed:

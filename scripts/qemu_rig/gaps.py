@@ -1,4 +1,4 @@
-"""Silences between beats: what a guest noticed of a stop, and whether two copies of it ever ran.
+"""Silences between beats: they show a stop as the guest noticed it, and whether two copies of it ever ran.
 
     QEMU a   b b b b b b|                     the last beat of a, the first of b: the gap
     QEMU b               |      b b b b b     every sequence number appears once, over all QEMUs

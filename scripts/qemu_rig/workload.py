@@ -1,4 +1,4 @@
-"""What the guest does with its memory, as arguments of its program (guest_init.c)."""
+"""The work of the guest on its memory, as arguments of its program (guest_init.c)."""
 
 from __future__ import annotations
 

@@ -95,7 +95,8 @@ class FaultyPair(Pair):
             host.bugs()
 
     async def check_retry(self, name: str, at: Host) -> list[str]:
-        """What stands against another migration of the guest, right after a failure or a success of the last."""
+        """Return the reasons why another migration of the guest fails, right after a failure or a success of the
+        last."""
         to = self.other(at)
         record = await at.migrate(name, self.way_to(to).uri, downtime_limit=20_000, timeout_s=0.1, on_timeout="force")
         if record["outcome"] != "completed":

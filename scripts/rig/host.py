@@ -218,7 +218,8 @@ class Host:
         return f"-- host {self.name}\n" + "\n".join(lines)
 
     def bugs(self) -> list[str]:
-        """What no fault may cause, since the last call: unexpected exceptions, and anything on standard error."""
+        """Return effects that no fault may have, since the last call: unexpected exceptions, and anything on standard
+        error."""
         found = [
             f"host {self.name}: {_line(entry)}"
             for entry in self.log(self._log_mark)
@@ -369,7 +370,8 @@ class Host:
         self._baseline = footprint(self.pid)
 
     def excess(self, guests: int) -> list[str]:
-        """What the daemon holds beyond its baseline and ``guests`` guests at rest."""
+        """Return what the daemon holds beyond its baseline and ``guests`` guests at rest: descriptors, mappings,
+        threads."""
         if self._baseline is None:
             return []
         held = footprint(self.pid)
@@ -385,8 +387,8 @@ class Host:
         return found
 
     async def leftovers(self) -> list[str]:
-        """What is left behind when nothing runs: descriptors, mappings, threads, guest processes without a guest, open
-        attempts. Empty when all is well; waits a while for what is still being let go."""
+        """Return the things that are left behind when nothing runs: descriptors, mappings, threads, guest processes
+        without a guest, open attempts. Empty when all is well; waits a while for what is still being let go."""
         guests = await self.guests()
         known = {guest["pid"] for guest in guests.values()}
 

@@ -115,7 +115,7 @@ ALL_CELLS: Final = tuple(
 
 @dataclass(slots=True)
 class Judged:
-    """What came of one cell."""
+    """The result of one cell."""
 
     cell: Cell
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""What the kernel tells about a process: whether it runs, and what it holds."""
+"""The state of a process as the kernel reports it: whether it runs, and what it holds."""
 
 from __future__ import annotations
 

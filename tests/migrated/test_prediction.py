@@ -47,12 +47,14 @@ def test_corrections_of_the_guest_are_learned() -> None:
     assert total == pytest.approx(sum(truth_of(2.0).values()), rel=0.02)
 
 
-def test_another_guest_of_the_class_profits_and_a_stranger_does_not_suffer() -> None:
+def test_what_one_guest_costs_more_is_expected_of_its_class_and_of_a_stranger() -> None:
     knowledge = Knowledge(PRIOR)
     for _ in range(5):
         knowledge.learn(record_of(predict(knowledge), truth_of(2.0)), "class")
     sibling = knowledge.predict("other", "class", BASES, coverage=0.95, bandwidth_known=True)
     assert sibling.total_ns == pytest.approx(sum(truth_of(2.0).values()), rel=0.02)
+    stranger = knowledge.predict("other", "another class", BASES, coverage=0.95, bandwidth_known=True)
+    assert stranger.total_ns == pytest.approx(sum(truth_of(2.0).values()), rel=0.02)
 
 
 def test_a_stranger_does_not_inherit_a_faster_link() -> None:

@@ -94,11 +94,15 @@ class TinyHost:
         self._listener = Listener(self.operations.connected, config.limits, self.operations.security)
 
     async def __aenter__(self) -> Self:
-        await self._control.start()
-        await self.operations.start()
-        await self._listener.start(Address("127.0.0.1", 0))
-        self.uri = f"tcp:{self._listener.address}"
         self._up = True
+        try:
+            await self._control.start()
+            await self.operations.start()
+            await self._listener.start(Address("127.0.0.1", 0))
+        except BaseException:
+            await self.__aexit__()
+            raise
+        self.uri = f"tcp:{self._listener.address}"
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -152,6 +156,7 @@ def leave_attempt(directory: Path, guest: str, role: Role, *decisions: Decision,
     """
     migration_id = secrets.token_hex(16)
     usual = {
+        "driver": "tiny",
         "peer": "tcp:127.0.0.1:9",
         "paused": False,
         "started_at": datetime.now(UTC).isoformat(),
