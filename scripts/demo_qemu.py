@@ -83,16 +83,16 @@ async def adopted(stage: Stage, name: str, spec: QemuSpec) -> AsyncIterator[Cons
     async with booted(spec, stage.image, stage.directory / f"stock-{name}") as qemu:
         out.print(f"Started as anyone would: qemu-system-x86_64 -m {spec.memory_mib}M ..., process {qemu.pid}.")
         await qemu.release_monitor()
-        await host.create_guest(name, spec.memory_mib, options={"qmp": str(qemu.qmp_socket)})
+        await host.command("x-migrated-guest-adopt", {"guest": name, "qmp": str(qemu.qmp_socket)})
         out.print(f"Adopted by host {host.name} through its QMP socket; it ran on.")
         yield qemu.console
 
 
 @contextlib.asynccontextmanager
-async def defined(stage: Stage, name: str, spec: QemuSpec) -> AsyncIterator[Console]:
+async def defined(stage: Stage, name: str) -> AsyncIterator[Console]:
     """A guest that the first host starts from its definition."""
     host = stage.hosts[0]
-    guest = await host.create_guest(name, spec.memory_mib)
+    guest = await host.command("x-migrated-guest-create", {"guest": name, "definition": name})
     with await listen(host, name) as console:
         await asyncio.to_thread(console.wait_for, "READY", BOOT_TIMEOUT_S)
         await asyncio.to_thread(console.wait_for_beats, _WARM_BEATS, BOOT_TIMEOUT_S)
@@ -156,6 +156,15 @@ async def verify(name: str, host: Host, console: Console, found: Move) -> None:
     out.print(Text(checked, style="green"))
 
 
+async def look(host: Host, name: str) -> None:
+    """Have the host look for everything that could break its promise, and tell what is not in order."""
+    rows = await host.command("x-migrated-guest-check", {"guest": name})
+    worries = [row for row in rows if row["verdict"] != "ok"]
+    out.print(f"Host {host.name} looked at {len(rows)} things that could break its promise; {len(worries)} to mention.")
+    for row in worries:
+        out.print(Text(f"{row['name']}, {row['verdict']}: {row['sentence']}.", style="yellow"))
+
+
 async def there_and_back(stage: Stage, name: str, console: Console, limit_ns: int) -> dict[str, Move]:
     """Move a guest to the second host and back, and end it."""
     a, b = stage.hosts
@@ -190,7 +199,8 @@ async def compare(stage: Stage, name: str, adopt: bool, limit_ns: int) -> Compar
     stage.define(name, spec)
     writes = spec.workload.rate_mib_per_s
     say(f"A Linux guest: {name}", f"{spec.memory_mib} MiB of private memory; its program writes {writes} MiB/s.")
-    async with adopted(stage, name, spec) if adopt else defined(stage, name, spec) as console:
+    async with adopted(stage, name, spec) if adopt else defined(stage, name) as console:
+        await look(stage.hosts[0], name)
         moves = await there_and_back(stage, name, console, limit_ns)
     return Comparison(name, moves, await by_qemu(stage, name, spec, limit_ns // 1_000_000))
 

@@ -25,6 +25,7 @@ from migrated.record.reading import read_record
 from protocol.units import format_size
 
 Json = Mapping[str, Any]
+_VERDICT_STYLES: Final = {"ok": "green", "warning": "yellow", "refused": "bold red"}
 
 _BOUNDS_SHOWN: Final = 20
 """Most guests in the table of bounds, those that were migrated most."""
@@ -43,6 +44,16 @@ def guests_table(guests: Sequence[Json]) -> RenderableType:
         table.add_row(clean(guest["name"]), state, memory, pid, clean(guest["api_socket"]))
     silent = [f"{guest['name']}: {guest['reason']}." for guest in guests if guest.get("reason")]
     return Group(table, *(Text(clean(line)) for line in silent)) if silent else table
+
+
+def checks_table(rows: Sequence[Json]) -> Table:
+    """What was looked at in a guest, what is refused first."""
+    order = ("refused", "warning", "ok")
+    table = new_table("", "what", "verdict", "found")
+    for row in sorted(rows, key=lambda row: order.index(row["verdict"])):
+        verdict = Text(row["verdict"], style=_VERDICT_STYLES[row["verdict"]])
+        table.add_row(clean(row["name"]), verdict, clean(row["sentence"]))
+    return table
 
 
 def facts_view(facts: Json) -> Table:

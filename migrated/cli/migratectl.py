@@ -139,7 +139,8 @@ def guest() -> None:
 
 @guest.command()
 @click.argument("name")
-@click.option("--memory", type=SIZE, required=True, help="Size of its memory.")
+@click.option("--memory", type=SIZE, help="Size of its memory; needed without --definition.")
+@click.option("--definition", metavar="NAME", help="A QEMU guest, by the name or file of its definition on that host.")
 @click.option("--workload", metavar="WORKLOAD", help=WORKLOADS_HELP)
 @click.option("--dirty-rate", type=RATE, help="How fast it writes memory.")
 @click.option("--profile", metavar="PROFILE", help="A guest profile of the daemon's [vmm] profiles, by name.")
@@ -150,7 +151,8 @@ def guest() -> None:
 def create(
     session: Session,
     name: str,
-    memory: int,
+    memory: int | None,
+    definition: str | None,
     workload: str | None,
     dirty_rate: int | None,
     profile: str | None,
@@ -159,11 +161,14 @@ def create(
     options: tuple[str, ...],
 ) -> None:
     """Start a guest in a VMM process of its own."""
+    if memory is None and definition is None:
+        raise click.UsageError("Missing option '--memory', or '--definition' for a QEMU guest.")
     if profile and ("/" in profile or profile.endswith(".toml")):
         profile = str(Path(profile).resolve())  # the daemon has a working directory of its own
     given = {
         "guest": name,
         "memory-bytes": memory,
+        "definition": definition.removesuffix(".toml") if definition is not None else None,
         "workload": workload,
         "dirty-rate-bytes-per-s": dirty_rate,
         "profile": profile,
@@ -174,6 +179,32 @@ def create(
     arguments = {key: value for key, value in given.items() if value is not None}
     created = session.call("x-migrated-guest-create", arguments)
     session.say(created, f"Guest {name} is {created['state']}.")
+
+
+@guest.command()
+@click.argument("name")
+@click.option("--qmp", type=click.Path(), required=True, help="Its QMP socket, which nobody else may hold.")
+@click.option("--incoming", is_flag=True, help="It waits for a migration (-incoming defer -S).")
+@click.option("--run-log", type=click.Path(), help="Where it logs its run state (-D FILE -trace vm_state_notify).")
+@with_session
+def adopt(session: Session, name: str, qmp: str, incoming: bool, run_log: str | None) -> None:
+    """Take over a QEMU that somebody else started; it runs on undisturbed."""
+    arguments: dict[str, Any] = {"guest": name, "qmp": str(Path(qmp).resolve()), "incoming": incoming}
+    if run_log is not None:
+        arguments["run-log"] = str(Path(run_log).resolve())
+    adopted = session.call("x-migrated-guest-adopt", arguments)
+    session.say(adopted, f"Guest {name} is {adopted['state']}; see 'migratectl guest check {name}'.")
+
+
+@guest.command()
+@guest_argument
+@with_session
+def check(session: Session, name: str) -> None:
+    """Look for everything that could break the promise of a migration. Exit status 1 when something is refused."""
+    rows = session.call("x-migrated-guest-check", {"guest": name})
+    session.show(rows, lambda: _lists().checks_table(rows))
+    if any(row["verdict"] == "refused" for row in rows):
+        sys.exit(EXIT_FAILED)
 
 
 @guest.command("list")

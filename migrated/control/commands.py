@@ -6,13 +6,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 
 from migrated.base.errors import DocumentError
 from migrated.control import qemu
-from migrated.control.operations import EVENTS_LOST, GuestSpec, OperationError, Operations
+from migrated.control.operations import EVENTS_LOST, AdoptSpec, GuestSpec, OperationError, Operations
 from migrated.control.schema import (
     PARAMETER_ARGUMENTS,
     PARAMETERS,
@@ -27,6 +27,7 @@ from migrated.state.history import HistoryQuery, RecordNotFoundError
 
 Arguments = Mapping[str, Any]
 Handler = Callable[[Operations, Arguments], Awaitable[Any]]
+Spec = TypeVar("Spec", GuestSpec, AdoptSpec)
 
 MAX_HISTORY: Final = 1000
 """Records in one reply; more would keep the event loop busy."""
@@ -201,15 +202,29 @@ async def _quit(operations: Operations, _arguments: Arguments) -> Any:
     return {}
 
 
-async def _guest_create(operations: Operations, arguments: Arguments) -> Any:
+def _spec(kind: type[Spec], arguments: Arguments) -> Spec:
     fields = {name.replace("-", "_"): value for name, value in arguments.items()}
     fields["name"] = fields.pop("guest")
     try:
-        spec = GuestSpec.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
         raise OperationError(f"The guest cannot be created: {details['loc'][0]}: {details['msg']}.") from None
+
+
+async def _guest_create(operations: Operations, arguments: Arguments) -> Any:
+    spec = _spec(GuestSpec, arguments)
+    if spec.memory_bytes is None and spec.definition is None:
+        raise OperationError("The guest cannot be created: give the size of its memory, or a definition.")
     return await operations.guest_create(spec)
+
+
+async def _guest_adopt(operations: Operations, arguments: Arguments) -> Any:
+    return await operations.guest_adopt(_spec(AdoptSpec, arguments))
+
+
+async def _guest_check(operations: Operations, arguments: Arguments) -> Any:
+    return await operations.guest_check(arguments["guest"])
 
 
 async def _guest_list(operations: Operations, _arguments: Arguments) -> Any:
@@ -398,7 +413,8 @@ _TABLE: Final = (
         "The guest.",
         (
             ONE_GUEST,
-            Argument("memory-bytes", "integer", "Size of its memory.", required=True),
+            Argument("memory-bytes", "integer", "Size of its memory; needed without a definition."),
+            Argument("definition", "string", "A definition in [qemu] definitions, for a QEMU guest: its name."),
             Argument("workload", "string", "What its vCPUs do (a workload of the VMM)."),
             Argument("dirty-rate-bytes-per-s", "integer", "How fast it writes memory."),
             Argument("profile", "string", "A guest profile: its name, or the path of its file."),
@@ -407,6 +423,27 @@ _TABLE: Final = (
             Argument("options", "object", "Further options for the VMM, text to text."),
         ),
         _guest_create,
+        changes=True,
+    ),
+    Command(
+        "x-migrated-guest-adopt",
+        "Take over a QEMU that somebody else started; it runs on undisturbed.",
+        "The guest.",
+        (
+            ONE_GUEST,
+            Argument("qmp", "string", "Its QMP socket, which nobody else may hold.", required=True),
+            Argument("incoming", "boolean", "It waits for a migration (-incoming defer -S)."),
+            Argument("run-log", "string", "The file it logs its run state to (-D FILE -trace vm_state_notify)."),
+        ),
+        _guest_adopt,
+        changes=True,
+    ),
+    Command(
+        "x-migrated-guest-check",
+        "Look for everything that could break the promise of a migration.",
+        "A list of what was looked at: 'name', 'verdict' (ok, warning, refused), 'sentence'.",
+        (ONE_GUEST,),
+        _guest_check,
         changes=True,
     ),
     Command(

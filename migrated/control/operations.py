@@ -57,6 +57,7 @@ def _free_option(name: str) -> str:
 
 
 OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$"), AfterValidator(_free_option)]
+DefinitionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 OptionValue = Annotated[str, Field(pattern=r"^[^\x00]{0,4096}$")]
 
 
@@ -66,7 +67,10 @@ class GuestSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: GuestName
-    memory_bytes: int = Field(ge=1 << 20, le=MAX_MEMORY_BYTES)
+    memory_bytes: int | None = Field(default=None, ge=1 << 20, le=MAX_MEMORY_BYTES)
+    """Needed for all guests but those of a definition, in which it stands."""
+    definition: DefinitionName | None = None
+    """Name of a definition in ``[qemu] definitions``: the guest is a QEMU guest."""
     workload: str | None = None
     dirty_rate_bytes_per_s: int | None = Field(default=None, ge=0, le=1 << 50)
     profile: str | None = None
@@ -74,6 +78,20 @@ class GuestSpec(BaseModel):
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     paused: bool = False
     options: dict[OptionName, OptionValue] = Field(default_factory=dict)
+
+
+class AdoptSpec(BaseModel):
+    """A QEMU that somebody else started, to be taken over as it runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: GuestName
+    qmp: str
+    """Its QMP socket."""
+    incoming: bool = False
+    """It waits for a migration, started with ``-incoming defer -S``."""
+    run_log: str | None = None
+    """The file that it logs its run state to (``-D FILE -trace vm_state_notify``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +236,12 @@ class Operations(Protocol):
 
     async def guest_create(self, spec: GuestSpec) -> dict[str, Any]:
         """Start a guest and wait until its VMM answers."""
+
+    async def guest_adopt(self, spec: AdoptSpec) -> dict[str, Any]:
+        """Take over a QEMU that somebody else started; it runs on undisturbed."""
+
+    async def guest_check(self, name: str) -> list[dict[str, Any]]:
+        """Everything that could break the promise of a migration: rows of ``name``, ``verdict``, ``sentence``."""
 
     def guest_names(self) -> list[str]:
         """Names of the guests that a command may mean, without asking any of them."""

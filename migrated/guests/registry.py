@@ -194,14 +194,14 @@ class GuestRegistry:
         """One guest, None when there is none."""
         return self._guests.get(name)
 
-    async def create(self, request: GuestRequest) -> Guest:
-        """Start a new guest with the driver that the configuration names.
+    async def create(self, request: GuestRequest, driver_name: str | None = None) -> Guest:
+        """Start a new guest with a driver, or with the one that the configuration names.
 
         Raises:
             RefusedError: the name is taken, or there is no place for one more.
             VmmError: the VMM does not start.
         """
-        driver = self._drivers[self._config.vmm.driver]
+        driver = self._drivers[driver_name or self._config.vmm.driver]
         await self._claim(request.name)
         try:
             return await self._started(await driver.create(request))
@@ -209,7 +209,7 @@ class GuestRegistry:
             self._starting.discard(request.name)
 
     async def create_incoming(self, description: GuestDescription) -> Guest:
-        """Start an empty guest equal to the description, waiting for state.
+        """Start an empty guest equal to the description, waiting for state; or take one that waits here already.
 
         Raises:
             RefusedError: the name or the uuid is taken here, there is no place for one more, or this host lacks the
@@ -222,6 +222,10 @@ class GuestRegistry:
                 f"guest {description.name!r} needs the driver {description.vmm!r}, which the destination lacks; it has "
                 f"{', '.join(sorted(self._drivers))}. Configure it there under [vmm] drivers"
             )
+        waiting = self._guests.get(description.name)
+        if waiting is not None and waiting.migration_id is None and await waiting.vmm.awaits(description):
+            waiting.overlay = "incoming"
+            return waiting
         for guest in self._guests.values():
             if guest.uuid == description.uuid:
                 raise RefusedError(

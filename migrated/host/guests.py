@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 import structlog
 
 from migrated.base.errors import MigrationError, VmmError
-from migrated.control.operations import GuestSpec, OperationError
+from migrated.control.operations import AdoptSpec, GuestSpec, OperationError
 from migrated.environment import Environment
 from migrated.guests.registry import ANSWER_S, UNRESPONSIVE, Guest, UnknownGuestError
 from migrated.host.commands import asked
@@ -16,6 +17,9 @@ from migrated.host.recovery import Recovery
 from migrated.vmm.seam import GuestRequest
 
 log = structlog.get_logger()
+
+_QEMU: Final = "qemu"
+"""The driver of guests that are defined or adopted."""
 
 
 class GuestCommands:
@@ -38,15 +42,28 @@ class GuestCommands:
             "workload": spec.workload,
             "dirty-rate": spec.dirty_rate_bytes_per_s,
             "seed": spec.seed,
+            "definition": spec.definition,
             **spec.options,
         }
-        options = {key: value for key, value in own.items() if value is not None}
+        request = GuestRequest(spec.name, spec.memory_bytes or 0, spec.paused, _given(own))
+        return await self._start(request, _QEMU if spec.definition is not None else None)
+
+    async def adopt(self, spec: AdoptSpec) -> dict[str, Any]:
+        """Take over a QEMU that somebody else started."""
+        own = {"qmp": spec.qmp, "incoming": spec.incoming, "run_log": spec.run_log}
+        return await self._start(GuestRequest(spec.name, 0, options=_given(own)), _QEMU)
+
+    async def _start(self, request: GuestRequest, driver: str | None) -> dict[str, Any]:
         try:
-            guest = await self._guests.create(GuestRequest(spec.name, spec.memory_bytes, spec.paused, options))
+            guest = await self._guests.create(request, driver)
         except MigrationError as error:
             raise OperationError(str(error)) from error
         log.info("guest created", guest=guest.name, pid=guest.vmm.pid)
         return await self._shown(guest)
+
+    async def check(self, name: str) -> list[dict[str, Any]]:
+        """What was looked at in a guest, and what of it could break the promise of a migration."""
+        return list((await asked(self.get(name).vmm.own_operation("check", {})))["rows"])
 
     def names(self) -> list[str]:
         """Names of the guests that a command may mean; retired ones only when there is no other."""
@@ -130,6 +147,10 @@ class GuestCommands:
 
     def _silent(self, name: str) -> dict[str, Any]:
         return self._guests.silent[name].summary(self._recovery.postponed_of(name))
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from migrated.base.clock import HostClock
 from migrated.base.tasks import TaskSet
-from migrated.control.operations import EventBus, GuestSpec, OperationError
+from migrated.control.operations import AdoptSpec, EventBus, GuestSpec, OperationError
 from migrated.environment import DaemonRole, Environment, host_name
 from migrated.guests.registry import Guest, GuestRegistry
 from migrated.host.guests import GuestCommands
@@ -154,6 +154,12 @@ class MigrationHost:
         destroyed = await self._guests.destroy(name)
         self._outgoing.forget_parameters(name)
         return destroyed
+
+    async def guest_adopt(self, spec: AdoptSpec) -> dict[str, Any]:
+        return await self._guests.adopt(spec)
+
+    async def guest_check(self, name: str) -> list[dict[str, Any]]:
+        return await self._guests.check(name)
 
     async def guest_verify(self, name: str) -> dict[str, Any]:
         return await self._guests.verify(name)

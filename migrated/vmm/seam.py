@@ -235,6 +235,14 @@ class VmmGuest(ABC):
     async def expected_costs(self, side: Side) -> ExpectedCosts:
         """Return the expected costs of a switchover here, found out without disturbing the guest."""
 
+    async def awaits(self, description: GuestDescription) -> bool:
+        """Whether this is an empty guest that somebody started to take that very guest.
+
+        Raises:
+            RefusedError: it is, and another machine; the sentence names every difference.
+        """
+        return False
+
     async def own_operation(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """An operation that only this kind of VMM has (a simulated guest's ``verify``).
 

@@ -22,7 +22,7 @@ from scripts.qemu_rig.console import Console
 from scripts.qemu_rig.definition import console_paths, write_definition
 from scripts.qemu_rig.disk import make_disk
 from scripts.qemu_rig.image import GuestImage
-from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Disk, QemuSpec
+from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Disk, QemuSpec, running_qemu
 from scripts.qemu_rig.workload import Workload
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
@@ -157,6 +157,47 @@ async def test_a_destination_without_a_definition_refuses(world: World) -> None:
     record = await world.pair.a.migrate("web", world.pair.b, **ROOMY)
     assert record["outcome"] == "refused"
     assert "no definition of a QEMU guest 'web'" in record["reason"]
+    console.close()
+
+
+async def test_a_qemu_that_somebody_else_started_is_adopted_as_it_runs(world: World, directory: Path) -> None:
+    """Started like any other, private memory and all; the destination builds it from its own definition."""
+    a, b = world.pair.hosts
+    async with running_qemu(BUSY, world.image, directory / "theirs") as qemu:
+        await asyncio.to_thread(qemu.console.wait_for, "READY", BOOT_TIMEOUT_S)
+        await qemu.release_monitor()
+        adopted = await a.command("x-migrated-guest-adopt", {"guest": "web", "qmp": str(qemu.qmp_socket)})
+        assert adopted["state"] == "running"
+        rows = {row["name"]: row for row in await a.command("x-migrated-guest-check", {"guest": "web"})}
+        assert not [row for row in rows.values() if row["verdict"] == "refused"]
+        assert rows["run log"]["verdict"] == "warning"
+        world.define(BUSY, b)
+        record = await a.migrate("web", b, **ROOMY)
+        assert record["outcome"] == "completed", record["reason"]
+        arrived = await world.console(b)
+        await asyncio.to_thread(arrived.wait_for_beats, 20, 60.0)
+        assert arrived.beats()[0].sequence > qemu.console.beats()[-1].sequence
+        assert await asyncio.to_thread(arrived.check) == 0
+        arrived.close()
+        assert await qemu.ended(20.0) == 0
+
+
+async def test_an_orchestrators_incoming_qemu_takes_the_guest(world: World, directory: Path) -> None:
+    console = await world.create(BUSY)
+    a, b = world.pair.hosts
+    (world.definitions[b] / "web.toml").unlink()
+    spec = replace(BUSY, backing="file")
+    async with running_qemu(spec, world.image, directory / "theirs", incoming=True, extra=["-S"]) as qemu:
+        await qemu.release_monitor()
+        arguments = {"guest": "web", "qmp": str(qemu.qmp_socket), "incoming": True}
+        assert (await b.command("x-migrated-guest-adopt", arguments))["state"] == "incoming"
+        record = await a.migrate("web", b, **ROOMY)
+        assert record["outcome"] == "completed", record["reason"]
+        await asyncio.to_thread(qemu.console.wait_for_beats, 20, 60.0)
+        assert qemu.console.beats()[0].sequence > console.beats()[-1].sequence
+        assert await asyncio.to_thread(qemu.console.check) == 0
+        assert (await b.guest("web"))["state"] == "running"
+        await b.command("x-migrated-guest-destroy", {"guest": "web"})
     console.close()
 
 

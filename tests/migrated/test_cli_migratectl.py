@@ -93,6 +93,22 @@ def test_what_a_guest_is_created_from_reaches_its_driver(
     assert (refused.exit_code, refused.stderr) == (1, f"a tiny guest has no options, and was given {given}\n")
 
 
+def test_qemu_guests_come_from_definitions_of_the_daemons_host_or_are_adopted(
+    served: TinyHosts, ctl: Callable[..., Result], tmp_path: Path
+) -> None:
+    undefined = ctl("guest", "create", "web", "--definition", "web.toml")
+    assert undefined.exit_code == 1
+    assert undefined.stderr.startswith("this host has no definition of a QEMU guest 'web'")
+    nobody = tmp_path / "qmp"
+    adopted = ctl("guest", "adopt", "db", "--qmp", os.path.relpath(nobody), "--incoming")
+    assert adopted.exit_code == 1
+    assert adopted.stderr.startswith("no QEMU listens on ")
+    assert [guest["name"] for guest in document(ctl("guest", "list", "--json"))] == ["g1"]
+    unchecked = ctl("guest", "check", "g1")
+    assert (unchecked.exit_code, unchecked.stdout) == (1, "")
+    assert "has no operation 'check'" in unchecked.stderr
+
+
 def test_verify_tells_damage_by_its_exit_status(served: TinyHosts, ctl: Callable[..., Result]) -> None:
     assert ctl("guest", "verify", "g1").exit_code == 0
     damage(document(ctl("--json", "guest", "show", "g1")))

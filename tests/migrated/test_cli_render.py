@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from migrated.cli.lists import event_line, facts_view, guests_table, history_table
+from migrated.cli.lists import checks_table, event_line, facts_view, guests_table, history_table
 from migrated.cli.render import downtime_bar, outcome_line, progress_line, record_view
 
 
@@ -110,6 +110,16 @@ def test_a_guest_that_does_not_answer_is_listed_with_the_reason() -> None:
     assert "g2: it does not answer." in shown
     assert shown.count("it does not answer") == 1
     assert "unresponsive" in shown
+
+
+def test_checks_name_what_is_refused_first() -> None:
+    rows = [
+        {"name": "kernel", "verdict": "ok", "sentence": "Linux tracks writes"},
+        {"name": "balloon", "verdict": "warning", "sentence": "gives memory back"},
+        {"name": "VFIO", "verdict": "refused", "sentence": "has /dev/vfio/7 open"},
+    ]
+    shown = text_of(checks_table(rows))
+    assert shown.index("/dev/vfio/7") < shown.index("gives memory back") < shown.index("tracks writes")
 
 
 def test_event_lines() -> None:

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from migrated.base.errors import VmmError
 from migrated.vmm.qemu.qmp import Qmp
 from migrated.vmm.qemu.ram import Ram
-from protocol.guest import WireModel
+from protocol.guest import GuestDescription, WireModel
 
 _DEVICE: Final = re.compile(r'^ *dev: (?P<type>[^,]+), id "')
 _PROPERTY: Final = re.compile(
@@ -79,6 +79,16 @@ class Blueprint(WireModel):
             found += [f"{what} only at the source: {item}" for item in _without(mine, theirs)]
             found += [f"{what} only here: {item}" for item in _without(theirs, mine)]
         return found
+
+
+def unfit(source: GuestDescription, here: GuestDescription) -> list[str]:
+    """What makes the guest of one description unfit to take the state of the other's: one phrase each.
+
+    Raises:
+        VmmError: one of them is no QEMU guest's.
+    """
+    theirs, ours = Blueprint.unpack(source.vmm_config), Blueprint.unpack(here.vmm_config)
+    return theirs.differences(ours) or source.differences(here)
 
 
 def _without(items: tuple[str, ...], others: tuple[str, ...]) -> list[str]:

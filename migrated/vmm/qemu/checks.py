@@ -126,11 +126,9 @@ def _devices(qmp: Qmp, tree: str) -> Iterator[Row]:
         yield Row(
             "balloon",
             "warning",
-            f"device {match['type']} {match['id']!r} gives memory back with no trace in the tracking: a page that "
-            "the guest "
-            "gave up between two rounds may differ at the destination in what nobody reads. With verification on, "
-            "such a "
-            "migration can be refused by its digest; keep the balloon still while it runs",
+            f"device {match['type']} {match['id']!r} gives memory back with no trace in the tracking: a page that the "
+            "guest gave up between two rounds keeps its old content at the destination, where the guest expects "
+            "nothing in particular; keep the balloon still if you compare whole memories",
         )
     for match in _VIRTIO_MEM.finditer(tree):
         if qmp.version < _VIRTIO_MEM_SINCE:

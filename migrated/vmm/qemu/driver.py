@@ -20,7 +20,7 @@ from migrated.base.errors import RefusedError, VmmError, VmmGoneError
 from migrated.settings.config import Config
 from migrated.vmm import spawn
 from migrated.vmm.qemu import places
-from migrated.vmm.qemu.blueprint import Blueprint
+from migrated.vmm.qemu.blueprint import Blueprint, unfit
 from migrated.vmm.qemu.definition import CommandLine, load_definition
 from migrated.vmm.qemu.guest import QemuGuest
 from migrated.vmm.qemu.places import Place
@@ -86,15 +86,13 @@ class QemuDriver(Driver):
 
     async def create_incoming(self, description: GuestDescription) -> QemuGuest:
         try:
+            Blueprint.unpack(description.vmm_config)  # nothing is started for what is no description of a machine
             line = self._command_line(description.name, description.name)
-            theirs = Blueprint.unpack(description.vmm_config)
         except VmmError as error:
             raise RefusedError(f"the destination cannot take guest {description.name!r}: {error}") from error
         guest = await self._start(description.name, line, line.incoming(), incoming=True)
         try:
-            ours = await guest.describe()
-            found = theirs.differences(Blueprint.unpack(ours.vmm_config)) or description.differences(ours)
-            if found:
+            if found := unfit(description, await guest.describe()):
                 raise RefusedError(
                     f"the destination's definition of guest {description.name!r} makes another machine: "
                     f"{'; '.join(found)}. Change {self.config.qemu.definitions / description.name}.toml there"

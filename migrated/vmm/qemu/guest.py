@@ -20,14 +20,14 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from migrated.base.errors import VmmError, VmmGoneError
+from migrated.base.errors import RefusedError, VmmError, VmmGoneError
 from migrated.kernel.errors import OtherProcessError
 from migrated.kernel.tracking import WriteTracking, start_tracking
 from migrated.vmm import spawn
 from migrated.vmm.dirty_log import DirtyLog, PagemapScanLog
 from migrated.vmm.memory import GuestMemory, Span
 from migrated.vmm.qemu import access, places
-from migrated.vmm.qemu.blueprint import draw
+from migrated.vmm.qemu.blueprint import draw, unfit
 from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
 from migrated.vmm.qemu.findings import Row, refusals
 from migrated.vmm.qemu.lock import QemuLock
@@ -291,6 +291,16 @@ class QemuGuest(VmmGuest):
             call_ns=call_ns,
             basis="guessed",
         )
+
+    async def awaits(self, description: GuestDescription) -> bool:
+        if self._place.started_here or (await self.status()).state != "incoming":
+            return False
+        if found := unfit(description, await self.describe()):
+            raise RefusedError(
+                f"the QEMU that waits for guest {self.name!r} here is another machine: {'; '.join(found)}. Start it as "
+                "the source's was started"
+            )
+        return True
 
     async def own_operation(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """``check``: the rows of everything that was looked at."""
