@@ -89,6 +89,8 @@ class Inside:
 def run_inside(pid: int, work: Callable[[Inside], T]) -> T:
     """Stop the main thread of a process, do some work with it, and let it run on. Blocks: call it off the event loop.
 
+    If the process is our own child, nobody here may wait for its end meanwhile: a wait takes the stops away.
+
     Args:
         pid: of the process.
         work: called while the thread stands still; makes the system calls.

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from migrated.base.errors import VmmError
+from migrated.vmm import spawn
 from migrated.vmm.qemu.qmp import Qmp
 
 QEMU = "qemu-system-x86_64"
@@ -36,7 +37,8 @@ async def bare_qemu(place: Path) -> AsyncIterator[BareQemu]:
         pytest.skip(f"{QEMU} is not installed (Debian: qemu-system-x86)")
     if os.geteuid() != 0:
         pytest.skip("only root may look into another process's memory for sure")
-    processes: list[asyncio.subprocess.Process] = []
+    # As the daemon starts them: whoever waits for a child takes the stops of its tracer away.
+    processes: list[int] = []
     connections: list[Qmp] = []
 
     async def start(*arguments: str, machine: str = "q35,accel=tcg", memory: str = "64M") -> Qmp:
@@ -46,21 +48,18 @@ async def bare_qemu(place: Path) -> AsyncIterator[BareQemu]:
             QEMU, "-machine", machine, "-m", memory, "-nodefaults", "-no-user-config", "-display", "none",
             "-qmp", f"unix:{path},server=on,wait=off", *arguments,
         ]  # fmt: skip
-        with (place / f"{number}.log").open("wb") as log:
-            processes.append(await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log))
+        log = place / f"{number}.log"
+        processes.append(spawn.start_process(command, log))
         async with asyncio.timeout(START_S):
             while True:
                 with contextlib.suppress(VmmError):
                     connections.append(await Qmp.connect(path))
                     return connections[-1]
-                if processes[-1].returncode is not None:
-                    raise AssertionError((place / f"{number}.log").read_text())
+                assert not spawn.reap(processes[-1]), log.read_text()
                 await asyncio.sleep(0.02)
 
     yield start
     for connection in connections:
         await connection.close()
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+    for pid in processes:
+        await spawn.make_sure_gone(pid, START_S)
