@@ -5,7 +5,8 @@ records. What comes out must be a value or the parser's own named error, soon.
 
 Inputs are mutations of those in tests/corpus (TARGET.NAME.bin), most of which a real session left. What happened goes
 to stderr; the last line on stdout is one JSON object: ``{"inputs", "accepted", "refused", "seconds", "slowest_ms",
-"peak_mib", "crashes"}``. Exit code 1 when anything else than a named error came out; the input is left in the current directory.
+"peak_mib", "crashes"}``. Exit code 1 when anything else than a named error came out; the input is left in the current
+directory.
 """
 
 from __future__ import annotations
