@@ -90,6 +90,8 @@ async def move(world: World, source: Host, target: Host, console: Console, **par
     assert record["digest"]["source"] == record["digest"]["destination"]
     downtime = record["downtime"]
     assert sum(part["ns"] for part in downtime["parts"]) + downtime["unattributed_ns"] == downtime["measured_ns"]
+    # QEMU says when the vCPUs stand, and answers when its drives are drained and flushed.
+    assert [part["name"] for part in downtime["parts"]][:2] == ["stop", "stop-drain"]
     arrived = await world.console(target)
     before = console.beats()[-1]
     await asyncio.to_thread(arrived.wait_for_beats, 20, 60.0)
