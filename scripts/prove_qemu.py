@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from protocol.messages import FrameType
-from protocol.units import parse_size
+from protocol.units import parse_duration_ns, parse_size
 from scripts import prove_aborts, prove_matrix, soak
 from scripts.basics import MIB, say
 from scripts.qemu_rig.campaign import WORKLOADS, Campaign
@@ -44,6 +44,7 @@ _MEMORY_MIB: Final = 128
 _WORKLOAD: Final = Workload.hot_cold(16, 5)
 _LOG_MS: Final = 20
 _STALL_S: Final = 2.0
+_NS_PER_MS: Final = 1_000_000
 
 Counts = dict[str, Any]
 
@@ -92,7 +93,7 @@ def prove_moves(options: argparse.Namespace, image: GuestImage, directory: Path)
     """Move a guest there and back."""
     memory_mib = options.memory // MIB
     spec = QemuSpec(memory_mib=memory_mib, workload=WORKLOADS[options.workload](memory_mib), backing=options.backing)
-    campaign = Campaign(options.moves, options.downtime_limit)
+    campaign = Campaign(options.moves, options.downtime_limit / _NS_PER_MS)
     asyncio.run(campaign.run(QemuPair(spec, image, quick=False)))
     return {"memory_mib": memory_mib, "workload": options.workload, **campaign.document()}, not campaign.violations
 
@@ -117,7 +118,9 @@ def main() -> int:
     moves.add_argument(
         "--backing", choices=("private", "file", "memfd"), default="private", help="(default %(default)s)"
     )
-    moves.add_argument("--downtime-limit", default="100ms", help="of every move (default %(default)s)")
+    moves.add_argument(
+        "--downtime-limit", type=parse_duration_ns, default="100ms", help="of every move (default %(default)s)"
+    )
     moves.set_defaults(prove=prove_moves)
     options = parser.parse_args()
     if missing := missing_packages():

@@ -38,7 +38,7 @@ class Campaign:
 
     Attributes:
         moves: how many.
-        downtime_limit: as an operator writes it.
+        downtime_limit_ms: of each.
         downtimes_ms: of the moves that completed, as their records say.
         gaps_ms: how long the guest was heard by nobody.
         totals_ms: from the command to the end.
@@ -48,7 +48,7 @@ class Campaign:
     """
 
     moves: int
-    downtime_limit: str
+    downtime_limit_ms: float
     downtimes_ms: list[float] = field(default_factory=list)
     gaps_ms: list[float] = field(default_factory=list)
     totals_ms: list[float] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Campaign:
         before = await pair.console(source)
         await asyncio.to_thread(before.wait_for_beats, _WARM_BEATS, _WARM_S)
         target = pair.other(source)
-        record = await source.migrate(GUEST, target, downtime_limit=self.downtime_limit)
+        record = await source.migrate(GUEST, target, downtime_limit=self.downtime_limit_ms)
         completed = bool(record["outcome"] == "completed")
         found = [] if completed else [f"it is {record['outcome']}: {record['reason']}"]
         at = target if completed else source
