@@ -23,11 +23,6 @@ def abort_limit_ns(limits: Limits) -> int:
     return limits.downtime_limit_ns + limits.switchover_limit_ns
 
 
-def must_abort(limits: Limits, source_downtime_ns: int, destination_downtime_ns: int) -> bool:
-    """Return whether the switchover is over its limit. A downtime equal to the limit is over."""
-    return limits.switchover_abort and source_downtime_ns + destination_downtime_ns >= abort_limit_ns(limits)
-
-
 def may_commit(limits: Limits, elapsed_ns: int, reserve_ns: int) -> bool:
     """Return whether the source may still commit: the rest of the budget must cover the COMMIT leg and the
     destination's resume.

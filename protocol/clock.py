@@ -22,7 +22,6 @@ Take T1 and T3 before the write, T2 and T4 after the read; then every delay only
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -136,10 +135,6 @@ class OffsetEstimate:
             raise ValueError("An offset estimate needs at least one clock exchange.")
         for exchange in self.exchanges:
             exchange.check(rho_ppb=self.rho_ppb, resolution_ns=self.resolution_ns)
-
-    def including(self, exchanges: Iterable[ClockExchange]) -> OffsetEstimate:
-        """The same estimate with more exchanges; raises as the constructor does."""
-        return OffsetEstimate((*self.exchanges, *exchanges), self.rho_ppb, self.resolution_ns)
 
     def at(self, local_ns: int) -> OffsetInterval:
         """Bounds of remote - local when the local clock shows ``local_ns``.

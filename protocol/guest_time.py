@@ -21,12 +21,6 @@ U64_MAX: Final = (1 << 64) - 1
 I64_MIN: Final = -(1 << 63)
 I64_MAX: Final = (1 << 63) - 1
 
-TSC_TOLERANCE_PPM: Final = 250
-"""A guest whose TSC frequency is this close to the host's runs unscaled (KVM's default, also QEMU's)."""
-MIN_SCALED_GUEST_FREQ: Final = 500_000_000
-MAX_SCALED_RATIO: Final = 15
-"""TSC scaling covers guests of at least 500 MHz and below 15 times the host's frequency (illumos, AMD)."""
-
 U64 = Annotated[int, Field(ge=0, le=U64_MAX)]
 I64 = Annotated[int, Field(ge=I64_MIN, le=I64_MAX)]
 
@@ -45,7 +39,6 @@ TimeErrorName = Literal[
     "InvalidTimeData",
     "InvalidFrequency",
     "InvalidWallClock",
-    "FrequencyMismatch",
     "TimeJumpTooLarge",
     "TimeErrorTooLarge",
 ]
@@ -216,35 +209,6 @@ def provable_skew(skew: tuple[int, int]) -> int:
     """The least wall-clock disagreement (ns, signed as the bounds) that ``skew`` proves; 0 when it proves none."""
     lower, upper = skew
     return max(lower, 0) or min(upper, 0)
-
-
-def check_frequency(guest_freq: int, host_freq: int, can_scale: bool) -> None:
-    """Refuse a host on which the guest's TSC would run at another rate. Call it before the stop.
-
-    ``host_freq`` (Hz) is the host's TSC frequency, ``can_scale`` whether it has TSC scaling. Raises
-    :class:`TimeAdjustError`.
-    """
-    _require(
-        0 < guest_freq <= U64_MAX and 0 < host_freq <= U64_MAX,
-        "InvalidFrequency",
-        "A TSC frequency of the guest or of the destination is 0 Hz or does not fit in 64 bits.",
-    )
-    if guest_freq == host_freq:
-        return
-    difference = f"The guest's TSC runs at {guest_freq} Hz and the destination's at {host_freq} Hz"
-    # A host that can scale does so for the smallest difference, within the range of its hardware.
-    _require(
-        not can_scale or MIN_SCALED_GUEST_FREQ <= guest_freq < MAX_SCALED_RATIO * host_freq,
-        "FrequencyMismatch",
-        f"{difference}: TSC scaling needs a guest of at least {MIN_SCALED_GUEST_FREQ} Hz and below "
-        f"{MAX_SCALED_RATIO} times the destination's frequency.",
-    )
-    _require(
-        can_scale or abs(guest_freq - host_freq) * 1_000_000 <= TSC_TOLERANCE_PPM * host_freq,
-        "FrequencyMismatch",
-        f"{difference}, more than {TSC_TOLERANCE_PPM} ppm apart, and the destination cannot scale: "
-        "choose a destination with TSC scaling or with the guest's frequency.",
-    )
 
 
 StageName = Literal["migration", "daemon", "vmm"]

@@ -292,18 +292,6 @@ class Machine(Generic[StateT, EventT]):
         return actions
 
 
-def source_machine(state: SourceState = SourceState.RUNNING) -> Machine[SourceState, SourceEvent]:
-    """A new machine for the source's side of one epoch."""
-    return Machine("source", SOURCE, state)
-
-
-def destination_machine(
-    state: DestinationState = DestinationState.LOADING,
-) -> Machine[DestinationState, DestinationEvent]:
-    """A new machine for the destination's side of one epoch."""
-    return Machine("destination", DESTINATION, state)
-
-
 class Decision(StrEnum):
     """An entry of the journal for one epoch on one side, in the order in which they can come."""
 

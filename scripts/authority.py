@@ -123,7 +123,7 @@ def _begin(
     not_before: datetime,
     not_after: datetime,
 ) -> x509.CertificateBuilder:
-    """What every certificate has."""
+    """Return a builder with the fields that every certificate has."""
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

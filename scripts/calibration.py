@@ -240,7 +240,7 @@ def figures(training: list[Outcome], counted: list[Outcome]) -> dict[str, Any]:
 
 
 def _fixed_part(training: list[Outcome]) -> float:
-    """What a downtime of the training had beside its memory (median, ns)."""
+    """Return the part of a training downtime that is not memory (median, ns)."""
     rests = [
         actual - BASELINES["qemu"](outcome.record, 0.0)
         for outcome in training

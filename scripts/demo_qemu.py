@@ -253,7 +253,7 @@ def leave(compared: list[Comparison], directory: Path) -> None:
 
 
 def lacks() -> dict[str, Any]:
-    """What this machine lacks: ``packages`` by name, and a ``reason`` for people. Empty when it lacks nothing."""
+    """Return what this machine lacks: ``packages`` by name and a ``reason`` for people. Empty if it lacks nothing."""
     if packages := missing_packages():
         return {"packages": packages, "reason": f"install these packages first: {' '.join(packages)}"}
     if os.geteuid() != 0:

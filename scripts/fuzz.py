@@ -63,7 +63,7 @@ def take_batch(data: bytes) -> None:
 
 
 def take_pages(meta: bytes, payload: bytes) -> None:
-    """What a PAGES frame says and brings."""
+    """Parse the meta and the payload of a PAGES frame."""
     message = messages.decode(messages.FrameType.PAGES, meta)
     if not isinstance(message, messages.Pages):
         raise TypeError(f"PAGES decodes as {message!r}")
@@ -80,7 +80,7 @@ def take_unsigned_batch(data: bytes) -> None:
 
 
 def take_qmp(data: bytes) -> None:
-    """What a client writes to the control socket."""
+    """Parse the bytes that a client writes to the control socket."""
     splitter = JsonSplitter()
     for value in [*splitter.feed(data), *splitter.end()]:
         if not isinstance(value, Malformed):
@@ -147,7 +147,7 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
 
 @dataclass(slots=True)
 class Fuzzed:
-    """What came of it."""
+    """Counts and costs of the inputs that one target was given."""
 
     inputs: int = 0
     accepted: int = 0

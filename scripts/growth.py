@@ -30,7 +30,7 @@ _SAMPLES: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What one daemon holds at rest."""
+    """Sizes of one daemon at rest."""
 
     memory_bytes: int
     descriptors: int
@@ -49,7 +49,7 @@ class Size:
         )
 
     def since(self, earlier: Size) -> dict[str, int]:
-        """What has been added since."""
+        """Return the growth since an earlier measurement, by name."""
         return {name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__}
 
 
@@ -83,7 +83,7 @@ async def refused(pair: Pair, offers: int) -> None:
 
 
 async def growth(pair: Pair, migrations: int, warm_up: int, offers: int, memory_mib: int) -> dict[str, Any]:
-    """What both daemons grow by.
+    """Migrate to and fro and measure by how much both daemons grow.
 
     Args:
         migrations, offers: after the warm-up.

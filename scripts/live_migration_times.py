@@ -53,7 +53,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def load_record(record: str, socket: str | None, kind: type[Model]) -> Model:
-    """What ``kind`` needs of the record in file ``record``, or of the attempt with this id.
+    """Read the members that ``kind`` names from the record in file ``record``, or of the attempt with this id.
 
     Raises :class:`RecordError`.
     """
@@ -116,7 +116,7 @@ class Ram(BaseModel):
 
 
 class MigrationTimes(BaseModel):
-    """What this table needs of a record."""
+    """The members of a record that this table shows."""
 
     phases: list[Phase]
     ram: Ram | None = None

@@ -117,7 +117,7 @@ def _bases(record: Record, downtime: Downtime) -> Bases:
 
 
 def _beside(beside_ns: Any, devices: Any, mib: Any) -> tuple[int, int]:
-    """What each device and each MiB costs beside the tried loads (ns), by least squares, neither below nothing."""
+    """Fit the cost of each device and of each MiB beside the tried loads by least squares (ns, at least 0)."""
     features = np.column_stack((np.ones(len(devices)), devices, mib))
     _, per_device, per_mib = np.linalg.lstsq(features, beside_ns, rcond=None)[0]
     return max(0, int(per_device)), max(0, int(per_mib))

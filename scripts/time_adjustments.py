@@ -23,7 +23,7 @@ def _wrap_i64(value: int) -> int:
 
 
 class TimeSummary(BaseModel):
-    """What this table needs of the record's ``time``."""
+    """The members of the record's ``time`` that this table shows."""
 
     before: VmTimeData
     after: VmTimeData

@@ -14,19 +14,17 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from protocol.guest_time import (
-    MAX_SCALED_RATIO,
-    MIN_SCALED_GUEST_FREQ,
-    TSC_TOLERANCE_PPM,
-    U64_MAX,
-    VmTimeData,
-    tsc_ticks,
-)
+from protocol.guest_time import U64_MAX, VmTimeData, tsc_ticks
 from vmm_sim.config import explain
 from vmm_sim.errors import VmmError
 from vmm_sim.host_clock import NS_PER_SEC, HostClock
 
 FRACTION_BITS: Final = 32
+TSC_TOLERANCE_PPM: Final = 250
+"""A guest whose TSC frequency is this close to the host's runs unscaled (KVM's default, also QEMU's)."""
+_MIN_SCALED_GUEST_FREQ: Final = 500_000_000
+_MAX_SCALED_RATIO: Final = 15
+"""TSC scaling covers guests of at least 500 MHz and below 15 times the host's frequency (illumos, AMD)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +52,11 @@ class HostTsc:
                 f"The guest's TSC runs at {guest_freq} Hz and this host's at {self.freq} Hz, more than"
                 f" {TSC_TOLERANCE_PPM} ppm apart, and this host cannot scale: choose a host that can.",
             )
-        if guest_freq < MIN_SCALED_GUEST_FREQ or guest_freq >= MAX_SCALED_RATIO * self.freq:
+        if guest_freq < _MIN_SCALED_GUEST_FREQ or guest_freq >= _MAX_SCALED_RATIO * self.freq:
             raise VmmError(
                 "TscRatioOutOfRange",
-                f"This host scales guest TSCs from {MIN_SCALED_GUEST_FREQ} Hz to below {MAX_SCALED_RATIO} times its own"
-                f" {self.freq} Hz, not to {guest_freq} Hz.",
+                f"This host scales guest TSCs from {_MIN_SCALED_GUEST_FREQ} Hz to below {_MAX_SCALED_RATIO} times its"
+                f" own {self.freq} Hz, not to {guest_freq} Hz.",
             )
         return (guest_freq << FRACTION_BITS) // self.freq
 

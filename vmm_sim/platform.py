@@ -208,7 +208,7 @@ class Rtc:
         self.base_seconds = clock.host.wall()[0]
 
     def seconds_at(self, hrtime: int) -> int:
-        """What the guest reads at host time ``hrtime``."""
+        """Return the clock that the guest reads at host time ``hrtime`` (seconds)."""
         return self.base_seconds + (hrtime - self.base_hrtime) // NS_PER_SEC
 
     def save(self) -> State:
@@ -385,7 +385,7 @@ class Platform:
         self.tsc.fire(tsc)
 
     def report(self) -> dict[str, Any]:
-        """What the guest would read now, for status."""
+        """Return the platform's counters and clocks as the guest would read them now, for status."""
         hrtime = self.clock.host.hrtime_ns()
         return {
             "hpet_ticks": self.hpet.ticks,

@@ -9,8 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from protocol.guest_time import TSC_TOLERANCE_PPM
-from vmm_sim.clock import GuestClock
+from vmm_sim.clock import TSC_TOLERANCE_PPM, GuestClock
 from vmm_sim.content import PAGE_SIZE, WORDS, Words
 from vmm_sim.errors import VmmError
 from vmm_sim.heartbeat import Heartbeat

@@ -47,7 +47,7 @@ def guests_table(guests: Sequence[Json]) -> RenderableType:
 
 
 def checks_table(rows: Sequence[Json]) -> Table:
-    """What was looked at in a guest, what is refused first."""
+    """The table of a guest's checks: refusals first, then warnings, then those that passed."""
     order = ("refused", "warning", "ok")
     table = new_table("", "what", "verdict", "found")
     for row in sorted(rows, key=lambda row: order.index(row["verdict"])):

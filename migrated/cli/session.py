@@ -57,12 +57,7 @@ class Session:
         except DocumentError as error:
             self.fail(str(error), EXIT_FAILED, "DocumentError")
         except CommandError as error:
-            if error.record is None:
-                self.fail(str(error), EXIT_FAILED, error.kind)
-            record = self.record(error.record)
-            self.document(error.record)
-            click.echo(_clean(str(error)), err=True)
-            sys.exit(exit_status(record))
+            self.fail(str(error), EXIT_FAILED, error.kind)
         except KeyboardInterrupt:
             click.echo(_clean(if_interrupted), err=True, nl=bool(if_interrupted))
             sys.exit(EXIT_INTERRUPTED)

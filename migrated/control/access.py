@@ -46,7 +46,8 @@ def peer_of(connection: socket.socket) -> Peer | None:
 
 
 class Access:
-    """What ``[control] operators`` and ``readers`` allow. Without both, whoever can open the socket may do everything.
+    """The rights that ``[control] operators`` and ``readers`` give. Without both, whoever can open the socket may do
+    everything.
 
     Args:
         operators, readers: names or numbers of groups.
@@ -63,7 +64,7 @@ class Access:
         self._readers = _gid("readers", readers)
 
     def right_of(self, peer: Peer | None) -> Right:
-        """What a client may do."""
+        """Return the right of a client."""
         if not self.restricted:
             return "everything"
         if peer is None:

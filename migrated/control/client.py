@@ -27,13 +27,11 @@ class CommandError(Exception):
 
     Attributes:
         kind: QMP's error class.
-        record: the record of the attempt, when the error is about one.
     """
 
-    def __init__(self, kind: str, message: str, record: dict[str, Any] | None) -> None:
+    def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
-        self.record = record
 
 
 class ControlClient:
@@ -157,7 +155,7 @@ class ControlClient:
             return
         if "error" in message:
             error = message["error"]
-            answer.set_exception(CommandError(error["class"], error["desc"], error.get("record")))
+            answer.set_exception(CommandError(error["class"], error["desc"]))
         else:
             answer.set_result(message["return"])
 

@@ -67,7 +67,7 @@ class JsonSplitter:
         return out
 
     def end(self) -> list[bytes | Malformed]:
-        """What is left when the stream ends."""
+        """Return the last value of an ended stream: nothing, one complete value, or the error of a truncated one."""
         if not self._value:
             return []
         return [self._fail("premature end of input") if self._depth or self._in_string else self._take()]

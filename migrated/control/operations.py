@@ -1,4 +1,4 @@
-"""What the control socket asks of the daemon: the ``Operations`` protocol, its error, and the events it sends out."""
+"""The interface between control socket and daemon: the ``Operations`` protocol, its error, and the events."""
 
 from __future__ import annotations
 
@@ -31,13 +31,11 @@ class OperationError(Exception):
 
     Attributes:
         kind: QMP's error class: ``DeviceNotFound`` for an unknown guest or migration id, else mostly ``GenericError``.
-        record: the record document of the attempt, when there was one.
     """
 
-    def __init__(self, message: str, kind: ErrorKind = "GenericError", *, record: dict[str, Any] | None = None) -> None:
+    def __init__(self, message: str, kind: ErrorKind = "GenericError") -> None:
         super().__init__(message)
         self.kind: ErrorKind = kind
-        self.record = record
 
 
 RESERVED_OPTIONS: Final = frozenset(
@@ -284,7 +282,7 @@ class Operations(Protocol):
         where that can change; None: the daemon's defaults."""
 
     def parameters(self, guest: str | None) -> MigrationParameters:
-        """What the guest's next migration would use; None: the daemon's defaults."""
+        """Return the parameters of the guest's next migration; for None, the daemon's defaults."""
 
     async def continue_switchover(self, guest: str) -> None:
         """Go on after pause-before-switchover."""
@@ -302,8 +300,8 @@ class Operations(Protocol):
         """End an attempt in doubt by hand and return its record: run the guest here, or discard it here."""
 
     async def estimate(self, guest: str, uri: str, overrides: dict[str, object]) -> dict[str, Any]:
-        """What a migration would cost, without migrating: ``predicted_ns``, ``predicted_upper_ns``, ``limit_ns``,
-        ``fits``, ``reason`` (a sentence), ``parts_ns`` {name: ns}, ``total_ns`` and more."""
+        """Predict the downtime of a migration without migrating: ``predicted_ns``, ``predicted_upper_ns``,
+        ``limit_ns``, ``fits``, ``reason`` (a sentence), ``parts_ns`` {name: ns}, ``total_ns`` and more."""
 
     def metrics_text(self) -> bytes:
         """All metrics in Prometheus' text form. May be called in a thread."""

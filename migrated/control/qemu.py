@@ -191,7 +191,7 @@ def _ram(progress: Progress, ram: Ram | None) -> dict[str, Any]:
 
 
 def _ram_totals(ram: Ram) -> dict[str, Any]:
-    """What QEMU's MigrationStats has and only a record knows. There is no postcopy and no zero-copy here, hence 0."""
+    """Members of QEMU's MigrationStats that only a record has. Postcopy and zero-copy do not exist here: 0."""
     return {
         "page-size": ram.page_size,
         "multifd-bytes": ram.transferred_bytes,

@@ -1,5 +1,5 @@
-"""What a command takes, as declared data: arguments are checked against it before anything happens, and the same
-declarations answer ``x-migrated-schema``. Migration parameters get their QMP names and units here.
+"""The arguments of each command, as declared data. A request is checked against them before anything happens, and the
+same declarations answer ``x-migrated-schema``. Migration parameters get their QMP names and units here.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class ControlServer:
         self._server: asyncio.Server | None = None
         self._clients: dict[_Client, asyncio.Task[None]] = {}
         self._commands: set[asyncio.Task[bytes]] = set()
-        """What clients began and have no answer to yet; it outlives them."""
+        """Commands that are being carried out; they run on when their client hangs up."""
 
     async def start(self) -> None:
         """Take the path and listen on it.
@@ -378,7 +378,7 @@ async def _carry_out(operations: Operations, command: Command, request: _Request
         reply = {"return": await command.run(operations, request.arguments)} | request.envelope
         return await asyncio.to_thread(encode, reply) if command.large else encode(reply)
     except OperationError as error:
-        fault = _error(error.kind, str(error), record=error.record)
+        fault = _error(error.kind, str(error))
     except RecordNotFoundError as error:
         fault = _error("DeviceNotFound", str(error))
     except HistoryError as error:
@@ -400,9 +400,8 @@ async def _carry_out(operations: Operations, command: Command, request: _Request
     return encode(fault | request.envelope)
 
 
-def _error(kind: ErrorKind, description: str, *, record: dict[str, Any] | None = None) -> dict[str, Any]:
-    more = {"record": record} if record is not None else {}
-    return {"error": {"class": kind, "desc": description, **more}}
+def _error(kind: ErrorKind, description: str) -> dict[str, Any]:
+    return {"error": {"class": kind, "desc": description}}
 
 
 def _lock(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""What is prepared of guest memory in the background, ahead of who needs it.
+"""Preparing guest memory in background threads, ahead of the threads that write it.
 
 Populator   huge pages behind memory that was announced and is about to come
 Mapper      pages that arrived through the file, mapped before they are written again

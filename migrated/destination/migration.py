@@ -3,7 +3,8 @@
     WELCOME -> rounds -> DOWNTIME (the deadline is set) -> load -> READY | NO -> COMMIT -> resume -> RUNNING -> REPORT
 
 Messages, finished rounds, arrived states, timers and the end of loading all come through one queue. Who may run the
-guest is decided by ``Takeover`` alone; what the budget is by ``phases``. ``welcome`` builds what the attempt needs.
+guest is decided by ``Takeover`` alone; what the budget is by ``phases``. ``welcome`` builds what the attempt needs. The
+module is longer than others because every event of the queue has its handler here, and each changes the one phase.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ log = structlog.get_logger()
 
 _RECORD_S = 5.0
 _PROGRESS_BYTES = 1 << 20
-"""What must come over the data channels within stall_timeout_s, while the guest is loaded."""
+"""Bytes that must arrive over the data channels within stall_timeout_s while the guest is loaded, or it has stalled."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from protocol.guest import PAGE_SIZE
 from protocol.handover import DestinationEvent
 
 RefusalKind: TypeAlias = Literal["role", "busy", "room", "memory", "used", "owner", "epoch", "guest"]
-"""What an offer fails at, as the metric counts it: this host's role, attempts under way, guests here, free memory, a
+"""The reason of a refusal, as the metric counts it: this host's role, attempts under way, guests here, free memory, a
 migration id or a guest that is another's, an epoch that cannot be, or what is offered."""
 
 

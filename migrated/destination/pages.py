@@ -42,12 +42,12 @@ _ROUNDS_AHEAD: Final = 64
 _ZEROED_AT_ONCE: Final = 1 << 18
 """Pages of a table of zero pages that are looked at together: it may name all of a guest in a few bytes."""
 _SPARE_ZERO_PAGES: Final = 1 << 16
-"""What one channel may name in a round beyond every page once."""
+"""Zero pages that one channel may name in a round, beyond every page of the guest once."""
 
 
 @dataclass(slots=True)
 class RoundReceived:
-    """What arrived in one round over all channels."""
+    """Counts of the pages that arrived in one round over all channels."""
 
     normal_pages: int = 0
     zero_pages: int = 0
@@ -181,7 +181,7 @@ class PageReceiver:
 
     @property
     def received_bytes(self) -> int:
-        """What came over the channels so far, headers too."""
+        """Bytes received over the data channels so far, headers included."""
         return sum(channel.received_bytes for channel in self._channels.values())
 
     def guest_stopped(self) -> None:

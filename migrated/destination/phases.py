@@ -41,12 +41,12 @@ class Alarm:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the budget of one attempt rests on from the beginning.
+    """The parts of one attempt's budget that are fixed when it begins.
 
     Attributes:
         control: its exchanges of clocks tell how long messages travel.
         limits: the budget, as the offer has it.
-        own_resume_ns: what the guest's VMM here needs to resume.
+        own_resume_ns: expected time that the guest's VMM on this host needs to resume (ns).
         on_late: called when the deadline passes, with the vote that this means.
     """
 
@@ -77,7 +77,7 @@ class Arriving:
         return None
 
     def reserve_ns(self) -> int:
-        """What is kept back for all that follows the vote (ns)."""
+        """Return the reserve for all that follows the vote: the legs of READY and COMMIT, and the resume (ns)."""
         return destination_reserve_ns(self.terms.control.round_trip_ns(), self.terms.own_resume_ns, 0)
 
     def hear(self, told: messages.Downtime | messages.StateEnd, received: Received) -> Blackout:

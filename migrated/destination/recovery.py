@@ -37,7 +37,7 @@ class RecoveredTakeover:
             attempt.migration_id,
             attempt.epoch,
             attempt.guest,
-            attempt.facts["driver"],
+            guest.vmm.driver if guest is not None else attempt.facts.get("driver"),
             guest,
             destination_state_of(attempt.decisions),
             keep_paused=bool(attempt.facts["paused"]),

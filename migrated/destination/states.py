@@ -17,9 +17,9 @@ from protocol.guest import DeviceDescription, DeviceKind
 from protocol.messages import MAX_STATES
 
 _SPARE_STATE_BYTES: Final = 16 << 20
-"""What one state may weigh beyond twice of what is usual."""
+"""Size that one state may have beyond twice its usual size."""
 _SPARE_BYTES: Final = 256 << 20
-"""What all states that wait may weigh beyond that."""
+"""Size that all waiting states together may have beyond that."""
 _LEAST_PIECE_BYTES: Final = 4096
 _SPARE_PIECES: Final = 16
 

@@ -41,12 +41,12 @@ class ResumeTimes:
 
 @dataclass(frozen=True, slots=True)
 class EndedTakeover:
-    """What is kept of a hand-over that is over: enough to answer a late question, and nothing that holds memory."""
+    """A finished hand-over, reduced to what the answer to a late question needs; it holds no memory of the guest."""
 
     migration_id: str
     epoch: int
     guest_name: str
-    driver: str
+    driver: str | None
     state: DestinationState
     reason: str | None
     resume_times: ResumeTimes | None
@@ -70,7 +70,8 @@ class Takeover:
     Args:
         env: the daemon.
         migration_id, epoch, guest_name: whose hand-over this is.
-        driver: of the guest; its run log, if there is one, tells whether the guest ran.
+        driver: of the guest; its run log, if there is one, tells whether the guest ran. None where a journal of an
+            older version does not name it and the guest is gone: then every driver is asked.
         guest: the incoming guest, None when its process is gone.
         state: first state; other than LOADING only after a restart of the daemon.
         keep_paused: the guest was paused on the source; it arrives paused.
@@ -88,7 +89,7 @@ class Takeover:
         migration_id: str,
         epoch: int,
         guest_name: str,
-        driver: str,
+        driver: str | None,
         guest: Guest | None,
         state: DestinationState = DestinationState.LOADING,
         keep_paused: bool = False,
@@ -126,7 +127,7 @@ class Takeover:
         return self._executor.reason
 
     def ended(self) -> EndedTakeover:
-        """What to keep of it once it is finished."""
+        """Return the part of it that is kept once it is finished."""
         return EndedTakeover(
             self._migration_id, self.epoch, self._guest_name, self._driver, self.state, self.reason, self.resume_times
         )

@@ -258,11 +258,17 @@ class GuestRegistry:
             del self._ending[guest.name]
             ended.set()
 
-    def ever_ran(self, driver: str, name: str, epoch: int) -> bool | None:
+    def ever_ran(self, driver: str | None, name: str, epoch: int) -> bool | None:
         """Return whether a guest of this name and driver ran on this host in this epoch, by the log that its VMM
-        writes before it runs; None where there is no such log, so that the daemon's own mark must do."""
-        one = self._drivers.get(driver)
-        return one.ran(name, epoch) if one is not None else None
+        writes before it runs; None where there is no such log, so that the daemon's own mark must do.
+
+        Args:
+            driver: None when it is not known. Then a log of any driver that says so counts; one that does not may be
+                another guest's.
+        """
+        if driver is None:
+            return True if any(one.ran(name, epoch) for one in self._drivers.values()) else None
+        return self._drivers[driver].ran(name, epoch) if driver in self._drivers else None
 
     async def _claim(self, name: str) -> None:
         """Reserve a name; one whose process is just ending becomes free first."""

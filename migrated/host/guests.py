@@ -62,7 +62,8 @@ class GuestCommands:
         return await self._shown(guest)
 
     async def check(self, name: str) -> list[dict[str, Any]]:
-        """What was looked at in a guest, and what of it could break the promise of a migration."""
+        """Let the guest's driver check whether a migration could keep its promise. Returns a row for each check: name,
+        verdict (ok, warning, refused) and sentence."""
         return list((await asked(self.get(name).vmm.own_operation("check", {})))["rows"])
 
     def names(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a peer may cost before it is told to stop: counts over time, and how many of something one address may hold."""
+"""Bounds on what a peer may use: an amount per time, and a number of places per address."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ _MAX_UNREAD_BYTES: Final = 8 << 20
 """A peer for which more waits to be sent does not read: the largest message has half of it."""
 _MESSAGES_AT_ONCE: Final = 4096
 _MESSAGES_PER_S: Final = 500.0
-"""What a peer may send: a DOWNTIME per device, of which there are at most 1024, and a few messages per round."""
+"""Messages that a peer may send at once, and per second from then on: a DOWNTIME per device, of which there are at most
+1024, and a few per round."""
 _BYTES_AT_ONCE: Final = 16 << 20
 _BYTES_PER_S: Final = float(1 << 20)
 _FRAMES_AT_ONCE: Final = 16
@@ -134,7 +135,7 @@ class ControlChannel:
 
     @property
     def names(self) -> Names:
-        """What the peer's certificate calls it, empty on a plain connection."""
+        """Names of the peer in its certificate, empty on a plain connection."""
         return self._wire.names
 
     @property

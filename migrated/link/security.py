@@ -17,7 +17,7 @@ from migrated.settings.config import AuthorisationConfig, TlsConfig
 log = structlog.get_logger()
 
 Names = tuple[str, ...]
-"""What a peer's certificate calls it: DNS names and IP addresses, sorted; empty without TLS. A renewed certificate has
+"""Names of a peer in its certificate: DNS names and IP addresses, sorted; empty without TLS. A renewed certificate has
 the same names, so what belongs to a peer is bound to them."""
 
 
@@ -26,7 +26,7 @@ class PlainRefusedError(RefusedError):
 
 
 class LinkSecurity:
-    """What ``[tls]`` and ``[authorisation]`` say, for every connection from now on.
+    """The rules of ``[tls]`` and ``[authorisation]``, for every connection from now on.
 
     Raises:
         CredentialsError: a file cannot be used.

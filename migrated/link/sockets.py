@@ -37,7 +37,7 @@ _HANDSHAKES: Final = ThreadPoolExecutor(1, "tls-handshake")
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What the prefaces settled: the version and the largest payload that the peer takes (bytes)."""
+    """The result of the two prefaces: the version, and the largest payload that the peer takes (bytes)."""
 
     version: int
     peer_max_payload_bytes: int
@@ -81,7 +81,7 @@ class Wire:
 
     @property
     def names(self) -> Names:
-        """What the peer's certificate calls it, empty on a plain connection."""
+        """Names of the peer in its certificate, empty on a plain connection."""
         return self.tls.peer_names() if self.tls is not None else ()
 
     async def secure(self) -> None:

@@ -93,7 +93,7 @@ class TlsStream:
 
 
 def _skip(views: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of the views after their first ``count`` bytes."""
+    """Return the views without their first ``count`` bytes."""
     for index, view in enumerate(views):
         if count < len(view):
             return [view[count:], *views[index + 1 :]]

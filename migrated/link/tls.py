@@ -34,7 +34,7 @@ _PEER_CERTIFICATE: Final = {
     21: "its certificate is of another authority than our [tls] authority",
     26: "its certificate is not meant for this use: it needs both serverAuth and clientAuth",
 }
-"""What is wrong with the peer's certificate, by OpenSSL's X509_V_ERR number."""
+"""Sentences for faults of the peer's certificate, by OpenSSL's X509_V_ERR number."""
 _HOST_MISMATCH: Final = frozenset({62, 64})
 
 _PEER_SAYS: Final = {
@@ -50,7 +50,7 @@ _PEER_SAYS: Final = {
     "NO_PROTOCOLS_AVAILABLE": "it does not speak TLS 1.3",
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it showed no certificate: set [tls] certificate, key and authority there",
 }
-"""What a failed handshake means, by OpenSSL's reason."""
+"""Sentences for a handshake that the peer ended, by OpenSSL's reason."""
 
 
 class TlsError(LinkLostError):
@@ -82,7 +82,7 @@ class Credentials:
 
     @classmethod
     def of(cls, config: TlsConfig) -> Credentials | None:
-        """What the configuration names, None without TLS."""
+        """Load the files that the configuration names; None without TLS."""
         if config.certificate is None or config.key is None or config.authority is None:
             return None
         return cls(config.certificate, config.key, config.authority)
@@ -143,7 +143,7 @@ class TlsSession:
         return tuple(sorted(name.lower() for kind, name in alternatives if kind in ("DNS", "IP Address")))
 
     def to_send(self) -> bytes:
-        """What is to be sent to the peer now."""
+        """Return the bytes that are to be sent to the peer now."""
         return self._outgoing.read()
 
     def encrypt(self, *plain: bytes | memoryview) -> bytes:

@@ -1,1 +1,1 @@
-"""What the switchover will cost, with a bound: pure functions of measurements and of what past records taught."""
+"""Prediction of the downtime and its bound: pure functions of measurements and of past records."""

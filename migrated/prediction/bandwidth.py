@@ -34,7 +34,8 @@ class Bandwidth:
         self._costs.forget()
 
     def expect(self, pages: int, device_bytes: int) -> RoundTime:
-        """What a round of so many pages with so many bytes of device state would take; 0 while nothing is known."""
+        """Return the expected duration of a round of so many pages and bytes of device state; 0 ns while nothing is
+        known."""
         size_bytes = pages * PAGE_SIZE + device_bytes
         return self._costs.expect(pages, size_bytes, self.for_bytes(size_bytes))
 

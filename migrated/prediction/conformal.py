@@ -22,7 +22,7 @@ from typing import Any, Final
 _KEPT: Final = 200
 _REGIMES_KEPT: Final = 64
 _AGEING: Final = 0.99
-"""What a score of a regime weighs against the next newer one."""
+"""Weight of a score of a regime, relative to the next newer one."""
 _SHARED_WORTH: Final = 20.0
 _PRIOR_WORTH: Final = 40.0
 """How many own scores those of other regimes, and the shipped sample, are worth while there are none; half as much

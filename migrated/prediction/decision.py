@@ -71,11 +71,11 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What would be, as functions of the pages that are dirty then.
+    """Expected costs as functions of the number of pages that are dirty then.
 
     Attributes:
         stop: the prediction of a stop.
-        round_ns: what a round takes.
+        round_ns: the duration of a round (ns).
     """
 
     stop: Callable[[int], Prediction]
@@ -99,7 +99,7 @@ class Decider:
         self._throttle = 0
         self._floor_misses = 0
         self._fitted: Observation | None = None
-        """What was seen when a stop fitted for the first time."""
+        """The observation after the first round at which a stop fitted the budget, None before."""
         self._without_pause = 0
         """Rounds that were sent without a pause after the one before."""
 

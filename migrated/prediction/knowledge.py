@@ -1,4 +1,4 @@
-"""What past records taught, summarised: how far bases were off, and how far whole predictions were off.
+"""Errors of past predictions, summarised from the records: those of the bases and those of whole predictions.
 
 Corrections are kept three times: for the guest, for its class (the same devices, vCPUs and size) and for all. Rings are
 bounded, so a prediction costs microseconds and the whole summary stays small. Completed attempts teach; refused ones
@@ -128,7 +128,7 @@ class Knowledge:
         )
 
     def _basis(self, regime: str, coverage: float) -> str:
-        """What the bound rests on, a phrase."""
+        """Return a phrase that says how many past attempts the bound was learned from."""
         known, needed = self._pools.known, math.ceil(coverage / (1 - coverage))
         attempts = "attempt" if known == 1 else "attempts"
         if known < needed:

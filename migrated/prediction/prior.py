@@ -1,4 +1,4 @@
-"""What is assumed of a switchover while nothing was learned: a measured table that ships with the package.
+"""Assumed costs of a switchover while this host has learned nothing: a measured table that ships with the package.
 
 ``prior.json`` lies beside this module. A campaign makes it (``scripts.calibration --prior``), and it says of itself how
 (``provenance``). Reading the file is its caller's affair (``migrated.learned``): nothing here does I/O.

@@ -1,4 +1,4 @@
-"""What a round costs: time = setup + pages x cost + bytes x cost, fitted to the rounds of one attempt.
+"""Duration of a round: setup + pages x cost + bytes x cost, fitted to the rounds of one attempt.
 
 Bytes over bandwidth says little of a small round on a fast link: threads are woken, pages fault at the destination, a
 barrier goes around. The rounds that an attempt has made show all of it. Those that are recent and of the size in
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 _ROUNDS_KEPT: Final = 32
 _AGEING: Final = 0.85
-"""What a round weighs against the next later one."""
+"""Weight of a round in the fit, relative to the next later one."""
 _ALIKE: Final = 1.5
 """By how many powers of e two rounds differ in size until one weighs a third of what it would."""
 _NOTHING_BYTES: Final = 64 << 10
@@ -40,7 +40,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class RoundTime:
-    """What a round is expected to take, and how far single ones lie from that (ns)."""
+    """Expected duration of a round, and the usual deviation of a single one from it (ns)."""
 
     ns: int
     spread_ns: int
@@ -62,7 +62,7 @@ class RoundCosts:
         self._rounds.clear()
 
     def expect(self, pages: int, size_bytes: int, bytes_per_s: float) -> RoundTime:
-        """What a round would take.
+        """Return the expected duration of a round and its spread; 0 for both while nothing is known.
 
         Args:
             bytes_per_s: the bandwidth of transfers of this size, which the fit starts from.

@@ -9,7 +9,7 @@ from migrated.record.parts import Component, predicted_names
 from migrated.record.terms import MEANING_OF_CHECKPOINT, SIDES
 from migrated.report.charts import Axis, Bar, Track, magnified, tracks
 from migrated.report.fields import Fields, exact_ms, join_unit, short
-from migrated.report.markup import Markup, el, join
+from migrated.report.markup import Markup, Node, el, join
 from migrated.report.pieces import (
     UNATTRIBUTED,
     Section,
@@ -61,9 +61,18 @@ def prediction(fields: Fields) -> Section | None:
         "Predicted against actual",
         tracks("The downtime, its prediction and its limit", ("", "ms"), rows, axis),
         legend(),
-        facts_list(counted),
+        facts_list([*counted, *_bound(fields)]),
         _components(fields, downtime),
     )
+
+
+def _bound(fields: Fields) -> list[tuple[Node, Node]]:
+    """The kind of attempt that the bound was learned from, and the scale of the error; a record of an older version
+    says neither."""
+    return [
+        ("bound learned for attempts of the kind", fields.show("downtime.predicted_regime")),
+        ("usual error of such a prediction", join_unit(fields.ms("downtime.predicted_scale_ns"), "ms")),
+    ]
 
 
 def _components(fields: Fields, downtime: Downtime) -> Markup | None:

@@ -2,7 +2,8 @@
 
     MIGRATED_SECTION__KEY in the environment  >  the file  >  the defaults here
 
-Relative paths count from the working directory; ``~`` is the home directory of the daemon's user.
+Relative paths count from the working directory; ``~`` is the home directory of the daemon's user. The module is longer
+than others because every section of the file is declared here, with its units, ranges and rules.
 """
 
 from __future__ import annotations

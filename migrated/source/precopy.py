@@ -102,8 +102,8 @@ class Transfer:
         return len(part.data)
 
     def final_device_bytes(self) -> int:
-        """What the device states will weigh at a stop: what the guest's description says, or more for a device that
-        still has more new in every round; what shrinks is expected to go on shrinking."""
+        """Return the expected size of all device states at a stop (bytes): that of the guest's description, or more
+        for a device whose new state grows from round to round; one that shrinks is expected to go on shrinking."""
         total = 0
         for device in self.guest.devices:
             before, last = self.iterations.get((device.name, device.kind), (0, 0))
@@ -253,7 +253,7 @@ class Precopy:
         return verdict
 
     def _round_ns(self, pages: int) -> int:
-        """What a round of so many pages takes now, with the read of the dirty log that ends it."""
+        """Return the expected duration of a round of so many pages, with the read of the dirty log at its end (ns)."""
         return self.bandwidth.expect(pages, 0).ns + self._transfer.collect_ns
 
     async def end_throttle(self) -> None:

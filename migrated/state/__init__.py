@@ -1,1 +1,1 @@
-"""What survives a restart of the daemon: decisions, finished records, what predictions learned."""
+"""The daemon's files, which survive its restart: journal of decisions, finished records, learned corrections."""

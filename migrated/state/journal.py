@@ -1,4 +1,4 @@
-"""What must survive a killed daemon: hand-over decisions, one appended line each.
+"""The journal of hand-over decisions, one appended line each; it survives a killed daemon.
 
     <crc32 of the rest, 8 hex digits> {"at": ..., "migration_id": ..., "epoch": ..., "role": ..., "decision": ...}
 
@@ -144,8 +144,8 @@ class Journal:
         return self._attempts.get((migration_id, role))
 
     def open_attempts(self) -> tuple[list[Attempt], list[Attempt]]:
-        """What a restarted daemon finds open, oldest first: the attempts that it must finish or undo, and those that a
-        later epoch of the same guest has overtaken, in either role: they must not touch the guest any more."""
+        """Return the open attempts that a restarted daemon must finish or undo, and the open attempts that a later
+        epoch of the same guest has overtaken, in either role, which must not touch it any more. Both oldest first."""
         newest: dict[str, int] = {}
         for attempt in self._attempts.values():
             newest[attempt.guest] = max(newest.get(attempt.guest, 0), attempt.epoch)

@@ -85,7 +85,7 @@ class ExpectedCosts:
 
 
 def total_cost(costs: Iterable[DeviceCost]) -> tuple[int, int]:
-    """What devices cost one after the other, and how far that usually lies off (ns): each errs for itself."""
+    """Return the time that the devices take one after the other, and its usual error, for independent errors (ns)."""
     listed = list(costs)
     return sum(cost.ns for cost in listed), int(math.hypot(*(cost.spread_ns for cost in listed)))
 

@@ -62,7 +62,7 @@ class Violation:
 
 @dataclass(frozen=True)
 class Exploration:
-    """What an exploration found: sizes, time (seconds), the rows of the tables that it used and the first violation,
+    """Result of an exploration: sizes, time (seconds), the rows of the tables that it used and the first violation,
     if any."""
 
     states: int
@@ -222,7 +222,8 @@ class Explorer:
         return source, destination
 
     def _rules_of(self, pair: int) -> tuple[str, list[tuple[int, str]]]:
-        """What a pair of sides breaks by itself, and the messages that must not have been sent beside it."""
+        """Return the rule that a pair of sides breaks by itself (empty for none), and the messages that must not have
+        been sent when it is in this state, each with the rule that they break."""
         source, destination = self._pair(pair)
         same = source.attempt == destination.attempt
         runs_here, runs_there = source.guest is Guest.RUNS, destination.guest is Guest.RUNS

@@ -32,7 +32,7 @@ BEATS_TIMEOUT_S: Final = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What a guest manages here: seconds from QEMU's start to its first beats, and beats and MiB written a second."""
+    """Speed of a guest on this machine: time from QEMU's start to its first beats (s), and beats and MiB a second."""
 
     boot_s: float
     beats_per_s: float

@@ -28,7 +28,7 @@ WORKLOADS: Final[Mapping[str, Callable[[int], Workload]]] = {
     "hot-cold": lambda memory_mib: Workload.hot_cold(memory_mib * 3 // 4),
     "heavy": lambda memory_mib: Workload.heavy(memory_mib * 3 // 4),
 }
-"""What a guest of so much memory does with three quarters of it."""
+"""Workloads by name, each a function of the guest's memory (MiB), of which it uses three quarters."""
 _WARM_BEATS: Final = 100
 _WARM_S: Final = 60.0
 _NS_PER_MS: Final = 1_000_000

@@ -1,4 +1,4 @@
-"""What the guest says on its two serial ports, each line with the time at which the host had it.
+"""The lines of the guest's two serial ports, each with the time at which the host received it.
 
     /BEATS     b SEQUENCE CLOCK_NS          one a millisecond
     /CONSOLE   READY, BAD, CHECKED ...      and commands go in
@@ -160,7 +160,7 @@ class Console:
         return int(self.ask("check", r"CHECKED pages \d+ bad (\d+)", timeout_s)[1])
 
     def status(self) -> dict[str, int]:
-        """What the guest has counted: pages written, checked and bad, disk reads, log records."""
+        """Ask for the guest's counters: pages written, checked and bad, disk reads, log records."""
         numbers = self.ask("status", r"STATUS (.*)")[1].split()
         return {name: int(number) for name, number in zip(numbers[::2], numbers[1::2], strict=True)}
 

@@ -54,7 +54,7 @@ def make_disk(path: Path, data_mib: int = 0) -> None:
 
 
 def expected_data(data_mib: int) -> npt.NDArray[np.uint64]:
-    """What the data are: one row for each page of 4096 bytes."""
+    """Return the contents of the data disk: one row for each page of 4096 bytes."""
     pages = np.arange(data_mib * MIB // 4096, dtype=np.uint64)
     words = np.arange(_PAGE_WORDS, dtype=np.uint64)
     content = _scattered(pages << np.uint64(32))[:, None] + (words - np.uint64(1))[None, :] * _STEP

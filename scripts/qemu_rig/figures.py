@@ -1,4 +1,4 @@
-"""What a demonstration of QEMU guests tells: moves by the daemons beside QEMU's own of the same guest.
+"""Figures of a demonstration: moves of QEMU guests by the daemons, beside QEMU's own of the same guest.
 
 promised     the limit
 reported     the downtime, by who moved it
@@ -131,7 +131,7 @@ def html(compared: Sequence[Comparison], setting: str) -> Markup:
 
 
 def remarks(compared: Sequence[Comparison]) -> list[str]:
-    """What belongs beneath the table: what its columns are, and how QEMU's own migrations failed."""
+    """Return the lines beneath the table: the meaning of its columns, and how QEMU's own migrations failed."""
     failed = [(one.guest, one.qemu.reason) for one in compared if isinstance(one.qemu, Failure)]
     return [EXPLANATION, *(f"QEMU's own migration of {guest} failed. {reason}" for guest, reason in failed)]
 

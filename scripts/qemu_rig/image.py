@@ -22,7 +22,7 @@ _CONSOLE: Final = (5, 1)
 
 @dataclass(frozen=True, slots=True)
 class GuestImage:
-    """What QEMU starts: ``-kernel`` and ``-initrd``."""
+    """The files that QEMU boots: ``-kernel`` and ``-initrd``."""
 
     kernel: Path
     initramfs: Path

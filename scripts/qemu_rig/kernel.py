@@ -27,7 +27,7 @@ from scripts.rig.waiting import RigError
 QEMU: Final = "qemu-system-x86_64"
 KERNEL_PACKAGE: Final = "linux-image-cloud-amd64"
 GUEST_MODULES: Final = ("virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "qemu_fw_cfg")
-"""What the guest's devices need. One that is not found is taken to be built into the kernel."""
+"""Kernel modules that the guest's devices need. One that is not found is taken to be built into the kernel."""
 MISSING: Final = 3
 """Exit status of every program here when this machine lacks what QEMU guests need."""
 _PACKAGES: Final = {QEMU: "qemu-system-x86", "gcc": "gcc"}
@@ -158,7 +158,7 @@ def _uncompressed(path: Path) -> bytes:
 
 
 def _dependencies(module: bytes) -> Iterator[str]:
-    """What the section .modinfo of a module says; its entries end with a zero byte."""
+    """Yield the names of the modules that a module depends on, from its .modinfo, whose entries end with a 0 byte."""
     found = re.search(rb"\0depends=([^\0]*)\0", module)
     if found and found[1]:
         for name in found[1].decode().split(","):

@@ -55,7 +55,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class QemuSpec:
-    """What kind of guest. Source and destination of a move are started from equal ones.
+    """The kind of guest to start. Source and destination of a move are started from equal ones.
 
     Attributes:
         backing: ``private`` is what QEMU does when it is told nothing; ``file`` is shared memory on tmpfs.
@@ -105,7 +105,7 @@ def command_line(
 
 
 def _memory_options(spec: QemuSpec, directory: Path) -> tuple[str, list[str]]:
-    """What goes behind ``-machine``, and options of their own."""
+    """Return the suffix of the ``-machine`` option and the further options that give the guest its memory."""
     if spec.backing == "private" and not spec.numa:
         return "", []
     names = ("ram0", "ram1") if spec.numa else ("ram0",)

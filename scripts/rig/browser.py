@@ -117,7 +117,7 @@ class Browser:
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def value(self, expression: str) -> Any:
-        """What an expression gives, as JSON."""
+        """Return the value of a JavaScript expression, as JSON."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")

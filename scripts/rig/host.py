@@ -1,4 +1,7 @@
-"""One host: a real daemon to start, kill and stop, commands for it, and the real guests that it runs."""
+"""One host: a real daemon to start, kill and stop, commands for it, and the real guests that it runs.
+
+The module is longer than others because tests do all that a host can do through this one class.
+"""
 
 from __future__ import annotations
 
@@ -349,7 +352,7 @@ class Host:
         return await VmmClient.connect(self.directory / "guests" / f"{name}.sock")
 
     def run_log(self, name: str = "g1") -> list[dict[str, Any]]:
-        """What the guest's processes on this host wrote of their running."""
+        """Return the entries of the guest's run log, which its processes on this host wrote."""
         try:
             lines = (self.directory / "guests" / f"{name}.runlog").read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:

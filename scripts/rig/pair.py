@@ -139,7 +139,7 @@ class Pair:
         return check_runs({host.name: host.run_log(name) for host in self.hosts}, deaths)
 
     async def leftovers(self) -> list[str]:
-        """What is left behind, and what fell over, on both hosts."""
+        """Return a sentence for each resource left behind and each bug in the log, on both hosts."""
         found: list[str] = []
         for host in self.hosts:
             found += host.bugs()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a process holds: descriptors by kind, mappings of guest memory, threads."""
+    """Resources of a process: descriptors by kind, mappings of guest memory, threads."""
 
     descriptors: Counter[str]
     mapped_memories: int
@@ -19,7 +19,7 @@ class Footprint:
 
 
 def footprint(pid: int) -> Footprint:
-    """What a process holds now."""
+    """Count the resources of a process."""
     kinds: Counter[str] = Counter()
     for entry in os.scandir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):

@@ -42,7 +42,7 @@ class Terminal:
         os.write(self._screen, keys.encode())
 
     def read_until(self, pattern: str) -> str:
-        """What it shows up to the end of the next match of a pattern.
+        """Wait for the next match of a pattern. Returns the output up to its end.
 
         Raises:
             AssertionError: it does not come.

@@ -53,23 +53,7 @@ async def test_an_error_reply_keeps_its_class(control_socket: Path) -> None:
     async with await ControlClient.connect(control_socket) as client:
         with pytest.raises(CommandError, match=r"^there is no guest 'g1' on this host; guests here: none$") as caught:
             await client.command("x-migrated-guest-show", {"guest": "g1"})
-    assert (caught.value.kind, caught.value.record) == ("DeviceNotFound", None)
-
-
-async def test_an_error_reply_keeps_its_record(tmp_path: Path) -> None:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b'{"QMP": {}}\r\n')
-        await reader.readline()
-        writer.write(b'{"return": {}, "id": 1}\r\n')
-        await reader.readline()
-        writer.write(
-            b'{"error": {"class": "GenericError", "desc": "No.", "record": {"outcome": "refused"}}, "id": 2}\r\n'
-        )
-
-    async with listening(tmp_path / "x.sock", serve), await ControlClient.connect(tmp_path / "x.sock") as client:
-        with pytest.raises(CommandError, match=r"^No\.$") as caught:
-            await client.command("migrate", {"uri": "tcp:a:1"})
-    assert caught.value.record == {"outcome": "refused"}
+    assert caught.value.kind == "DeviceNotFound"
 
 
 async def test_no_socket_there(tmp_path: Path) -> None:

@@ -263,6 +263,31 @@ async def test_after_commit_a_guest_that_is_gone_and_may_have_run_is_not_given_b
         assert (await closed(host, migration_id, "destination")).decisions == [READY, COMMIT, RUNNING]
 
 
+async def test_a_journal_of_an_older_version_names_no_driver(short_directory: Path) -> None:
+    """The guest that is there tells its driver itself."""
+    pid = await incoming_guest(short_directory)
+    migration_id = leave_attempt(short_directory, "g1", "destination", READY, COMMIT, driver=None)
+    async with TinyHost(short_directory) as host:
+        assert (await closed(host, migration_id, "destination")).decisions == [READY, COMMIT, RUNNING]
+        assert (await host.state_of("g1"), host.guest("g1").vmm.pid) == ("running", pid)
+
+
+@pytest.mark.parametrize(("ran", "end"), [("by the mark", RUNNING), ("by a VMM's log", RUNNING), ("never", DISCARD)])
+async def test_without_driver_and_guest_the_mark_and_every_run_log_are_asked(
+    short_directory: Path, ran: str, end: Decision
+) -> None:
+    os.kill(await incoming_guest(short_directory), signal.SIGKILL)
+    async with TinyHost(short_directory) as host:
+        if ran == "by the mark":
+            host.operations._env.run_marks.write("g1", 1)
+        await host.let_go()
+    if ran == "by a VMM's log":
+        (short_directory / "guests" / "g1.runlog").write_text('{"event": "run", "epoch": 1}\n', encoding="utf-8")
+    migration_id = leave_attempt(short_directory, "g1", "destination", READY, COMMIT, driver=None)
+    async with TinyHost(short_directory) as host:
+        assert (await closed(host, migration_id, "destination")).decisions == [READY, COMMIT, end]
+
+
 # Section: which attempts are taken up
 
 

@@ -14,7 +14,6 @@ from protocol.budget import (
     destination_remaining_ns,
     may_commit,
     measured_downtime,
-    must_abort,
     source_deadline_ns,
 )
 from protocol.messages import Limits
@@ -27,26 +26,19 @@ def limits(downtime_ns: int, switchover_ns: int = 0, *, abort: bool = True) -> L
     return Limits(downtime_limit_ns=downtime_ns, switchover_limit_ns=switchover_ns, switchover_abort=abort)
 
 
-@pytest.mark.parametrize(
-    ("total_ns", "aborts"), [(300 * MS - 1, False), (300 * MS, True), (300 * MS + 1, True), (0, False)]
-)
-def test_equal_to_the_limit_aborts(total_ns: int, aborts: bool) -> None:
-    assert must_abort(limits(300 * MS), total_ns, 0) is aborts
-    assert must_abort(limits(200 * MS, 100 * MS), 0, total_ns) is aborts
-    assert must_abort(limits(300 * MS, abort=False), total_ns, 0) is False
-
-
-def test_a_limit_of_nothing_aborts_always() -> None:
-    assert must_abort(limits(0), 0, 0)
+def test_a_limit_of_nothing_leaves_no_time() -> None:
     assert source_deadline_ns(limits(0), 5 * MS) == 0
+    assert destination_remaining_ns(limits(0), 0, 0) == 0
+    assert not may_commit(limits(0), 0, 1)
 
 
 @given(ns, ns, ns, ns)
-def test_the_budget_is_spent_in_any_ratio(limit: int, tolerance: int, source: int, destination: int) -> None:
-    rule = limits(limit, tolerance)
-    assert abort_limit_ns(rule) == limit + tolerance
-    assert must_abort(rule, source, destination) == must_abort(rule, source + destination, 0)
-    assert must_abort(rule, source, destination) == must_abort(limits(limit + tolerance), source, destination)
+def test_limit_and_tolerance_are_one_budget(limit: int, tolerance: int, counted: int, reserve: int) -> None:
+    split, whole = limits(limit, tolerance), limits(limit + tolerance)
+    assert abort_limit_ns(split) == limit + tolerance
+    assert destination_remaining_ns(split, counted, reserve) == destination_remaining_ns(whole, counted, reserve)
+    assert source_deadline_ns(split, reserve) == source_deadline_ns(whole, reserve)
+    assert may_commit(split, counted, reserve) is may_commit(whole, counted, reserve)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +73,7 @@ def test_at_its_deadline_the_source_still_has_its_resume_reserve(limit: int, res
 def test_the_destinations_time_ends_where_the_limit_would_be_reached(limit: int, counted: int, reserve: int) -> None:
     remaining = destination_remaining_ns(limits(limit), counted, reserve)
     assert remaining is not None
-    # With nothing remaining and the reserve spent, the limit is reached exactly.
-    assert must_abort(limits(limit), counted + remaining + reserve, 0)
-    assert remaining <= 0 or not must_abort(limits(limit), counted + remaining - 1 + reserve, 0)
+    assert counted + remaining + reserve == abort_limit_ns(limits(limit))
     assert destination_remaining_ns(limits(limit, abort=False), counted, reserve) is None
 
 

@@ -108,8 +108,8 @@ def test_published_exchanges(stamps: tuple[int, int, int, int], lower: int, uppe
 
 
 def test_both_published_exchanges_intersect() -> None:
-    estimate = OffsetEstimate((ClockExchange(1000, 51500, 51510, 2010),), **EXACT)
-    both = estimate.including([ClockExchange(1000, 51900, 51910, 2010)]).at(2010)
+    exchanges = (ClockExchange(1000, 51500, 51510, 2010), ClockExchange(1000, 51900, 51910, 2010))
+    both = OffsetEstimate(exchanges, **EXACT).at(2010)
     assert both == OffsetInterval(49_900, 50_500)
     assert both.width_ns == 600
 
@@ -232,7 +232,7 @@ def test_the_true_offset_lies_in_every_estimate(data: st.DataObject) -> None:
     assert interval.lower_ns <= truth <= interval.upper_ns
 
     assert OffsetEstimate(tuple(data.draw(st.permutations(samples)))).at(local.read(now)) == interval
-    more = estimate.including([data.draw(exchanges(local, remote, end))[0]]).at(local.read(now))
+    more = OffsetEstimate((*samples, data.draw(exchanges(local, remote, end))[0])).at(local.read(now))
     assert interval.lower_ns <= more.lower_ns <= more.upper_ns <= interval.upper_ns
 
 

@@ -25,7 +25,6 @@ from protocol.guest_time import (
     VmTimeData,
     adjust_time_data,
     adjust_time_document,
-    check_frequency,
     check_limits,
     choose_elapsed,
     parse_time_data,
@@ -368,40 +367,6 @@ def test_the_provable_skew_never_exceeds_the_true_skew(source_wall: int, skew: i
     interval = ElapsedInterval(max(0, elapsed - slack), elapsed + slack)
     proven = provable_skew(wall_clock_skew(at(source_wall), at(source_wall + elapsed + skew), interval))
     assert max(0, skew - slack) <= proven <= skew
-
-
-@pytest.mark.parametrize("host_freq", [1_000_000_000, 2_649_958_945, 4_000_000_000])
-def test_frequencies_up_to_250_ppm_apart_need_no_scaling(host_freq: int) -> None:
-    tolerance = host_freq * 250 // 1_000_000
-    for guest_freq in (host_freq - tolerance, host_freq, host_freq + tolerance):
-        check_frequency(guest_freq, host_freq, can_scale=False)
-    for guest_freq in (host_freq - tolerance - 1, host_freq + tolerance + 1):
-        check_frequency(guest_freq, host_freq, can_scale=True)
-        with pytest.raises(TimeAdjustError) as refused:
-            check_frequency(guest_freq, host_freq, can_scale=False)
-        assert refused.value.name == "FrequencyMismatch"
-
-
-def test_scaling_has_its_own_range() -> None:
-    check_frequency(500_000_000, 3_000_000_000, can_scale=True)
-    check_frequency(14_999_999_999, 1_000_000_000, can_scale=True)
-    for guest_freq, host_freq in (
-        (499_999_999, 3_000_000_000),
-        (15_000_000_000, 1_000_000_000),
-        (400_000_000, 400_000_001),
-    ):
-        with pytest.raises(TimeAdjustError) as refused:
-            check_frequency(guest_freq, host_freq, can_scale=True)
-        assert refused.value.name == "FrequencyMismatch"
-    check_frequency(100_000_000, 100_000_000, can_scale=True)
-    check_frequency(100_000_000, 100_000_001, can_scale=False)
-
-
-def test_a_frequency_of_zero_is_refused_before_the_stop() -> None:
-    for guest_freq, host_freq in ((0, 1), (1, 0), (0, 0), (-1, 1), (1 << 64, 1)):
-        with pytest.raises(TimeAdjustError) as refused:
-            check_frequency(guest_freq, host_freq, can_scale=True)
-        assert refused.value.name == "InvalidFrequency"
 
 
 def test_the_account_adds_up_stage_by_stage() -> None:

@@ -152,7 +152,7 @@ def leave_attempt(directory: Path, guest: str, role: Role, *decisions: Decision,
 
     Args:
         directory: of a host that is not up.
-        facts: what was known at the beginning, beyond the usual.
+        facts: what was known at the beginning, beyond the usual; None leaves one of the usual out.
     """
     migration_id = secrets.token_hex(16)
     usual = {
@@ -162,8 +162,9 @@ def leave_attempt(directory: Path, guest: str, role: Role, *decisions: Decision,
         "started_at": datetime.now(UTC).isoformat(),
         "parameters": MigrationParameters().model_dump(mode="json"),
     }
+    known = {name: value for name, value in (usual | facts).items() if value is not None}
     with contextlib.closing(Journal(directory / "state")) as journal:
-        journal.begin(migration_id, epoch, guest, role, usual | facts)
+        journal.begin(migration_id, epoch, guest, role, known)
         for decision in decisions:
             journal.decide(migration_id, role, decision)
     return migration_id

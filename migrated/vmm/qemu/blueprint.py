@@ -1,4 +1,4 @@
-"""What a guest's machine is made of, as QEMU itself tells it: the form in which a source's guest and a destination's
+"""The parts of a guest's machine, as QEMU itself tells them: the form in which the source's guest and the destination's
 are compared. No path, no argument, nothing of the host is in it; nothing of it is ever carried out.
 """
 
@@ -66,7 +66,7 @@ class Blueprint(WireModel):
             raise VmmError(f"the description of the guest carries no QEMU blueprint: {error}") from error
 
     def differences(self, other: Blueprint) -> list[str]:
-        """What makes ``other`` another machine: one phrase each."""
+        """Return the differences of ``other`` from this machine, one phrase each."""
         found = [
             f"{field} is {getattr(self, field)} at the source and {getattr(other, field)} here"
             for field in ("machine", "cpu", "accelerator", "vcpus", "uuid")
@@ -82,7 +82,7 @@ class Blueprint(WireModel):
 
 
 def unfit(source: GuestDescription, here: GuestDescription) -> list[str]:
-    """What makes the guest of one description unfit to take the state of the other's: one phrase each.
+    """Return the differences that make the guest here unfit for the state of the source's guest, one phrase each.
 
     Raises:
         VmmError: one of them is no QEMU guest's.

@@ -34,7 +34,7 @@ _DEFAULT_COMMAND: Final = ("qemu-system-x86_64",)
 
 
 class _Options(BaseModel):
-    """What may be asked of a guest of this driver: ``definition`` names one of this host's, ``qmp`` adopts a running
+    """Options of a guest of this driver: ``definition`` names one of this host's, ``qmp`` adopts a running
     QEMU; ``incoming`` says that it waits for a migration, ``run_log`` where it logs its run state."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

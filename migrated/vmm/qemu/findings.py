@@ -1,4 +1,4 @@
-"""What a check of a QEMU guest found: one row for each thing that was looked at."""
+"""Results of the checks of a QEMU guest: one row for each check."""
 
 from __future__ import annotations
 

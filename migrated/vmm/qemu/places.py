@@ -1,5 +1,5 @@
-"""What the driver remembers of each of its guests, in a file beside the guest's socket, so that a restarted daemon
-finds the guest and knows what ran.
+"""The driver's file on each of its guests, beside the guest's socket, from which a restarted daemon finds the guest and
+knows whether it ran.
 
     NAME.sock     the QMP socket, or a link to the one of a QEMU that somebody else started
     NAME.place    this record

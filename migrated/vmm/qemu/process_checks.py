@@ -1,4 +1,5 @@
-"""What the kernel tells of a QEMU process: who else could write guest memory, past the page tables or through them."""
+"""Checks of a QEMU process by what the kernel says of it: who else could write guest memory, past its page tables
+or through them."""
 
 from __future__ import annotations
 

@@ -53,7 +53,6 @@ class Qmp:
         greeting = client.greeting
         qemu: Any = greeting.QMP.version["qemu"] if greeting is not None else {}
         self.version = (int(qemu.get("major", 0)), int(qemu.get("minor", 0)), int(qemu.get("micro", 0)))
-        self._out_of_band = greeting is not None and "oob" in greeting.QMP.capabilities
         self.pid = 0
 
     @classmethod
@@ -115,17 +114,10 @@ class Qmp:
             VmmSilentError: no answer in time.
             VmmGoneError: QEMU ended.
         """
-        return await self._execute(command, timeout_s, arguments, out_of_band=False)
-
-    async def call_out_of_band(self, command: str, timeout_s: float = QUICK_S, **arguments: Any) -> Any:
-        """Execute a command that QEMU can carry out beside a running one, where it offers that."""
-        return await self._execute(command, timeout_s, arguments, out_of_band=self._out_of_band)
-
-    async def _execute(self, command: str, timeout_s: float, arguments: Mapping[str, Any], *, out_of_band: bool) -> Any:
         given = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._client.execute(command, given, oob=out_of_band)
+                return await self._client.execute(command, given)
         except ExecuteError as error:
             words = str(error)
             sentence = f"QEMU (process {self.pid}) refused {command}: {words}"
@@ -138,7 +130,7 @@ class Qmp:
             raise VmmGoneError(f"the connection to QEMU (process {self.pid}) is lost: {error}") from error
 
     async def human(self, line: str) -> str:
-        """What the monitor for people answers to a line: for the few things that QMP does not tell."""
+        """Return the answer of the human monitor to a line, for the few facts that QMP does not give."""
         return str(await self.call("human-monitor-command", command_line=line))
 
     async def pass_descriptor(self, name: str, fd: int) -> None:

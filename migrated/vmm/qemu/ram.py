@@ -100,7 +100,7 @@ class RamBlock:
 
     @property
     def backing(self) -> Backing:
-        """What kind of memory it is."""
+        """The kind of memory behind it: memfd, huge pages, a file, or private memory of the process."""
         path = self.mapping.path if self.mapping is not None else ""
         if path.startswith("/memfd:"):
             return "memfd"
@@ -181,7 +181,8 @@ def parse_blocks(text: str) -> list[tuple[str, int, int | None]]:
 
 
 def parse_view(text: str) -> list[tuple[str, Seen]]:
-    """What memory the guest's CPUs see, out of ``info mtree -f``: names of regions and their pieces, ascending."""
+    """Read the address space of the guest's CPUs from ``info mtree -f``: names of regions with their pieces, by
+    ascending guest address."""
     pieces: list[tuple[str, Seen]] = []
     for part in re.split(r"^FlatView #\d+", text, flags=re.MULTILINE):
         if ' AS "memory"' not in part:
