@@ -72,6 +72,8 @@ class Bench:
         self.repeats = repeats
         self.cases: dict[str, Case] = {}
         self.pair = Pair(log={"level": "info"})
+        for host in self.pair.hosts:
+            host.configure(vmm={"profiles": str(self.pair.directory)})  # daemons take profiles from there only
         self._where: dict[str, Host] = {}
         self._qemu: dict[str, rivals.QemuSource] = {}
 
@@ -95,7 +97,7 @@ class Bench:
             path = self.pair.directory / f"{name}.toml"
             values = {"workload": "idle", **profile}
             path.write_text("[guest]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
-            await self.pair.a.create_guest(name, memory_mib, profile=str(path))
+            await self.pair.a.create_guest(name, memory_mib, profile=name)
             self._where[name] = self.pair.a
             await until(f"{name} booted", partial(self._booted, name), 120.0)
         return self._where[name]
