@@ -275,3 +275,18 @@ async def test_a_qemu_that_ends_at_the_destination_aborts(world: World) -> None:
     await asyncio.to_thread(console.wait_for_beats, 20, 60.0)
     assert (await a.guest("web"))["state"] == "running"
     console.close()
+
+
+async def test_a_guest_without_an_agent_moves_and_the_record_says_that_its_clock_was_not_set(world: World) -> None:
+    a, b = world.pair.hosts
+    world.define(BUSY)
+    for path in world.definitions.values():
+        definition = path / "web.toml"
+        definition.write_text(f"guest_agent = true\nset_guest_time = true\n{definition.read_text()}")
+    await a.create_guest("web", BUSY.memory_mib)
+    console = await world.console(a)
+    await asyncio.to_thread(console.wait_for, "READY", BOOT_TIMEOUT_S)
+    record = await a.migrate("web", b, **ROOMY)
+    assert record["outcome"] == "completed", record["reason"]
+    assert any("is qemu-guest-agent running" in line["event"] for line in record["events"])
+    console.close()

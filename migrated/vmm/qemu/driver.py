@@ -152,7 +152,8 @@ class QemuDriver(Driver):
         api_socket = self._directory / f"{name}.sock"
         log_path = api_socket.with_suffix(".log")
         line.run_log.unlink(missing_ok=True)
-        places.write_place(api_socket, Place(name=name, started_here=True, run_log=line.run_log, incoming=incoming))
+        place = Place(name=name, started_here=True, run_log=line.run_log, agent=line.clock_setter, incoming=incoming)
+        places.write_place(api_socket, place)
         pid = spawn.start_process(command, log_path)
         timeout_s = self.config.vmm.start_timeout_s
         deadline = time.monotonic() + timeout_s
