@@ -40,11 +40,13 @@ class HandoverTimes:
 
     Attributes:
         stopped_at_ns: the guest has stopped.
+        drained_ns: how long before that its vCPUs stood already, where the VMM tells it; 0 elsewhere.
         resume_begin_ns, resumed_at_ns: taking the guest back began; it runs again.
         decided_at_ns, journaled_at_ns, committed_at_ns: to commit is decided; it is in the journal; COMMIT is written.
     """
 
     stopped_at_ns: int = 0
+    drained_ns: int = 0
     resume_begin_ns: int = 0
     resumed_at_ns: int = 0
     decided_at_ns: int = 0
@@ -185,7 +187,7 @@ class SourceHandover:
         if not self._was_paused:
             self._env.hold_events(self._migration_id)
             try:
-                await self._guest.vmm.pause()
+                self.times.drained_ns = (await self._guest.vmm.pause()).drain_ns
             except VmmError as error:
                 return failed(error)
             self._env.publish("STOP", {"guest": self._guest.name})

@@ -137,7 +137,10 @@ class Switchover:
     def _stopped(self) -> None:
         stopped_ns = self._handover.times.stopped_at_ns
         self._state_begin_ns = stopped_ns
-        self._ledger.part(Part.STOP, self._budget.t0_ns, stopped_ns)
+        standing_ns = stopped_ns - self._handover.times.drained_ns
+        self._ledger.part(Part.STOP, self._budget.t0_ns, standing_ns)
+        if standing_ns < stopped_ns:
+            self._ledger.part(Part.STOP_DRAIN, standing_ns, stopped_ns)
         self._ledger.add_phase(Phase.PAUSE, self._budget.t0_ns, stopped_ns)
         self._ledger.checkpoint(QemuCheckpoint.DOWNTIME_START, 0)
         self._ledger.checkpoint(QemuCheckpoint.VM_STOPPED, stopped_ns - self._budget.t0_ns)

@@ -91,6 +91,15 @@ def total_cost(costs: Iterable[DeviceCost]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
+class PauseTime:
+    """How long stopping a guest took (ns). ``drain_ns``, of ``total_ns``, came when its vCPUs stood already: block I/O
+    that was in flight was drained and flushed; 0 where the VMM does not tell that apart."""
+
+    total_ns: int
+    drain_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TimeImport:
     """The VMM's part in an import of time data: time since the snapshot as the VMM measured it (ns), and the ticks that
     it added."""
@@ -208,8 +217,8 @@ class VmmGuest(ABC):
         ``interrupt`` undoes it."""
 
     @abstractmethod
-    async def pause(self) -> int:
-        """Stop the vCPUs; when this returns nothing writes guest memory any more. Returns the duration (ns)."""
+    async def pause(self) -> PauseTime:
+        """Stop the vCPUs; when this returns nothing writes guest memory any more. Returns what that took."""
 
     @abstractmethod
     async def resume(self, epoch: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from rich.table import Table
 
 from migrated.cli.style import duration
+from migrated.record.parts import Part
 from migrated.report.markup import Markup, el, join
 from migrated.report.pieces import note, table
 from scripts.basics import MIB
@@ -60,12 +61,17 @@ class Comparison:
     qemu: Baseline | Failure
 
 
-def beyond_record_ns(move: Move, beat_ns: int) -> int:
-    """By how much the guest was silent for longer than its record explains: more than the upper bound of the downtime
-    and two beats, the one before the stop and the one after it. Not above 0 when the record is right and the host is
-    quiet."""
-    upper_ns: int = move.record["downtime"]["upper_ns"]
-    return move.gap.ns - upper_ns - 2 * beat_ns
+def beyond_record_ns(downtime: Mapping[str, Any], stood_ns: int, beat_ns: int) -> int:
+    """How far outside of the record's interval of the downtime the guest's clock says that it stood (ns); above 0 when
+    the record is wrong.
+
+    It may be two beats outside, as beats tell the clock no better. And it stands from a moment within the part
+    ``stop``, not from its begin: when QEMU comes to carry the stop out.
+    """
+    stop_ns = sum(part["ns"] for part in downtime["parts"] if part["name"] == Part.STOP.label)
+    least_ns: int = downtime["lower_ns"] - stop_ns
+    most_ns: int = downtime["upper_ns"]
+    return max(stood_ns - most_ns, least_ns - stood_ns) - 2 * beat_ns
 
 
 def document(compared: Sequence[Comparison]) -> dict[str, Any]:

@@ -13,9 +13,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 from scripts.qemu_rig.console import Beat
 from scripts.rig.waiting import RigError
+
+_NEAR: Final = 300
+"""Beats on one side of a move that are near it: the two clocks do not drift apart by what matters within them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,21 @@ def handover_gap(before: Sequence[Beat], after: Sequence[Beat]) -> Gap:
     if gap.ns < 0:
         raise RigError("The guest's second copy was heard before the first one was silent: both ran at once.")
     return gap
+
+
+def clock_stood_ns(before: Sequence[Beat], after: Sequence[Beat]) -> int:
+    """By how much the guest's clock fell behind the host's over a move: how long it was stopped.
+
+    A beat is heard later than the guest read its clock, by its way through QEMU and by what an emulated guest, or one
+    that waits for a CPU, takes to say it. Of many beats on a side one had little of that, so the least is taken.
+
+    Raises:
+        RigError: there are none on one side.
+    """
+    if not before or not after:
+        raise RigError("The guest did not beat on both sides of the move, so it cannot be told how long it stood.")
+    behind_ns = [min(beat.arrival_ns - beat.guest_ns for beat in side) for side in (before[-_NEAR:], after[:_NEAR])]
+    return behind_ns[1] - behind_ns[0]
 
 
 def merged(*sides: Sequence[Beat]) -> list[Beat]:

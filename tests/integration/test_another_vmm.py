@@ -66,6 +66,7 @@ async def test_there_and_back(tiny: Pair) -> None:
         assert record["time"] is None
         assert record["digest"]["source"] == record["digest"]["destination"] is not None
         assert [device["name"] for device in record["devices"]] == ["everything"]
+        assert "stop-drain" not in [part["name"] for part in record["downtime"]["parts"]]
         assert "g1" not in await here.guests()
         await assert_whole(there)
         done = await steps(there, done + 100)

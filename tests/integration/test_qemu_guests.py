@@ -30,6 +30,8 @@ from scripts.rig.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
+HELD_UP_NS = 500_000_000
+"""How long a busy host may keep a daemon from what it would do at once."""
 ROOMY = {"downtime_limit": 10_000}
 BUSY = QemuSpec(workload=Workload.hot_cold(64, 20))
 
@@ -90,6 +92,9 @@ async def move(world: World, source: Host, target: Host, console: Console, **par
     assert record["digest"]["source"] == record["digest"]["destination"]
     downtime = record["downtime"]
     assert sum(part["ns"] for part in downtime["parts"]) + downtime["unattributed_ns"] == downtime["measured_ns"]
+    assert any("clock stood while it did" in line["event"] for line in record["events"])
+    # QEMU says when the vCPUs stand, and answers when its drives are drained and flushed.
+    assert [part["name"] for part in downtime["parts"]][:2] == ["stop", "stop-drain"]
     arrived = await world.console(target)
     before = console.beats()[-1]
     await asyncio.to_thread(arrived.wait_for_beats, 20, 60.0)
@@ -123,9 +128,11 @@ async def test_a_linux_guest_goes_there_and_back(world: World, backing: Any) -> 
     ],
     ids=["numa", "pc", "two-vcpus", "around-the-pci-hole"],
 )
-async def test_machines_of_other_kinds(world: World, spec: QemuSpec) -> None:
+async def test_machines_of_other_kinds_go_there_and_back(world: World, spec: QemuSpec) -> None:
     console = await world.create(spec)
-    (await move(world, world.pair.a, world.pair.b, console)).close()
+    a, b = world.pair.hosts
+    console = await move(world, a, b, console)
+    (await move(world, b, a, console)).close()
 
 
 async def test_a_disk_that_bypasses_the_page_tables(world: World, directory: Path) -> None:
@@ -201,8 +208,9 @@ async def test_an_orchestrators_incoming_qemu_takes_the_guest(world: World, dire
     console.close()
 
 
-async def test_a_load_that_hangs_is_aborted_and_the_guest_goes_on_at_the_source(world: World) -> None:
-    console = await world.create(BUSY)
+@pytest.mark.parametrize("spec", [BUSY, replace(BUSY, video_mib=256)], ids=["plain", "much-video-memory"])
+async def test_a_load_that_hangs_is_aborted_and_the_guest_goes_on_at_the_source(world: World, spec: QemuSpec) -> None:
+    console = await world.create(spec)
     a, b = world.pair.hosts
     migration = await a.begin_migration("web", b, downtime_limit=2000, pause_before_switchover=True)
     await a.until_status("web", "pre-switchover")
@@ -211,6 +219,9 @@ async def test_a_load_that_hangs_is_aborted_and_the_guest_goes_on_at_the_source(
     await a.command("migrate-continue", {"guest": "web", "state": "pre-switchover"})
     record = await a.wait(migration)
     assert record["outcome"] == "aborted", record["reason"]
+    # With what the operator held it for not counted, it ran again inside the limit, but for what a busy host adds.
+    downtime = record["downtime"]
+    assert downtime["measured_ns"] - downtime["hold_ns"] < downtime["limit_ns"] + HELD_UP_NS
     await asyncio.to_thread(console.wait_for_beats, 20, 60.0)
     assert await asyncio.to_thread(console.check) == 0
     assert (await a.guest("web"))["state"] == "running"

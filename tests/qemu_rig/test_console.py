@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from scripts.qemu_rig.console import Beat, Console
-from scripts.qemu_rig.gaps import Gap, handover_gap, largest_gap, merged, said_twice
+from scripts.qemu_rig.gaps import Gap, clock_stood_ns, handover_gap, largest_gap, merged, said_twice
 from scripts.rig.waiting import RigError
 
 MS = 1_000_000
@@ -118,6 +118,15 @@ def test_a_silent_guest_is_said_to_be_silent(guest: Guest, console: Console) -> 
 def beats(*arrivals_ms: int, first: int = 0) -> list[Beat]:
     """Beats with these times of arrival. The guest's clock goes on by 1 ms for each."""
     return [Beat(first + i, (first + i) * MS, arrival * MS) for i, arrival in enumerate(arrivals_ms)]
+
+
+def test_how_long_the_clock_stood_is_told_by_the_beats_that_were_heard_soonest() -> None:
+    """The first beat here was said 9 ms late, the second at once; the silence is longer than the stop."""
+    before = [Beat(0, 0, 102 * MS), Beat(1, 1 * MS, 101 * MS)]
+    after = [Beat(2, 3 * MS, 132 * MS), Beat(3, 25 * MS, 145 * MS)]
+    assert clock_stood_ns(before, after) == 20 * MS
+    with pytest.raises(RigError, match="cannot be told"):
+        clock_stood_ns(before, [])
 
 
 def test_the_largest_gap_around_a_moment() -> None:

@@ -81,10 +81,11 @@ def test_a_failure_of_qemu_is_told_and_has_no_figures() -> None:
     assert all("failed" not in remark for remark in remarks([IDLE]))
 
 
-@pytest.mark.parametrize(("gap_ms", "beyond_ms"), [(18, 0), (17, -1), (30, 12)])
-def test_a_silence_is_measured_against_the_record(gap_ms: int, beyond_ms: int) -> None:
-    """The upper bound and a beat on either side are explained; more is not."""
-    assert beyond_record_ns(move(gap_ms), MS) == beyond_ms * MS
+@pytest.mark.parametrize(("stood_ms", "beyond_ms"), [(18, 0), (17, -1), (30, 12), (11, -1), (10, 0), (4, 6)])
+def test_how_long_the_guests_clock_stood_is_measured_against_the_record(stood_ms: int, beyond_ms: int) -> None:
+    """From the lower bound less the part ``stop`` to the upper bound, and two beats on either side; not more."""
+    downtime = {"lower_ns": 14 * MS, "upper_ns": 16 * MS, "parts": [{"name": "stop", "ns": 2 * MS}]}
+    assert beyond_record_ns(downtime, stood_ms * MS, MS) == beyond_ms * MS
 
 
 def test_the_rows_say_what_was_promised_reported_and_noticed() -> None:

@@ -28,6 +28,7 @@ from migrated.vmm.seam import (
     ExpectedCosts,
     GuestRequest,
     GuestStatus,
+    PauseTime,
     Side,
     StatePart,
     VmmGuest,
@@ -108,10 +109,10 @@ class TinyGuest(VmmGuest):
     async def stop_dirty_log(self) -> None:
         await self.call("untrack")
 
-    async def pause(self) -> int:
+    async def pause(self) -> PauseTime:
         begin_ns = time.monotonic_ns()
         await self.call("pause")
-        return time.monotonic_ns() - begin_ns
+        return PauseTime(time.monotonic_ns() - begin_ns)
 
     async def resume(self, epoch: int) -> int:
         return int((await self.call("resume", epoch=epoch))["running_at_ns"])

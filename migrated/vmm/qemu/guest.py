@@ -2,7 +2,7 @@
 
 source        start_dirty_log   a userfaultfd made inside QEMU (it stands still for 0.2 ms), all blocks registered
               fence             an empty block transaction: what is in flight past the page tables has landed
-              pause             stop: vCPUs, then every drive drained and flushed
+              pause             stop: vCPUs, then every drive drained and flushed, told apart by the event between
               state_out         one part, from xen-save-devices-state; the disks are let go with it
               resume            cont: takes the disks back
 destination   memory            RAM in a file of ours; video memory and firmware in QEMU, written from here
@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,10 +32,19 @@ from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
 from migrated.vmm.qemu.findings import Row, refusals
 from migrated.vmm.qemu.lock import QemuLock
 from migrated.vmm.qemu.places import Place
-from migrated.vmm.qemu.qmp import QUICK_S, Qmp, QmpCommandError
+from migrated.vmm.qemu.qmp import QUICK_S, Qmp, QmpCommandError, stamp_ns
 from migrated.vmm.qemu.ram import Ram, find_ram
 from migrated.vmm.qemu.state import StateLoad, StateSave
-from migrated.vmm.seam import DirtyTracking, ExpectedCosts, GuestState, GuestStatus, Side, StatePart, VmmGuest
+from migrated.vmm.seam import (
+    DirtyTracking,
+    ExpectedCosts,
+    GuestState,
+    GuestStatus,
+    PauseTime,
+    Side,
+    StatePart,
+    VmmGuest,
+)
 from protocol.guest import PAGE_SIZE, DeviceDescription, DeviceKind, GuestDescription, MemoryRegion
 from protocol.messages import DeviceCost
 
@@ -53,11 +62,7 @@ _CALLS_TRIED: Final = 5
 
 
 class QemuGuest(VmmGuest):
-    """A connected QEMU guest. Made by ``attach``.
-
-    Attributes:
-        drain_ns: how much of the last pause came after the vCPUs stood: drives drained and flushed.
-    """
+    """A connected QEMU guest. Made by ``attach``."""
 
     driver = "qemu"
     dirty_tracking = frozenset({"pagemap-scan"})
@@ -66,7 +71,6 @@ class QemuGuest(VmmGuest):
         self.name = place.name
         self.pid = qmp.pid
         self.api_socket = api_socket
-        self.drain_ns = 0
         self._qmp = qmp
         self._place = place
         self._ram = ram
@@ -161,7 +165,6 @@ class QemuGuest(VmmGuest):
         detail = {
             "qemu_status": answer["status"],
             "qemu_version": ".".join(str(part) for part in self._qmp.version),
-            "drain_ns": self.drain_ns,
             "injection_pause_ns": self._tracking.pause_ns if self._tracking is not None else 0,
         }
         return GuestStatus(state=state, pid=self.pid, epoch=self._place.epoch, detail=detail)
@@ -218,20 +221,20 @@ class QemuGuest(VmmGuest):
     async def prepare_stop(self) -> None:
         await self._save.prepare()
 
-    async def pause(self) -> int:
+    async def pause(self) -> PauseTime:
         begin_ns = time.monotonic_ns()
         async with self._qmp.listen("STOP") as next_event:
-            stopped = asyncio.ensure_future(_arrival_ns(next_event))
+            stopped = asyncio.ensure_future(next_event())
             try:
                 await self._qmp.call("stop", self._stop_timeout_s)
                 end_ns = time.monotonic_ns()
-                # No event where it stood already.
-                self.drain_ns = end_ns - stopped.result() if stopped.done() else 0
+                # No event where it stood already. QEMU sends it when the vCPUs stand, before it drains and flushes.
+                drain_ns = end_ns - max(begin_ns, stamp_ns(stopped.result())) if stopped.done() else 0
             finally:
                 stopped.cancel()
         if self._place.incoming:
             self._remember(incoming=False)
-        return end_ns - begin_ns
+        return PauseTime(end_ns - begin_ns, drain_ns)
 
     async def resume(self, epoch: int) -> int:
         if self.lock is not None:
@@ -239,10 +242,13 @@ class QemuGuest(VmmGuest):
         arriving = self._place.incoming
         self._remember(epoch=epoch, run_log_bytes=places.log_size(self._place.run_log))
         async with self._qmp.listen("RESUME") as next_event:
-            resumed = asyncio.ensure_future(_arrival_ns(next_event))
+            resumed = asyncio.ensure_future(next_event())
             try:
                 await self._qmp.call("cont", self._stop_timeout_s)
-                running_at_ns = resumed.result() if resumed.done() else time.monotonic_ns()
+                # The event's own stamp: the guest's clock goes on within 0.1 ms of it, the reply is heard later.
+                running_at_ns = time.monotonic_ns()
+                if resumed.done():
+                    running_at_ns = min(running_at_ns, stamp_ns(resumed.result()))
             finally:
                 resumed.cancel()
         await self._save.release()
@@ -322,9 +328,3 @@ class QemuGuest(VmmGuest):
         with contextlib.suppress(VmmGoneError):
             await self.stop_dirty_log()
         await self._qmp.close()
-
-
-async def _arrival_ns(next_event: Callable[[], Any]) -> int:
-    """When the next event came (monotonic, ns)."""
-    await next_event()
-    return time.monotonic_ns()

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -167,6 +168,14 @@ class Qmp:
     async def close(self) -> None:
         """Hang up; QEMU runs on."""
         await _hang_up(self._client, self._stream)
+
+
+def stamp_ns(event: Event) -> int:
+    """When QEMU sent an event (monotonic, ns), however late it was heard: from its own stamp, of the wall clock and in
+    microseconds."""
+    stamp = event["timestamp"]
+    wall_ns = (int(stamp["seconds"]) * 1_000_000 + int(stamp["microseconds"])) * 1000
+    return wall_ns - (time.time_ns() - time.monotonic_ns())
 
 
 def _peer(stream: socket.socket) -> int:

@@ -27,6 +27,7 @@ from migrated.vmm.seam import (
     Iterations,
     ObservedGap,
     OwnershipLock,
+    PauseTime,
     Side,
     StatePart,
     Throttle,
@@ -151,8 +152,8 @@ class SimGuest(VmmGuest):
     async def stop_dirty_log(self) -> None:
         await self._calls.call("dirty-log-stop")
 
-    async def pause(self) -> int:
-        return int((await self._calls.call("pause", PAUSE_S)).meta["ns"])
+    async def pause(self) -> PauseTime:
+        return PauseTime(int((await self._calls.call("pause", PAUSE_S)).meta["ns"]))
 
     async def resume(self, epoch: int) -> int:
         return int((await self._calls.call("resume", PAUSE_S, epoch=epoch)).meta["running_at_ns"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from migrated.base.errors import VmmError, VmmGoneError, VmmSilentError
-from migrated.vmm.qemu.qmp import Qmp, QmpCommandError
+from migrated.vmm.qemu.qmp import Qmp, QmpCommandError, stamp_ns
 from tests.migrated.qemu.conftest import BareQemu
 
 
@@ -95,3 +95,14 @@ async def test_a_call_does_not_add_milliseconds(bare_qemu: BareQemu) -> None:
         await qmp.call("query-status")
         best_ns = min(best_ns, time.monotonic_ns() - begin_ns)
     assert best_ns < 3_000_000
+
+
+async def test_an_event_that_is_heard_late_tells_when_it_was_sent(bare_qemu: BareQemu) -> None:
+    """By QEMU's own stamp, in microseconds of the wall clock."""
+    qmp = await bare_qemu()
+    async with qmp.listen("STOP") as next_event:
+        begin_ns = time.monotonic_ns()
+        await qmp.call("stop")
+        end_ns = time.monotonic_ns()
+        time.sleep(0.1)  # noqa: ASYNC251 - this process is held up
+        assert begin_ns - 1_000_000 <= stamp_ns(await next_event()) <= end_ns + 1_000_000
