@@ -151,7 +151,7 @@ class CommandLine:
 
     @property
     def run_log(self) -> Path:
-        """Where QEMU logs its run state."""
+        """Path of the log of QEMU's run state."""
         return self._api_socket.with_suffix(".runlog")
 
     @property

@@ -49,7 +49,7 @@ class Place(BaseModel):
 
 
 def place_path(api_socket: Path) -> Path:
-    """Where the record of a guest lies."""
+    """Return the path of a guest's file."""
     return api_socket.with_suffix(".place")
 
 
@@ -84,7 +84,7 @@ def write_place(api_socket: Path, place: Place) -> None:
 
 
 def log_size(path: Path | None) -> int:
-    """How long a run log is now."""
+    """Return the present length of a run log (bytes)."""
     try:
         return path.stat().st_size if path is not None else 0
     except FileNotFoundError:
