@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from migrated.control.client import CommandError
+from scripts.qemu_rig.agent import RIGHT, scripted_agent
 from scripts.qemu_rig.console import Console
 from scripts.qemu_rig.definition import console_paths, write_definition
 from scripts.qemu_rig.disk import make_disk
@@ -196,9 +197,13 @@ async def test_an_orchestrators_incoming_qemu_takes_the_guest(world: World, dire
     spec = replace(BUSY, backing="file")
     async with running_qemu(spec, world.image, directory / "theirs", incoming=True, extra=["-S"]) as qemu:
         await qemu.release_monitor()
-        arguments = {"guest": "web", "qmp": str(qemu.qmp_socket), "incoming": True}
+        agent = directory / "agent"
+        arguments = {"guest": "web", "qmp": str(qemu.qmp_socket), "incoming": True, "guest-agent": str(agent)}
         assert (await b.command("x-migrated-guest-adopt", arguments))["state"] == "incoming"
-        record = await a.migrate("web", b, **ROOMY)
+        async with scripted_agent(agent, RIGHT) as asked:
+            record = await a.migrate("web", b, **ROOMY)
+        assert asked[-1] == "guest-set-time"
+        assert any("The guest agent set the guest's wall clock" in line["event"] for line in record["events"])
         assert record["outcome"] == "completed", record["reason"]
         await asyncio.to_thread(qemu.console.wait_for_beats, 20, 60.0)
         assert qemu.console.beats()[0].sequence > console.beats()[-1].sequence

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +10,9 @@ import pytest
 
 from migrated.base.errors import VmmError
 from migrated.vmm.qemu.agent import set_wall_clock
+from scripts.qemu_rig.agent import BEHIND_NS, RIGHT, scripted_agent
 
-BEHIND_NS = 3_000_000_000
 LONG_S = 60.0
-
-
-@asynccontextmanager
-async def agent(path: Path, answers: dict[str, Callable[[dict[str, Any]], object]]) -> AsyncIterator[list[str]]:
-    """An agent that answers these commands, after a line that an earlier client left. Gives what it was asked."""
-    asked: list[str] = []
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b'{"return": {"left": "over"}}\n')
-        while line := await reader.readline():
-            request = json.loads(line)
-            asked.append(request["execute"])
-            answer = answers[request["execute"]](request["arguments"])
-            writer.write(json.dumps(answer).encode() + b"\n")
-        writer.close()
-
-    async with await asyncio.start_unix_server(serve, path):
-        yield asked
 
 
 async def test_the_clock_is_set_to_the_hosts_and_how_far_it_was_behind_is_told(tmp_path: Path) -> None:
@@ -44,13 +22,9 @@ async def test_the_clock_is_set_to_the_hosts_and_how_far_it_was_behind_is_told(t
         clock_ns[0] = arguments["time"]
         return {"return": {}}
 
-    answers = {
-        "guest-sync": lambda arguments: {"return": arguments["id"]},
-        "guest-get-time": lambda _: {"return": time.time_ns() - BEHIND_NS},
-        "guest-set-time": set_clock,
-    }
+    answers = {**RIGHT, "guest-set-time": set_clock}
     begin_ns = time.time_ns()
-    async with agent(tmp_path / "agent", answers) as asked:
+    async with scripted_agent(tmp_path / "agent", answers) as asked:
         behind_ns = await set_wall_clock(tmp_path / "agent", LONG_S)
     took_ns = time.time_ns() - begin_ns
     assert asked == ["guest-sync", "guest-get-time", "guest-set-time"]
@@ -59,15 +33,12 @@ async def test_the_clock_is_set_to_the_hosts_and_how_far_it_was_behind_is_told(t
 
 
 async def test_an_agent_that_refuses_or_lies_is_told(tmp_path: Path) -> None:
-    answers: dict[str, Callable[[dict[str, Any]], object]] = {
-        "guest-sync": lambda arguments: {"return": arguments["id"]},
-        "guest-get-time": lambda _: {"error": {"desc": "it is disabled"}},
-    }
-    async with agent(tmp_path / "agent", answers):
+    answers = {**RIGHT, "guest-get-time": lambda _: {"error": {"desc": "it is disabled"}}}
+    async with scripted_agent(tmp_path / "agent", answers):
         with pytest.raises(VmmError, match=r"refused guest-get-time: .*it is disabled"):
             await set_wall_clock(tmp_path / "agent", LONG_S)
     answers["guest-get-time"] = lambda _: {"return": "noon"}
-    async with agent(tmp_path / "again", answers) as asked:
+    async with scripted_agent(tmp_path / "again", answers) as asked:
         with pytest.raises(VmmError, match="no time"):
             await set_wall_clock(tmp_path / "again", LONG_S)
     assert "guest-set-time" not in asked
@@ -76,6 +47,6 @@ async def test_an_agent_that_refuses_or_lies_is_told(tmp_path: Path) -> None:
 async def test_a_port_without_an_agent_is_not_waited_for_long(tmp_path: Path) -> None:
     with pytest.raises(VmmError, match="cannot be asked"):
         await set_wall_clock(tmp_path / "none", LONG_S)
-    async with agent(tmp_path / "agent", {"guest-sync": lambda _: {"return": "another number"}}):
+    async with scripted_agent(tmp_path / "agent", {"guest-sync": lambda _: {"return": "another number"}}):
         with pytest.raises(VmmError, match="is qemu-guest-agent running"):
             await set_wall_clock(tmp_path / "agent", 0.1)
