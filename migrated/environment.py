@@ -54,5 +54,5 @@ class Environment:
 
 
 def host_name(config: Config) -> str:
-    """How this daemon names itself to its peer and in records."""
+    """Name of this daemon for its peer and in records."""
     return f"{socket.gethostname()} ({config.control.socket})"

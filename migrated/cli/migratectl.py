@@ -186,12 +186,18 @@ def create(
 @click.option("--qmp", type=click.Path(), required=True, help="Its QMP socket, which nobody else may hold.")
 @click.option("--incoming", is_flag=True, help="It waits for a migration (-incoming defer -S).")
 @click.option("--run-log", type=click.Path(), help="Where it logs its run state (-D FILE -trace vm_state_notify).")
+@click.option(
+    "--guest-agent",
+    type=click.Path(),
+    help="The socket of its guest agent, which sets the guest's clock when it has moved here.",
+)
 @with_session
-def adopt(session: Session, name: str, qmp: str, incoming: bool, run_log: str | None) -> None:
+def adopt(session: Session, name: str, qmp: str, incoming: bool, run_log: str | None, guest_agent: str | None) -> None:
     """Take over a QEMU that somebody else started; it runs on undisturbed."""
     arguments: dict[str, Any] = {"guest": name, "qmp": str(Path(qmp).resolve()), "incoming": incoming}
-    if run_log is not None:
-        arguments["run-log"] = str(Path(run_log).resolve())
+    for key, path in (("run-log", run_log), ("guest-agent", guest_agent)):
+        if path is not None:
+            arguments[key] = str(Path(path).resolve())
     adopted = session.call("x-migrated-guest-adopt", arguments)
     session.say(adopted, f"Guest {name} is {adopted['state']}; see 'migratectl guest check {name}'.")
 

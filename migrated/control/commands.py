@@ -434,6 +434,7 @@ _TABLE: Final = (
             Argument("qmp", "string", "Its QMP socket, which nobody else may hold.", required=True),
             Argument("incoming", "boolean", "It waits for a migration (-incoming defer -S)."),
             Argument("run-log", "string", "The file it logs its run state to (-D FILE -trace vm_state_notify)."),
+            Argument("guest-agent", "string", "Its guest agent's socket: the agent sets its clock when it moved here."),
         ),
         _guest_adopt,
         changes=True,

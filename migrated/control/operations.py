@@ -90,6 +90,8 @@ class AdoptSpec(BaseModel):
     """It waits for a migration, started with ``-incoming defer -S``."""
     run_log: str | None = None
     """The file that it logs its run state to (``-D FILE -trace vm_state_notify``)."""
+    guest_agent: str | None = None
+    """The socket of its guest agent, which sets the guest's clock when it has moved here."""
 
 
 @dataclass(frozen=True, slots=True)

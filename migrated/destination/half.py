@@ -44,6 +44,15 @@ async def guest_gap_of(guest: Guest) -> GuestGap | None:
     return None
 
 
+async def settle(guest: Guest) -> None:
+    """Have its VMM do what is left for a guest that runs here now; what came of it is a line of the record."""
+    try:
+        if (done := await guest.vmm.settle()) is not None:
+            log.info(done)
+    except VmmError as error:
+        log.warning("the guest runs, and not all is done for it", reason=str(error))
+
+
 def half_of(
     host: str,
     phase: Arriving,

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from migrated.base.errors import DocumentError, LinkLostError, MigrationError
 from migrated.base.tasks import TaskSet
-from migrated.destination.half import VoteTimes, check_record, guest_gap_of, half_of, log_costs
+from migrated.destination.half import VoteTimes, check_record, guest_gap_of, half_of, log_costs, settle
 from migrated.destination.inbox import Broken, Item, LoadingDone, OutcomeAsked, RoundArrived
 from migrated.destination.loading import ArrivedTime, Loading
 from migrated.destination.offer import Offer
@@ -377,6 +377,7 @@ class IncomingMigration:
                 env.resume_costs.add(hello.guest.vmm, took_ns, self._equipment.costs)
             if not hello.guest_paused:
                 env.publish("RESUME", {"guest": self.guest_name})
+                await settle(self._equipment.guest)
             guest_gap = await guest_gap_of(self._equipment.guest)
         else:
             log.warning("the incoming guest was discarded", reason=takeover.reason)

@@ -25,7 +25,7 @@ migration id or a guest that is another's, an epoch that cannot be, or what is o
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why an offer is not taken."""
+    """The reason for which an offer is not taken, as code, sentence and kind."""
 
     code: ErrorCode
     reason: str

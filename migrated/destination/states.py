@@ -56,7 +56,7 @@ class ArrivingStates:
         self._ended = False
 
     def place(self, meta: messages.DeviceState, piece_bytes: int) -> tuple[ArrivedState, memoryview]:
-        """Where a piece of a state goes.
+        """Return the state that a piece belongs to, and the buffer that its bytes are to be read into.
 
         Raises:
             RemoteProtocolError: the guest has no such device, the state is larger or comes more often than it may, all

@@ -37,7 +37,7 @@ class View:
     def __init__(self, env: Environment, hello: messages.Hello, peer: str) -> None:
         self.status: Status = "setup"
         self.reason: str | None = None
-        """Why the attempt ended, None while it has not and when it completed."""
+        """The reason for which the attempt ended; None while it runs and when it completed."""
         self.tally = Tally()
         self.started_at = datetime.now(UTC).isoformat()
         self._began_ns = time.monotonic_ns()

@@ -50,7 +50,7 @@ class GuestCommands:
 
     async def adopt(self, spec: AdoptSpec) -> dict[str, Any]:
         """Take over a QEMU that somebody else started."""
-        own = {"qmp": spec.qmp, "incoming": spec.incoming, "run_log": spec.run_log}
+        own = {"qmp": spec.qmp, "incoming": spec.incoming, "run_log": spec.run_log, "guest_agent": spec.guest_agent}
         return await self._start(GuestRequest(spec.name, 0, options=_given(own)), _QEMU)
 
     async def _start(self, request: GuestRequest, driver: str | None) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def why_not(pid: int, error: OSError) -> str:
 
 
 def tracer_of(pid: int) -> tuple[int, str] | None:
-    """Who traces a process: process id and name; None when nobody does, or there is no such process."""
+    """Return the tracer of a process as process id and name; None when nobody does, or there is no such process."""
     number = _status_field(pid, "TracerPid")
     if number in ("", "0"):
         return None

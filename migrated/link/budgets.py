@@ -26,7 +26,7 @@ class Allowance:
 
 
 class Places:
-    """How many of something there may be, in all and for one address."""
+    """A limited number of places, in all and for one address."""
 
     def __init__(self, total: int, per_address: int) -> None:
         self._total = total
@@ -35,11 +35,11 @@ class Places:
 
     @property
     def held(self) -> int:
-        """How many there are."""
+        """Places that are taken."""
         return self._held.total()
 
     def why_full(self, address: str) -> str | None:
-        """Why one more of an address has no place, None when it has."""
+        """Return a phrase that says why an address gets no further place; None when it gets one."""
         if self._held[address] >= self._per_address:
             return f"{address} holds {self._held[address]}, the most that one address may"
         if self.held >= self._total:
@@ -47,11 +47,11 @@ class Places:
         return None
 
     def take(self, address: str) -> None:
-        """One more of an address is there."""
+        """Count one more place of an address as taken."""
         self._held[address] += 1
 
     def give_back(self, address: str) -> None:
-        """One of an address is gone."""
+        """Count one place of an address as free again."""
         self._held[address] -= 1
         if not self._held[address]:
             del self._held[address]

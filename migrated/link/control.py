@@ -140,7 +140,7 @@ class ControlChannel:
 
     @property
     def lost(self) -> Exception | None:
-        """Why the channel is gone, None while it stands."""
+        """The error that ended the channel, None while it stands."""
         return self._failure
 
     async def measure(self, timeout_s: float) -> None:

@@ -119,7 +119,7 @@ class Listener:
 
     @property
     def connections(self) -> int:
-        """How many connections are held, strangers among them."""
+        """Number of connections that are held, those included that have not told what they are."""
         return self._places.held
 
     async def _accept(self, listening: socket.socket) -> None:

@@ -253,7 +253,7 @@ class Decider:
 
 
 def _memory_budget_ns(outlook: Outlook, dirty_pages: int, limit_ns: int) -> int:
-    """How long memory may take in the largest stop whose bound fits the limit (ns); 0 when none fits."""
+    """Return the time of the memory part in the largest stop whose bound fits the limit (ns); 0 when none fits."""
     fits, too_many = 0, dirty_pages
     for _ in range(_BISECTIONS):
         middle = (fits + too_many) // 2

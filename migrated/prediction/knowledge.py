@@ -256,7 +256,7 @@ def _spread(values: list[float], centre: float, *, most: float) -> float:
 
 
 def _scale_ns(estimates: Mapping[Component, _Estimate]) -> float:
-    """How far a prediction is usually off (ns): the components err independently."""
+    """Return the usual error of a prediction (ns), from the spreads of its components, which err independently."""
     return math.sqrt(_SPREAD_FLOOR_NS**2 + sum(estimate.spread_ns**2 for estimate in estimates.values()))
 
 

@@ -32,6 +32,11 @@ def log_outcome(record: Record) -> None:
             f"Migration complete: actual downtime was {downtime.measured_ns / 1e6:.0f}ms and migration took "
             f"{record.total_ns / 1e9:.2f}s (limit was {downtime.limit_ns / 1e6:.0f}ms{expected})"
         )
+        if record.time is None:
+            log.info(
+                f"The guest's clock stood while it did and is {downtime.measured_ns / 1e6:.0f}ms behind now, until "
+                "something in the guest sets it: its time does not travel apart from its devices"
+            )
     elif record.outcome == "in-doubt":
         log.error("Migration in doubt", reason=record.reason)
     else:

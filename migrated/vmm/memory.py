@@ -279,7 +279,7 @@ class ProcessMemory(GuestMemory):
         self._origins: npt.NDArray[np.int64] = np.array(
             [span.address - span.first_page * PAGE_SIZE for span in self._spans], np.int64
         )
-        """Where page 0 would be if each span reached down to it, shape (spans,)."""
+        """Address that page 0 would have if a span reached down to it, for each span, shape (spans,)."""
 
     def data_runs(self) -> Runs:
         if not self._sparse:
@@ -330,7 +330,7 @@ class ProcessMemory(GuestMemory):
             self.write(some, zeros[: len(some)])
 
     def _places(self, indices: Indices) -> process_memory.Spans:
-        """Where pages are in the VMM: neighbours together, rows (address, bytes)."""
+        """Return the ranges of pages in the VMM, neighbours merged: rows (address, bytes)."""
         addresses = self._origins[np.searchsorted(self._firsts, indices, side="right") - 1] + indices * PAGE_SIZE
         begins = np.flatnonzero(np.diff(addresses, prepend=addresses[:1] - 1) != PAGE_SIZE)
         spans: process_memory.Spans = np.empty((len(begins), 2), np.uint64)

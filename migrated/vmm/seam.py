@@ -225,6 +225,11 @@ class VmmGuest(ABC):
         """Run the vCPUs; ends a running save. Returns when they ran (CLOCK_MONOTONIC, ns), as near to the VMM's own
         stamp as can be had. The caller has written the mark "ran in epoch" before."""
 
+    async def settle(self) -> str | None:
+        """What is left to do once a guest that moved here runs and its source knows it. Bounded by two seconds. Returns
+        a sentence on it for the record, None where there was nothing."""
+        return None
+
     @abstractmethod
     async def interrupt(self) -> None:
         """End running saves and loads within milliseconds: their calls raise ``VmmError``."""

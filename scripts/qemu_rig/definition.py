@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from scripts.qemu_rig.image import GuestImage
-from scripts.qemu_rig.launcher import KERNEL_ARGUMENTS, QemuSpec
+from scripts.qemu_rig.launcher import KERNEL_ARGUMENTS, QemuSpec, video_card
 
 PORTS = ("console", "beats")
 """The guest's serial ports, each a socket NAME.PORT beside the guest's QMP socket."""
@@ -25,6 +25,7 @@ def definition(spec: QemuSpec, image: GuestImage, incarnation: int = 0) -> str:
     for port in PORTS:
         extra += ["-chardev", f"socket,id={port},path={{run}}/{{name}}.{port},server=on,wait=off"]
         extra += ["-device", f"isa-serial,chardev={port}"]
+    extra += video_card(spec)
     if spec.rng:
         extra += ["-device", "virtio-rng-pci"]
     lines = [

@@ -60,6 +60,7 @@ class QemuSpec:
     Attributes:
         backing: ``private`` is what QEMU does when it is told nothing; ``file`` is shared memory on tmpfs.
         numa: memory in two halves, each with a backend and a node of its own.
+        video_mib: memory of a VGA card; 0 is no card.
         network: a virtio card on QEMU's user network, which lets nothing out.
     """
 
@@ -70,6 +71,7 @@ class QemuSpec:
     machine: Machine = "q35"
     cpus: int = 1
     disk: Disk | None = None
+    video_mib: int = 0
     network: bool = True
     rng: bool = True
 
@@ -99,9 +101,15 @@ def command_line(
         command += ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
     if spec.network:
         command += ["-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net"]
+    command += video_card(spec)
     if spec.rng:
         command += ["-device", "virtio-rng-pci"]
     return [*command, *(("-incoming", "defer") if incoming else ()), *extra]
+
+
+def video_card(spec: QemuSpec) -> list[str]:
+    """The arguments for the guest's VGA card, if it has one."""
+    return ["-device", f"VGA,vgamem_mb={spec.video_mib}"] if spec.video_mib else []
 
 
 def _memory_options(spec: QemuSpec, directory: Path) -> tuple[str, list[str]]:

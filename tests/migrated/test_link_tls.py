@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import structlog
@@ -20,18 +19,15 @@ import structlog
 from migrated.base.errors import LinkLostError, RefusedError
 from migrated.link import sockets
 from migrated.link.data import DataChannel
-from migrated.link.listener import Listener
 from migrated.link.security import LinkSecurity, PlainRefusedError, is_loopback
 from migrated.link.sockets import Connection
 from migrated.link.tls import Credentials, CredentialsError
-from migrated.settings.config import Address, AuthorisationConfig, LimitsConfig, TlsConfig
+from migrated.settings.config import AuthorisationConfig, TlsConfig
 from protocol import messages
 from protocol.messages import Barrier, Message
 from protocol.versions import MAJOR, pack_preface
 from scripts.authority import Authority, HostFiles
-
-WAIT_S = 30.0
-ASK = messages.OutcomeAsk(migration_id="0" * 32, epoch=1, decision="abort")
+from tests.migrated.listeners import ASK, WAIT_S, listening, refusal
 
 
 @pytest.fixture(scope="module")
@@ -49,65 +45,6 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def security_of(files: HostFiles | None, names: tuple[str, ...] = ("*",), **rules: tuple[str, ...]) -> LinkSecurity:
     tls = TlsConfig(**files.section(), names=names) if files is not None else TlsConfig()
     return LinkSecurity(tls, AuthorisationConfig(**rules))
-
-
-@dataclass
-class Server:
-    """A listener, what it was handed over, and why it refused."""
-
-    security: LinkSecurity
-    limits: LimitsConfig = field(default_factory=lambda: LimitsConfig(tcp_user_timeout_s=5.0))
-    taken: asyncio.Queue[tuple[Message, Connection]] = field(default_factory=asyncio.Queue)
-    refused: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
-
-    def __post_init__(self) -> None:
-        self.listener = Listener(self._take, self.limits, self.security, self.refused.put_nowait)
-
-    async def _take(self, first: Message, connection: Connection) -> None:
-        self.taken.put_nowait((first, connection))
-
-    @property
-    def port(self) -> int:
-        assert self.listener.address is not None
-        return self.listener.address.port
-
-    async def connect(self, security: LinkSecurity, host: str = "127.0.0.1") -> Connection:
-        return await sockets.connect(host, self.port, WAIT_S, 5.0, security)
-
-    async def ask(self, security: LinkSecurity) -> Message:
-        """Connect and ask; what was handed over answers."""
-        connection = await self.connect(security)
-        asking = asyncio.create_task(sockets.ask_first(connection, ASK, WAIT_S))
-        try:
-            handing = asyncio.create_task(self.taken.get())
-            await asyncio.wait({asking, handing}, return_when=asyncio.FIRST_COMPLETED)
-            if handing.done():
-                first, accepted = handing.result()
-                assert first == ASK
-                await sockets.send_first(accepted, messages.Discarded(epoch=1, reason="there is nothing"))
-                answer = await asking
-                accepted.wire.close()
-                return answer
-            handing.cancel()
-            return await asking
-        finally:
-            connection.wire.close()
-
-
-@contextlib.asynccontextmanager
-async def listening(security: LinkSecurity, **limits: Any) -> AsyncIterator[Server]:
-    server = Server(security, LimitsConfig(tcp_user_timeout_s=5.0, **limits))
-    await server.listener.start(Address("127.0.0.1", 0))
-    try:
-        yield server
-    finally:
-        await server.listener.stop()
-        while not server.taken.empty():
-            server.taken.get_nowait()[1].wire.close()
-
-
-async def refusal(server: Server) -> str:
-    return await asyncio.wait_for(server.refused.get(), WAIT_S)
 
 
 def past(days: float) -> datetime:

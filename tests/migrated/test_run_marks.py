@@ -44,6 +44,23 @@ def test_a_torn_line_is_no_mark(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_mark_that_follows_a_torn_line_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "run-marks").write_bytes(b'{"guest":"g1","epoch":1,"ran":true}\n{"guest":"g1","ep')
+    marks = RunMarks(tmp_path)
+    marks.write("g1", 2)
+    marks.withdraw("g1", 1)
+    marks.close()
+    again = RunMarks(tmp_path)
+    assert again.ran("g1", 2)
+    assert not again.ran("g1", 1)
+    again.close()
+
+
+def test_marks_of_a_directory_that_is_not_there_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunMarkError, match="cannot be opened: No such file or directory"):
+        RunMarks(tmp_path / "nowhere")
+
+
 def test_the_oldest_marks_go(tmp_path: Path) -> None:
     marks = RunMarks(tmp_path)
     for epoch in range(KEPT_MARKS + 10):

@@ -180,6 +180,7 @@ class TinyDriver(Driver):
     async def _start(self, name: str, identity: str, pages: int, state: str) -> TinyGuest:
         self._directory.mkdir(parents=True, exist_ok=True)
         api_socket = self._directory / f"{name}.sock"
+        api_socket.unlink(missing_ok=True)  # of a guest of this name that ended by itself
         api_socket.with_suffix(".uuid").write_text(identity, encoding="ascii")
         log_path = api_socket.with_suffix(".log")
         command = [sys.executable, str(_PROCESS), "--socket", str(api_socket), "--pages", str(pages), "--state", state]

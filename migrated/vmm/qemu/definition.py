@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from migrated.base.errors import VmmError
 from migrated.settings.parameters import Bytes
+from migrated.vmm.qemu.places import agent_path
 
 MemoryKind = Literal["private", "memfd", "file"]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+:=-]*$", max_length=128)]
@@ -71,12 +72,18 @@ class Definition(_Part):
     initrd: str | None = None
     append: str | None = None
     serial: str = "none"
+    guest_agent: bool = False
+    """Give it a port for QEMU's guest agent, behind a socket NAME.agent in ``{run}``."""
+    set_guest_time: bool = False
+    """Have the agent set the guest's wall clock when it has moved here."""
     extra: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Definition:
         if self.numa and sum(node.memory for node in self.numa) != self.memory:
             raise ValueError("the memory of the [[numa]] nodes does not add up to memory")
+        if self.set_guest_time and not self.guest_agent:
+            raise ValueError("set_guest_time needs guest_agent: it is the agent that sets the time")
         return self
 
 
@@ -144,8 +151,13 @@ class CommandLine:
 
     @property
     def run_log(self) -> Path:
-        """Where QEMU logs its run state."""
+        """Path of the log of QEMU's run state."""
         return self._api_socket.with_suffix(".runlog")
+
+    @property
+    def clock_setter(self) -> Path | None:
+        """The socket of the guest agent that shall set the guest's clock; None where none shall."""
+        return agent_path(self._api_socket) if self._definition.set_guest_time else None
 
     def ram_files(self) -> list[Path]:
         """The files that memory of kind ``file`` is made in, one for each backend."""
@@ -180,6 +192,7 @@ class CommandLine:
             *self._disks(),
             *self._networks(),
             "-serial", self._put(made.serial),
+            *self._agent(),
             *(self._put(argument) for argument in made.extra),
             "-qmp", f"unix:{_escape(str(self._api_socket))},server=on,wait=off",
             "-D", str(self.run_log), "-trace", "vm_state_notify",
@@ -229,6 +242,15 @@ class CommandLine:
             arguments += ["-netdev", f"{network.kind},id=net{number}{options}"]
             arguments += ["-device", f"{network.device},netdev=net{number},id=net{number}-device{mac}"]
         return arguments
+
+    def _agent(self) -> list[str]:
+        if not self._definition.guest_agent:
+            return []
+        return [
+            "-chardev", f"socket,id=agent,path={_escape(str(agent_path(self._api_socket)))},server=on,wait=off",
+            "-device", "virtio-serial-pci,id=agent-bus",
+            "-device", "virtserialport,bus=agent-bus.0,chardev=agent,name=org.qemu.guest_agent.0",
+        ]  # fmt: skip
 
     def _put(self, text: str) -> str:
         for word, value in self._words.items():

@@ -35,7 +35,8 @@ _DEFAULT_COMMAND: Final = ("qemu-system-x86_64",)
 
 class _Options(BaseModel):
     """Options of a guest of this driver: ``definition`` names one of this host's, ``qmp`` adopts a running
-    QEMU; ``incoming`` says that it waits for a migration, ``run_log`` where it logs its run state."""
+    QEMU; ``incoming`` says that it waits for a migration, ``run_log`` where it logs its run state, ``guest_agent`` the
+    socket of the agent that sets its clock when it has moved here."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,6 +44,7 @@ class _Options(BaseModel):
     qmp: Path | None = None
     incoming: bool = False
     run_log: Path | None = None
+    guest_agent: Path | None = None
 
 
 class QemuDriver(Driver):
@@ -129,7 +131,13 @@ class QemuDriver(Driver):
         api_socket = self._directory / f"{name}.sock"
         if api_socket.is_symlink() or api_socket.exists():
             raise VmmError(f"{api_socket} is there already: a guest named {name!r} was adopted or created before")
-        place = Place(name=name, started_here=False, run_log=options.run_log, incoming=options.incoming)
+        place = Place(
+            name=name,
+            started_here=False,
+            run_log=options.run_log,
+            agent=options.guest_agent,
+            incoming=options.incoming,
+        )
         api_socket.symlink_to(qmp.absolute())
         places.write_place(api_socket, place)
         try:
@@ -152,7 +160,8 @@ class QemuDriver(Driver):
         api_socket = self._directory / f"{name}.sock"
         log_path = api_socket.with_suffix(".log")
         line.run_log.unlink(missing_ok=True)
-        places.write_place(api_socket, Place(name=name, started_here=True, run_log=line.run_log, incoming=incoming))
+        place = Place(name=name, started_here=True, run_log=line.run_log, agent=line.clock_setter, incoming=incoming)
+        places.write_place(api_socket, place)
         pid = spawn.start_process(command, log_path)
         timeout_s = self.config.vmm.start_timeout_s
         deadline = time.monotonic() + timeout_s

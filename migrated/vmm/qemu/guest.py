@@ -27,6 +27,7 @@ from migrated.vmm import spawn
 from migrated.vmm.dirty_log import DirtyLog, PagemapScanLog
 from migrated.vmm.memory import GuestMemory, Span
 from migrated.vmm.qemu import access, places
+from migrated.vmm.qemu.agent import set_wall_clock
 from migrated.vmm.qemu.blueprint import draw, unfit
 from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
 from migrated.vmm.qemu.findings import Row, refusals
@@ -52,6 +53,7 @@ DEVICES: Final = "qemu devices"
 """The one part that all of QEMU's device state travels in."""
 _GONE_S: Final = 10.0
 _QUIT_S: Final = 2.0
+_AGENT_S: Final = 2.0
 _PRIOR_STATE_BYTES: Final = 160 << 10
 # Measured on 2 cores with QEMU 7.2 under TCG: the upper end of what was seen, for a guest that was never moved here.
 _PRIOR_PAUSE_NS: Final = 1_000_000
@@ -257,6 +259,12 @@ class QemuGuest(VmmGuest):
             with contextlib.suppress(QmpCommandError):  # a guest without a network has nobody to tell
                 await self._qmp.call("announce-self", initial=50, max=550, rounds=5, step=100)
         return running_at_ns
+
+    async def settle(self) -> str | None:
+        if self._place.agent is None:
+            return None
+        behind_ns = await set_wall_clock(self._place.agent, _AGENT_S)
+        return f"The guest agent set the guest's wall clock, which was {behind_ns / 1e6:.0f}ms behind"
 
     def _remember(self, **changes: Any) -> None:
         self._place = self._place.model_copy(update=changes)

@@ -3,6 +3,7 @@ knows whether it ran.
 
     NAME.sock     the QMP socket, or a link to the one of a QEMU that somebody else started
     NAME.place    this record
+    NAME.agent    the socket of its guest agent's port, where its definition gives it one
     NAME.runlog   QEMU's own log of its run state (-trace vm_state_notify)
     NAME.log      what QEMU says on its error output
 """
@@ -28,6 +29,7 @@ class Place(BaseModel):
         name: of the guest.
         started_here: this driver started its QEMU; otherwise somebody else did.
         run_log: QEMU's log of its run state, None where it keeps none.
+        agent: the socket of its guest agent, where that shall set the guest's clock after a move; else None.
         incoming: it was started empty and has not been resumed since.
         epoch: that of the last resume that was asked for; 0 before the first.
         run_log_bytes: how long the run log was before that.
@@ -39,6 +41,7 @@ class Place(BaseModel):
     name: str
     started_here: bool
     run_log: Path | None = None
+    agent: Path | None = None
     incoming: bool = False
     epoch: int = 0
     run_log_bytes: int = 0
@@ -46,8 +49,13 @@ class Place(BaseModel):
 
 
 def place_path(api_socket: Path) -> Path:
-    """Where the record of a guest lies."""
+    """Return the path of a guest's file."""
     return api_socket.with_suffix(".place")
+
+
+def agent_path(api_socket: Path) -> Path:
+    """Where the port of its guest agent listens, if its definition gives it one."""
+    return api_socket.with_suffix(".agent")
 
 
 def read_place(api_socket: Path) -> Place:
@@ -76,7 +84,7 @@ def write_place(api_socket: Path, place: Place) -> None:
 
 
 def log_size(path: Path | None) -> int:
-    """How long a run log is now."""
+    """Return the present length of a run log (bytes)."""
     try:
         return path.stat().st_size if path is not None else 0
     except FileNotFoundError:
@@ -97,3 +105,4 @@ def forget(api_socket: Path) -> None:
     """Remove what was kept of a guest whose process has ended, but for its logs."""
     api_socket.unlink(missing_ok=True)
     place_path(api_socket).unlink(missing_ok=True)
+    agent_path(api_socket).unlink(missing_ok=True)

@@ -85,7 +85,7 @@ class RamBlock:
 
     @property
     def guest_address(self) -> int:
-        """Where the guest sees its first byte, or its lowest piece; 0 where it does not."""
+        """Guest-physical address of its first byte, or of its lowest piece; 0 where the guest does not see it."""
         return self.seen[0].guest_address if self.seen else 0
 
     @property
@@ -196,8 +196,8 @@ def parse_view(text: str) -> list[tuple[str, Seen]]:
 
 
 def seen_of(name: str, all_names: Iterable[str], view: Sequence[tuple[str, Seen]]) -> tuple[Seen, ...]:
-    """Where the guest sees a block. A region's name is the last part of its block's; one that several share is not
-    told apart, and counts as not seen."""
+    """Return the pieces of a block in the guest's address space. A region's name is the last part of its
+    block's; one that several blocks share is not told apart, and counts as not seen."""
     short = name.rpartition("/")[2]
     if sum(other == short or other.endswith(f"/{short}") for other in all_names) > 1:
         return ()

@@ -108,3 +108,14 @@ def test_a_missing_definition_names_those_there_are(tmp_path: Path) -> None:
     write(tmp_path, WEB, "database")
     with pytest.raises(VmmError, match=r"no definition of a QEMU guest 'web'.*definitions here: database"):
         load_definition(tmp_path, "web")
+
+
+def test_a_port_for_the_guest_agent_which_may_set_the_clock(tmp_path: Path) -> None:
+    write(tmp_path, f"guest_agent = true\n{WEB}")
+    assert "path=/run/guests/qemu/web.agent,server=on" in after(line(tmp_path).incoming(), "-chardev")[0]
+    assert line(tmp_path).clock_setter is None
+    write(tmp_path, f"guest_agent = true\nset_guest_time = true\n{WEB}")
+    assert line(tmp_path).clock_setter == Path("/run/guests/qemu/web.agent")
+    write(tmp_path, f"set_guest_time = true\n{WEB}")
+    with pytest.raises(VmmError, match="set_guest_time needs guest_agent"):
+        line(tmp_path)

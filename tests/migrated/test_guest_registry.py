@@ -1,0 +1,160 @@
+"""The guests of one host with real processes: names that are taken and become free, sockets that nobody listens at."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrated.base.errors import NoRoomError, RefusedError, VmmError
+from migrated.guests.registry import GuestRegistry, UnknownGuestError
+from migrated.settings.config import Config, LimitsConfig, VmmConfig
+from migrated.vmm import spawn
+from migrated.vmm.drivers import load_drivers
+from migrated.vmm.seam import GuestRequest
+from scripts.rig.processes import is_alive
+from scripts.rig.waiting import until
+from tests.tiny_vmm.hosts import TINY
+
+WAIT_S = 60.0
+G1 = GuestRequest("g1", 2 << 20)
+OTHER = str(uuid.UUID(int=1))
+
+
+@contextlib.asynccontextmanager
+async def opened(directory: Path, **limits: Any) -> AsyncIterator[GuestRegistry]:
+    """The registry of a host whose guests are tiny. Guests run on when it is closed."""
+    vmm = VmmConfig(directory=directory, driver="tiny", drivers=(TINY,))
+    config = Config(vmm=vmm, limits=LimitsConfig(**limits))
+    registry = GuestRegistry(config, load_drivers(config))
+    await registry.open()
+    try:
+        yield registry
+    finally:
+        await registry.close()
+
+
+@pytest.fixture
+async def guests(short_directory: Path) -> AsyncIterator[GuestRegistry]:
+    """A registry without guests; those that a test leaves are ended."""
+    async with opened(short_directory) as registry:
+        yield registry
+        for name in registry.names():
+            await registry.destroy(registry.get(name))
+
+
+async def test_a_guest_is_found_again(short_directory: Path) -> None:
+    async with opened(short_directory) as first:
+        pid = (await first.create(G1)).vmm.pid
+    async with opened(short_directory) as later:
+        assert later.names() == ["g1"]
+        assert later.get("g1").vmm.pid == pid
+        await later.destroy(later.get("g1"))
+    assert not is_alive(pid)
+
+
+async def test_a_stale_socket_is_removed_and_its_name_is_free(short_directory: Path) -> None:
+    """A guest ended, with no daemon there to notice."""
+    place = short_directory / "tiny"
+    place.mkdir()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(place / "g1.sock"))
+    (place / "g1.uuid").write_text("0" * 32, encoding="ascii")
+    async with opened(short_directory) as registry:
+        assert registry.names() == []
+        assert not (place / "g1.sock").exists()
+        await registry.destroy(await registry.create(G1))
+
+
+async def test_of_two_who_want_a_name_one_gets_it(guests: GuestRegistry) -> None:
+    answers = await asyncio.gather(guests.create(G1), guests.create(G1), return_exceptions=True)
+    (refused,) = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert isinstance(refused, RefusedError)
+    assert "a guest named 'g1' is already on this host; choose another name" in str(refused)
+    assert guests.names() == ["g1"]
+    with pytest.raises(RefusedError, match="is already on this host"):
+        await guests.create(G1)
+
+
+async def test_a_guest_that_does_not_start_leaves_its_name_free(guests: GuestRegistry) -> None:
+    with pytest.raises(VmmError, match="has no options"):
+        await guests.create(GuestRequest("g1", 2 << 20, options={"speed": "high"}))
+    assert guests.names() == []
+    await guests.create(G1)
+
+
+async def test_a_name_is_free_once_the_process_has_ended(guests: GuestRegistry) -> None:
+    gone: list[str] = []
+    guests.on_gone = lambda guest: gone.append(guest.name)
+    guest = await guests.create(G1)
+    os.kill(guest.vmm.pid, signal.SIGKILL)
+
+    async def noticed() -> bool:
+        return bool(gone)
+
+    await until("the end of the guest is noticed", noticed, WAIT_S)
+    assert gone == ["g1"]
+    assert guests.find("g1") is None
+    with pytest.raises(UnknownGuestError, match="no guest 'g1' on this host; guests here: none"):
+        guests.get("g1")
+    assert (await guests.create(G1)).vmm.pid != guest.vmm.pid
+    assert gone == ["g1"]
+
+
+async def test_who_wants_the_name_of_a_guest_that_is_ending_waits_for_its_end(guests: GuestRegistry) -> None:
+    guest = await guests.create(G1)
+    ending = asyncio.create_task(guests.destroy(guest))
+    await asyncio.sleep(0)  # the task has begun: the name is given up, and the process still runs
+    assert guests.names() == []
+    assert is_alive(guest.vmm.pid)
+    await guests.create(G1)
+    assert not is_alive(guest.vmm.pid)
+    await ending
+    assert guests.names() == ["g1"]
+
+
+async def test_a_silent_guest_keeps_its_name_until_it_ends(short_directory: Path) -> None:
+    async with opened(short_directory) as first:
+        pid = (await first.create(G1)).vmm.pid
+    settled = asyncio.Event()
+    os.kill(pid, signal.SIGSTOP)
+    async with opened(short_directory) as registry:
+        registry.on_settled = lambda _: settled.set()
+        assert list(registry.silent) == ["g1"]
+        with pytest.raises(RefusedError, match="a guest named 'g1' is already on this host"):
+            await registry.create(G1)
+        assert await spawn.make_sure_gone(pid, WAIT_S)
+        await asyncio.wait_for(settled.wait(), WAIT_S)
+        assert registry.silent == {}
+        await registry.destroy(await registry.create(G1))
+
+
+async def test_a_host_takes_so_many_guests_and_no_more(short_directory: Path) -> None:
+    async with opened(short_directory, max_guests=1) as registry:
+        guest = await registry.create(G1)
+        with pytest.raises(NoRoomError, match="there are 1 guests on this host"):
+            await registry.create(GuestRequest("g2", 2 << 20))
+        await registry.destroy(guest)
+        await registry.destroy(await registry.create(GuestRequest("g2", 2 << 20)))
+
+
+async def test_a_guest_that_comes_in_needs_a_name_a_uuid_and_a_driver_of_its_own(guests: GuestRegistry) -> None:
+    here = await (await guests.create(G1)).vmm.describe()
+    for changes, reason in (
+        ({"name": "g2"}, "is already on the destination, as 'g1'"),
+        ({"uuid": OTHER}, "a guest named 'g1' is already on this host"),
+        ({"name": "g2", "uuid": OTHER, "vmm": "other"}, "needs the driver 'other', which the destination lacks"),
+    ):
+        with pytest.raises(RefusedError, match=reason):
+            await guests.create_incoming(here.model_copy(update=changes))
+    assert guests.names() == ["g1"]
+    came = await guests.create_incoming(here.model_copy(update={"name": "g2", "uuid": OTHER}))
+    assert came.summary("paused")["state"] == "incoming"
