@@ -114,6 +114,7 @@ class GuestRegistry:
         self.on_settled: Callable[[str], None] = lambda _name: None
         """Called when a silent guest has answered, or has ended."""
         self._asking = TaskSet()
+        self._closing = TaskSet()
 
     async def open(self) -> None:
         """Find the guests that are running already. One that does not answer holds this up for ANSWER_S at most."""
@@ -170,6 +171,7 @@ class GuestRegistry:
     async def close(self) -> None:
         """Let go of every guest without touching it."""
         await self._asking.stop()
+        await self._closing.stop()
         for guest in list(self._guests.values()):
             self._forget(guest)
             await guest.vmm.close()
@@ -305,6 +307,7 @@ class GuestRegistry:
         spawn.reap(guest.vmm.pid)
         log.error("a guest's process ended by itself", guest=guest.name, pid=guest.vmm.pid)
         self.on_gone(guest)
+        self._closing.start(guest.vmm.close())  # what the daemon holds of it would stay for as long as the daemon runs
 
     def _forget(self, guest: Guest) -> None:
         if guest.pidfd >= 0:

@@ -109,6 +109,20 @@ async def test_a_name_is_free_once_the_process_has_ended(guests: GuestRegistry) 
     assert gone == ["g1"]
 
 
+async def test_nothing_is_held_of_a_guest_whose_process_has_ended(guests: GuestRegistry) -> None:
+    """Its driver's descriptors would stay open for as long as the daemon runs."""
+
+    before = len(os.listdir("/proc/self/fd"))
+    guest = await guests.create(G1)
+    assert len(os.listdir("/proc/self/fd")) > before
+    os.kill(guest.vmm.pid, signal.SIGKILL)
+
+    async def let_go() -> bool:
+        return len(os.listdir("/proc/self/fd")) == before
+
+    await until("every descriptor of the guest is closed", let_go, WAIT_S)
+
+
 async def test_who_wants_the_name_of_a_guest_that_is_ending_waits_for_its_end(guests: GuestRegistry) -> None:
     guest = await guests.create(G1)
     ending = asyncio.create_task(guests.destroy(guest))
