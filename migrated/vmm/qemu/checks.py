@@ -6,6 +6,7 @@ why it matters, and what to change. Nothing is assumed: what cannot be seen is s
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,8 @@ _UNTRACKED_DEVICES: Final = re.compile(
 _BALLOONS: Final = re.compile(r'dev: (?P<type>virtio-balloon[^,]*), id "(?P<id>[^"]*)"')
 _VIRTIO_MEM: Final = re.compile(r'dev: (?P<type>virtio-mem[^,]*), id "(?P<id>[^"]*)"')
 _CONFIDENTIAL: Final = frozenset({"sev-guest", "sev-snp-guest", "tdx-guest", "pef-guest", "s390-pv-guest"})
+_TRIAL_LOOKS: Final = 200
+_TRIAL_PAUSE_S: Final = 0.01
 _NOWHERE: Final = "/proc/self/migrated-asks-what-blocks-a-migration"
 _UNDER_WAY: Final = frozenset({"setup", "active", "device", "pre-switchover", "postcopy-active", "cancelling"})
 
@@ -173,6 +176,10 @@ async def _blocked(qmp: Qmp) -> Row:
     except QmpCommandError as error:
         if Path(_NOWHERE).name not in error.description:
             return Row(name, "refused", f"QEMU does not let this guest migrate: {error.description}")
+    for _ in range(_TRIAL_LOOKS):  # refused is not ended: a migration that is asked for meanwhile would be refused
+        if (await qmp.call("query-migrate")).get("status") not in _UNDER_WAY:
+            break
+        await asyncio.sleep(_TRIAL_PAUSE_S)
     return Row(name, "ok", "QEMU names nothing that blocks a migration")
 
 

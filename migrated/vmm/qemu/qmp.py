@@ -54,6 +54,8 @@ class Qmp:
         qemu: Any = greeting.QMP.version["qemu"] if greeting is not None else {}
         self.version = (int(qemu.get("major", 0)), int(qemu.get("minor", 0)), int(qemu.get("micro", 0)))
         self.pid = 0
+        self._hanging_up = asyncio.Lock()
+        self._hung_up = False
 
     @classmethod
     async def connect(cls, path: Path, timeout_s: float | None = QUICK_S) -> Qmp:
@@ -166,8 +168,11 @@ class Qmp:
         return self._client.runstate is Runstate.RUNNING
 
     async def close(self) -> None:
-        """Hang up; QEMU runs on."""
-        await _hang_up(self._client, self._stream)
+        """Hang up; QEMU runs on. Whoever comes while another hangs up waits for that."""
+        async with self._hanging_up:
+            if not self._hung_up:
+                self._hung_up = True
+                await _hang_up(self._client, self._stream)
 
 
 def stamp_ns(event: Event) -> int:
