@@ -16,6 +16,8 @@ from protocol.guest import MAX_MEMORY_BYTES, GuestName, Name, NonNegativeNs
 
 MAX_SLOTS: Final = 16
 """Migrations at once that a host can allow in one direction."""
+MAX_LANDING: Final = 2 * MAX_SLOTS
+"""The same, with those that have landed and are not counted yet."""
 MAX_NAMES: Final = 256
 """Names in one list: hosts to go to, features of a processor."""
 MAX_TRIED: Final = 8
@@ -131,26 +133,40 @@ class Reservation(Document):
         job: whose it is.
         peer: the other host.
         memory_bytes: of the guest.
+        bytes_per_s: its share of the link, which it never exceeds.
         attempt: of the job's step.
+        landed: the guest runs on the destination, which has not counted it yet: only the memory is still promised.
     """
 
     guest: GuestName
     job: JobId
     peer: GuestName
     memory_bytes: Bytes
+    bytes_per_s: Count = 0
     attempt: Count
+    landed: bool = False
 
 
 class HostSlots(Document):
     """The migrations that are promised to a host. Written only by transactions that compare its revision."""
 
-    inbound: Annotated[tuple[Reservation, ...], Field(max_length=MAX_SLOTS)] = ()
+    inbound: Annotated[tuple[Reservation, ...], Field(max_length=MAX_LANDING)] = ()
     outbound: Annotated[tuple[Reservation, ...], Field(max_length=MAX_SLOTS)] = ()
 
     @property
     def inbound_bytes(self) -> int:
         """Memory that is promised here and not counted in ``HostDocument.used_bytes``."""
         return sum(one.memory_bytes for one in self.inbound)
+
+    @property
+    def arriving(self) -> tuple[Reservation, ...]:
+        """Reservations that occupy a slot for migrations to here."""
+        return tuple(one for one in self.inbound if not one.landed)
+
+    @property
+    def link_bytes_per_s(self) -> int:
+        """Shares of the link that are promised in both directions together."""
+        return sum(one.bytes_per_s for one in (*self.arriving, *self.outbound))
 
 
 # Section: guests
@@ -171,9 +187,11 @@ class Forecast(Document):
         dirty: unique pages dirtied within growing times (``prediction.bandwidth.DirtyCurve``).
         fixed_ns: most likely downtime with no memory left to send.
         margin_ns: how much higher the bound is.
+        setup_ns: from the request to the first round.
     """
 
     data_bytes: Count
+    setup_ns: NonNegativeNs = 0
     dirty: Annotated[tuple[CurvePoint, ...], Field(max_length=MAX_CURVE_POINTS)] = ()
     fixed_ns: NonNegativeNs = 0
     margin_ns: NonNegativeNs = 0
@@ -306,6 +324,7 @@ class JobStep(Document):
         source, destination: hosts; the destination is None while none is chosen.
         memory_bytes: of the guest.
         order: place in the plan.
+        bytes_per_s: its share of the link.
         attempt: of this guest in this job, from 1 once it is reserved.
         tried: destinations that failed, the last ones.
         reason: why the last attempt failed, or why it waits.
@@ -323,6 +342,7 @@ class JobStep(Document):
     destination: GuestName | None = None
     memory_bytes: Bytes
     order: Count = 0
+    bytes_per_s: Count = 0
     attempt: Count = 0
     tried: Annotated[tuple[GuestName, ...], Field(max_length=MAX_TRIED)] = ()
     reason: Reason = ""

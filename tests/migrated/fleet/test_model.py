@@ -11,6 +11,7 @@ from migrated.fleet.keys import Keys, last_part
 from migrated.fleet.model import (
     MAX_CURVE_POINTS,
     MAX_DOCUMENT_BYTES,
+    MAX_LANDING,
     MAX_NAMES,
     MAX_REASON,
     MAX_SLOTS,
@@ -76,7 +77,7 @@ def test_the_largest_documents_fit_their_bound() -> None:
     curve = tuple(CurvePoint(ns=1 << 62, pages=1 << 62) for _ in range(MAX_CURVE_POINTS))
     documents = (
         HOST.model_copy(update={"cpu_features": features}),
-        HostSlots(inbound=(reservation,) * MAX_SLOTS, outbound=(reservation,) * MAX_SLOTS),
+        HostSlots(inbound=(reservation,) * MAX_LANDING, outbound=(reservation,) * MAX_SLOTS),
         GuestDocument(
             name=LONG_NAME,
             vmm="qemu",
