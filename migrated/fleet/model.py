@@ -302,10 +302,9 @@ class JobSpec(Document):
 
 
 class JobState(Document):
-    """How far a job is. ``planned`` says that it has a step for every guest."""
+    """How far a job is, and why it ended as it did."""
 
     phase: JobPhase = JobPhase.RUNNING
-    planned: bool = False
     reason: Reason = ""
     ended_utc_ns: NonNegativeNs | None = None
 
