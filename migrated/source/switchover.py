@@ -11,6 +11,7 @@ others because one blackout is one procedure, read from the stop to the account 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import structlog
 from migrated.base.clock import HostClock
 from migrated.base.collector import QuietCollector
 from migrated.base.errors import LinkLostError, MigrationError, VmmError
+from migrated.kernel.scheduling import Precedence, threads_of
 from migrated.link.control import Received
 from migrated.record.parts import Part
 from migrated.record.terms import Phase, QemuCheckpoint
@@ -110,7 +112,9 @@ class Switchover:
         Every way out leaves a decision in ``handover``: RETIRED, ABORTED (the guest runs here again), or COMMITTED
         (in doubt). Nothing but cancellation of the daemon itself is raised.
         """
-        with QuietCollector():
+        # An operator may hold the guest for as long as he likes: others must not wait for us meanwhile.
+        first = [] if self._hold is not None else threads_of(os.getpid(), self._transfer.vmm.pid)
+        with QuietCollector(), Precedence(first):
             await self._run()
 
     async def _run(self) -> None:
