@@ -34,7 +34,7 @@ class ResumeCosts:
         self._over_ns = _recent()
         """Excess over the expected cost (ns), for VMMs that rehearsed it."""
         self._whole_ns: defaultdict[str, deque[int]] = defaultdict(_recent)
-        """Whole resumes of guests whose costs were guessed, by driver."""
+        """Whole resumes of guests whose costs were not tried, by driver."""
 
     def add(self, driver: str, took_ns: int, expected: ExpectedCosts) -> None:
         """Remember one resume: its duration from the moment it was due, and the VMM's expectation."""
@@ -45,7 +45,7 @@ class ResumeCosts:
 
     def expected_ns(self, driver: str, expected: ExpectedCosts, limit_ns: int) -> int:
         """Return the expected cost of a resume in the VMM (ns): the VMM's figure where it rehearsed, never 0 where it
-        guessed.
+        did not.
 
         Args:
             driver: of the guest.
