@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from migrated.base.clock import HostClock
+from migrated.fleet.ownership import Keeper
 from migrated.guests.registry import GuestRegistry
 from migrated.link.security import LinkSecurity
 from migrated.prediction.knowledge import Knowledge
@@ -36,6 +37,7 @@ class Environment:
         publish: sends a QMP event: name and data.
         hold_events: the guest of a migration is about to be stopped: nobody is woken for events until it runs again.
         take_log: the log lines collected for a migration.
+        keeper: knows who owns a guest in the fleet; None for a host that belongs to none.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class Environment:
     publish: Callable[[str, dict[str, Any]], None]
     hold_events: Callable[[str], None]
     take_log: Callable[[str], list[dict[str, str]]]
+    keeper: Keeper | None = None
 
 
 def host_name(config: Config) -> str:

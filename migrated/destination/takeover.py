@@ -106,7 +106,10 @@ class Takeover:
         self._guest = guest
         self._keep_paused = keep_paused
         self._executor = DestinationExecutor(
-            state, locks=env.config.lock.directory is not None, keep_paused=keep_paused
+            state,
+            locks=env.config.lock.directory is not None,
+            keep_paused=keep_paused,
+            fleet=env.keeper is not None,
         )
         self._executor.reason = reason
         self._lock = asyncio.Lock()
@@ -198,6 +201,8 @@ class Takeover:
                 return await self._end_guest()
             case effects.DestroyGuest():
                 return await self._destroy()
+            case effects.ConfirmOwnership():
+                return DONE if self._env.keeper is None else await self._env.keeper.confirm(self._guest_name)
             case effects.SendReady():
                 return self._send(reply, self.make_ready())
             case effects.SendNo(cause=cause, reason=reason):

@@ -373,6 +373,7 @@ class Switchover:
             ledger.add_part(Part.COMPLETING, completing_ns)
             ledger.add_part(Part.STATE_END_AND_READY_LEGS, waited_ns - completing_ns)
         verdict = self._budget.judge_ready(ready.digest, ledger.blackout.source_digest, time.monotonic_ns())
+        handover.commit_by_ns = self._budget.commit_by_ns(time.monotonic_ns())
         await handover.take(verdict.event, self._control, verdict.reason)
 
     # Section: the account
