@@ -18,6 +18,7 @@ from migrated.settings.config import Config
 from migrated.state.journal import Journal
 from migrated.state.run_marks import RunMarks
 from migrated.vmm.resume_costs import ResumeCosts
+from migrated.vmm.seam import Replacement
 
 DaemonRole = Literal["source", "destination", "host"]
 """The directions of migration that a daemon serves; a host serves both."""
@@ -35,7 +36,8 @@ class Environment:
         finish: takes each finished record, with this host's part in it.
         publish: sends a QMP event: name and data.
         hold_events: the guest of a migration is about to be stopped: nobody is woken for events until it runs again.
-        take_log: the log lines collected for a migration.
+        take_log: the log lines collected for this host's part in a migration.
+        open_own: connects to this daemon itself, with what an operator wants of the VMM that a guest gets by that.
     """
 
     config: Config
@@ -50,7 +52,8 @@ class Environment:
     finish: Callable[[Record, Role], None]
     publish: Callable[[str, dict[str, Any]], None]
     hold_events: Callable[[str], None]
-    take_log: Callable[[str], list[dict[str, str]]]
+    take_log: Callable[[str, Role], list[dict[str, str]]]
+    open_own: Callable[[Replacement], socket.socket]
 
 
 def host_name(config: Config) -> str:
