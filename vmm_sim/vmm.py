@@ -43,10 +43,10 @@ RunState = Literal["running", "paused", "incoming"]
 @dataclass(slots=True)
 class DeviceWrites:
     """Pages that devices wrote while they saved and loaded; ``lock`` keeps two saves from writing the same ones.
-    ``at_load`` are those that the devices loaded so far are still to write."""
+    ``at_load``: a device that was loaded has written some."""
 
     count: int = 0
-    at_load: int = 0
+    at_load: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -346,13 +346,17 @@ class Vmm:
         return pages > 0
 
     def _write_at_load(self, device: Device) -> None:
-        """Let a device write guest memory because it was loaded. Which pages are its turn is in the vCPU's state."""
-        writes = self.device_writes
+        """Let a device write guest memory because it was loaded. What it leaves is right only once the vCPU, the last
+        one, is loaded: then it is known which writes these are."""
+        writes, pages = self.device_writes, device.config.load_writes_pages
         with writes.lock:
-            writes.at_load += device.config.load_writes_pages
-            if device.config.name == CPU:
-                self.workload.execute_device_writes(self.memory, writes.count, writes.at_load)
-                writes.count, writes.at_load = writes.count + writes.at_load, 0
+            if pages:
+                writes.at_load = True
+                self.workload.scribble(self.memory, pages)
+            if device.config.name == CPU and writes.at_load:
+                every_page = self.config.device_write_pages
+                self.workload.execute_device_writes(self.memory, writes.count, every_page)
+                writes.count, writes.at_load = writes.count + every_page, False
 
     def load_device(self, name: str, kind: str, final: bool, piece: memoryview) -> dict[str, Any]:
         """Take over one piece of a device's state; final pieces cost elapsed time and need the time data before.
