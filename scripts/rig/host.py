@@ -354,9 +354,10 @@ class Host:
         """Kill the process of a guest and wait until it is gone."""
         for pid, guest in self.vmm_pids().items():
             if guest == name:
-                self._kill_pid(pid)
+                self.kill_process(pid)
 
-    def _kill_pid(self, pid: int) -> None:
+    def kill_process(self, pid: int) -> None:
+        """Kill one guest process of this host and wait until it is gone."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
@@ -436,4 +437,4 @@ class Host:
             except RigError:
                 self.kill()
         for pid in self.vmm_pids():
-            self._kill_pid(pid)
+            self.kill_process(pid)

@@ -144,7 +144,7 @@ async def test_memory_is_what_it_was_after_an_abort_of_a_load_that_wrote_to_it(p
         return private_kib(second) >= 28
 
     await until("pages that loading has written", written)
-    pair.a._kill_pid(second)
+    pair.a.kill_process(second)
     record = await pair.a.wait(migration_id)
     assert record["outcome"] == "aborted", record["reason"]
     assert memory_of(pid) == before
@@ -163,7 +163,7 @@ async def test_the_guest_runs_on_whoever_fails_it(fresh: Pair, victim: str) -> N
     if not victim.endswith("limit"):
         await host.until_status("g1", "device")
     if victim == "new vmm":
-        host._kill_pid(second)
+        host.kill_process(second)
     elif victim == "daemon":
         host.kill()
         await asyncio.to_thread(host.restart)
