@@ -32,7 +32,6 @@ from migrated.control.client import CommandError, DaemonUnreachableError
 from protocol.units import parse_size
 from scripts.basics import MIB, say
 from scripts.rig.faulty import FaultyPair
-from scripts.rig.host import Host
 from scripts.rig.waiting import RigError
 
 ALLOWED_MS: Final = 4.0
@@ -48,9 +47,10 @@ def quantile(sorted_values: Sequence[float], share: float) -> float:
     return sorted_values[min(len(sorted_values) - 1, int(share * len(sorted_values)))]
 
 
-async def measure(host: Host, size: str, repeats: int) -> dict[str, float]:
+async def measure(pair: FaultyPair, size: str, repeats: int) -> dict[str, float]:
     """Replace the VMM of one guest again and again. Returns the figures of its downtimes (ms)."""
-    await host.create_guest("g1", parse_size(size) // MIB, workload="hot-cold", options={"touched": "128MiB"})
+    host = pair.a
+    await host.create_guest("g1", parse_size(size) // MIB, workload="hot-cold", options={"set": "touched=128MiB"})
     found: list[float] = []
     for number in range(repeats):
         record = await host.replace("g1")
@@ -58,7 +58,7 @@ async def measure(host: Host, size: str, repeats: int) -> dict[str, float]:
             raise RigError(f"replacement {number} of a guest of {size} is {record['outcome']}: {record['reason']}")
         found.append(record["downtime"]["measured_ns"] / 1e6)
     verdict = await host.verify()
-    await host.command("x-migrated-guest-destroy", {"guest": "g1"})
+    await pair.remove_guests()
     if not verdict["ok"]:
         raise RigError(f"a guest of {size} is damaged after {repeats} replacements: {verdict['message']}")
     found.sort()
@@ -107,6 +107,7 @@ async def abort(pair: FaultyPair, aborts: int, seed: int) -> tuple[int, int, lis
     aborted = completed = 0
     violations: list[str] = []
     await host.create_guest("g1", 64, profile="load-writes")
+    await host.verify()  # waits until it has booted
     for number, way in enumerate(itertools.cycle(WAYS)):
         if aborted >= aborts:
             break
@@ -131,7 +132,7 @@ async def abort(pair: FaultyPair, aborts: int, seed: int) -> tuple[int, int, lis
         violations += [] if verdict["ok"] else [f"{number} ({way}): {verdict['message']}"]
         violations += pair.double_runs()
         say(f"{number:4} {way:15} after {after_s * 1e3:4.0f} ms: {outcome}{' still' if still else ''}")
-    await host.command("x-migrated-guest-destroy", {"guest": "g1"})
+    await pair.remove_guests()
     violations += await pair.leftovers()
     return aborted, completed, violations
 
@@ -142,7 +143,7 @@ async def prove(sizes: Sequence[str], repeats: int, aborts: int, seed: int) -> d
     pair = FaultyPair()
     try:
         await asyncio.to_thread(pair.start)
-        figures = {size: await measure(pair.a, size, repeats) for size in sizes}
+        figures = {size: await measure(pair, size, repeats) for size in sizes}
         aborted, completed, violations = await abort(pair, aborts, seed)
     except (RigError, CommandError, DaemonUnreachableError) as error:
         say(pair.log_tail())
