@@ -111,21 +111,7 @@ def held(pagemap_fd: int, begin: int, end: int, vector: Vector) -> Ranges:
     Raises:
         OSError: the pagemap cannot be read.
     """
-    try:
-        return scan(
-            pagemap_fd,
-            begin,
-            end,
-            vector,
-            inverted=PAGE_IS_PFNZERO,
-            all_of=PAGE_IS_PFNZERO,
-            any_of=PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            returned=PAGE_IS_PRESENT,
-        )
-    except OSError as error:
-        if error.errno != errno.ENOTTY:
-            raise
-    return _held_by_entries(pagemap_fd, begin, end)
+    return _held_but(pagemap_fd, begin, end, vector, PAGE_IS_PFNZERO, _NO_BIT)
 
 
 def private_copies(pagemap_fd: int, begin: int, end: int, vector: Vector) -> Ranges:
@@ -135,29 +121,32 @@ def private_copies(pagemap_fd: int, begin: int, end: int, vector: Vector) -> Ran
     Raises:
         OSError: the pagemap cannot be read.
     """
+    return _held_but(pagemap_fd, begin, end, vector, PAGE_IS_FILE, _ENTRY_OF_FILE)
+
+
+def _held_but(pagemap_fd: int, begin: int, end: int, vector: Vector, category: int, entry_bit: np.uint64) -> Ranges:
+    """The ranges of pages that are in memory or swapped out and not of a category (PAGE_IS_*), which an entry of pagemap
+    shows by a bit where the kernel cannot scan."""
     try:
         return scan(
             pagemap_fd,
             begin,
             end,
             vector,
-            inverted=PAGE_IS_FILE,
-            all_of=PAGE_IS_FILE,
+            inverted=category,
+            all_of=category,
             any_of=PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             returned=PAGE_IS_PRESENT,
         )
     except OSError as error:
         if error.errno != errno.ENOTTY:
             raise
-    return _held_by_entries(pagemap_fd, begin, end, without=_ENTRY_OF_FILE)
+    return _held_by_entries(pagemap_fd, begin, end, entry_bit)
 
 
-def _held_by_entries(pagemap_fd: int, begin: int, end: int, without: np.uint64 = _NO_BIT) -> Ranges:
-    """``held``, or ``private_copies``, on a kernel without PAGEMAP_SCAN: one entry of 8 bytes for each page.
-
-    Args:
-        without: a bit that the entries must not have.
-    """
+def _held_by_entries(pagemap_fd: int, begin: int, end: int, without: np.uint64) -> Ranges:
+    """The same on a kernel without PAGEMAP_SCAN: one entry of 8 bytes for each page. ``without``: a bit that the entries
+    must not have."""
     pieces: list[Ranges] = []
     for first in range(begin // mmap.PAGESIZE, end // mmap.PAGESIZE, _ENTRIES_AT_ONCE):
         count = min(_ENTRIES_AT_ONCE, end // mmap.PAGESIZE - first)
