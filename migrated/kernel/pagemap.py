@@ -125,8 +125,8 @@ def private_copies(pagemap_fd: int, begin: int, end: int, vector: Vector) -> Ran
 
 
 def _held_but(pagemap_fd: int, begin: int, end: int, vector: Vector, category: int, entry_bit: np.uint64) -> Ranges:
-    """The ranges of pages that are in memory or swapped out and not of a category (PAGE_IS_*), which an entry of pagemap
-    shows by a bit where the kernel cannot scan."""
+    """The ranges of pages that are in memory or swapped out and not of a category (PAGE_IS_*), which a bit in an entry
+    of pagemap shows where the kernel cannot scan."""
     try:
         return scan(
             pagemap_fd,
@@ -145,8 +145,8 @@ def _held_but(pagemap_fd: int, begin: int, end: int, vector: Vector, category: i
 
 
 def _held_by_entries(pagemap_fd: int, begin: int, end: int, without: np.uint64) -> Ranges:
-    """The same on a kernel without PAGEMAP_SCAN: one entry of 8 bytes for each page. ``without``: a bit that the entries
-    must not have."""
+    """The same on a kernel without PAGEMAP_SCAN: one entry of 8 bytes for each page. ``without``: a bit that the
+    entries must not have."""
     pieces: list[Ranges] = []
     for first in range(begin // mmap.PAGESIZE, end // mmap.PAGESIZE, _ENTRIES_AT_ONCE):
         count = min(_ENTRIES_AT_ONCE, end // mmap.PAGESIZE - first)
