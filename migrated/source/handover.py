@@ -241,7 +241,7 @@ class SourceHandover:
         self._resume_begins()
         if self._guest is not None:
             try:
-                self._env.run_marks.write(self._guest.name, self.epoch)
+                self._env.run_marks.write(self._guest.place, self.epoch)
             except RunMarkError as error:
                 log.error("a run mark could not be written", reason=str(error))
                 return failed(error)

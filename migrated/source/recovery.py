@@ -17,11 +17,11 @@ from migrated.guests.registry import Guest
 from migrated.guests.reservation import Reservation
 from migrated.observe.progress import Moved, Progress, Standing, snapshot
 from migrated.record.terms import Outcome, Status
-from migrated.settings.config import parse_uri
 from migrated.settings.parameters import MigrationParameters, limit_of
 from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.outcome import OutcomeAsker
+from migrated.source.target import HERE, target_here, target_of
 from migrated.state.journal import Attempt
 from protocol.handover import SourceEvent, SourceState, source_state_of
 
@@ -44,8 +44,9 @@ class RecoveredHandover:
         self._tasks = TaskSet()
         self._parameters = MigrationParameters.model_validate(attempt.facts["parameters"])
         self._started = datetime.fromisoformat(attempt.facts["started_at"])
-        host, port = parse_uri(attempt.facts["peer"])
-        asker = OutcomeAsker(host, port, env.security, env.config.limits, attempt.migration_id, attempt.epoch)
+        peer = attempt.facts["peer"]
+        target = target_here(env) if peer == HERE else target_of(peer)
+        asker = OutcomeAsker(target.place, env.security, env.config.limits, attempt.migration_id, attempt.epoch)
         self._handover = SourceHandover(
             env,
             attempt.migration_id,
@@ -134,4 +135,6 @@ class RecoveredHandover:
             self._parameters,
             started_at=facts["started_at"],
         )
-        self._env.finish(ledger.finish(outcome, reason, self._env.take_log(self._attempt.migration_id)), "source")
+        self._env.finish(
+            ledger.finish(outcome, reason, self._env.take_log(self._attempt.migration_id, "source")), "source"
+        )
