@@ -16,7 +16,7 @@ import structlog
 
 from migrated.base.errors import LinkLostError, VmmError
 from migrated.environment import Environment
-from migrated.guests.registry import Guest
+from migrated.guests.registry import Guest, name_at
 from migrated.link.reply import Reply
 from migrated.observe.transitions import Transitions
 from migrated.state.journal import JournalError
@@ -203,7 +203,7 @@ class Takeover:
             case effects.DestroyGuest():
                 return await self._destroy()
             case effects.ConfirmOwnership():
-                return DONE if self._env.keeper is None else await self._env.keeper.confirm(self._guest_name)
+                return DONE if self._env.keeper is None else await self._env.keeper.confirm(name_at(self._place))
             case effects.SendReady():
                 return self._send(reply, self.make_ready())
             case effects.SendNo(cause=cause, reason=reason):

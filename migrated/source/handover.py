@@ -18,6 +18,7 @@ import structlog
 from migrated.base.errors import LinkLostError, VmmError
 from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
+from migrated.fleet.ownership import Keeper
 from migrated.guests.registry import Guest
 from migrated.link.control import ControlChannel
 from migrated.observe.transitions import Transitions
@@ -67,6 +68,7 @@ class SourceHandover:
         guest: the guest, None when its process is gone (only after a restart).
         was_paused: the guest was paused when the migration began; it stays paused when it is taken back.
         asker: reaches the destination over fresh connections.
+        keeper: knows who owns the guest in the fleet; None without one, and for a guest that stays on this host.
         state: first state; other than RUNNING only after a restart of the daemon.
         on_doubt: called when the attempt becomes in doubt.
 
@@ -85,6 +87,7 @@ class SourceHandover:
         guest: Guest | None,
         was_paused: bool,
         asker: OutcomeAsker,
+        keeper: Keeper | None,
         state: SourceState = SourceState.RUNNING,
         on_doubt: Callable[[str], None] = lambda _why: None,
     ) -> None:
@@ -103,8 +106,9 @@ class SourceHandover:
             state,
             locks=env.config.lock.directory is not None,
             was_paused=was_paused,
-            fleet=env.keeper is not None,
+            fleet=keeper is not None,
         )
+        self._keeper = keeper
         self._lock = asyncio.Lock()
         self._tasks = TaskSet()
         self._on_doubt = on_doubt
@@ -310,7 +314,7 @@ class SourceHandover:
 
     async def _own(self, effect: effects.OwnershipEffect) -> Outcome:
         """Carry out what concerns the fleet's store. A guest whose process is gone does not run here any more."""
-        keeper, guest = self._env.keeper, self._guest
+        keeper, guest = self._keeper, self._guest
         if keeper is None or guest is None:
             return failed("the guest's process is gone") if isinstance(effect, effects.TransferOwnership) else DONE
         match effect:

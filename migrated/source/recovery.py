@@ -54,6 +54,7 @@ class RecoveredHandover:
             guest,
             bool(attempt.facts["paused"]),
             asker,
+            None if peer == HERE else env.keeper,
             source_state_of(attempt.decisions),
         )
         self._reservation = Reservation(guest, attempt.migration_id) if guest is not None else None

@@ -29,7 +29,7 @@ from migrated.source.phases import Beginning, Blackout, Connected, Opened, Prepa
 from migrated.source.precopy import Precopy, Transfer
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.switchover import Item, Switchover
-from migrated.source.target import Target
+from migrated.source.target import HERE, Target
 from migrated.source.view import View
 from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
@@ -158,6 +158,7 @@ class Story:
             self._guest,
             session.offer.was_paused,
             OutcomeAsker(target.place, env.security, limits, ledger.migration_id, ledger.epoch),
+            None if target.uri == HERE else env.keeper,
             on_doubt=self._view.became_doubtful,
         )
         transfer = Transfer(
