@@ -148,6 +148,11 @@ class IncomingMigration:
         return self._offer.promised_bytes
 
     @property
+    def own(self) -> bool:
+        """Whether this daemon itself is the source too."""
+        return self._offer.replacement is not None
+
+    @property
     def origin(self) -> Origin:
         """The host that the guest comes from."""
         return self._offer.origin
@@ -388,7 +393,7 @@ class IncomingMigration:
             guest_gap = await guest_gap_of(self._equipment.guest)
         else:
             log.warning("the incoming guest was discarded", reason=takeover.reason)
-        lines = env.take_log(self.migration_id)
+        lines = env.take_log(self.migration_id, "destination")
         half = half_of(env.host, self._phase, self._times, takeover, done, self._rounds.digest, guest_gap, lines)
         with contextlib.suppress(LinkLostError):
             self._control.send(messages.Report(), half.model_dump_json().encode())
@@ -399,7 +404,9 @@ class IncomingMigration:
             await self._keep_record(payload, runs_here)
 
     async def _keep_record(self, payload: bytes, runs_here: bool) -> None:
-        """Keep the source's record, if it is one of this attempt."""
+        """Keep the source's record, if it is one of this attempt; a source that is this daemon keeps it itself."""
+        if self.own:
+            return
         hello = self._offer.hello
         try:
             record = await asyncio.to_thread(read_received, Record, payload, "record")

@@ -259,6 +259,8 @@ class Switchover:
 
     async def _send_pages(self, runs: Runs) -> int:
         """Send one more round in the blackout. Returns when its last byte was handed to the kernel."""
+        if self._transfer.shared:
+            return time.monotonic_ns()
         sent = await self._transfer.send_round(runs)
         self._ledger.memory.downtime_bytes += sent.wire_bytes
         self._ledger.memory.downtime_pages += sent.normal_pages + sent.zero_pages
@@ -377,6 +379,7 @@ class Switchover:
             ledger.add_part(Part.COMPLETING, completing_ns)
             ledger.add_part(Part.STATE_END_AND_READY_LEGS, waited_ns - completing_ns)
         verdict = self._budget.judge_ready(ready.digest, ledger.blackout.source_digest, time.monotonic_ns())
+        handover.commit_by_ns = self._budget.commit_by_ns(time.monotonic_ns())
         await handover.take(verdict.event, self._control, verdict.reason)
 
     # Section: the account

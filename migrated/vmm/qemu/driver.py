@@ -26,7 +26,7 @@ from migrated.vmm.qemu.definition import CommandLine, load_definition
 from migrated.vmm.qemu.guest import QemuGuest
 from migrated.vmm.qemu.places import Place
 from migrated.vmm.qemu.qmp import QUICK_S
-from migrated.vmm.seam import Driver, GuestRequest
+from migrated.vmm.seam import Driver, GuestRequest, Incoming
 from protocol.guest import GuestDescription
 
 _LOOK_AGAIN_S: Final = 0.01
@@ -89,7 +89,7 @@ class QemuDriver(Driver):
             await guest.lock.take()
         return guest
 
-    async def create_incoming(self, description: GuestDescription) -> QemuGuest:
+    async def create_incoming(self, description: GuestDescription, incoming: Incoming) -> QemuGuest:
         try:
             Blueprint.unpack(description.vmm_config)  # nothing is started for what is no description of a machine
             line = self._command_line(description.name, description.name)
@@ -108,15 +108,15 @@ class QemuDriver(Driver):
             raise
         return guest
 
-    def ran(self, name: str, epoch: int) -> bool | None:
-        api_socket = self._directory / f"{name}.sock"
+    def ran(self, place: str, epoch: int) -> bool | None:
+        api_socket = self._directory / f"{place}.sock"
         try:
-            place = places.read_place(api_socket)
+            known = places.read_place(api_socket)
         except VmmError:
             return None
-        if place.run_log is None:
+        if known.run_log is None:
             return None
-        return place.epoch == epoch and places.ran_after(place.run_log, place.run_log_bytes)
+        return known.epoch == epoch and places.ran_after(known.run_log, known.run_log_bytes)
 
     def _command_line(self, name: str, definition: str) -> CommandLine:
         qemu = self.config.qemu

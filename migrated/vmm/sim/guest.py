@@ -141,6 +141,9 @@ class SimGuest(VmmGuest):
         reply = await self._calls.call("memory")
         return MappedMemory([FileRegion(reply.fds[0], reply.meta["bytes"] // PAGE_SIZE)])
 
+    async def memory_files(self) -> Sequence[int]:
+        return (await self._calls.call("memory")).fds
+
     async def start_dirty_log(self, mode: DirtyTracking) -> DirtyLog:
         reply = await self._calls.call("dirty-log-start", mode=mode, present_only=True)
         pages = reply.meta["bytes"] // PAGE_SIZE
