@@ -70,8 +70,8 @@ def register(uffd: int, address: int, size: int) -> None:
 
 
 def protect(uffd: int, address: int, size: int) -> None:
-    """Write-protect a registered range, every small page by itself. Huge pages of shared memory are unmapped for it, and
-    the page tables are filled: 8 bytes for each page, also of holes. Takes 3 ms/GiB.
+    """Write-protect a registered range, every small page by itself. Unmaps huge pages of shared memory for it, and
+    fills the page tables: 8 bytes for each page, holes too. Takes 3 ms/GiB.
 
     PAGEMAP_SCAN would protect a huge page of shared memory as a whole, and the first write to one takes that protection
     from all of it: 512 pages would count as written.
