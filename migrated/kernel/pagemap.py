@@ -25,7 +25,6 @@ PM_SCAN_CHECK_WPASYNC: Final = 2
 
 PAGE_IS_WRITTEN: Final = 1 << 1
 PAGE_IS_FILE: Final = 1 << 2
-PAGE_IS_FILE: Final = 1 << 2
 PAGE_IS_PRESENT: Final = 1 << 3
 PAGE_IS_SWAPPED: Final = 1 << 4
 PAGE_IS_PFNZERO: Final = 1 << 5
