@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from dataclasses import dataclass
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.environment import Environment
+from migrated.kernel.processor import ProcessorLoad
 from migrated.link import sockets
 from migrated.link.control import ControlChannel
 from migrated.link.data import DataChannel
@@ -36,7 +36,7 @@ from protocol.messages import Limits, TimeRules
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES
 
 _MEASURE_S = 5.0
-_MOST_LOAD = 4.0
+_MOST_LOAD = 12.0
 _LOADED_ALONE_NS = 300_000
 """A device whose load costs less travels to the VMM in one call with others like it."""
 
@@ -150,6 +150,7 @@ class Session:
 
     Attributes:
         channels: joined data channels, in the hands of the sender's threads.
+        load: how long the event loop waits for a processor, since the session was opened.
         undo: ends what the session owns: threads, tracking, the mapping, the data channels.
     """
 
@@ -160,6 +161,7 @@ class Session:
     memory: GuestMemory
     tracking: Tracking
     sender: PageSender
+    load: ProcessorLoad
     undo: contextlib.AsyncExitStack
 
     def limits(self, parameters: MigrationParameters) -> Limits:
@@ -178,6 +180,10 @@ class Session:
         costs, load_costs = self.offer.costs, self.welcome.load_costs
         memory = bandwidth.expect(dirty_pages, device_bytes)
         save_ns, save_spread_ns = total_cost(costs.devices)
+        if costs.devices:
+            # The other states travel while the next is saved; the last one is on its way when all are saved.
+            last_bytes = max(device.state_bytes for device in self.offer.description.devices)
+            save_ns += bandwidth.expect(0, last_bytes).ns
         load_ns, load_spread_ns = total_cost(load_costs)
         spreads_ns = {Component.STATE: memory.spread_ns if memory.ns >= save_ns else save_spread_ns}
         if costs.basis == "tried":
@@ -195,7 +201,7 @@ class Session:
             devices=sum(cost.ns >= _LOADED_ALONE_NS for cost in load_costs),
             device_bytes=device_bytes,
             bandwidth_bytes_per_s=bandwidth.bytes_per_s,
-            load=min(max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), _MOST_LOAD),
+            load=min(self.load.now(), _MOST_LOAD),
             spreads_ns=spreads_ns,
         )
 
@@ -231,6 +237,7 @@ async def open_session(
         LinkLostError, MigrationError, VmmError: it could not be set up.
     """
     env.security.check_send(connection.control.names, offer.description.name)
+    load = ProcessorLoad()
     async with contextlib.AsyncExitStack() as undo:
         hello = _hello(env, offer, parameters, migration_id, epoch)
         try:
@@ -264,7 +271,7 @@ async def open_session(
         except BaseException as error:
             connection.give_up(epoch, str(error) or "the source gave up")  # before the data channels are closed
             raise
-        return Session(connection, offer, welcome, channels, memory, tracking, sender, undo.pop_all())
+        return Session(connection, offer, welcome, channels, memory, tracking, sender, load, undo.pop_all())
 
 
 def _limits(parameters: MigrationParameters, offer: Offer) -> Limits:
