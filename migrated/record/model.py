@@ -186,6 +186,8 @@ class Ram(RecordModel):
     pages_per_second: float
     dirty_tracking: Literal["pagemap-scan", "logged"] | None
     channels: int
+    shared: bool = False
+    """Memory was handed over on the same host; False: it was copied."""
     postponed_pages: int = 0
     encodings: tuple[EncodingRow, ...] = ()
 

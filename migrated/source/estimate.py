@@ -20,21 +20,19 @@ from migrated.link.control import ControlChannel
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
+from migrated.prediction.play import play
 from migrated.settings.parameters import MigrationParameters, limit_of
 from migrated.source.session import Session, connect, offer_of, open_session
+from migrated.source.target import Target
 from protocol import messages
 from protocol.guest import PAGE_SIZE
 from protocol.pages import Runs, count_pages, indices_of, split_runs
 
 _BURST_PAGES: Final = (64 << 20) // PAGE_SIZE
 _SAMPLES_S: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.0)
-_MAX_ROUNDS: Final = 50
-_ROUND_OVERHEAD_NS: Final = 10_000_000
 
 
-async def estimate(
-    env: Environment, guest: Guest, host: str, port: int, parameters: MigrationParameters
-) -> dict[str, Any]:
+async def estimate(env: Environment, guest: Guest, target: Target, parameters: MigrationParameters) -> dict[str, Any]:
     """Predict total time and downtime of a migration, and whether its limit can be kept.
 
     Raises:
@@ -42,7 +40,7 @@ async def estimate(
     """
     description = await guest.vmm.describe()
     offer = await offer_of(guest.vmm, description, parameters)
-    connection = await connect(env, host, port)
+    connection = await connect(env, target.place)
     try:
         session = await open_session(env, guest.vmm, connection, offer, parameters, secrets.token_hex(16), epoch=1)
         try:
@@ -55,13 +53,15 @@ async def estimate(
 
 
 async def _measured(env: Environment, guest: str, session: Session, parameters: MigrationParameters) -> dict[str, Any]:
-    """Measure over an open session and simulate the rounds."""
+    """Measure over an open session and simulate the rounds; memory that is handed over needs none."""
     control, description = session.connection.control, session.offer.description
     rounds: asyncio.Queue[messages.RoundDone] = asyncio.Queue()
     listener = asyncio.create_task(_listen(control, rounds))
+    bandwidth, data_bytes, curve, scan_ns = Bandwidth(), 0, DirtyCurve(), 0
     try:
-        bandwidth, data_bytes = await _measure_link(session, rounds)
-        curve, scan_ns = await _measure_guest(session)
+        if not session.shared:
+            bandwidth, data_bytes = await _measure_link(session, rounds)
+            curve, scan_ns = await _measure_guest(session)
     finally:
         listener.cancel()
         await asyncio.gather(listener, return_exceptions=True)
@@ -139,30 +139,21 @@ def _play(
     scan_ns: int,
     data_bytes: int,
 ) -> dict[str, Any]:
-    """Simulate the rounds: one of length t leaves F(t) pages, which take F(t) / bandwidth in the next one, until a stop
-    fits or less does not remain any more."""
-    remaining, elapsed_ns, rounds = data_bytes, 0, 0
-    while True:
-        rounds += 1
-        round_ns = int(remaining * 1e9 / max(1.0, bandwidth.for_bytes(remaining))) + _ROUND_OVERHEAD_NS + scan_ns
-        elapsed_ns += round_ns
-        dirty_pages = int(curve.pages_within(round_ns))
-        prediction = predict(dirty_pages)
-        fits = prediction.upper_ns < limit_ns
-        settled = rounds > 1 and dirty_pages * PAGE_SIZE >= remaining * 0.96
-        if fits or settled or rounds == _MAX_ROUNDS:
-            break
-        remaining = dirty_pages * PAGE_SIZE
+    """Simulate the rounds with what was measured."""
+    played = play(
+        lambda dirty_pages: predict(dirty_pages).upper_ns < limit_ns, bandwidth.for_bytes, curve, data_bytes, scan_ns
+    )
+    prediction = predict(played.dirty_pages)
     explained = prediction.explain(limit_ns)
     return {
-        "fits": fits,
-        "reason": f"it fits after about {rounds} rounds: {explained}"
-        if fits
+        "fits": played.fits,
+        "reason": f"it fits after about {played.rounds} rounds: {explained}"
+        if played.fits
         else f"it does not fit, and more rounds do not help: {explained}; raise --downtime-limit or lower the load",
         "predicted_ns": prediction.total_ns,
         "predicted_upper_ns": prediction.upper_ns,
         "limit_ns": limit_ns,
         "parts_ns": prediction.parts(),
-        "total_ns": elapsed_ns + prediction.total_ns,
-        "rounds": rounds,
+        "total_ns": played.elapsed_ns + prediction.total_ns,
+        "rounds": played.rounds,
     }

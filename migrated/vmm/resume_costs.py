@@ -39,7 +39,7 @@ class ResumeCosts:
         self._over_ns = _recent()
         """Excess over the expected cost (ns), for VMMs that rehearsed it."""
         self._whole_ns: defaultdict[str, deque[int]] = defaultdict(_recent)
-        """Whole resumes of guests whose costs were guessed, by driver."""
+        """Whole resumes of guests whose costs were not tried, by driver."""
         self._commit_over_ns = _recent()
         """Excess of COMMIT legs and resumes on destinations over what was expected of them (ns)."""
 
@@ -56,7 +56,7 @@ class ResumeCosts:
 
     def expected_ns(self, driver: str, expected: ExpectedCosts, limit_ns: int) -> int:
         """Return the expected cost of a resume in the VMM (ns): the VMM's figure where it rehearsed, never 0 where it
-        guessed.
+        did not.
 
         Args:
             driver: of the guest.

@@ -13,7 +13,7 @@ from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.rig.faults import Fault
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
-from scripts.rig.proxy import Proxy
+from scripts.rig.proxy import Proxy, UnixProxy
 from scripts.rig.waiting import RigError, until
 
 FIRE_TIMEOUT_S = 20.0
@@ -21,16 +21,26 @@ LAST_FRAMES_S = 0.5
 
 
 class FaultyPair(Pair):
-    """A pair with short time-outs whose hosts reach each other through proxies."""
+    """A pair with short time-outs whose hosts reach each other through proxies.
 
-    def __init__(self, *, quick: bool = True, **options: Any) -> None:
+    Args:
+        local: over unix sockets, so that memory is handed over and not copied.
+        quick, options: as of ``Pair``.
+    """
+
+    def __init__(self, *, local: bool = False, quick: bool = True, **options: Any) -> None:
         super().__init__(quick=quick, **options)
+        self._local = local
         self._proxies: dict[str, Proxy] = {}
 
     def start(self) -> None:
         super().start()
         for host in self.hosts:
-            proxy = self._proxies[host.name] = Proxy("127.0.0.1", host.port)
+            if self._local:
+                proxy: Proxy = UnixProxy(host.unix_socket, self.directory / f"way-to-{host.name}.sock")
+            else:
+                proxy = Proxy("127.0.0.1", host.port)
+            self._proxies[host.name] = proxy
             proxy.start()
 
     def close(self) -> None:
@@ -44,7 +54,8 @@ class FaultyPair(Pair):
 
     async def new_guest(self, host: Host, name: str, seed: int = 0) -> None:
         """Start the guest that faults are tried on. No other of its name has run since ``forget_runs``."""
-        await host.create_guest(name, 16, profile="small", seed=seed)
+        # Where memory is handed over, loading must write to it: an abort has to leave it as it was.
+        await host.create_guest(name, 16, profile="load-writes" if self._local else "small", seed=seed)
 
     async def fired(self, fault: Fault, source: Host, migration_id: str) -> bool:
         """Wait until a fault has happened. Returns False when the migration ended without it."""

@@ -113,6 +113,12 @@ ALL_CELLS: Final = tuple(
 )
 
 
+LOCAL_CELLS: Final = tuple(
+    cell for cell in ALL_CELLS if cell.step.phase != "rounds" and not cell.fault.startswith("cut-to-")
+)
+"""Between daemons on one host, which hand memory over: no rounds, and no packets that are lost in one direction."""
+
+
 @dataclass(slots=True)
 class Judged:
     """The result of one cell."""

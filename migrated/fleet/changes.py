@@ -1,0 +1,188 @@
+"""The transactions of a fleet: each compares all that its decision rests on, as the mirror saw it, and changes all that
+belongs together. One that was decided on old news changes nothing, and its sender looks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from migrated.fleet.jobs import JobEvent, StepAction, StepEvent, job_after, step_after
+from migrated.fleet.mirror import Mirror
+from migrated.fleet.model import (
+    Cordon,
+    Fence,
+    HostDocument,
+    HostSlots,
+    JobKind,
+    JobSpec,
+    JobState,
+    JobStep,
+    Reservation,
+    WorkerClaim,
+)
+from migrated.fleet.store import Compare, Delete, Exists, Missing, Operation, Put, Transaction
+
+# Section: hosts
+
+
+def publish(mirror: Mirror, document: HostDocument, lease: int, counted: Collection[str]) -> Transaction:
+    """Publish what a host says of itself, under its lease.
+
+    Args:
+        counted: guests here whose memory ``used_bytes`` counts: their reservations end with this.
+    """
+    keys, slots = mirror.keys, mirror.slots_of(document.name)
+    write = Put(keys.host(document.name), document.to_bytes(), lease)
+    left = tuple(one for one in slots.inbound if one.guest not in counted)
+    if len(left) == len(slots.inbound):
+        return Transaction((), (write,))
+    key = keys.slots_of(document.name)
+    after = slots.model_copy(update={"inbound": left})
+    return Transaction((mirror.unchanged(key),), (write, Put(key, after.to_bytes())))
+
+
+def cordon(mirror: Mirror, host: str, by: str, now_utc_ns: int, reason: str = "") -> Transaction:
+    """Let a host take nothing in; one that is cordoned already stays as it is."""
+    key = mirror.keys.cordon(host)
+    return Transaction((Missing(key),), (Put(key, Cordon(by=by, since_utc_ns=now_utc_ns, reason=reason).to_bytes()),))
+
+
+def uncordon(mirror: Mirror, host: str) -> Transaction:
+    """Let a host take guests in again."""
+    return Transaction((), (Delete(mirror.keys.cordon(host)),))
+
+
+def fence(mirror: Mirror, host: str, by: str, now_utc_ns: int, reason: str = "") -> Transaction:
+    """Write down somebody's word that a host surely runs nothing."""
+    key = mirror.keys.fence(host)
+    return Transaction((Missing(key),), (Put(key, Fence(by=by, since_utc_ns=now_utc_ns, reason=reason).to_bytes()),))
+
+
+def unfence(mirror: Mirror, host: str) -> Transaction:
+    """Take the fence of a host away: it is back, and what its daemon found there is in order."""
+    return Transaction((), (Delete(mirror.keys.fence(host)),))
+
+
+# Section: jobs
+
+
+def create_job(mirror: Mirror, spec: JobSpec) -> Transaction:
+    """Begin a job; a host that is to be emptied takes nothing in from now on."""
+    keys = mirror.keys
+    then: list[Operation] = [
+        Put(keys.job_spec(spec.job), spec.to_bytes()),
+        Put(keys.job_state(spec.job), JobState().to_bytes()),
+    ]
+    compares: list[Compare] = [Missing(keys.job_spec(spec.job)), Exists(keys.host(spec.host))]
+    if spec.kind is JobKind.EVACUATE and spec.host not in mirror.cordons:
+        reason = f"It is being emptied by job {spec.job}."
+        mark = Cordon(by=spec.by, since_utc_ns=spec.created_utc_ns, reason=reason, job=spec.job)
+        then.append(Put(keys.cordon(spec.host), mark.to_bytes()))
+        compares.append(Missing(keys.cordon(spec.host)))
+    return Transaction(tuple(compares), tuple(then))
+
+
+def change_job(mirror: Mirror, job: str, event: JobEvent, now_utc_ns: int, reason: str = "") -> Transaction:
+    """Take an event of a job. Raises JobError when its phase does not allow it."""
+    key = mirror.keys.job_state(job)
+    after = job_after(mirror.states[job], event, now_utc_ns, reason)
+    return Transaction((mirror.unchanged(key),), (Put(key, after.to_bytes()),))
+
+
+def claim_job(mirror: Mirror, job: str, host: str, lease: int, now_utc_ns: int) -> Transaction:
+    """Become the worker of a job that has none."""
+    key = mirror.keys.job_worker(job)
+    return Transaction((Missing(key),), (Put(key, WorkerClaim(host=host, since_utc_ns=now_utc_ns).to_bytes(), lease),))
+
+
+def create_steps(mirror: Mirror, job: str, steps: Iterable[JobStep]) -> Transaction:
+    """Give guests of a job their steps; none may have one."""
+    keys = mirror.keys
+    wanted = [(keys.job_step(job, step.guest), step) for step in steps]
+    return Transaction(
+        (mirror.unchanged(keys.job_worker(job)), *(Missing(key) for key, _ in wanted)),
+        tuple(Put(key, step.to_bytes()) for key, step in wanted),
+    )
+
+
+def change_step(
+    mirror: Mirror,
+    job: str,
+    guest: str,
+    event: StepEvent,
+    now_utc_ns: int,
+    *,
+    by_worker: bool,
+    reason: str = "",
+    **facts: Any,
+) -> Transaction:
+    """Take an event of a step, with what it does to the slots of both hosts.
+
+    Args:
+        by_worker: the job's worker does it, and only while it is the worker.
+        reason, facts: as for ``step_after``.
+
+    Raises:
+        JobError: the step's state does not allow the event.
+    """
+    keys, step = mirror.keys, mirror.steps[job][guest]
+    after, actions = step_after(step, event, now_utc_ns, reason=reason, **facts)
+    compares: list[Compare] = [mirror.unchanged(keys.job_step(job, guest))]
+    if by_worker:
+        compares.append(mirror.unchanged(keys.job_worker(job)))
+    if event in (StepEvent.RESERVE, StepEvent.BEGIN):
+        compares += _may_begin(mirror, after, reserve=event is StepEvent.RESERVE)
+    then: list[Operation] = [Put(keys.job_step(job, guest), after.to_bytes())]
+    for host, slots in _slots_after(mirror, job, after, actions).items():
+        compares.append(mirror.unchanged(keys.slots_of(host)))
+        then.append(Put(keys.slots_of(host), slots.to_bytes()))
+    return Transaction(tuple(compares), tuple(then))
+
+
+def _may_begin(mirror: Mirror, step: JobStep, *, reserve: bool) -> list[Compare]:
+    """What must hold when a migration is promised or begins: the source owns the guest and is not fenced. When it is
+    promised, the destination is also as free as it was seen and takes guests."""
+    keys, destination = mirror.keys, step.destination
+    compares: list[Compare] = [mirror.unchanged(keys.owner(step.guest)), Missing(keys.fence(step.source))]
+    if reserve and destination is not None:
+        compares += [
+            mirror.unchanged(keys.host(destination)),
+            Missing(keys.cordon(destination)),
+            Missing(keys.fence(destination)),
+        ]
+    return compares
+
+
+def _slots_after(mirror: Mirror, job: str, step: JobStep, actions: tuple[StepAction, ...]) -> dict[str, HostSlots]:
+    """The slots of both hosts that the actions change."""
+    if step.destination is None:
+        return {}
+    source, destination = mirror.slots_of(step.source), mirror.slots_of(step.destination)
+    outbound = tuple(one for one in source.outbound if (one.job, one.guest) != (job, step.guest))
+    inbound = tuple(one for one in destination.inbound if (one.job, one.guest) != (job, step.guest))
+    if StepAction.HOLD_SLOTS in actions:
+        to = _reservation(job, step, step.source)
+        inbound, outbound = (*inbound, to), (*outbound, to.model_copy(update={"peer": step.destination}))
+    elif StepAction.LAND in actions:
+        inbound = tuple(
+            one.model_copy(update={"landed": True}) if (one.job, one.guest) == (job, step.guest) else one
+            for one in destination.inbound
+        )
+    elif StepAction.FREE_SLOTS not in actions:
+        return {}
+    return {
+        step.source: source.model_copy(update={"outbound": outbound}),
+        step.destination: destination.model_copy(update={"inbound": inbound}),
+    }
+
+
+def _reservation(job: str, step: JobStep, peer: str) -> Reservation:
+    return Reservation(
+        guest=step.guest,
+        job=job,
+        peer=peer,
+        memory_bytes=step.memory_bytes,
+        bytes_per_s=step.bytes_per_s,
+        attempt=step.attempt,
+    )

@@ -1,0 +1,156 @@
+"""What was last seen of the store, as documents: read once, then kept up to date from a watch.
+
+    read_all -> put, put, ...   watch -> apply, apply, ...
+                         \\        /
+                          Mirror  -> placement, planner, jobs
+
+Decisions are made on the mirror, which may be behind; the transactions that carry them out compare the revisions that
+it saw, so that a decision on old news changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from migrated.base.errors import DocumentError
+from migrated.fleet.keys import Keys, last_part
+from migrated.fleet.model import (
+    Cordon,
+    Document,
+    Fence,
+    GuestDocument,
+    HostDocument,
+    HostSlots,
+    JobSpec,
+    JobState,
+    JobStep,
+    Ownership,
+    WorkerClaim,
+    parse,
+)
+from migrated.fleet.store import Change, Entry, Unchanged
+
+NO_SLOTS: Final = HostSlots()
+UNKNOWN_LINK_BYTES_PER_S: Final = 110 << 20
+"""What a link counts for while nobody has measured it: one gigabit."""
+
+
+_Table: TypeAlias = tuple[type[Document], dict[str, Any]]
+
+
+class _Place(NamedTuple):
+    """Where the document of a key is kept."""
+
+    model: type[Document]
+    documents: dict[str, Any]
+    name: str
+
+
+class Mirror:
+    """The documents by their names, and the revisions at which they were written.
+
+    Attributes:
+        hosts, cordons, fences, slots: by host.
+        guests, owners: by guest.
+        specs, states, workers: by job.
+        steps: by job, then by guest.
+        by_owner: guests by the host that owns them.
+        problems: a sentence for each key that does not hold what belongs there.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys: Final = keys
+        self.hosts: dict[str, HostDocument] = {}
+        self.cordons: dict[str, Cordon] = {}
+        self.fences: dict[str, Fence] = {}
+        self.slots: dict[str, HostSlots] = {}
+        self.guests: dict[str, GuestDocument] = {}
+        self.owners: dict[str, Ownership] = {}
+        self.specs: dict[str, JobSpec] = {}
+        self.states: dict[str, JobState] = {}
+        self.workers: dict[str, WorkerClaim] = {}
+        self.steps: dict[str, dict[str, JobStep]] = defaultdict(dict)
+        self.by_owner: dict[str, set[str]] = defaultdict(set)
+        self.problems: dict[str, str] = {}
+        self._tables: dict[str, _Table] = {
+            "hosts": (HostDocument, self.hosts),
+            "cordons": (Cordon, self.cordons),
+            "fences": (Fence, self.fences),
+            "slots": (HostSlots, self.slots),
+            "guests": (GuestDocument, self.guests),
+            "owners": (Ownership, self.owners),
+        }
+        self._of_jobs: dict[str, _Table] = {
+            "spec": (JobSpec, self.specs),
+            "state": (JobState, self.states),
+            "worker": (WorkerClaim, self.workers),
+        }
+        self._revisions: dict[str, int] = {}
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        """Take changes from a watch. One that is older than what is known changes nothing."""
+        for change in changes:
+            if change.revision > self._revisions.get(change.key, 0):
+                if change.entry is None:
+                    self._forget(change.key)
+                else:
+                    self.put(change.entry)
+
+    def put(self, entry: Entry) -> None:
+        """Take an entry."""
+        self._forget(entry.key)
+        self._revisions[entry.key] = entry.revision
+        place = self._place_of(entry.key)
+        if place is None:
+            return
+        try:
+            document = place.documents[place.name] = parse(place.model, entry.key, entry.value)
+        except DocumentError as error:
+            self.problems[entry.key] = str(error)
+            return
+        if isinstance(document, Ownership):
+            self.by_owner[document.owner].add(place.name)
+
+    def unchanged(self, key: str) -> Unchanged:
+        """The compare that holds while a key is as it was seen here."""
+        return Unchanged(key, self._revisions.get(key, 0))
+
+    def _forget(self, key: str) -> None:
+        self._revisions.pop(key, None)
+        self.problems.pop(key, None)
+        place = self._place_of(key)
+        if place is not None:
+            document = place.documents.pop(place.name, None)
+            if isinstance(document, Ownership):
+                self.by_owner[document.owner].discard(place.name)
+
+    def _place_of(self, key: str) -> _Place | None:
+        """Where the document of a key is kept; None for a key of which nothing is known."""
+        kind, _, rest = key.removeprefix(self.keys.prefix).partition("/")
+        if kind == "jobs":
+            job, _, part = rest.partition("/")
+            if part.startswith("steps/"):
+                return _Place(JobStep, self.steps[job], last_part(key))
+            known = self._of_jobs.get(part)
+            return None if known is None else _Place(*known, job)
+        known = self._tables.get(kind)
+        return None if known is None else _Place(*known, rest)
+
+    def slots_of(self, host: str) -> HostSlots:
+        """The migrations that are promised to a host."""
+        return self.slots.get(host, NO_SLOTS)
+
+    def free_bytes(self, host: HostDocument) -> int:
+        """Memory that a host can still promise."""
+        return max(0, host.memory_bytes - host.used_bytes - self.slots_of(host.name).inbound_bytes)
+
+    def takes_guests(self, host: str) -> bool:
+        """Whether a host is there and is neither cordoned nor fenced."""
+        return host in self.hosts and host not in self.cordons and host not in self.fences
+
+
+def link_of(host: HostDocument) -> int:
+    """What the link of a host moves (bytes per second)."""
+    return host.link_bytes_per_s or UNKNOWN_LINK_BYTES_PER_S

@@ -1,0 +1,258 @@
+"""What the worker of a job does next, and what the daemon of a source does next: one transaction at a time.
+
+    worker   no steps yet -> plan -> a step is due and a host has room -> reserve -> ... -> all final -> end the job
+    source   a step here is reserved -> begin, then migrate -> the attempt ends -> completed, failed or cancelled
+
+Whoever carries a transaction out tells the mirror what came of it and asks again. Both look only at the keys, so the
+next worker, or the same daemon after a restart, goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from migrated.fleet.changes import change_job, change_step, create_steps
+from migrated.fleet.jobs import ACTIVE, FINAL, JobEvent, StepEvent, failure, is_over
+from migrated.fleet.mirror import Mirror, link_of
+from migrated.fleet.model import HostDocument, JobPhase, JobSpec, JobStep, StepState
+from migrated.fleet.placement import group_at, possible_hosts
+from migrated.fleet.planner import guests_of, plan
+from migrated.fleet.store import Transaction
+
+_STEPS_AT_ONCE: Final = 50
+"""Steps that one transaction creates; a store limits its operations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One transaction and what it does, a phrase for the log."""
+
+    what: str
+    transaction: Transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do before something changes, or before a time (UTC, ns); None when only a change helps."""
+
+    until_utc_ns: int | None
+
+
+def next_work(mirror: Mirror, job: str, now_utc_ns: int) -> Work | Wait:
+    """What the worker of a job does now."""
+    spec, state = mirror.specs.get(job), mirror.states.get(job)
+    if spec is None or state is None or is_over(state):
+        return Wait(None)
+    steps = sorted(mirror.steps[job].values(), key=lambda step: (step.order, step.guest))
+    if state.phase is JobPhase.RUNNING and (missing := _without_step(mirror, spec, steps)):
+        return _create_steps(mirror, spec, missing, len(steps), now_utc_ns)
+    waits: list[int] = []
+    for step in steps:
+        if step.state in FINAL:
+            continue
+        found = _next_of_step(mirror, spec, step, now_utc_ns, cancelling=state.phase is JobPhase.CANCELLING)
+        if isinstance(found, Work):
+            return found
+        if found.until_utc_ns is not None:
+            waits.append(found.until_utc_ns)
+    if all(step.state in FINAL for step in steps):
+        return _end(mirror, spec, steps, now_utc_ns)
+    return Wait(min(waits, default=None))
+
+
+def _without_step(mirror: Mirror, spec: JobSpec, steps: list[JobStep]) -> set[str]:
+    """Guests of the job that have no step yet: at first all, later those that came to the host meanwhile."""
+    return set(guests_of(mirror, spec)) - {step.guest for step in steps}
+
+
+def _create_steps(mirror: Mirror, spec: JobSpec, missing: set[str], first: int, now_utc_ns: int) -> Work:
+    """Plan the guests that have no step, and write the first of their steps down."""
+    made = plan(mirror, spec.model_copy(update={"guests": tuple(sorted(missing))}))
+    elapsed_ns = max(0, now_utc_ns - spec.created_utc_ns)
+    steps = [
+        JobStep(
+            guest=move.guest,
+            source=spec.host,
+            destination=move.destination,
+            memory_bytes=mirror.guests[move.guest].memory_bytes,
+            order=first + number,
+            bytes_per_s=move.bytes_per_s,
+            reason=move.doubt,
+            expected_begin_ns=elapsed_ns + move.begin_ns,
+            expected_end_ns=elapsed_ns + move.end_ns,
+            expected_downtime_ns=move.cost.downtime_ns,
+        )
+        for number, move in enumerate(made.moves)
+    ]
+    for guest, reason in made.refusals.items():
+        known = mirror.guests.get(guest)
+        memory_bytes = known.memory_bytes if known is not None else 0
+        order = first + len(steps)
+        steps.append(JobStep(guest=guest, source=spec.host, memory_bytes=memory_bytes, order=order, reason=reason))
+    steps = steps[:_STEPS_AT_ONCE]
+    return Work(f"plan {len(steps)} guests", create_steps(mirror, spec.job, steps))
+
+
+def _next_of_step(mirror: Mirror, spec: JobSpec, step: JobStep, now_utc_ns: int, *, cancelling: bool) -> Work | Wait:
+    """What the worker does for one step that is not final."""
+
+    def work(event: StepEvent, reason: str = "", **facts: object) -> Work:
+        what = f"{step.guest}: {event}"
+        change = change_step(mirror, spec.job, step.guest, event, now_utc_ns, by_worker=True, reason=reason, **facts)
+        return Work(what, change)
+
+    if step.source in mirror.fences:
+        return work(StepEvent.LOST, f"The host {step.source} was fenced; its guests can be started elsewhere.")
+    if step.state is StepState.MIGRATING:
+        return Wait(None)
+    if cancelling:
+        return work(StepEvent.CANCEL, "The job was cancelled.")
+    owner = mirror.owners.get(step.guest)
+    if owner is None or owner.owner != step.source:
+        where = "it has no owner any more" if owner is None else f"{owner.owner} owns it"
+        return work(StepEvent.GONE, f"The guest is not on {step.source} any more: {where}.")
+    if step.state is StepState.RESERVED:
+        if step.destination in mirror.fences or step.destination in mirror.cordons:
+            return work(failure(step, spec), f"The host {step.destination} takes no guests any more.")
+        return Wait(None)
+    if spec.deadline_ns and now_utc_ns >= spec.created_utc_ns + spec.deadline_ns:
+        return work(StepEvent.GIVE_UP, _late(step))
+    if step.attempt >= spec.max_attempts:
+        return work(StepEvent.GIVE_UP, step.reason)
+    if step.not_before_utc_ns > now_utc_ns:
+        return Wait(step.not_before_utc_ns)
+    chosen = choose_host(mirror, spec, step)
+    if isinstance(chosen, str):
+        return work(StepEvent.NO_HOST, chosen)
+    if chosen is None:
+        return Wait(None)
+    host, bytes_per_s = chosen
+    return work(StepEvent.RESERVE, destination=host.name, bytes_per_s=bytes_per_s)
+
+
+def _late(step: JobStep) -> str:
+    why = f" Last: {step.reason}" if step.reason else ""
+    return f"The job's deadline passed before {step.guest} could begin.{why}"
+
+
+def _end(mirror: Mirror, spec: JobSpec, steps: list[JobStep], now_utc_ns: int) -> Work:
+    left = [step for step in steps if step.state is not StepState.DONE]
+    event, reason = JobEvent.ALL_DONE, ""
+    if left:
+        event, reason = JobEvent.SOME_LEFT, f"{len(left)} of {len(steps)} guests did not move."
+    elif spec.guests and not steps:
+        event, reason = JobEvent.SOME_LEFT, f"The host {spec.host} owns no guest named {' or '.join(spec.guests[:3])}."
+    return Work(f"end the job: {event}", change_job(mirror, spec.job, event, now_utc_ns, reason))
+
+
+def choose_host(mirror: Mirror, spec: JobSpec, step: JobStep) -> tuple[HostDocument, int] | str | None:
+    """The host that a step goes to now, with its share of the link; None when it must wait for a slot or a link; a
+    sentence when no host can take it.
+
+    The planned host comes first while it was not tried, then whichever is least full. Hosts that were tried come last.
+    """
+    guest, source = mirror.guests.get(step.guest), mirror.hosts.get(step.source)
+    if guest is None:
+        return f"Nothing is known of {step.guest} but its owner."
+    if source is None:
+        return f"The host {step.source} is not there: its daemon holds no lease."
+    held = mirror.slots_of(step.source)
+    if any(one.guest == step.guest for one in held.outbound):
+        return None  # another job moves it
+    hosts, refusal = possible_hosts(mirror, guest, step.source, spec.to)
+    if not hosts:
+        return refusal
+    active = sum(other.state in ACTIVE for other in mirror.steps[spec.job].values())
+    share = step.bytes_per_s or link_of(source) // max(1, source.max_outbound)
+    share = min(share, link_of(source))
+    if (
+        len(held.outbound) >= source.max_outbound
+        or (spec.max_parallel and active >= spec.max_parallel)
+        or held.link_bytes_per_s + share > link_of(source)
+    ):
+        return None
+    untried = [host for host in hosts if host.name not in step.tried]
+
+    def rank(host: HostDocument) -> tuple[bool, int, float, str]:
+        used = 1 - mirror.free_bytes(host) / max(1, host.memory_bytes)
+        return host.name != step.destination, group_at(mirror, guest, host.name), used, host.name
+
+    for host in sorted(untried or hosts, key=rank):
+        rate = _rate_to(mirror, host, share)
+        if rate:
+            return host, rate
+    return None
+
+
+def _rate_to(mirror: Mirror, host: HostDocument, share: int) -> int:
+    """The share of a destination's link that a migration gets now, 0 for none: as much as its share of the source's, or
+    what is left if that is at least half of it."""
+    held = mirror.slots_of(host.name)
+    if len(held.arriving) >= host.max_inbound:
+        return 0
+    wanted = min(share, link_of(host))
+    rate = min(wanted, link_of(host) - held.link_bytes_per_s)
+    return rate if 2 * rate >= wanted else 0
+
+
+def steps_here(mirror: Mirror, host: str) -> Iterator[tuple[JobSpec, JobStep]]:
+    """The steps that the daemon of a source has to begin or to end, with their jobs."""
+    for job, steps in mirror.steps.items():
+        spec = mirror.specs.get(job)
+        if spec is not None:
+            yield from ((spec, step) for step in steps.values() if step.source == host and step.state in ACTIVE)
+
+
+def is_cancelled(mirror: Mirror, spec: JobSpec) -> bool:
+    """Whether the attempts of a job are to be cancelled."""
+    state = mirror.states.get(spec.job)
+    return state is not None and state.phase is JobPhase.CANCELLING
+
+
+def begin(mirror: Mirror, spec: JobSpec, step: JobStep, migration_id: str, now_utc_ns: int) -> Work:
+    """What the source's daemon writes before it starts the attempt of a step. If that fails, nothing starts."""
+    change = change_step(
+        mirror, spec.job, step.guest, StepEvent.BEGIN, now_utc_ns, by_worker=False, migration_id=migration_id
+    )
+    return Work(f"{step.guest}: begin", change)
+
+
+def ended(
+    mirror: Mirror,
+    spec: JobSpec,
+    step: JobStep,
+    event: StepEvent,
+    now_utc_ns: int,
+    *,
+    reason: str = "",
+    downtime_ns: int | None = None,
+) -> Work:
+    """What the source's daemon writes when the attempt of a step has ended.
+
+    Args:
+        event: COMPLETED, FAILED or CANCELLED; a failure after which nothing is left to try is given up.
+    """
+    if event is StepEvent.FAILED:
+        event = failure(step, spec, cancelling=is_cancelled(mirror, spec))
+    change = change_step(
+        mirror,
+        spec.job,
+        step.guest,
+        event,
+        now_utc_ns,
+        by_worker=False,
+        reason=reason,
+        downtime_ns=downtime_ns,
+    )
+    return Work(f"{step.guest}: {event}", change)
+
+
+def resume_steps(mirror: Mirror, job: str, now_utc_ns: int) -> Iterator[Work]:
+    """What ``--resume`` writes: the job runs again, and every guest that did not move is tried anew."""
+    yield Work("resume the job", change_job(mirror, job, JobEvent.RESUME, now_utc_ns))
+    for step in list(mirror.steps[job].values()):
+        if step.state in (StepState.FAILED, StepState.CANCELLED):
+            change = change_step(mirror, job, step.guest, StepEvent.RESUME, now_utc_ns, by_worker=False)
+            yield Work(f"{step.guest}: resume", change)
