@@ -104,6 +104,8 @@ class Switchover:
         on."""
         self.gave_back_ns: int | None = None
         """Time from that instant until the guest ran again at an abort (ns); None without an abort."""
+        self.after_commit_ns: int | None = None
+        """Time from COMMIT until the guest ran on the destination (ns); None unless it did."""
         self.phase = Phase.PAUSE
 
     async def run(self) -> None:
@@ -402,7 +404,8 @@ class Switchover:
         interval = measured_downtime(
             committed_ns, handover.running_read_ns - self._budget.t0_ns, running.resumed_after_ns, running.sent_after_ns
         )
-        leg_ns = interval.measured_ns - committed_ns - running.resumed_after_ns
+        self.after_commit_ns = interval.measured_ns - committed_ns
+        leg_ns = self.after_commit_ns - running.resumed_after_ns
         ledger.add_part(Part.COMMIT_LEG, leg_ns)
         ledger.add_part(Part.RESUME, running.resumed_after_ns)
         ledger.checkpoint(QemuCheckpoint.DOWNTIME_END, interval.measured_ns)
