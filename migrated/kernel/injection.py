@@ -60,7 +60,7 @@ class Inside:
         return True
 
     def call(self, name: str, *arguments: int) -> int:
-        """Make one system call of at most three arguments; returns its result, negative for an error number."""
+        """Make one system call of at most six arguments; returns its result, negative for an error number."""
         thread = self._thread
         registers = self._machine.with_call(
             self._registers, self._frame_address, self._sites, number_of(name), arguments

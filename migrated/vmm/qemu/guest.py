@@ -26,7 +26,7 @@ from migrated.kernel.tracking import WriteTracking, start_tracking
 from migrated.vmm import spawn
 from migrated.vmm.dirty_log import DirtyLog, PagemapScanLog
 from migrated.vmm.memory import GuestMemory, Span
-from migrated.vmm.qemu import access, places
+from migrated.vmm.qemu import access, handed_over, places
 from migrated.vmm.qemu.agent import set_wall_clock
 from migrated.vmm.qemu.blueprint import draw, unfit
 from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
@@ -79,6 +79,7 @@ class QemuGuest(VmmGuest):
         self._stop_timeout_s = stop_timeout_s
         self._tracking: WriteTracking | None = None
         self._fenced = False
+        self._hands_over = False
         self._machine = ""
         self._save = StateSave(qmp)
         self._load = StateLoad(qmp)
@@ -146,7 +147,7 @@ class QemuGuest(VmmGuest):
                 DeviceDescription(
                     name=DEVICES,
                     kind="non-iterable",
-                    state_bytes=self._place.state_bytes or _PRIOR_STATE_BYTES,
+                    state_bytes=(self._place.state_bytes or _PRIOR_STATE_BYTES) + handed_over.own_bytes(self._ram),
                     expected_save_ns=_PRIOR_SAVE_NS,
                     expected_load_ns=_PRIOR_LOAD_NS,
                 ),
@@ -183,6 +184,16 @@ class QemuGuest(VmmGuest):
     async def why_not_migrate(self) -> str | None:
         return refusals(await self.check())
 
+    async def memory_files(self) -> Sequence[int]:
+        files = await asyncio.to_thread(handed_over.main_files, self.pid, self._ram)
+        self._hands_over = bool(files)
+        return files
+
+    async def keep_memory_private(self) -> None:
+        """Keep memory that was handed over from what QEMU writes to it, until it is resumed."""
+        await asyncio.to_thread(handed_over.make_private, self.pid, self._ram)
+        self._remember(private_view=True)
+
     async def memory(self) -> GuestMemory:
         return await asyncio.to_thread(access.open_memory, self.name, self.pid, self._ram)
 
@@ -190,6 +201,7 @@ class QemuGuest(VmmGuest):
         if mode == "logged":
             raise VmmError(f"QEMU keeps no dirty log that guest {self.name!r} could be followed by: use pagemap-scan")
         await self.stop_dirty_log()
+        self._hands_over = False  # what is tracked is copied
         self._fenced = drives_bypass_page_tables(await self._qmp.call("query-named-block-nodes"))
         ranges = [carried.range for carried in self._ram.carried]
         try:
@@ -235,6 +247,7 @@ class QemuGuest(VmmGuest):
             finally:
                 stopped.cancel()
         if self._place.incoming:
+            await self._publish()
             self._remember(incoming=False)
         return PauseTime(end_ns - begin_ns, drain_ns)
 
@@ -243,6 +256,7 @@ class QemuGuest(VmmGuest):
             await self.lock.take()
         arriving = self._place.incoming
         self._remember(epoch=epoch, run_log_bytes=places.log_size(self._place.run_log))
+        await self._publish()
         async with self._qmp.listen("RESUME") as next_event:
             resumed = asyncio.ensure_future(next_event())
             try:
@@ -259,6 +273,12 @@ class QemuGuest(VmmGuest):
             with contextlib.suppress(QmpCommandError):  # a guest without a network has nobody to tell
                 await self._qmp.call("announce-self", initial=50, max=550, rounds=5, step=100)
         return running_at_ns
+
+    async def _publish(self) -> None:
+        """Let what QEMU writes reach memory that was handed over, with what it has written already."""
+        if self._place.private_view:
+            await asyncio.to_thread(handed_over.publish, self.pid, self._ram)
+            self._remember(private_view=False)
 
     async def settle(self) -> str | None:
         if self._place.agent is None:
@@ -281,13 +301,21 @@ class QemuGuest(VmmGuest):
             await self.describe()
         data, took_ns = await self._save.save(self._machine)
         self._place = self._place.model_copy(update={"state_bytes": len(data)})
+        if self._hands_over:
+            begin_ns = time.monotonic_ns()
+            data = handed_over.read_own(self.name, self.pid, self._ram) + data
+            took_ns += time.monotonic_ns() - begin_ns
         yield [StatePart(DEVICES, "non-iterable", data, took_ns)]
 
     async def state_in(self, parts: Sequence[StatePart]) -> Sequence[int]:
         if [part.name for part in parts] != [DEVICES]:
             names = ", ".join(part.name for part in parts)
             raise VmmError(f"a QEMU guest takes its state as one part named {DEVICES!r}, not as: {names}")
-        return [await self._load.load(parts[0].data)]
+        state, begin_ns = parts[0].data, time.monotonic_ns()
+        if self._place.private_view:
+            state = handed_over.write_own(self.name, self.pid, self._ram, state)
+        written_ns = time.monotonic_ns()
+        return [written_ns - begin_ns + await self._load.load(state)]
 
     async def expected_costs(self, side: Side) -> ExpectedCosts:
         call_ns = 0
