@@ -16,7 +16,7 @@ import numpy as np
 
 from migrated.kernel import pagemap, process_memory
 from migrated.kernel.errors import InjectionError
-from migrated.kernel.injection import Inside, run_inside, why_not
+from migrated.kernel.injection import Inside, find_sites, run_inside, why_not
 
 _PROT_READ_WRITE: Final = 3
 _MAP_FIXED: Final = 0x10
@@ -34,49 +34,77 @@ class FileRange:
     fd: int
 
 
-def remap(pid: int, ranges: Sequence[FileRange], kind: Literal["shared", "private"]) -> None:
-    """Map files again where they are mapped. Nobody in the process may use that memory meanwhile. Blocks: call it off
-    the event loop.
+class Remapping:
+    """Files as a process has them mapped. All that can be found out ahead is found out here, so that the calls take no
+    longer than they must.
+
+    Args:
+        pid: of the process.
+        ranges: where it has which file; their descriptors are owned from here on, and closed if this fails.
 
     Raises:
-        InjectionError: it cannot be done there, and what was mapped is mapped still.
+        InjectionError: nothing can be done in that process, or it has a file open no more.
     """
-    try:
-        theirs = [_descriptor_of(pid, one.fd) for one in ranges]
-    except OSError as error:
-        raise InjectionError(why_not(pid, error)) from error
 
-    def work(inside: Inside) -> None:
-        for one, fd in zip(ranges, theirs, strict=True):
-            flags = _FLAGS[kind] | _MAP_FIXED
-            result = inside.call("mmap", one.address, one.size, _PROT_READ_WRITE, flags, fd, 0)
-            if result != one.address:
-                raise InjectionError(
-                    f"the memory at {one.address:#x} of process {pid} cannot be mapped again: {os.strerror(-result)}"
-                )
+    def __init__(self, pid: int, ranges: Sequence[FileRange]) -> None:
+        self._pid = pid
+        self._ranges = tuple(ranges)
+        self._table = -1
+        try:
+            self._table = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            self._theirs = [_descriptor_of(pid, one.fd) for one in ranges]
+            self._sites = find_sites(pid)
+        except OSError as error:
+            self.close()
+            raise InjectionError(why_not(pid, error)) from error
+        except BaseException:
+            self.close()
+            raise
 
-    run_inside(pid, work)
+    def map_privately(self) -> None:
+        """Map the files privately. Nobody in the process may use that memory meanwhile. Blocks for a millisecond.
 
+        Raises:
+            InjectionError: it cannot be done, and what was mapped is mapped still.
+        """
+        self._map("private")
 
-def copy_back(pid: int, ranges: Sequence[FileRange]) -> int:
-    """Write the copies that a process has of pages of private mappings into the files. Returns the bytes.
+    def share(self) -> None:
+        """Write the copies that the process has of pages into the files, and map these shared; as ``map_privately``.
 
-    Raises:
-        OSError: the process has ended, or may not be looked at.
-    """
-    total = 0
-    table = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+        Raises:
+            OSError: the copies cannot be read.
+        """
         vector = pagemap.make_vector(_RANGES_AT_ONCE)
-        for one in ranges:
-            for begin, end in pagemap.private_copies(table, one.address, one.address + one.size, vector).tolist():
+        for one in self._ranges:
+            copies = pagemap.private_copies(self._table, one.address, one.address + one.size, vector)
+            for begin, end in copies.tolist():
                 data = np.empty(end - begin, np.uint8)
-                process_memory.read(pid, np.array([[begin, end - begin]], np.uint64), data)
+                process_memory.read(self._pid, np.array([[begin, end - begin]], np.uint64), data)
                 os.pwrite(one.fd, data.data, begin - one.address)
-                total += end - begin
-    finally:
-        os.close(table)
-    return total
+        self._map("shared")
+
+    def close(self) -> None:
+        """Close the descriptors; a second call does nothing."""
+        ranges, self._ranges = self._ranges, ()
+        for one in ranges:
+            os.close(one.fd)
+        if self._table >= 0:
+            os.close(self._table)
+            self._table = -1
+
+    def _map(self, kind: Literal["shared", "private"]) -> None:
+        def work(inside: Inside) -> None:
+            for one, fd in zip(self._ranges, self._theirs, strict=True):
+                flags = _FLAGS[kind] | _MAP_FIXED
+                result = inside.call("mmap", one.address, one.size, _PROT_READ_WRITE, flags, fd, 0)
+                if result != one.address:
+                    raise InjectionError(
+                        f"the memory at {one.address:#x} of process {self._pid} cannot be mapped again: "
+                        f"{os.strerror(-result)}"
+                    )
+
+        run_inside(self._pid, work, self._sites)
 
 
 def _descriptor_of(pid: int, fd: int) -> int:

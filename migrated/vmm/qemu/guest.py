@@ -31,6 +31,7 @@ from migrated.vmm.qemu.agent import set_wall_clock
 from migrated.vmm.qemu.blueprint import draw, unfit
 from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
 from migrated.vmm.qemu.findings import Row, refusals
+from migrated.vmm.qemu.handed_over import PrivateView
 from migrated.vmm.qemu.lock import QemuLock
 from migrated.vmm.qemu.places import Place
 from migrated.vmm.qemu.qmp import QUICK_S, Qmp, QmpCommandError, stamp_ns
@@ -80,6 +81,7 @@ class QemuGuest(VmmGuest):
         self._tracking: WriteTracking | None = None
         self._fenced = False
         self._hands_over = False
+        self._private_view: PrivateView | None = None
         self._machine = ""
         self._save = StateSave(qmp)
         self._load = StateLoad(qmp)
@@ -191,7 +193,8 @@ class QemuGuest(VmmGuest):
 
     async def keep_memory_private(self) -> None:
         """Keep memory that was handed over from what QEMU writes to it, until it is resumed."""
-        await asyncio.to_thread(handed_over.make_private, self.pid, self._ram)
+        self._private_view = await asyncio.to_thread(PrivateView, self.pid, self._ram)
+        await asyncio.to_thread(self._private_view.begin)
         self._remember(private_view=True)
 
     async def memory(self) -> GuestMemory:
@@ -248,7 +251,7 @@ class QemuGuest(VmmGuest):
                 stopped.cancel()
         if self._place.incoming:
             await self._publish()
-            self._remember(incoming=False)
+            self._remember(incoming=False, private_view=False)
         return PauseTime(end_ns - begin_ns, drain_ns)
 
     async def resume(self, epoch: int) -> int:
@@ -269,16 +272,20 @@ class QemuGuest(VmmGuest):
                 resumed.cancel()
         await self._save.release()
         if arriving:
-            self._remember(incoming=False)
+            self._remember(incoming=False, private_view=False)
             with contextlib.suppress(QmpCommandError):  # a guest without a network has nobody to tell
                 await self._qmp.call("announce-self", initial=50, max=550, rounds=5, step=100)
         return running_at_ns
 
     async def _publish(self) -> None:
         """Let what QEMU writes reach memory that was handed over, with what it has written already."""
-        if self._place.private_view:
-            await asyncio.to_thread(handed_over.publish, self.pid, self._ram)
-            self._remember(private_view=False)
+        if not self._place.private_view:
+            return
+        if self._private_view is None:  # a daemon before this one began it
+            self._private_view = await asyncio.to_thread(PrivateView, self.pid, self._ram)
+        await asyncio.to_thread(self._private_view.end)
+        self._private_view.close()
+        self._private_view = None
 
     async def settle(self) -> str | None:
         if self._place.agent is None:
@@ -361,6 +368,8 @@ class QemuGuest(VmmGuest):
     async def close(self) -> None:
         self._save.close()
         self._load.close()
+        if self._private_view is not None:
+            self._private_view.close()
         with contextlib.suppress(VmmGoneError):
             await self.stop_dirty_log()
         await self._qmp.close()

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
 
 from migrated.base.errors import VmmError
 from migrated.kernel.errors import OtherProcessError
-from migrated.kernel.remapping import FileRange, copy_back, remap
+from migrated.kernel.remapping import FileRange, Remapping
 from migrated.vmm.memory import WORDS_PER_PAGE, ProcessMemory, Span
 from migrated.vmm.qemu.access import open_mapped
 from migrated.vmm.qemu.ram import Carried, Ram
@@ -46,40 +44,66 @@ def main_files(pid: int, ram: Ram) -> list[int]:
     return [region.fd for region in regions]
 
 
-def make_private(pid: int, ram: Ram) -> None:
-    """Let QEMU map its guest's main memory privately: from here on nothing that it writes reaches the files.
+class PrivateView:
+    """Main memory that another QEMU has handed over, as a QEMU maps it privately until its guest runs.
+
+    Args:
+        pid: QEMU's process.
+        ram: what was found in it.
 
     Raises:
-        VmmError: it cannot be done in that process.
+        VmmError: its mappings cannot be changed.
     """
-    with _ranges(pid, ram) as ranges:
+
+    def __init__(self, pid: int, ram: Ram) -> None:
+        self._pid = pid
+        main = _main(ram)
+        regions = open_mapped(pid, main)
         try:
-            remap(pid, ranges, "private")
+            self._mappings = Remapping(
+                pid,
+                [
+                    FileRange(carried.address, carried.block.size, region.fd)
+                    for carried, region in zip(main, regions, strict=True)
+                ],
+            )
+        except OtherProcessError as error:
+            raise VmmError(f"the memory that was handed to QEMU (process {pid}) cannot be mapped: {error}") from error
+
+    def begin(self) -> None:
+        """From here on nothing that QEMU writes reaches the files.
+
+        Raises:
+            VmmError: it cannot be done in that process.
+        """
+        try:
+            self._mappings.map_privately()
         except OtherProcessError as error:
             raise VmmError(
-                f"the memory that was handed to QEMU (process {pid}) cannot be kept from it: {error}"
+                f"memory that was handed to QEMU (process {self._pid}) cannot be kept from it: {error}"
             ) from error
 
+    def end(self) -> None:
+        """Put what a stopped QEMU has written into the files; from here on all that it writes goes there. Doing it
+        twice does no harm.
 
-def publish(pid: int, ram: Ram) -> None:
-    """Put what a stopped QEMU has written privately into the files, and let it map them shared. Doing it twice does no
-    harm.
-
-    Raises:
-        VmmError: it cannot be done in that process.
-    """
-    with _ranges(pid, ram) as ranges:
+        Raises:
+            VmmError: it cannot be done in that process.
+        """
         try:
-            copy_back(pid, ranges)
-            remap(pid, ranges, "shared")
+            self._mappings.share()
         except OSError as error:
             raise VmmError(
-                f"what QEMU (process {pid}) wrote while it loaded cannot be read: {error.strerror}"
+                f"what QEMU (process {self._pid}) wrote while it loaded is lost: {error.strerror}"
             ) from error
         except OtherProcessError as error:
             raise VmmError(
-                f"the memory that was handed to QEMU (process {pid}) cannot be given to it: {error}"
+                f"memory that was handed to QEMU (process {self._pid}) cannot be given to it: {error}"
             ) from error
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._mappings.close()
 
 
 def own_bytes(ram: Ram) -> int:
@@ -125,18 +149,3 @@ def _own_memory(name: str, pid: int, ram: Ram) -> tuple[ProcessMemory, int]:
         spans.append(Span(carried.address, carried.block.pages, first))
         first += carried.block.pages
     return ProcessMemory(name, pid, spans, sparse=False), first
-
-
-@contextmanager
-def _ranges(pid: int, ram: Ram) -> Iterator[Sequence[FileRange]]:
-    """Main memory by file; the files are open meanwhile."""
-    main = _main(ram)
-    regions = open_mapped(pid, main)
-    try:
-        yield [
-            FileRange(carried.address, carried.block.size, region.fd)
-            for carried, region in zip(main, regions, strict=True)
-        ]
-    finally:
-        for region in regions:
-            os.close(region.fd)
