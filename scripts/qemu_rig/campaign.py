@@ -20,15 +20,15 @@ from scripts.basics import say
 from scripts.qemu_rig.figures import beyond_record_ns
 from scripts.qemu_rig.gaps import clock_stood_ns, handover_gap
 from scripts.qemu_rig.pair import GUEST, QemuPair
-from scripts.qemu_rig.workload import Workload
+from scripts.qemu_rig.workload import Workload, usable_mib
 from scripts.rig.host import Host
 
 WORKLOADS: Final[Mapping[str, Callable[[int], Workload]]] = {
-    "idle": lambda memory_mib: Workload.idle(memory_mib * 3 // 4),
-    "hot-cold": lambda memory_mib: Workload.hot_cold(memory_mib * 3 // 4),
-    "heavy": lambda memory_mib: Workload.heavy(memory_mib * 3 // 4),
+    "idle": lambda memory_mib: Workload.idle(usable_mib(memory_mib)),
+    "hot-cold": lambda memory_mib: Workload.hot_cold(usable_mib(memory_mib)),
+    "heavy": lambda memory_mib: Workload.heavy(usable_mib(memory_mib)),
 }
-"""Workloads by name, each a function of the guest's memory (MiB), of which it uses three quarters."""
+"""Workloads by name, each a function of the guest's memory (MiB)."""
 _WARM_BEATS: Final = 100
 _WARM_S: Final = 60.0
 _NS_PER_MS: Final = 1_000_000
@@ -113,6 +113,7 @@ class Campaign:
         self.late += downtime["limit_violated"]
         say(
             f"{len(self.gaps_ms):4} downtime {self.downtimes_ms[-1]:7.2f} ms, "
+            f"bound {(downtime['predicted_upper_ns'] or 0) / _NS_PER_MS:7.2f} ms, "
             f"guest's clock stood {self.stood_ms[-1]:7.2f} ms, silent {self.gaps_ms[-1]:7.2f} ms, "
             f"total {self.totals_ms[-1]:7.0f} ms"
         )
