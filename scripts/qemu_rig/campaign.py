@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from scripts.basics import say
+from scripts.basics import MIB, say
 from scripts.qemu_rig.figures import beyond_record_ns
 from scripts.qemu_rig.gaps import clock_stood_ns, handover_gap
 from scripts.qemu_rig.pair import GUEST, QemuPair
@@ -46,6 +46,7 @@ class Campaign:
         downtimes_ms: of the moves that completed, as their records say.
         gaps_ms: how long the guest was heard by nobody.
         totals_ms: from the command to the end.
+        ram_mib_per_s: the guest's memory as a whole, over the time from the first round to the end.
         late: moves whose record says that the limit was violated.
         stood_ms: by how much the guest's clock fell behind: how long it was stopped, as it sees it itself.
         beyond_ms: how far that lies outside of the record's interval and two beats; not above 0 when right.
@@ -59,6 +60,7 @@ class Campaign:
     gaps_ms: list[float] = field(default_factory=list)
     stood_ms: list[float] = field(default_factory=list)
     totals_ms: list[float] = field(default_factory=list)
+    ram_mib_per_s: list[float] = field(default_factory=list)
     late: int = 0
     beyond_ms: list[float] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -109,6 +111,8 @@ class Campaign:
         self.gaps_ms.append(gap.ns / _NS_PER_MS)
         self.stood_ms.append(stood_ns / _NS_PER_MS)
         self.totals_ms.append(record["total_ns"] / _NS_PER_MS)
+        moving_s = (record["total_ns"] - record["setup_ns"]) / 1e9
+        self.ram_mib_per_s.append(record["ram"]["total_bytes"] / MIB / moving_s)
         self.beyond_ms.append(beyond_ns / _NS_PER_MS)
         self.late += downtime["limit_violated"]
         say(
@@ -142,6 +146,7 @@ class Campaign:
             "gap_ms": _spread(self.gaps_ms),
             "beyond_record_ms": _spread(self.beyond_ms),
             "total_ms": _spread(self.totals_ms),
+            "ram_mib_per_s": round(statistics.median(self.ram_mib_per_s), 1) if self.ram_mib_per_s else None,
             "violations": len(self.violations),
         }
 
