@@ -171,6 +171,8 @@ class MigrationHost:
         self.events.publish("X_MIGRATED_GUEST_GONE", {"guest": guest.name, "pid": guest.vmm.pid})
         (self._incoming if guest.overlay == "incoming" else self._outgoing).guest_gone(guest)
         if self._fleet is not None:
+            if guest.overlay is None and guest.migration_id is None:
+                self._fleet.owners.release(guest.name)  # it runs nowhere now
             self._fleet.look_again()
 
     # Section: guests
