@@ -14,7 +14,7 @@ import structlog
 import xxhash
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
-from migrated.link.control import ControlChannel
+from migrated.link.reply import Reply
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
 from migrated.prediction.model import Prediction
@@ -51,7 +51,8 @@ class Transfer:
     memory: GuestMemory
     dirty_log: DirtyLog
     sender: PageSender
-    control: ControlChannel
+    control: Reply
+    """Is told of each round."""
     ledger: OutgoingLedger
     shared: bool = False
     round: int = 0
