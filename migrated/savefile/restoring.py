@@ -1,6 +1,6 @@
-"""One restore: an empty guest is built, all that the file holds is put into it and checked, then it runs.
+"""One restore: an empty guest is built, all that the file holds goes into it and is checked, and it runs.
 
-    opened -> an equal guest -> every frame read and checked, states loaded, guest time moved -> digests equal -> it runs
+    opened -> an equal guest -> every frame read, checked, loaded; guest time moved -> digests equal -> it runs
 
 The file is only read. Whatever fails, the new guest is ended, and the file can be tried again.
 """

@@ -65,8 +65,13 @@ def check_target(path: Path, *, force: bool) -> None:
         raise RefusedError(f"{path} cannot be used: {error.strerror}") from error
     if not force:
         raise RefusedError(f"{path} exists already; choose another file, remove it, or replace it with --force")
-    if not stat.S_ISREG(found.st_mode) or path.open("rb").read(len(MAGIC)) != MAGIC:
+    if not stat.S_ISREG(found.st_mode) or not _is_saved_guest(path):
         raise RefusedError(f"{path} is not a saved guest, and only such a file is replaced; choose another name")
+
+
+def _is_saved_guest(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 class SaveWriter:
