@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from migrated.base.clock import HostClock
+from migrated.fleet.ownership import Keeper
 from migrated.guests.registry import GuestRegistry
 from migrated.link.security import LinkSecurity
 from migrated.prediction.knowledge import Knowledge
@@ -38,6 +39,7 @@ class Environment:
         hold_events: the guest of a migration is about to be stopped: nobody is woken for events until it runs again.
         take_log: the log lines collected for this host's part in a migration.
         open_own: connects to this daemon itself, with what an operator wants of the VMM that a guest gets by that.
+        keeper: knows who owns a guest in the fleet; None for a host that belongs to none.
     """
 
     config: Config
@@ -54,6 +56,7 @@ class Environment:
     hold_events: Callable[[str], None]
     take_log: Callable[[str, Role], list[dict[str, str]]]
     open_own: Callable[[Replacement], socket.socket]
+    keeper: Keeper | None = None
 
 
 def host_name(config: Config) -> str:

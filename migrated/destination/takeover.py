@@ -16,7 +16,7 @@ import structlog
 
 from migrated.base.errors import LinkLostError, VmmError
 from migrated.environment import Environment
-from migrated.guests.registry import Guest
+from migrated.guests.registry import Guest, name_at
 from migrated.link.reply import Reply
 from migrated.observe.transitions import Transitions
 from migrated.state.journal import JournalError
@@ -107,7 +107,10 @@ class Takeover:
         self._guest = guest
         self._keep_paused = keep_paused
         self._executor = DestinationExecutor(
-            state, locks=env.config.lock.directory is not None, keep_paused=keep_paused
+            state,
+            locks=env.config.lock.directory is not None,
+            keep_paused=keep_paused,
+            fleet=env.keeper is not None,
         )
         self._executor.reason = reason
         self._lock = asyncio.Lock()
@@ -199,6 +202,8 @@ class Takeover:
                 return await self._end_guest()
             case effects.DestroyGuest():
                 return await self._destroy()
+            case effects.ConfirmOwnership():
+                return DONE if self._env.keeper is None else await self._env.keeper.confirm(name_at(self._place))
             case effects.SendReady():
                 return self._send(reply, self.make_ready())
             case effects.SendNo(cause=cause, reason=reason):

@@ -23,6 +23,7 @@ import structlog
 
 from migrated.base.errors import NoRoomError, RefusedError, VmmError, VmmGoneError, VmmSilentError
 from migrated.base.tasks import TaskSet
+from migrated.kernel.scheduling import give_back_all
 from migrated.settings.config import Config
 from migrated.vmm import spawn
 from migrated.vmm.seam import Driver, GuestRequest, Incoming, Replacement, VmmGuest
@@ -36,6 +37,12 @@ _STANDING: Final[Mapping[Overlay | None, int]] = {None: 0, "in-doubt": 1, "incom
 """Which of two processes of one name a command means: the lowest."""
 _TWIN: Final = "~"
 """Ends the place of a process beside another of the same name; no guest's name has it."""
+
+
+def name_at(place: str) -> str:
+    """The name of the guest at a place."""
+    return place.removesuffix(_TWIN)
+
 
 UNRESPONSIVE: Final = "unresponsive"
 """The state of a guest whose VMM does not answer."""
@@ -147,7 +154,7 @@ class GuestRegistry:
         except VmmSilentError as error:
             log.error("a guest does not answer", guest=path.stem, reason=str(error))
             reason = f"{error}, and has not since the daemon began; it is asked until it does, or its process ends"
-            self.silent[path.stem] = SilentGuest(path.stem.removesuffix(_TWIN), error.pid or None, path, reason)
+            self.silent[path.stem] = SilentGuest(name_at(path.stem), error.pid or None, path, reason)
             self._asking.start(self._keep_asking(driver, path))
 
     async def _take_up(self, driver: Driver, path: Path, timeout_s: float | None) -> None:
@@ -159,6 +166,7 @@ class GuestRegistry:
         try:
             vmm = await driver.attach(path, timeout_s)
             try:
+                give_back_all(vmm.pid)  # a daemon that was killed in the middle of a blackout could not
                 self._adopt(vmm, await vmm.describe())
             except BaseException:
                 await vmm.close()
@@ -332,7 +340,7 @@ class GuestRegistry:
         most = self._config.limits.max_guests
         if (count := len(self._guests) + len(self._starting) + len(self.silent)) >= most:
             raise NoRoomError(f"there are {count} guests on this host, the most that [limits] max_guests allows")
-        name = place.removesuffix(_TWIN)
+        name = name_at(place)
         places = (place,) if beside_another else (name, name + _TWIN)
         if any(one in held for one in places for held in (self._guests, self._starting, self.silent)):
             raise RefusedError(f"a guest named {name!r} is already on this host; choose another name or destroy it")

@@ -13,16 +13,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import time
 from dataclasses import dataclass
 
 import structlog
 import xxhash
 
+from migrated.base.collector import QuietCollector
 from migrated.base.errors import CancelledByOperatorError, MigrationError, VmmError
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
 from migrated.guests.reservation import Reservation
+from migrated.kernel.processor import ProcessorLoad
+from migrated.kernel.scheduling import Precedence, threads_of
 from migrated.observe.progress import Progress
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.knowledge import class_key
@@ -300,16 +304,18 @@ class Save:
         env, ledger, vmm = self._env, self._ledger, self._guest.vmm
         limit_ns = limit_of(parameters)
         resume_ns = env.resume_costs.expected_ns(vmm.driver, desk.offer.costs, limit_ns)
+        load = ProcessorLoad()
         kind = f"file|{class_key(desk.offer.description)}"
 
         def predict(dirty_pages: int, bandwidth: Bandwidth) -> Prediction:
             bases = bases_of(
-                desk.offer.costs,
+                desk.offer,
                 bandwidth,
                 dirty_pages=dirty_pages,
                 device_bytes=desk.transfer.final_device_bytes(),
                 scan_ns=desk.transfer.collect_ns,
                 resume_ns=resume_ns,
+                load=load,
             )
             return env.knowledge.predict(
                 f"{self.guest_name} to a file", kind, bases, coverage=parameters.prediction_coverage_pct / 100,
@@ -338,19 +344,20 @@ class Save:
         reserve_ns = env.resume_costs.reserve_ns(vmm.driver, desk.offer.costs, limit_ns)
         await vmm.prepare_stop()
         env.hold_events(self.migration_id)
-        stop = await self._stop_guest()
-        self._view.guest_stopped(held=False)
-        self._phase.name = Phase.FINAL_PAGES
-        left_s = (stop.began_ns + limit_ns - reserve_ns - time.monotonic_ns()) / 1e9
-        try:
-            async with asyncio.timeout(max(0.0, left_s) if parameters.switchover_abort else None):
-                read = await save_last_state(desk, pending, env.clock)
-        except TimeoutError as error:
-            raise MigrationError(
-                f"the guest would have stood still for longer than its limit of {limit_ns / 1e6:g} ms; it runs on and "
-                "nothing was saved. Raise --downtime-limit, or save it with --stop"
-            ) from error
-        await self._resume(given_up=False)
+        with QuietCollector(), Precedence(threads_of(os.getpid(), vmm.pid)):
+            stop = await self._stop_guest()
+            self._view.guest_stopped(held=False)
+            self._phase.name = Phase.FINAL_PAGES
+            left_s = (stop.began_ns + limit_ns - reserve_ns - time.monotonic_ns()) / 1e9
+            try:
+                async with asyncio.timeout(max(0.0, left_s) if parameters.switchover_abort else None):
+                    read = await save_last_state(desk, pending, env.clock)
+            except TimeoutError as error:
+                raise MigrationError(
+                    f"the guest would have stood still for longer than its limit of {limit_ns / 1e6:g} ms; it runs on "
+                    "and nothing was saved. Raise --downtime-limit, or save it with --stop"
+                ) from error
+            await self._resume(given_up=False)
         self._view.set_status("active")
         self._phase.name = Phase.FINISH
         self._view.tell_passes()

@@ -54,6 +54,7 @@ class RecoveredHandover:
             guest,
             bool(attempt.facts["paused"]),
             asker,
+            None if peer == HERE else env.keeper,
             source_state_of(attempt.decisions),
         )
         self._reservation = Reservation(guest, attempt.migration_id) if guest is not None else None
@@ -73,7 +74,9 @@ class RecoveredHandover:
     async def _see_through(self) -> None:
         await self._handover.take(SourceEvent.RESTART, None, "the source's daemon was restarted during the migration")
         if self._handover.in_doubt:
-            self._record("in-doubt", "COMMIT was sent before the daemon was restarted, and no answer is known yet")
+            held = self._handover.reason if self._handover.state is SourceState.HELD else None
+            sent = "COMMIT was sent before the daemon was restarted, and no answer is known yet"
+            self._record("in-doubt", held or sent)
         await self._handover.finished.wait()
         if self._handover.state is SourceState.RETIRED:
             self._record("completed", None)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.environment import Environment
+from migrated.kernel.processor import ProcessorLoad
+from migrated.kernel.scheduling import may_take_precedence
 from migrated.link import sockets
 from migrated.link.control import ControlChannel
 from migrated.link.data import DataChannel
@@ -39,7 +41,7 @@ from protocol.messages import DeviceCost, Limits, TimeRules
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, SHARED
 
 _MEASURE_S = 5.0
-_MOST_LOAD = 4.0
+_MOST_LOAD = 12.0
 _LOADED_ALONE_NS = 300_000
 """A device whose load costs less travels to the VMM in one call with others like it."""
 
@@ -153,6 +155,7 @@ class Session:
     Attributes:
         shared: the guest's memory is handed over, so that neither memory nor tracking have anything to do.
         channels: joined data channels, in the hands of the sender's threads.
+        load: how long the event loop waits for a processor, since the session was opened.
         undo: ends what the session owns: threads, tracking, the mapping, the data channels.
     """
 
@@ -164,6 +167,7 @@ class Session:
     memory: GuestMemory
     tracking: Tracking
     sender: PageSender
+    load: ProcessorLoad
     undo: contextlib.AsyncExitStack
 
     def limits(self, parameters: MigrationParameters) -> Limits:
@@ -180,11 +184,12 @@ class Session:
             bandwidth: the link.
         """
         return bases_of(
-            self.offer.costs,
+            self.offer,
             bandwidth,
             dirty_pages=dirty_pages,
             device_bytes=device_bytes,
             scan_ns=scan_ns,
+            load=self.load,
             load_costs=self.welcome.load_costs,
             legs_ns=2 * self.connection.control.typical_round_trip_ns(),
             resume_ns=self.welcome.resume_ns,
@@ -201,32 +206,37 @@ class Session:
 
 
 def bases_of(
-    costs: ExpectedCosts,
+    offer: Offer,
     bandwidth: Bandwidth,
     *,
     dirty_pages: int,
     device_bytes: int,
     scan_ns: int,
     resume_ns: int,
+    load: ProcessorLoad,
     load_costs: Sequence[DeviceCost] = (),
     legs_ns: int = 0,
 ) -> Bases:
     """Return the bases of the prediction of a stop now.
 
     Args:
-        costs: of stopping and saving the guest.
+        offer: the guest, and its costs here.
         bandwidth: at which memory moves.
         dirty_pages, device_bytes: what would move while the guest stands still.
         scan_ns: cost of a dirty-log read, with its fence.
         resume_ns: cost of letting it run, wherever that is.
+        load: how long the event loop waits for a processor.
         load_costs: of its devices, where they are loaded before it runs again.
         legs_ns: what messages take, where there are any.
     """
-    memory = bandwidth.expect(dirty_pages, device_bytes)
+    costs, memory = offer.costs, bandwidth.expect(dirty_pages, device_bytes)
     save_ns, save_spread_ns = total_cost(costs.devices)
+    if costs.devices:
+        # The other states travel while the next is saved; the last one is on its way when all are saved.
+        save_ns += bandwidth.expect(0, max(device.state_bytes for device in offer.description.devices)).ns
     load_ns, load_spread_ns = total_cost(load_costs)
     spreads_ns = {Component.STATE: memory.spread_ns if memory.ns >= save_ns else save_spread_ns}
-    if costs.basis == "tried":
+    if costs.basis != "guessed":
         spreads_ns[Component.STOP] = costs.pause_spread_ns
     if load_spread_ns:
         spreads_ns[Component.DEVICE_LOADS] = load_spread_ns
@@ -241,7 +251,7 @@ def bases_of(
         devices=sum(cost.ns >= _LOADED_ALONE_NS for cost in load_costs),
         device_bytes=device_bytes,
         bandwidth_bytes_per_s=bandwidth.bytes_per_s,
-        load=min(max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), _MOST_LOAD),
+        load=1.0 if may_take_precedence() else min(load.now(), _MOST_LOAD),
         spreads_ns=spreads_ns,
     )
 
@@ -271,6 +281,7 @@ async def open_session(
         LinkLostError, MigrationError, VmmError: it could not be set up.
     """
     env.security.check_send(connection.control.names, offer.description.name)
+    load = ProcessorLoad()
     async with contextlib.AsyncExitStack() as undo:
         try:
             files = await vmm.memory_files() if connection.control.local else ()
@@ -311,7 +322,7 @@ async def open_session(
         except BaseException as error:
             connection.give_up(epoch, str(error) or "the source gave up")  # before the data channels are closed
             raise
-        return Session(connection, offer, welcome, shared, channels, memory, tracking, sender, undo.pop_all())
+        return Session(connection, offer, welcome, shared, channels, memory, tracking, sender, load, undo.pop_all())
 
 
 def _limits(parameters: MigrationParameters, offer: Offer) -> Limits:

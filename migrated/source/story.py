@@ -29,7 +29,7 @@ from migrated.source.phases import Beginning, Blackout, Connected, Opened, Prepa
 from migrated.source.precopy import Precopy, Transfer
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.switchover import Item, Switchover
-from migrated.source.target import Target
+from migrated.source.target import HERE, Target
 from migrated.source.view import View
 from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
@@ -158,6 +158,7 @@ class Story:
             self._guest,
             session.offer.was_paused,
             OutcomeAsker(target.place, env.security, limits, ledger.migration_id, ledger.epoch),
+            None if target.uri == HERE else env.keeper,
             on_doubt=self._view.became_doubtful,
         )
         transfer = Transfer(
@@ -187,12 +188,13 @@ class Story:
         hold = asyncio.Event() if parameters.pause_before_switchover else None
         limits = session.limits(parameters)
         driver, costs = self._guest.vmm.driver, session.offer.costs
+        committed_ns = session.connection.control.round_trip_ns() + session.welcome.resume_ns
         switchover = Switchover(
             prepared.transfer,
             handover,
             limits,
             SourceReserves(
-                commit_ns=session.connection.control.round_trip_ns() + session.welcome.resume_ns,
+                commit_ns=env.resume_costs.commit_reserve_ns(committed_ns, costs.call_ns, abort_limit_ns(limits)),
                 own_resume_ns=env.resume_costs.reserve_ns(driver, costs, abort_limit_ns(limits)),
             ),
             pending,
@@ -207,6 +209,8 @@ class Story:
         await switchover.run()
         if switchover.gave_back_ns is not None and not session.offer.was_paused:
             env.resume_costs.add(driver, switchover.gave_back_ns, costs)
+        if switchover.after_commit_ns is not None:
+            env.resume_costs.add_commit(switchover.after_commit_ns, committed_ns)
         if handover.state is SourceState.RETIRED:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_REPORT_S):
