@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -47,11 +47,21 @@ class FileAttempts:
     Args:
         env: the daemon.
         tasks: where they run.
+        claim: called before a guest is restored here, in case it has an owner in the fleet; raises OperationError.
+        let_go: called when a guest was put away, or could not be restored.
     """
 
-    def __init__(self, env: Environment, tasks: TaskSet) -> None:
+    def __init__(
+        self,
+        env: Environment,
+        tasks: TaskSet,
+        claim: Callable[[str], Awaitable[None]],
+        let_go: Callable[[str], None],
+    ) -> None:
         self._env = env
         self._tasks = tasks
+        self._claim = claim
+        self._let_go = let_go
         self._notes = SaveNotes(env.config.state.directory)
         self._unsettled: dict[str, SaveNote] = {}
         """Saves of the last daemon whose guest has not answered yet, by the guest's name."""
@@ -101,6 +111,7 @@ class FileAttempts:
                     f"a guest named {hello.guest.name!r} is already on this host; give the restored one another name "
                     "with --name"
                 )
+            await self._claim(hello.guest.name)
             migration_id = secrets.token_hex(16)
             restore = Restore(self._env, file, hello, parameters(hello.guest.name), migration_id)
         except ValidationError as error:
@@ -110,7 +121,7 @@ class FileAttempts:
         except BaseException:
             file.close()
             raise
-        self._begin(restore, self._run(restore))
+        self._begin(restore, self._run_restore(restore))
         return migration_id, restore.guest_name
 
     def _begin(self, attempt: FileAttempt, run: Coroutine[Any, Any, None]) -> None:
@@ -121,6 +132,15 @@ class FileAttempts:
     async def _run_save(self, save: Save, reservation: Reservation) -> None:
         with reservation:
             await self._run(save)
+        if self._env.guests.find(save.guest_name) is None:
+            self._let_go(save.guest_name)
+
+    async def _run_restore(self, restore: Restore) -> None:
+        try:
+            await self._run(restore)
+        finally:
+            if self._env.guests.find(restore.guest_name) is None:
+                self._let_go(restore.guest_name)
 
     async def _run(self, attempt: FileAttempt) -> None:
         try:
@@ -207,6 +227,7 @@ class FileAttempts:
                 if complete and note.ends_guest:
                     log.warning("a guest that was saved before the daemon ended is ended", guest=note.guest)
                     await self._env.guests.destroy(guest)
+                    self._let_go(note.guest)
                 elif note.was_running and (status := await guest.vmm.status()).state == "paused":
                     log.warning("a guest whose save was cut short runs again", guest=note.guest)
                     await guest.vmm.interrupt()
