@@ -28,6 +28,7 @@ from typing import Any, Final
 
 from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.basics import say
+from scripts.bench.cases import create_guest, profiled_pair
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
 from scripts.rig.waiting import RigError, until
@@ -77,16 +78,16 @@ def _dd(source: Path, target: Path, *, flush: bool) -> float:
     return time.monotonic() - begin
 
 
-async def _guest(host: Host, mib: int, **options: str) -> None:
+async def _guest(pair: Pair, mib: int, **profile: str) -> None:
     """A guest whose memory is filled already."""
-    await host.create_guest(GUEST, mib, workload="idle", options=options)
-    if not (verdict := await host.verify(GUEST))["ok"]:  # waits for the end of its boot
+    await create_guest(pair, GUEST, mib, **profile)
+    if not (verdict := await pair.a.verify(GUEST))["ok"]:  # waits for the end of its boot
         raise RigError(str(verdict["message"]))
 
 
-async def _times(pair: Pair, file: Path, mib: int, **options: str) -> tuple[float, float]:
+async def _times(pair: Pair, file: Path, mib: int, **profile: str) -> tuple[float, float]:
     """How long it takes to save a guest, and to restore it (s)."""
-    await _guest(pair.a, mib, **options)
+    await _guest(pair, mib, **profile)
     save_s = await _completed(pair.a, "x-migrated-save", guest=GUEST, file=str(file), force=True)
     await asyncio.to_thread(_cold, file)
     restore_s = await _completed(pair.b, "x-migrated-restore", file=str(file))
@@ -222,7 +223,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for."""
     chance = random.Random(options.seed)
     figures: dict[str, Any] = {"mib": options.mib}
-    with tempfile.TemporaryDirectory(prefix="saved-", dir=options.directory) as path, Pair() as pair:
+    with tempfile.TemporaryDirectory(prefix="saved-", dir=options.directory) as path, profiled_pair() as pair:
         directory = Path(path)
         if options.repeats:
             figures |= await measure(pair, directory, options.mib, options.repeats)
