@@ -106,10 +106,19 @@ class Fleet:
         await until("all hosts in the fleet", seen)
 
     async def evacuate(self, host: str, asked: str | None = None, **wishes: Any) -> str:
-        """Begin to empty a host, asking its own daemon or another; returns the job."""
+        """Begin to empty a host, asking its own daemon or another; returns the job once every daemon has seen it."""
         given = {key.replace("_", "-"): value for key, value in wishes.items()}
         answer = await self[asked or host].command("x-migrated-fleet-evacuate", {"host": host, **given})
-        return str(answer["job"])
+        job = str(answer["job"])
+
+        async def seen() -> bool:
+            for one in self.hosts.values():
+                if one.running and job not in [known["job"] for known in await one.command("x-migrated-fleet-jobs")]:
+                    return False
+            return True
+
+        await until(f"job {job} seen by all", seen)
+        return job
 
     async def job(self, asked: str, job: str) -> dict[str, Any]:
         """A job as one host sees it."""
