@@ -18,7 +18,8 @@ from migrated.observe.progress import Progress
 from migrated.settings.parameters import MigrationParameters
 from migrated.source.estimate import estimate
 from migrated.source.migration import OutgoingMigration
-from migrated.state.learned import keep_knowledge
+from migrated.source.target import Target
+from migrated.state.learned import keep_knowledge, keep_resume_costs
 from protocol.errors import ProtocolError
 
 _SHOWN_KEPT: Final = 256
@@ -45,14 +46,19 @@ class OutgoingAttempts:
 
     # Section: attempts
 
-    async def begin(self, guest: Guest, uri: str, overrides: dict[str, object]) -> str:
-        """Begin to move an idle guest. Returns the migration id."""
-        target = target_of(uri)
+    async def begin(
+        self, guest: Guest, target: Target, overrides: dict[str, object], migration_id: str | None = None
+    ) -> str:
+        """Begin to move an idle guest. Returns the migration id, which is a new one unless it is given."""
         parameters = with_values(self.parameters(guest.name), overrides)
+        migration_id = migration_id or secrets.token_hex(16)
+        if (keeper := self._env.keeper) is not None:
+            refusal = await keeper.begin(guest.name, target.uri, migration_id)
+            if refusal is not None:
+                raise OperationError(refusal)
         status = await asked(guest.vmm.status())
         if guest.migration_id is not None:
             raise OperationError(f"guest {guest.name!r} is already being migrated (migration {guest.migration_id})")
-        migration_id = secrets.token_hex(16)
         epoch = self._env.journal.next_epoch(guest.name, status.epoch)
         reservation = Reservation(guest, migration_id)
         migration = OutgoingMigration(self._env, guest, reservation, target, parameters, migration_id, epoch)
@@ -68,9 +74,11 @@ class OutgoingAttempts:
         finally:
             self._running.pop(migration.migration_id, None)
             self._show_as_ended(migration)
-            if migration.status == "completed":
+            if self._env.guests.find(migration.guest_name) is None:
                 self.forget_parameters(migration.guest_name)  # the next guest of this name is another one
-            await asyncio.to_thread(keep_knowledge, self._env.config.state.directory, self._env.knowledge)
+            directory = self._env.config.state.directory
+            await asyncio.to_thread(keep_knowledge, directory, self._env.knowledge)
+            await asyncio.to_thread(keep_resume_costs, directory, self._env.resume_costs.document())
 
     def _show_as_ended(self, migration: OutgoingMigration) -> None:
         """Show the last snapshot from now on, not the attempt, which holds all that it had."""
@@ -87,7 +95,7 @@ class OutgoingAttempts:
         parameters = with_values(self.parameters(guest.name), overrides)
         try:
             with Reservation(guest, "estimate"):
-                return await estimate(self._env, guest, target.host, target.port, parameters)
+                return await estimate(self._env, guest, target, parameters)
         except (MigrationError, ProtocolError, OSError) as error:
             raise OperationError(str(error)) from error
 
@@ -135,6 +143,11 @@ class OutgoingAttempts:
         migration = self._running.get(guest.migration_id or "")
         if migration is not None:
             migration.guest_gone()
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Ids of the attempts under way, those in doubt too."""
+        return frozenset(self._running)
 
     def knows(self, guest: str) -> bool:
         """Return whether an attempt to move a guest of this name was made since the daemon's start."""

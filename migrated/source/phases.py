@@ -35,6 +35,11 @@ _IN_DOUBT: Final = (
     "`migratectl resolve`"
 )
 
+_HELD: Final = (
+    "COMMIT was not sent, and the guest stays stopped here until the fleet's store says that it is this host's, or "
+    "until `migratectl resolve`: {}"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
@@ -44,6 +49,18 @@ class Figures:
     bandwidth_bytes_per_s: float = 0.0
     dirty_rate_pages_per_s: float = 0.0
     throttle_percent: int = 0
+
+
+def figures_of(ledger: OutgoingLedger, precopy: Precopy, sent_bytes: int) -> Figures:
+    """The figures of rounds under way.
+
+    Args:
+        sent_bytes: what has left so far; it tells what remains of the first round.
+    """
+    remaining_bytes = precopy.remaining_pages * PAGE_SIZE
+    if not ledger.rounds.rows:
+        remaining_bytes = max(0, (ledger.memory.pages - ledger.memory.sparse_pages) * PAGE_SIZE - sent_bytes)
+    return Figures(remaining_bytes, precopy.bandwidth.bytes_per_s, precopy.dirty_pages_per_s, precopy.throttle_percent)
 
 
 class Beginning:
@@ -167,13 +184,7 @@ class Prepared(Opened):
         return Phase.PRE_COPY
 
     def figures(self) -> Figures:
-        ledger, precopy = self.ledger, self.precopy
-        remaining_bytes = precopy.remaining_pages * PAGE_SIZE
-        if not ledger.rounds.rows:
-            remaining_bytes = max(0, (ledger.memory.pages - ledger.memory.sparse_pages) * PAGE_SIZE - self.sent_bytes())
-        return Figures(
-            remaining_bytes, precopy.bandwidth.bytes_per_s, precopy.dirty_pages_per_s, precopy.throttle_percent
-        )
+        return figures_of(self.ledger, self.precopy, self.sent_bytes())
 
     def pace(self, bytes_per_s: int) -> None:
         super().pace(bytes_per_s)
@@ -216,7 +227,7 @@ class Blackout(Prepared):
 
     @property
     def too_late(self) -> bool:
-        return self.handover.state in (SourceState.COMMITTED, SourceState.RETIRED)
+        return self.handover.state in (SourceState.COMMITTED, SourceState.HELD, SourceState.RETIRED)
 
     def continue_switchover(self) -> bool:
         if self._hold is None:
@@ -237,6 +248,8 @@ class Blackout(Prepared):
                 return "completed", None
             case SourceState.COMMITTED:
                 return "in-doubt", _IN_DOUBT
+            case SourceState.HELD:
+                return "in-doubt", _HELD.format(self.handover.reason)
             case SourceState.ABORTED:
                 return ("cancelled" if cancelled else "aborted"), self.handover.reason
             case _:
