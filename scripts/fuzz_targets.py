@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,9 +21,10 @@ from migrated.destination.decoding import allowed_encodings, check_encoding, dec
 from migrated.link.tls import Credentials, TlsError, TlsSession
 from migrated.record.model import Record
 from migrated.record.received import read_received
+from migrated.settings.config import Config
+from migrated.vmm.drivers import load_drivers
 from migrated.vmm.qemu.qmp import Qmp
-from migrated.vmm.sim.calls import Calls
-from migrated.vmm.sim.guest import SimGuest
+from migrated.vmm.seam import Driver
 from protocol import messages
 from protocol.errors import RemoteProtocolError
 from protocol.frames import HEADER_BYTES, MAX_PAYLOAD_BYTES, FrameParser, check_meta, unpack_header
@@ -216,9 +218,9 @@ async def ask_monitor(socket: Path) -> None:
         await monitor.close()
 
 
-async def ask_guest(socket: Path) -> None:
+async def ask_guest(driver: Driver, socket: Path) -> None:
     """Connect to a simulated VMM as the daemon does, and let it describe its guest."""
-    guest = SimGuest(await Calls.connect(socket, _ANSWER_S), socket, locked=False)
+    guest = await driver.attach(socket, _ANSWER_S)
     try:
         await guest.describe()
         await guest.status()
@@ -232,6 +234,7 @@ def live_targets(patience_s: float = 2.0) -> Iterator[dict[str, Target]]:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place, asyncio.Runner() as runner:
         directory = Path(place)
         monitor = AnswerTarget(runner, directory / "qemu", ask_monitor, patience_s)
-        guest = AnswerTarget(runner, directory / "guest", ask_guest, patience_s)
+        driver = load_drivers(Config())["sim"]
+        guest = AnswerTarget(runner, directory / "guest", partial(ask_guest, driver), patience_s)
         with contextlib.closing(monitor), contextlib.closing(guest):
             yield {"tls": TlsTarget(directory), "qemu": monitor, "guest": guest}
