@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from migrated.base.clock import HostClock
+from migrated.fleet.ownership import Keeper
 from migrated.guests.registry import GuestRegistry
 from migrated.link.security import LinkSecurity
 from migrated.prediction.knowledge import Knowledge
@@ -18,6 +19,7 @@ from migrated.settings.config import Config
 from migrated.state.journal import Journal
 from migrated.state.run_marks import RunMarks
 from migrated.vmm.resume_costs import ResumeCosts
+from migrated.vmm.seam import Replacement
 
 DaemonRole = Literal["source", "destination", "host"]
 """The directions of migration that a daemon serves; a host serves both."""
@@ -35,7 +37,9 @@ class Environment:
         finish: takes each finished record, with this host's part in it.
         publish: sends a QMP event: name and data.
         hold_events: the guest of a migration is about to be stopped: nobody is woken for events until it runs again.
-        take_log: the log lines collected for a migration.
+        take_log: the log lines collected for this host's part in a migration.
+        open_own: connects to this daemon itself, with what an operator wants of the VMM that a guest gets by that.
+        keeper: knows who owns a guest in the fleet; None for a host that belongs to none.
     """
 
     config: Config
@@ -50,7 +54,9 @@ class Environment:
     finish: Callable[[Record, Role], None]
     publish: Callable[[str, dict[str, Any]], None]
     hold_events: Callable[[str], None]
-    take_log: Callable[[str], list[dict[str, str]]]
+    take_log: Callable[[str, Role], list[dict[str, str]]]
+    open_own: Callable[[Replacement], socket.socket]
+    keeper: Keeper | None = None
 
 
 def host_name(config: Config) -> str:

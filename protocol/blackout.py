@@ -25,6 +25,7 @@ from protocol.messages import Limits, NoCause
 
 TICK_NS: Final = 1_000_000
 """The event loop's timers count whole milliseconds."""
+MAX_INSTANT_NS: Final = (1 << 63) - 1
 VOTE_NS: Final = 3_000_000
 """Kept back for the vote itself: timers count whole milliseconds on both hosts, and a vote is journaled before it is
 sent."""
@@ -117,6 +118,15 @@ class SourceBudget:
             return None
         late_ns = self.counted_ns(now_ns) - deadline_ns
         return late_ns if late_ns > -TICK_NS else None
+
+    def commit_by_ns(self, now_ns: int) -> int:
+        """The instant until which a decision to commit that is being carried out may take: later, COMMIT would not
+        leave its own time and that of the resume, or giving up not that of the source's resume (ns, MAX_INSTANT_NS when
+        nothing is enforced)."""
+        if (deadline_ns := self.deadline_ns) is None:
+            return MAX_INSTANT_NS
+        latest_ns = min(deadline_ns, abort_limit_ns(self.limits) - self.reserves.commit_ns)
+        return now_ns + latest_ns - self.counted_ns(now_ns)
 
     def judge_ready(self, destination_digest: int, source_digest: int | None, now_ns: int) -> SourceVerdict:
         """Judge READY: commit if the copies are equal and the rest of the budget covers the remaining steps.

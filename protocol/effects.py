@@ -20,6 +20,8 @@ class Result(StrEnum):
     DONE = "done"
     FAILED = "failed"
     """It was not done. For ``LookAtGuest``: the guest's VMM does not answer, or has ended."""
+    REFUSED = "refused"
+    """The fleet's store answered, and the answer is no (``TransferOwnership``, ``ConfirmOwnership``)."""
     RUNS = "runs"
     """The guest runs, or has run, in this epoch (``LookAtGuest``, ``EndGuest``)."""
     WAITS = "waits"
@@ -113,6 +115,29 @@ class AskOutcome:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferOwnership:
+    """Make the destination the guest's owner in the fleet's store, in one step that compares that this host still is
+    and is not fenced. DONE; REFUSED when the store said no; FAILED when it did not say yes while COMMIT was still in
+    time: then it may have been done, or may be done later."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmOwnership:
+    """After a restart of the daemon, make sure that this host owns the guest, is not fenced, and that nothing that an
+    earlier daemon asked of the fleet's store can change that any more. DONE, REFUSED; FAILED without an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReclaimOwnership:
+    """Begin to write into the fleet's store that this host owns the guest, until it is there. DONE."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskOwnership:
+    """Take ASK_AGAIN after a while. DONE."""
+
+
+@dataclass(frozen=True, slots=True)
 class SendCommit:
     """Tell the destination to run the guest. DONE, also when the peer cannot be reached."""
 
@@ -156,6 +181,8 @@ class SendOpen:
     reason: str
 
 
+OwnershipEffect: TypeAlias = TransferOwnership | ConfirmOwnership | ReclaimOwnership | AskOwnership
+"""The effects that concern the store of a fleet; nothing asks for them without one."""
 SourceEffect: TypeAlias = (
     StopGuest
     | Journal
@@ -167,6 +194,7 @@ SourceEffect: TypeAlias = (
     | SendCommit
     | SendAbort
     | AskOutcome
+    | OwnershipEffect
 )
 Answer: TypeAlias = SendRunning | SendDiscarded | SendOpen
 """The destination's answers to a decision of the source."""
@@ -179,6 +207,7 @@ DestinationEffect: TypeAlias = (
     | ResumeGuest
     | EndGuest
     | DestroyGuest
+    | ConfirmOwnership
     | SendReady
     | SendNo
     | Answer

@@ -4,8 +4,9 @@
 
 The tables in ``protocol.handover`` say which actions an event asks for, in which order. This module adds everything
 between an action and its effects: the steps that an action consists of (the ownership lock is let go of before COMMIT
-is told, and taken before a guest runs; the mark "ran in epoch N" is written before it runs), and the consequences of a
-step that fails (a decision that is not journaled is not sent; the result of a resume is the next event). The executor
+is told, and taken before a guest runs; the mark "ran in epoch N" is written before it runs; in a fleet, a restarted
+daemon asks the store who owns a guest before it runs it), and the consequences of a step that fails (a decision that is
+not journaled is not sent; the result of a resume is the next event). The executor
 does nothing itself: the daemons carry effects out for real, the explorer and the simulator in a model. So the proofs
 drive the code that ships.
 
@@ -22,12 +23,15 @@ from typing import Final, Generic, NamedTuple, TypeVar
 
 from protocol.effects import (
     AskOutcome,
+    AskOwnership,
+    ConfirmOwnership,
     DestinationEffect,
     DestroyGuest,
     EndGuest,
     Journal,
     LookAtGuest,
     Outcome,
+    ReclaimOwnership,
     ReleaseLock,
     Result,
     ResumeGuest,
@@ -42,11 +46,13 @@ from protocol.effects import (
     SourceEffect,
     StopGuest,
     TakeLock,
+    TransferOwnership,
     WithdrawMark,
     WriteMark,
 )
 from protocol.handover import (
     DESTINATION,
+    FLEET_SOURCE,
     SOURCE,
     Action,
     Decision,
@@ -64,6 +70,7 @@ from protocol.messages import NoCause
 class Step(StrEnum):
     """Steps that no table names: parts of an action."""
 
+    CONFIRM_OWNERSHIP = "confirm-ownership"
     TAKE_LOCK = "take-lock"
     RELEASE_LOCK = "release-lock"
     LOOK = "look-at-guest"
@@ -79,7 +86,7 @@ EventT = TypeVar("EventT", bound=StrEnum)
 EffectT = TypeVar("EffectT")
 
 JOURNALED: Final = {action: Decision(action.removeprefix("journal-")) for action in Action if "journal-" in action}
-RESUME_STEPS: Final = frozenset({Step.TAKE_LOCK, Step.LOOK, Step.WRITE_MARK, Step.RUN})
+RESUME_STEPS: Final = frozenset({Step.CONFIRM_OWNERSHIP, Step.TAKE_LOCK, Step.LOOK, Step.WRITE_MARK, Step.RUN})
 
 
 class Memory(NamedTuple, Generic[StateT]):
@@ -89,6 +96,7 @@ class Memory(NamedTuple, Generic[StateT]):
     steps: tuple[StrEnum, ...]
     in_doubt: bool
     unsure: bool
+    restarted: bool = False
 
 
 class Executor(ABC, Generic[StateT, EventT, EffectT]):
@@ -100,6 +108,8 @@ class Executor(ABC, Generic[StateT, EventT, EffectT]):
         steps: the steps of each action; an action that is not listed is a single step.
         locks: whether guests have ownership locks here.
         marks: whether this resume makes the guest run, so that a mark is written; False for a guest that stays paused.
+        fleet: whether guests have owners in the store of a fleet.
+        restart: the event of a restarted daemon.
 
     Attributes:
         reason: why the attempt ended, None while it has not.
@@ -114,6 +124,8 @@ class Executor(ABC, Generic[StateT, EventT, EffectT]):
         *,
         locks: bool,
         marks: bool,
+        fleet: bool,
+        restart: EventT,
     ) -> None:
         self.reason: str | None = None
         self.in_doubt = False
@@ -122,6 +134,9 @@ class Executor(ABC, Generic[StateT, EventT, EffectT]):
         self._steps_of = steps
         self._left_out = {*(() if locks else (Step.TAKE_LOCK, Step.RELEASE_LOCK)), *(() if marks else MARK_STEPS)}
         self._unsure = False
+        self._fleet = fleet
+        self._restart = restart
+        self._restarted = False
         self._steps: tuple[StrEnum, ...] = ()
 
     @property
@@ -137,12 +152,13 @@ class Executor(ABC, Generic[StateT, EventT, EffectT]):
     @property
     def memory(self) -> Memory[StateT]:
         """A copy of the executor's state, which ``recall`` takes to continue from here."""
-        return Memory(self._machine.state, self._steps, self.in_doubt, self._unsure)
+        return Memory(self._machine.state, self._steps, self.in_doubt, self._unsure, self._restarted)
 
     def recall(self, memory: Memory[StateT]) -> None:
         """Go on from where an executor with the same rules was."""
         self._machine.state = memory.state
-        self._steps, self.in_doubt, self._unsure = memory.steps, memory.in_doubt, memory.unsure
+        self._steps, self.in_doubt = memory.steps, memory.in_doubt
+        self._unsure, self._restarted = memory.unsure, memory.restarted
 
     def take(self, event: EventT, reason: str | None = None) -> bool:
         """Take one event. The caller must carry out all its effects before the next event.
@@ -176,13 +192,15 @@ class Executor(ABC, Generic[StateT, EventT, EffectT]):
         before = self._machine.state
         actions = self._machine.take(event)
         self._keep_reason(before, event, reason)
+        self._restarted = self._restarted or (self._fleet and event is self._restart)
         self._steps = tuple(step for action in actions if action is not Action.REFUSE for step in self._expand(action))
         self._taken(before, event)
         self._skip()
         return Action.REFUSE not in actions
 
     def _expand(self, action: Action) -> tuple[StrEnum, ...]:
-        return tuple(step for step in self._steps_of.get(action, (action,)) if step not in self._left_out)
+        left_out = self._left_out if self._restarted else self._left_out | {Step.CONFIRM_OWNERSHIP}
+        return tuple(step for step in self._steps_of.get(action, (action,)) if step not in left_out)
 
     def _drop_resume(self) -> None:
         """Drop the remaining steps of a resume."""
@@ -218,7 +236,9 @@ SOURCE_STEPS: Final[Mapping[Action, tuple[Step | Action, ...]]] = {
     # COMMIT is journaled: from now on the destination may take the lock, and must find it free when COMMIT arrives.
     Action.SEND_COMMIT: (Step.RELEASE_LOCK, Action.SEND_COMMIT),
     Action.ASK_OUTCOME: (Step.RELEASE_LOCK, Action.ASK_OUTCOME),
-    Action.RESUME_GUEST: (Step.TAKE_LOCK, Step.WRITE_MARK, Step.RUN),
+    # Nobody else can run the guest while this daemon has lived since the stop. After a restart somebody may have been
+    # told that this host is dead.
+    Action.RESUME_GUEST: (Step.CONFIRM_OWNERSHIP, Step.TAKE_LOCK, Step.WRITE_MARK, Step.RUN),
 }
 SOURCE_FINAL: Final = frozenset({SourceState.ABORTED, SourceState.RETIRED})
 _ENDS_DOUBT: Final = frozenset({SourceEvent.DISCARDED, SourceEvent.RESOLVE_RUN_HERE})
@@ -231,6 +251,7 @@ class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
         state: first state; after a restart the one that ``source_state_of`` read from the journal.
         locks: whether guests have ownership locks here.
         was_paused: the guest was paused when the migration began, and stays so when it is taken back.
+        fleet: whether guests have owners in the store of a fleet.
         table: the rules; only a proof that breaks them on purpose passes others.
     """
 
@@ -240,9 +261,18 @@ class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
         *,
         locks: bool,
         was_paused: bool = False,
-        table: SourceTable = SOURCE,
+        fleet: bool = False,
+        table: SourceTable | None = None,
     ) -> None:
-        super().__init__(Machine("source", table, state), SOURCE_FINAL, SOURCE_STEPS, locks=locks, marks=not was_paused)
+        super().__init__(
+            Machine("source", table or (FLEET_SOURCE if fleet else SOURCE), state),
+            SOURCE_FINAL,
+            SOURCE_STEPS,
+            locks=locks,
+            marks=not was_paused,
+            fleet=fleet,
+            restart=SourceEvent.RESTART,
+        )
 
     def _keep_reason(self, before: SourceState, event: SourceEvent, reason: str | None) -> None:
         """Keep the first reason that ends the attempt before COMMIT, or that returns the guest to the source after
@@ -252,6 +282,8 @@ class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
 
     def _taken(self, before: SourceState, event: SourceEvent) -> None:
         self.in_doubt = self.in_doubt and self.state is SourceState.COMMITTED
+        if event is SourceEvent.RESOLVE_RUN_HERE:  # the operator's word counts, also while the store does not answer
+            self._steps = tuple(step for step in self._steps if step is not Step.CONFIRM_OWNERSHIP)
 
     def _effect_of(self, step: StrEnum) -> SourceEffect:
         match step:
@@ -265,6 +297,14 @@ class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
                 return RetireGuest()
             case Action.ASK_OUTCOME:
                 return AskOutcome()
+            case Action.TRANSFER_OWNERSHIP:
+                return TransferOwnership()
+            case Action.RECLAIM_OWNERSHIP:
+                return ReclaimOwnership()
+            case Action.ASK_OWNERSHIP:
+                return AskOwnership()
+            case Step.CONFIRM_OWNERSHIP:
+                return ConfirmOwnership()
             case Step.RELEASE_LOCK:
                 return ReleaseLock()
             case Step.TAKE_LOCK:
@@ -281,6 +321,8 @@ class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
     def _follow(self, step: StrEnum, outcome: Outcome) -> None:
         if step is Action.ASK_OUTCOME:
             self.in_doubt = True
+        if outcome.result is Result.REFUSED:
+            self._not_the_owner(SourceEvent.OWNERSHIP_LOST, outcome.reason)
         if outcome.result is not Result.FAILED:
             return
         match step:
@@ -288,6 +330,8 @@ class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
                 self._take(SourceEvent.FAULT, f"the guest could not be stopped: {outcome.reason}")
             case Action.JOURNAL_COMMIT:
                 self._commit_not_journaled(outcome.reason)
+            case Action.TRANSFER_OWNERSHIP | Step.CONFIRM_OWNERSHIP:
+                self._not_the_owner(SourceEvent.OWNERSHIP_UNKNOWN, outcome.reason)
             case Step.TAKE_LOCK | Step.RUN:
                 # Whoever cannot get the lock must not run.
                 self._drop_resume()
@@ -301,6 +345,12 @@ class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
         self.reason = self.reason or why
         self._take(SourceEvent.JOURNAL_FAILED, None)
 
+    def _not_the_owner(self, event: SourceEvent, why: str) -> None:
+        """Handle a store that did not confirm that the guest is this host's: COMMIT must not be sent. Whether the guest
+        may run here depends on whether it said no."""
+        self.reason = why
+        self._take(event, None)
+
     def _skip(self) -> None:
         """Drop ASK_OUTCOME when the source is asking already."""
         while self.in_doubt and self._steps and self._steps[0] in (Step.RELEASE_LOCK, Action.ASK_OUTCOME):
@@ -310,7 +360,7 @@ class SourceExecutor(Executor[SourceState, SourceEvent, SourceEffect]):
 # Section: the destination
 
 DESTINATION_STEPS: Final[Mapping[Action, tuple[Step | Action, ...]]] = {
-    Action.RESUME_GUEST: (Step.TAKE_LOCK, Step.LOOK, Step.WRITE_MARK, Step.RUN),
+    Action.RESUME_GUEST: (Step.TAKE_LOCK, Step.LOOK, Step.CONFIRM_OWNERSHIP, Step.WRITE_MARK, Step.RUN),
 }
 DESTINATION_FINAL: Final = frozenset({DestinationState.RUNNING, DestinationState.DISCARDED})
 _TOLD_WHEN_JOURNALED: Final = frozenset({Action.SEND_NO, Action.SEND_DISCARDED})
@@ -330,6 +380,7 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
         state: first state; after a restart the one that ``destination_state_of`` read from the journal.
         locks: whether guests have ownership locks here.
         keep_paused: the guest was paused on the source; it arrives paused.
+        fleet: whether guests have owners in the store of a fleet.
         table: the rules; only a proof that breaks them on purpose passes others.
 
     Attributes:
@@ -342,6 +393,7 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
         *,
         locks: bool,
         keep_paused: bool = False,
+        fleet: bool = False,
         table: DestinationTable = DESTINATION,
     ) -> None:
         super().__init__(
@@ -350,6 +402,8 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
             DESTINATION_STEPS,
             locks=locks,
             marks=not keep_paused,
+            fleet=fleet,
+            restart=DestinationEvent.RESTART,
         )
         self.cause: NoCause = "fault"
         self._cause_told: NoCause = "fault"
@@ -387,6 +441,8 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
                 return SendOpen("the destination is resuming the guest")
             case Action.DESTROY_GUEST:
                 return DestroyGuest()
+            case Step.CONFIRM_OWNERSHIP:
+                return ConfirmOwnership()
             case Step.TAKE_LOCK:
                 return TakeLock()
             case Step.LOOK | Step.LOOK_AGAIN:
@@ -415,6 +471,8 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
                 self._discard_not_journaled()
             case Step.LOOK | Step.LOOK_AGAIN | Step.END_GUEST | Step.RUN:
                 self._resume(step, outcome)
+            case Step.CONFIRM_OWNERSHIP if outcome.result is not Result.DONE:
+                self._not_confirmed(outcome.reason)
             case Step.TAKE_LOCK | Step.WRITE_MARK | Step.WITHDRAW_MARK if outcome.result is Result.FAILED:
                 self._resume(step, outcome)
             # RUNNING that is not journaled may be told: a restarted daemon finds COMMIT and the guest that runs.
@@ -428,6 +486,12 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
     def _discard_not_journaled(self) -> None:
         """Handle a DISCARD that could not be journaled: it must not be sent, and the source asks again."""
         self._steps = tuple(step for step in self._steps if step not in _TOLD_WHEN_JOURNALED)
+
+    def _not_confirmed(self, why: str) -> None:
+        """Handle a store that did not confirm that the guest is this host's: it stays stopped, and is tried again."""
+        self._could_not(why)
+        self._unsure = True
+        self._next(Action.SEND_OPEN)
 
     def _resume(self, step: StrEnum, outcome: Outcome) -> None:
         """Act on the outcome of one step of a resume; the last step leads to the next event."""
@@ -445,9 +509,7 @@ class DestinationExecutor(Executor[DestinationState, DestinationEvent, Destinati
             case Step.END_GUEST, Result.NEVER_RAN:
                 self._next(DestinationEvent.RESUME_FAILED)
             case Step.END_GUEST | Step.WITHDRAW_MARK, _:
-                self._could_not(outcome.reason)
-                self._unsure = True
-                self._next(Action.SEND_OPEN)
+                self._not_confirmed(outcome.reason)
             case _:
                 self._could_not(outcome.reason)
                 self._next(Step.LOOK_AGAIN)

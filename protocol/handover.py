@@ -34,6 +34,9 @@ class SourceState(StrEnum):
     """The guest is the source's for good in this epoch."""
     RETIRED = "retired"
     """The guest runs on the destination; the copy here is dead."""
+    HELD = "held"
+    """In a fleet: COMMIT was not sent, and the store says that this host does not own the guest, or does not answer
+    after a restart. The guest stays stopped here until the store or an operator says that it is this host's."""
 
 
 class DestinationState(StrEnum):
@@ -82,6 +85,12 @@ class SourceEvent(StrEnum):
     """The daemon came up again and found this state in its journal."""
     JOURNAL_FAILED = "journal-failed"
     """COMMIT could not be journaled, so it was not sent. Only in place of a journal action that succeeds."""
+    OWNERSHIP_UNKNOWN = "ownership-unknown"
+    """In a fleet: its store did not answer in time who owns the guest."""
+    OWNERSHIP_LOST = "ownership-lost"
+    """In a fleet: its store answered that another host owns the guest, or that this one is fenced."""
+    ASK_AGAIN = "ask-again"
+    """In a fleet: it is time to ask its store once more."""
 
 
 class DestinationEvent(StrEnum):
@@ -137,6 +146,12 @@ class Action(StrEnum):
     DESTROY_GUEST = "destroy-guest"
     ASK_OUTCOME = "ask-outcome"
     """Tell the decision again over a fresh connection until it is answered."""
+    TRANSFER_OWNERSHIP = "transfer-ownership"
+    """In a fleet: make the destination the owner, if this host still is."""
+    RECLAIM_OWNERSHIP = "reclaim-ownership"
+    """In a fleet: write down that the guest is this host's, as soon as the store answers."""
+    ASK_OWNERSHIP = "ask-ownership"
+    """In a fleet: ask the store again later who owns the guest."""
     REFUSE = "refuse"
     """The request comes too late: answer with the decision that stands."""
 
@@ -206,6 +221,35 @@ SOURCE: Final[SourceTable] = {
     (S.RETIRED, E.CANCEL): (S.RETIRED, (A.REFUSE,)),
     (S.RETIRED, E.RESTART): (S.RETIRED, (A.RETIRE_GUEST,)),
 }
+
+_TAKE_BACK_AND_RECLAIM: Final = (*_TAKE_BACK, A.RECLAIM_OWNERSHIP)
+_PROVED_AND_RECLAIM: Final = (*_PROVED, A.RECLAIM_OWNERSHIP)
+"""The guest runs first: nobody else may run it, whatever the store says by then."""
+
+FLEET_ROWS: Final[SourceTable] = {
+    (S.STOPPED, E.READY_IN_TIME): (S.COMMITTED, (A.TRANSFER_OWNERSHIP, A.JOURNAL_COMMIT, A.SEND_COMMIT)),
+    (S.COMMITTED, E.OWNERSHIP_UNKNOWN): (S.ABORTED, _TAKE_BACK_AND_RECLAIM),
+    (S.COMMITTED, E.OWNERSHIP_LOST): (S.HELD, (A.SEND_ABORT,)),
+    (S.COMMITTED, E.JOURNAL_FAILED): (S.ABORTED, _TAKE_BACK_AND_RECLAIM),
+    (S.COMMITTED, E.DISCARDED): (S.ABORTED, _PROVED_AND_RECLAIM),
+    (S.COMMITTED, E.RESOLVE_RUN_HERE): (S.ABORTED, _PROVED_AND_RECLAIM),
+    (S.ABORTED, E.OWNERSHIP_UNKNOWN): (S.HELD, (A.SEND_ABORT, A.ASK_OWNERSHIP)),
+    (S.ABORTED, E.OWNERSHIP_LOST): (S.HELD, (A.SEND_ABORT,)),
+    (S.HELD, E.ASK_AGAIN): (S.ABORTED, (A.RESUME_GUEST,)),
+    (S.HELD, E.READY_IN_TIME): (S.HELD, (A.SEND_ABORT,)),
+    (S.HELD, E.READY_LATE): (S.HELD, (A.SEND_ABORT,)),
+    (S.HELD, E.NO): (S.HELD, ()),
+    (S.HELD, E.DEADLINE): (S.HELD, ()),
+    (S.HELD, E.LINK_LOST): (S.HELD, ()),
+    (S.HELD, E.FAULT): (S.HELD, ()),
+    (S.HELD, E.CANCEL): (S.HELD, (A.REFUSE,)),
+    (S.HELD, E.DISCARDED): (S.HELD, ()),
+    (S.HELD, E.RESOLVE_RUN_HERE): (S.ABORTED, _PROVED_AND_RECLAIM),
+    (S.HELD, E.RESOLVE_DISCARD): (S.RETIRED, (A.JOURNAL_RETIRED, A.RETIRE_GUEST)),
+}
+"""What is different in a fleet: the destination becomes the owner in the fleet's store before COMMIT is journaled."""
+FLEET_SOURCE: Final[SourceTable] = {**SOURCE, **FLEET_ROWS}
+"""The source's rules in a fleet."""
 
 _DISCARD: Final = (A.JOURNAL_DISCARD, A.DESTROY_GUEST)
 _VOTE_NO: Final = (A.JOURNAL_DISCARD, A.SEND_NO, A.DESTROY_GUEST)

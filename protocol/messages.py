@@ -110,7 +110,11 @@ class DeviceCost(WireModel):
 
 
 class Hello(Message):
-    """The source proposes a migration. Sent once, first on the control channel."""
+    """The source proposes a migration. Sent once, first on the control channel.
+
+    With the capability ``shared-memory`` the descriptors of all guest memory come with it (SCM_RIGHTS), in the order of
+    the guest's page numbers: on a unix socket only.
+    """
 
     TYPE = FrameType.HELLO
     migration_id: MigrationId

@@ -37,9 +37,12 @@ CAPABILITIES: Final = frozenset(
         "zstd",  # batches may travel compressed with Zstandard
         "lz4",  # batches may travel compressed with LZ4
         "xor-delta",  # pages may travel as XOR against the page last sent
+        "shared-memory",  # guest memory is handed over as descriptors that come with HELLO, and is not copied
     }
 )
 REQUIRED_CAPABILITIES: Final = frozenset({"zero-runs"})
+SHARED: Final = "shared-memory"
+"""Offered and taken only where both daemons are on one host."""
 
 
 @dataclass(frozen=True, slots=True)

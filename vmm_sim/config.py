@@ -58,6 +58,8 @@ class DeviceConfig(Costs):
     shrink_to: StateBytes = 0
     writes_pages: Annotated[int, Field(ge=0, le=4096)] = 0
     """Pages of guest memory that the final save writes (a device flushing to its guest)."""
+    load_writes_pages: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Pages of guest memory that loading the state writes (as QEMU's vmgenid and virtio rings do)."""
 
     @model_validator(mode="after")
     def _shrinks(self) -> DeviceConfig:
@@ -101,8 +103,8 @@ class GuestConfig(Costs):
 
     @property
     def device_write_pages(self) -> int:
-        """Pages of the range that devices write while they save."""
-        return sum(device.writes_pages for device in self.devices)
+        """Pages of the range that devices write while they save and load."""
+        return sum(device.writes_pages + device.load_writes_pages for device in self.devices)
 
     @model_validator(mode="after")
     def _fits(self) -> GuestConfig:
@@ -150,7 +152,7 @@ def build_config(options: dict[str, Any]) -> GuestConfig:
         devices = tuple(_device(entry) for entry in options.pop("devices", ()))
     except UnitError as error:
         raise ConfigError(str(error)) from error
-    available = touched - 1 - sum(device.writes_pages for device in devices)
+    available = touched - 1 - sum(device.writes_pages + device.load_writes_pages for device in devices)
     if workload == "fill":
         share = available
     elif workload == "idle":

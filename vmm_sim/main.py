@@ -33,6 +33,7 @@ GIL_SWITCH_S = 0.0002
     type=click.Path(path_type=Path),
     help="Build an empty equal guest from this description (msgpack) and wait for its state.",
 )
+@click.option("--memory-fd", type=int, help="Memory that an incoming guest's other VMM hands over: a descriptor.")
 @click.option("--dirty-tracking", type=click.Choice(["auto", "pagemap-scan", "logged"]), default="auto")
 @click.option("--host-freq", type=int, help="TSC frequency of this host in Hz (default: the guest's).")
 @click.option("--host-cannot-scale-tsc", is_flag=True, help="This host has no TSC scaling.")
@@ -55,6 +56,7 @@ def main(
     settings: tuple[str, ...],
     paused: bool,
     incoming_description: Path | None,
+    memory_fd: int | None,
     dirty_tracking: Any,
     host_freq: int | None,
     host_cannot_scale_tsc: bool,
@@ -86,6 +88,8 @@ def main(
         **_settings(settings),
     }
     given = {key: value for key, value in given.items() if value is not None}
+    if memory_fd is not None and incoming_description is None:
+        _refuse("--memory-fd is for an incoming guest: give --incoming-description too.")
     try:
         if incoming_description is not None:
             config, description_cost_seed = read_description(incoming_description)
@@ -109,6 +113,7 @@ def main(
             cost_seed=cost_seed,
             tracking=dirty_tracking,
             lock_directory=lock_directory,
+            memory_fd=memory_fd,
         )
         vmm.describe()  # a configuration that cannot travel is refused now, not at the first migration
         server = ApiServer(vmm, api_socket)

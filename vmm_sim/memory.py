@@ -2,6 +2,9 @@
 
 Page n of the guest lies at offset n * 4096, whatever the guest address of its region. Every write ends in
 ``_mark``, so the logged dirty tracker (see :mod:`vmm_sim.tracking`) cannot miss one.
+
+Memory that another VMM hands over is mapped privately at first: what is written here stays here, and the other one's
+guest never sees it. ``publish`` puts it into the file and maps that shared, once the guest is to run here.
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from migrated.kernel import memory as kernel_memory
+from migrated.kernel import pagemap
 from protocol.guest import MemoryRegion
 from vmm_sim.content import PAGE_SIZE, WORDS, Pages, Words
+from vmm_sim.errors import VmmError
 
 LOW_RAM_BYTES: Final = 3 << 30
 HIGH_RAM_ADDRESS: Final = 4 << 30
 
-_MADV_HUGEPAGE: Final = 14
+_RANGES_PER_SCAN: Final = 1024
 _F_ADD_SEALS: Final = 1033
 _SEALS: Final = 0x0002 | 0x0004  # F_SEAL_SHRINK | F_SEAL_GROW: a peer's truncate cannot cause SIGBUS here
 
@@ -45,22 +51,57 @@ def memory_regions(memory_bytes: int) -> tuple[MemoryRegion, ...]:
 
 class GuestMemory:
     """The memory of one guest. Attributes: ``fd`` (memfd), ``bytes``, ``pages``, ``address`` (of the mapping),
-    ``words`` (pages, 512), a view of u64 words for reading."""
+    ``words`` (pages, 512), a view of u64 words for reading.
 
-    def __init__(self, memory_bytes: int, *, huge_pages: bool = False) -> None:
+    ``handed_over``: the memory file of the guest's other VMM, owned from here on; None for fresh memory. Raises
+    VmmError MemoryTooSmall.
+    """
+
+    def __init__(self, memory_bytes: int, *, huge_pages: bool = False, handed_over: int | None = None) -> None:
         self.bytes = memory_bytes
         self.pages = memory_bytes // PAGE_SIZE
-        self.fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, memory_bytes)
-        fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEALS)
-        self._map = mmap.mmap(self.fd, memory_bytes)
-        if huge_pages:
-            self._map.madvise(_MADV_HUGEPAGE)
+        self._huge_pages = huge_pages
+        self._private = handed_over is not None
+        if handed_over is None:
+            self.fd = os.memfd_create("guest-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self.fd, memory_bytes)
+            fcntl.fcntl(self.fd, _F_ADD_SEALS, _SEALS)
+            self._map = mmap.mmap(self.fd, memory_bytes)
+        else:
+            self.fd = handed_over
+            os.set_inheritable(self.fd, False)
+            if (size := os.fstat(self.fd).st_size) < memory_bytes:
+                raise VmmError(
+                    "MemoryTooSmall", f"The memory file has {size} bytes and the guest {memory_bytes}: it is another's."
+                )
+            self._map = mmap.mmap(self.fd, memory_bytes, flags=mmap.MAP_PRIVATE)
+        self._advise()
         self._raw = memoryview(self._map)
         self.words: Words = np.frombuffer(self._map, dtype=np.uint64).reshape(self.pages, WORDS)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.dirty: NDArray[np.uint8] | None = None
         """The logged tracker's map, one byte per page, while it is on."""
+
+    def _advise(self) -> None:
+        if self._huge_pages:
+            self._map.madvise(kernel_memory.MADV_HUGEPAGE)
+
+    def publish(self) -> None:
+        """Put what was written privately into the file, and map that shared from now on; nothing happens when it is
+        already. Nobody may write meanwhile."""
+        if not self._private:
+            return
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            begin, vector = self.address, pagemap.make_vector(_RANGES_PER_SCAN)
+            written = pagemap.private_copies(fd, begin, begin + self.bytes, vector)
+        finally:
+            os.close(fd)
+        for first, end in (written - np.uint64(begin)).tolist():
+            os.pwrite(self.fd, self._raw[first:end], first)
+        kernel_memory.map_shared_at(begin, self.bytes, self.fd, 0)
+        self._advise()
+        self._private = False
 
     def _mark(self, pages: Pages | slice | int) -> None:
         # Read here, after the content was written: a log that starts in between then either has the page marked

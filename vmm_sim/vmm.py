@@ -42,14 +42,17 @@ RunState = Literal["running", "paused", "incoming"]
 
 @dataclass(slots=True)
 class DeviceWrites:
-    """Pages that devices wrote while they saved; ``lock`` keeps two saves from writing the same ones."""
+    """Pages that devices wrote while they saved and loaded; ``lock`` keeps two saves from writing the same ones.
+    ``at_load``: a device that was loaded has written some."""
 
     count: int = 0
+    at_load: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Vmm:
-    """The VMM of one guest. ``incoming``: wait for the guest's state instead of booting it."""
+    """The VMM of one guest. ``incoming``: wait for the guest's state instead of booting it. ``memory_fd``: the memory
+    that the guest's other VMM hands over, for an incoming one."""
 
     def __init__(
         self,
@@ -62,12 +65,13 @@ class Vmm:
         cost_seed: int | None = None,
         tracking: Mode = "auto",
         lock_directory: Path | None = None,
+        memory_fd: int | None = None,
     ) -> None:
         self.ownership = Ownership(lock_directory, config.uuid)
         if not incoming:
             self.ownership.take()
         self.config = config
-        self.memory = GuestMemory(config.memory_bytes, huge_pages=config.huge_pages)
+        self.memory = GuestMemory(config.memory_bytes, huge_pages=config.huge_pages, handed_over=memory_fd)
         self.workload = Workload(config)
         self.clock = GuestClock(host, host_tsc, config.guest_freq, config.boot_tsc)
         self.platform = Platform(self.clock, config.vcpus, config.vcpu_tsc_skew)
@@ -148,6 +152,7 @@ class Vmm:
             begun = time.monotonic_ns()
             if self.state == "incoming":
                 self._require_complete("pause")
+                self.memory.publish()
                 self.state = "paused"
             if self.state == "paused":
                 return {"step": self.vcpu.step, "ns": 0, "was_paused": True}
@@ -174,7 +179,10 @@ class Vmm:
                 if epoch is not None:
                     self.epoch = epoch
                 step = self.vcpu.step
+                # From this line on the guest counts as run here, so what devices wrote may reach memory that was
+                # handed over.
                 self._run_log.write("run", step, self.epoch)
+                self.memory.publish()
                 self.state = "running"
                 self.vcpu.start_running()
                 running_at = time.monotonic_ns()
@@ -337,6 +345,19 @@ class Vmm:
                 self.device_writes.count += pages
         return pages > 0
 
+    def _write_at_load(self, device: Device) -> None:
+        """Let a device write guest memory because it was loaded. What it leaves is right only once the vCPU, the last
+        one, is loaded: then it is known which writes these are."""
+        writes, pages = self.device_writes, device.config.load_writes_pages
+        with writes.lock:
+            if pages:
+                writes.at_load = True
+                self.workload.scribble(self.memory, pages)
+            if device.config.name == CPU and writes.at_load:
+                every_page = self.config.device_write_pages
+                self.workload.execute_device_writes(self.memory, writes.count, every_page)
+                writes.count, writes.at_load = writes.count + every_page, False
+
     def load_device(self, name: str, kind: str, final: bool, piece: memoryview) -> dict[str, Any]:
         """Take over one piece of a device's state; final pieces cost elapsed time and need the time data before.
 
@@ -356,6 +377,8 @@ class Vmm:
             # The state takes effect after the wait: a load that is interrupted has loaded nothing.
             wait_until(begun + (self._costs.device_ns(device.config, "load") if final else 0), interrupt)
             device.load(body, final)
+            if final:
+                self._write_at_load(device)
         return {"ns": time.monotonic_ns() - begun}
 
     def dry_run(self, side: Literal["save", "load"]) -> dict[str, Any]:

@@ -154,6 +154,12 @@ class Workload:
         if self.device_stream is not None and writes:
             self._write(memory, self.device_stream, count, count + writes)
 
+    def scribble(self, memory: GuestMemory, pages: int) -> None:
+        """Write something else to the first pages of those that devices write."""
+        if self.device_stream is not None:
+            base = self.device_stream.base
+            memory.write_run(base, base + pages, _fill_with_ones)
+
     def _write(self, memory: GuestMemory, stream: Stream, begin: int, end: int) -> None:
         pages, generations = stream.writes(begin, end)
         keys = self.content.keys(pages, generations, zero_pages=not stream.delta)
@@ -200,6 +206,10 @@ class Workload:
             if stream.base <= page < stream.end:
                 return stream.name
         return "static" if page < self.touched_pages else "untouched"
+
+
+def _fill_with_ones(words: Words) -> None:
+    words[:] = np.uint64(2**64 - 1)
 
 
 @dataclass(frozen=True, slots=True)

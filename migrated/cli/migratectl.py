@@ -11,6 +11,7 @@ import asyncio
 import csv
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,7 @@ def _complete_migration(ctx: click.Context, _param: click.Parameter, incomplete:
 
 guest_argument = click.argument("name", shell_complete=_complete_guest)
 optional_guest = click.argument("name", required=False, shell_complete=_complete_guest)
+no_wait_option = click.option("--no-wait", is_flag=True, help="Return once it has begun.")
 migration_argument = click.argument("migration_id", shell_complete=_complete_migration)
 
 
@@ -273,17 +275,49 @@ def verify(session: Session, name: str) -> None:
 
 @main.command(cls=ParameterCommand)
 @guest_argument
-@click.argument("uri", metavar="tcp:HOST:PORT")
-@click.option("--no-wait", is_flag=True, help="Return once it has begun.")
+@click.argument("uri", metavar="tcp:HOST:PORT|unix:PATH")
+@no_wait_option
 @with_session
 def migrate(session: Session, name: str, uri: str, no_wait: bool, **parameters: Any) -> None:
-    """Migrate a running guest to the daemon at HOST:PORT, and wait for the outcome."""
-    arguments = {"guest": name, "uri": uri, **qmp_parameters(parameters)}
+    """Migrate a running guest to the daemon at HOST:PORT, and wait for the outcome.
+
+    A daemon on this host is reached by the socket that its configuration names ([listen] unix). Memory that is in a
+    file is handed over there, not copied.
+    """
+    _migrate(session, name, "migrate", {"guest": name, "uri": uri, **qmp_parameters(parameters)}, no_wait)
+
+
+@main.command(cls=ParameterCommand)
+@guest_argument
+@click.option("--definition", metavar="FILE", help="Build a QEMU guest from this definition of the host's, by name.")
+@click.option("--vmm", metavar="COMMAND", help="The new VMM: its program and fixed arguments, as a shell splits them.")
+@no_wait_option
+@with_session
+def replace(
+    session: Session, name: str, definition: str | None, vmm: str | None, no_wait: bool, **parameters: Any
+) -> None:
+    """Give a running guest another VMM process on this host, and wait for the outcome.
+
+    Its memory stays where it is and is handed over; memory that is in no file is copied once, into one.
+    """
+    arguments: dict[str, Any] = {"guest": name, **qmp_parameters(parameters)}
+    if definition is not None:
+        arguments["definition"] = definition.removesuffix(".toml")
+    if vmm is not None:
+        try:
+            arguments["vmm"] = shlex.split(vmm)
+        except ValueError as error:
+            raise click.UsageError(f"--vmm {vmm!r} is no command: {error}.") from error
+    _migrate(session, name, "x-migrated-replace", arguments, no_wait)
+
+
+def _migrate(session: Session, name: str, command: str, arguments: dict[str, Any], no_wait: bool) -> None:
+    """Begin an attempt by a command of the control socket, and wait for its outcome unless told not to."""
 
     async def work(client: ControlClient) -> Any:
         from migrated.cli.watch import attend, display
 
-        begun = await client.command("migrate", arguments)
+        begun = await client.command(command, arguments)
         if no_wait:
             return begun
         if session.json:
@@ -302,7 +336,7 @@ def migrate(session: Session, name: str, uri: str, no_wait: bool, **parameters: 
 
 @main.command(cls=ParameterCommand)
 @guest_argument
-@click.argument("uri", metavar="tcp:HOST:PORT")
+@click.argument("uri", metavar="tcp:HOST:PORT|unix:PATH")
 @with_session
 def estimate(session: Session, name: str, uri: str, **parameters: Any) -> None:
     """Predict what a migration would cost, without migrating."""

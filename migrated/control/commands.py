@@ -24,6 +24,7 @@ from migrated.observe.progress import Progress
 from migrated.record.reading import read_record
 from migrated.record.terms import FINISHED, OUTCOMES
 from migrated.state.history import HistoryQuery, RecordNotFoundError
+from migrated.vmm.seam import Replacement
 
 Arguments = Mapping[str, Any]
 Handler = Callable[[Operations, Arguments], Awaitable[Any]]
@@ -67,7 +68,7 @@ GUEST: Final = Argument("guest", "string", "Name of the guest; may be left out w
 ONE_GUEST: Final = Argument("guest", "string", "Name of the guest.", required=True)
 DEFAULTS_GUEST: Final = Argument("guest", "string", "Name of the guest; left out: the daemon's defaults.")
 MIGRATION_ID: Final = Argument("migration-id", "string", "Migration id, or a unique beginning of it.", required=True)
-URI: Final = Argument("uri", "string", "The destination, as tcp:HOST:PORT.")
+URI: Final = Argument("uri", "string", "The destination: tcp:HOST:PORT, or unix:PATH on this host.")
 
 
 def _named(operations: Operations, arguments: Arguments) -> str:
@@ -96,6 +97,16 @@ async def _migrate(operations: Operations, arguments: Arguments) -> Any:
     guest = _named(operations, arguments)
     overrides = parameter_values(arguments, operations.parameters(guest))
     return {"migration-id": await operations.migrate(guest, uri, overrides)}
+
+
+async def _replace(operations: Operations, arguments: Arguments) -> Any:
+    command, definition = arguments.get("vmm"), arguments.get("definition")
+    if command is not None and not (command and all(isinstance(word, str) for word in command)):
+        raise OperationError("Parameter 'vmm' expects a program and its arguments, each a string")
+    replacement = Replacement(tuple(command) if command is not None else None, definition)
+    guest = arguments["guest"]
+    overrides = parameter_values(arguments, operations.parameters(guest))
+    return {"migration-id": await operations.replace(guest, replacement, overrides)}
 
 
 async def _migrate_cancel(operations: Operations, arguments: Arguments) -> Any:
@@ -305,7 +316,9 @@ async def _metrics(operations: Operations, _arguments: Arguments) -> Any:
 
 
 HISTORY_QUERY: Final = ("last", "guest", "outcome", "since", "until")
-CHANNELS: Final = Argument("channels", "array", "QEMU's other form of the destination: one 'main' inet channel.")
+CHANNELS: Final = Argument(
+    "channels", "array", "QEMU's other form of the destination: one 'main' channel, inet or unix."
+)
 HISTORY_FILTER: Final = (
     Argument("guest", "string", "Only this guest."),
     Argument("outcome", "string", "Only this outcome.", values=OUTCOMES),
@@ -479,6 +492,20 @@ _TABLE: Final = (
         ),
         _status,
         large=True,
+    ),
+    Command(
+        "x-migrated-replace",
+        "Start to give a guest another VMM on this host, to which its memory is handed over; memory that is in no file "
+        "is copied. Otherwise like migrate.",
+        "The migration id.",
+        (
+            ONE_GUEST,
+            Argument("vmm", "array", "The new VMM's program and fixed arguments; left out: the configured one."),
+            Argument("definition", "string", "The definition to build a QEMU guest from; left out: the guest's own."),
+            *PARAMETER_ARGUMENTS,
+        ),
+        _replace,
+        changes=True,
     ),
     Command(
         "x-migrated-wait",

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from migrated.observe.progress import Progress
 from migrated.settings.parameters import MigrationParameters
 from migrated.state.history import HistoryQuery
+from migrated.vmm.seam import Replacement
 from protocol.guest import MAX_MEMORY_BYTES, GuestName
 
 ErrorKind = Literal["GenericError", "CommandNotFound", "DeviceNotActive", "DeviceNotFound", "KVMMissingCap"]
@@ -269,6 +270,9 @@ class Operations(Protocol):
 
         ``overrides`` are fields of MigrationParameters, already checked, on top of the guest's own parameters.
         """
+
+    async def replace(self, guest: str, replacement: Replacement, overrides: dict[str, object]) -> str:
+        """Start to give a guest another VMM on this host; otherwise as ``migrate``."""
 
     async def wait(self, migration_id: str) -> dict[str, Any]:
         """Wait for the end of an attempt (or for its being in doubt) and return its record document."""

@@ -71,7 +71,7 @@ def uri_of(arguments: Mapping[str, Any]) -> str:
     """The URI of a ``migrate`` command, from ``uri`` or from QEMU's ``channels``.
 
     Raises:
-        OperationError: neither or both, or channels of another kind than one TCP address.
+        OperationError: neither or both, or channels of another kind than one TCP or unix address.
     """
     if ("uri" in arguments) == ("channels" in arguments):
         raise OperationError("need either 'uri' or 'channels' argument")
@@ -85,9 +85,11 @@ def uri_of(arguments: Mapping[str, Any]) -> str:
             }
         ]:
             return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+        case [{"channel-type": "main", "addr": {"transport": "socket", "type": "unix", "path": str(path)}}]:
+            return f"unix:{path}"
     raise OperationError(
         "Parameter 'channels' expects one channel of type 'main' with a socket address of type 'inet', "
-        "whose host and port are strings"
+        "whose host and port are strings, or of type 'unix' with its path"
     )
 
 

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from migrated.base.errors import DocumentError, LinkLostError, MigrationError
 from migrated.base.tasks import TaskSet
 from migrated.destination.half import VoteTimes, check_record, guest_gap_of, half_of, log_costs, settle
+from migrated.destination.haste import Haste
 from migrated.destination.inbox import Broken, Item, LoadingDone, OutcomeAsked, RoundArrived
 from migrated.destination.loading import ArrivedTime, Loading
 from migrated.destination.offer import Offer
@@ -109,6 +110,7 @@ class IncomingMigration:
         self._ready_alarm = Alarm()
         self._tasks = TaskSet()
         self._link_gone = False
+        self._haste = Haste(lambda: equipment.receiver.received_bytes, equipment.guest.vmm.pid)
         self.ended = asyncio.Event()
         """Set when the attempt has ended and its record is kept, if one came."""
         self._record: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
@@ -144,6 +146,11 @@ class IncomingMigration:
     def promised_bytes(self) -> int:
         """Memory that the guest may still come to need, as far as can be told."""
         return self._offer.promised_bytes
+
+    @property
+    def own(self) -> bool:
+        """Whether this daemon itself is the source too."""
+        return self._offer.replacement is not None
 
     @property
     def origin(self) -> Origin:
@@ -209,6 +216,8 @@ class IncomingMigration:
         log.info("taking a guest in", memory_mib=hello.guest.memory_bytes >> 20, source=hello.host)
         self._tasks.start(self._listen())
         self._tasks.start(self._watch_progress())
+        self._haste.begin()
+        self._tasks.start(self._haste.watch())
 
     async def _watch_progress(self) -> None:
         """Give the attempt up when nothing comes of it: a source that only answers clocks must not keep its place."""
@@ -295,6 +304,7 @@ class IncomingMigration:
         """Acknowledge a round that is in place."""
         if done is not None:
             self._tell(done)
+            self._haste.round_over()
             self._check_complete()
 
     def _check_complete(self) -> None:
@@ -309,6 +319,7 @@ class IncomingMigration:
         first = not isinstance(self._phase, Blackout)
         blackout = self._phase = self._phase.hear(told, received)
         if first:
+            self._haste.guest_stopped()
             self._equipment.receiver.guest_stopped()
             self._view.set_status("device")
             if self._offer.hello.guest.guest_time:
@@ -365,6 +376,7 @@ class IncomingMigration:
 
     async def _report(self) -> None:
         """Send the destination's half of the record and wait for the source's record."""
+        self._haste.end()
         takeover, env, hello = self.takeover, self._env, self._offer.hello
         done, guest_gap = self._equipment.loading.done, None
         self._view.reason = takeover.reason
@@ -381,7 +393,7 @@ class IncomingMigration:
             guest_gap = await guest_gap_of(self._equipment.guest)
         else:
             log.warning("the incoming guest was discarded", reason=takeover.reason)
-        lines = env.take_log(self.migration_id)
+        lines = env.take_log(self.migration_id, "destination")
         half = half_of(env.host, self._phase, self._times, takeover, done, self._rounds.digest, guest_gap, lines)
         with contextlib.suppress(LinkLostError):
             self._control.send(messages.Report(), half.model_dump_json().encode())
@@ -392,7 +404,9 @@ class IncomingMigration:
             await self._keep_record(payload, runs_here)
 
     async def _keep_record(self, payload: bytes, runs_here: bool) -> None:
-        """Keep the source's record, if it is one of this attempt."""
+        """Keep the source's record, if it is one of this attempt; a source that is this daemon keeps it itself."""
+        if self.own:
+            return
         hello = self._offer.hello
         try:
             record = await asyncio.to_thread(read_received, Record, payload, "record")
@@ -421,3 +435,4 @@ class IncomingMigration:
             undo.push_async_callback(self._control.close)
             undo.push_async_callback(self._equipment.receiver.stop)
             undo.callback(self._stop_timers)
+            undo.callback(self._haste.end)

@@ -13,10 +13,12 @@ from migrated.destination.origin import Origin
 from migrated.destination.view import View
 from migrated.link.control import ControlChannel
 from migrated.observe.progress import Progress
+from migrated.vmm.seam import Replacement
 from protocol import messages
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.guest import PAGE_SIZE
 from protocol.handover import DestinationEvent
+from protocol.versions import SHARED
 
 RefusalKind: TypeAlias = Literal["role", "busy", "room", "memory", "used", "owner", "epoch", "guest"]
 """The reason of a refusal, as the metric counts it: this host's role, attempts under way, guests here, free memory, a
@@ -52,16 +54,26 @@ class Offer:
         hello: the offer.
         view: the operator's view of the attempt.
         inbox: events of the attempt, which wait here until the offer is taken.
+        replacement: what an operator wants of the new VMM, when this daemon itself offers a guest that it has; None for
+            an offer of another daemon.
     """
 
     control: ControlChannel
     hello: messages.Hello
     view: View
     inbox: Inbox = field(default_factory=asyncio.Queue)
+    replacement: Replacement | None = None
+
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """Descriptors of the guest's memory, empty when it shall be copied."""
+        return self.control.descriptors if SHARED in self.hello.capabilities else ()
 
     @property
     def promised_bytes(self) -> int:
         """Memory that the guest may still come to need, as far as can be told."""
+        if self.memory:
+            return 0
         memory_bytes = self.hello.guest.memory_bytes
         return memory_bytes - min(memory_bytes, self.view.tally.normal_pages * PAGE_SIZE)
 

@@ -36,7 +36,7 @@ class RecoveredTakeover:
             env,
             attempt.migration_id,
             attempt.epoch,
-            attempt.guest,
+            attempt.place,
             guest.vmm.driver if guest is not None else attempt.facts.get("driver"),
             guest,
             destination_state_of(attempt.decisions),

@@ -16,7 +16,7 @@ import structlog
 
 from migrated.base.errors import LinkLostError, VmmError
 from migrated.environment import Environment
-from migrated.guests.registry import Guest
+from migrated.guests.registry import Guest, name_at
 from migrated.link.reply import Reply
 from migrated.observe.transitions import Transitions
 from migrated.state.journal import JournalError
@@ -45,7 +45,7 @@ class EndedTakeover:
 
     migration_id: str
     epoch: int
-    guest_name: str
+    place: str
     driver: str | None
     state: DestinationState
     reason: str | None
@@ -54,7 +54,7 @@ class EndedTakeover:
     def again(self, env: Environment) -> Takeover:
         """The hand-over as it was at its end, to answer by the same rules."""
         takeover = Takeover(
-            env, self.migration_id, self.epoch, self.guest_name, self.driver, None, self.state, reason=self.reason
+            env, self.migration_id, self.epoch, self.place, self.driver, None, self.state, reason=self.reason
         )
         takeover.resume_times = self.resume_times
         return takeover
@@ -69,7 +69,8 @@ class Takeover:
 
     Args:
         env: the daemon.
-        migration_id, epoch, guest_name: whose hand-over this is.
+        migration_id, epoch: whose hand-over this is.
+        place: of the incoming guest's process.
         driver: of the guest; its run log, if there is one, tells whether the guest ran. None where a journal of an
             older version does not name it and the guest is gone: then every driver is asked.
         guest: the incoming guest, None when its process is gone.
@@ -88,7 +89,7 @@ class Takeover:
         env: Environment,
         migration_id: str,
         epoch: int,
-        guest_name: str,
+        place: str,
         driver: str | None,
         guest: Guest | None,
         state: DestinationState = DestinationState.LOADING,
@@ -101,12 +102,15 @@ class Takeover:
         self.finished = asyncio.Event()
         self._env = env
         self._migration_id = migration_id
-        self._guest_name = guest_name
+        self._place = place
         self._driver = driver
         self._guest = guest
         self._keep_paused = keep_paused
         self._executor = DestinationExecutor(
-            state, locks=env.config.lock.directory is not None, keep_paused=keep_paused
+            state,
+            locks=env.config.lock.directory is not None,
+            keep_paused=keep_paused,
+            fleet=env.keeper is not None,
         )
         self._executor.reason = reason
         self._lock = asyncio.Lock()
@@ -129,7 +133,7 @@ class Takeover:
     def ended(self) -> EndedTakeover:
         """Return the part of it that is kept once it is finished."""
         return EndedTakeover(
-            self._migration_id, self.epoch, self._guest_name, self._driver, self.state, self.reason, self.resume_times
+            self._migration_id, self.epoch, self._place, self._driver, self.state, self.reason, self.resume_times
         )
 
     async def await_decision(self, timeout_s: float) -> None:
@@ -198,6 +202,8 @@ class Takeover:
                 return await self._end_guest()
             case effects.DestroyGuest():
                 return await self._destroy()
+            case effects.ConfirmOwnership():
+                return DONE if self._env.keeper is None else await self._env.keeper.confirm(name_at(self._place))
             case effects.SendReady():
                 return self._send(reply, self.make_ready())
             case effects.SendNo(cause=cause, reason=reason):
@@ -253,7 +259,7 @@ class Takeover:
     def _mark(self, *, ran: bool) -> Outcome:
         marks = self._env.run_marks
         try:
-            (marks.write if ran else marks.withdraw)(self._guest_name, self.epoch)
+            (marks.write if ran else marks.withdraw)(self._place, self.epoch)
         except RunMarkError as error:
             log.error("a run mark could not be written", reason=str(error))
             return failed(error)
@@ -286,11 +292,11 @@ class Takeover:
                 log.error("the guest could not be resumed, and its process does not end", reason=str(error))
                 return Outcome(Result.UNKNOWN, str(error))
             self._guest = None
-        ran = self._env.guests.ever_ran(self._driver, self._guest_name, self.epoch)
+        ran = self._env.guests.ever_ran(self._driver, self._place, self.epoch)
         if ran is None:
-            ran = self._env.run_marks.ran(self._guest_name, self.epoch)
+            ran = self._env.run_marks.ran(self._place, self.epoch)
         if ran:
-            log.error("the guest ran here and its process has ended", guest=self._guest_name)
+            log.error("the guest ran here and its process has ended", guest=self._place)
             return Outcome(Result.RUNS)
         return Outcome(Result.NEVER_RAN)
 

@@ -21,6 +21,7 @@ from migrated.destination.takeover import Takeover
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
 from migrated.state.journal import JournalError
+from migrated.vmm.handed_over import HandedOverMemory
 from migrated.vmm.memory import shared_huge_pages
 from protocol import messages
 from protocol.budget import abort_limit_ns
@@ -28,7 +29,7 @@ from protocol.digest import MemoryDigest
 from protocol.errors import ProtocolError
 from protocol.guest_time import TimeAdjustError
 from protocol.handover import DestinationEvent, DestinationState
-from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, agree_capabilities
+from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, SHARED, agree_capabilities
 
 log = structlog.get_logger()
 
@@ -74,19 +75,22 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
     hello = offer.hello
     # Announcements serve to populate huge pages; small ones cost less where their content is written.
     ours = CAPABILITIES if shared_huge_pages() else CAPABILITIES - {"extents"}
+    if not (offer.memory and env.guests.takes_memory(hello.guest.vmm)):
+        ours -= {SHARED}
     agreed = agree_capabilities(frozenset(hello.capabilities), ours, frozenset(hello.required) | REQUIRED_CAPABILITIES)
     if hello.guest.memory_bytes > env.config.limits.max_memory_bytes:
         raise RefusedError(
             f"the guest has {hello.guest.memory_bytes >> 20} MiB of memory, this host takes at most "
             f"{env.config.limits.max_memory_bytes >> 20} MiB ([limits] max_memory_bytes)"
         )
-    guest = await env.guests.create_incoming(hello.guest)
+    shared = SHARED in agreed
+    guest = await env.guests.create_incoming(hello.guest, offer.memory if shared else (), offer.replacement)
     undo.push_async_callback(_destroy, env, guest)
     guest.migration_id = hello.migration_id
     built = await guest.vmm.describe()
     if differences := hello.guest.differences(built):
         raise RefusedError(f"this host cannot build an equal guest: {'; '.join(differences)}")
-    memory = await guest.vmm.memory()
+    memory = HandedOverMemory(hello.guest.pages) if shared else await guest.vmm.memory()
     undo.push_async_callback(asyncio.to_thread, memory.release)
     costs = await guest.vmm.expected_costs("load")
     env.journal.begin(
@@ -99,13 +103,15 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
             "peer_names": list(offer.control.names),
             "paused": hello.guest_paused,
             "driver": hello.guest.vmm,
+            "place": guest.place,
             "started_at": offer.view.started_at,
         },
     )
     takeover = Takeover(
-        env, hello.migration_id, hello.epoch, hello.guest.name, hello.guest.vmm, guest, keep_paused=hello.guest_paused
+        env, hello.migration_id, hello.epoch, guest.place, hello.guest.vmm, guest, keep_paused=hello.guest_paused
     )
-    inbox, digest = offer.inbox, MemoryDigest(hello.guest.pages) if "digest-xxh3-frames" in hello.required else None
+    digested = "digest-xxh3-frames" in hello.required and not shared
+    inbox, digest = offer.inbox, MemoryDigest(hello.guest.pages) if digested else None
 
     def channel_failed(error: Exception) -> None:
         # Once everything arrived the data channels have done their work, and their end means nothing.

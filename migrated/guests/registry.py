@@ -1,7 +1,12 @@
 """The guests of this host: starting them, finding them again after a restart of the daemon, noticing their end.
 
-A guest is a process of its own. Its API socket, named after it, is how the driver that started it finds it again. Which
-driver starts a guest is decided by ``[vmm] driver``, or by the description of one that comes in.
+A guest is a process of its own. Its API socket, named after its place, is how the driver that started it finds it
+again. Which driver starts a guest is decided by ``[vmm] driver``, or by the description of one that comes in.
+
+A name stands for two processes for a moment when a guest gets another VMM on this host. So guests are kept by place:
+
+    g1     the process that a guest named g1 began with here
+    g1~    the one that took over from it; the one after that is at g1 again
 """
 
 from __future__ import annotations
@@ -18,14 +23,26 @@ import structlog
 
 from migrated.base.errors import NoRoomError, RefusedError, VmmError, VmmGoneError, VmmSilentError
 from migrated.base.tasks import TaskSet
+from migrated.kernel.scheduling import give_back_all
 from migrated.settings.config import Config
 from migrated.vmm import spawn
-from migrated.vmm.seam import Driver, GuestRequest, VmmGuest
+from migrated.vmm.seam import Driver, GuestRequest, Incoming, Replacement, VmmGuest
 from protocol.guest import GuestDescription
 
 log = structlog.get_logger()
 
 Overlay = Literal["incoming", "in-doubt", "retired"]
+
+_STANDING: Final[Mapping[Overlay | None, int]] = {None: 0, "in-doubt": 1, "incoming": 2, "retired": 3}
+"""Which of two processes of one name a command means: the lowest."""
+_TWIN: Final = "~"
+"""Ends the place of a process beside another of the same name; no guest's name has it."""
+
+
+def name_at(place: str) -> str:
+    """The name of the guest at a place."""
+    return place.removesuffix(_TWIN)
+
 
 UNRESPONSIVE: Final = "unresponsive"
 """The state of a guest whose VMM does not answer."""
@@ -52,6 +69,11 @@ class Guest:
     overlay: Overlay | None = None
     pidfd: int = -1
     ended: bool = False
+
+    @property
+    def place(self) -> str:
+        """The name of its socket and files: no other process on this host has it."""
+        return self.api_socket.stem
 
     def summary(self, state: str) -> dict[str, Any]:
         """The guest as ``guest list`` shows it."""
@@ -105,14 +127,15 @@ class GuestRegistry:
         self._config = config
         self._drivers = drivers
         self._guests: dict[str, Guest] = {}
+        """By place, as the next three are."""
         self._starting: set[str] = set()
         self._ending: dict[str, asyncio.Event] = {}
         self.on_gone: Callable[[Guest], None] = lambda _guest: None
         """Called when a guest's process ended by itself."""
         self.silent: dict[str, SilentGuest] = {}
-        """Guests by name that have not answered since ``open``; they are asked until they do."""
+        """Guests that have not answered since ``open``; they are asked until they do."""
         self.on_settled: Callable[[str], None] = lambda _name: None
-        """Called when a silent guest has answered, or has ended."""
+        """Called with the place of a silent guest that has answered, or has ended."""
         self._asking = TaskSet()
         self._closing = TaskSet()
 
@@ -131,7 +154,7 @@ class GuestRegistry:
         except VmmSilentError as error:
             log.error("a guest does not answer", guest=path.stem, reason=str(error))
             reason = f"{error}, and has not since the daemon began; it is asked until it does, or its process ends"
-            self.silent[path.stem] = SilentGuest(path.stem, error.pid or None, path, reason)
+            self.silent[path.stem] = SilentGuest(name_at(path.stem), error.pid or None, path, reason)
             self._asking.start(self._keep_asking(driver, path))
 
     async def _take_up(self, driver: Driver, path: Path, timeout_s: float | None) -> None:
@@ -143,6 +166,7 @@ class GuestRegistry:
         try:
             vmm = await driver.attach(path, timeout_s)
             try:
+                give_back_all(vmm.pid)  # a daemon that was killed in the middle of a blackout could not
                 self._adopt(vmm, await vmm.describe())
             except BaseException:
                 await vmm.close()
@@ -178,23 +202,40 @@ class GuestRegistry:
 
     def names(self) -> list[str]:
         """Names of all guests."""
-        return sorted(self._guests)
+        return sorted({guest.name for guest in self._guests.values()})
+
+    def all(self) -> list[Guest]:
+        """All guests, by place: two of one name where one takes over from the other."""
+        return [self._guests[place] for place in sorted(self._guests)]
 
     def get(self, name: str) -> Guest:
-        """One guest.
+        """One guest, as ``find`` finds it.
 
         Raises:
             UnknownGuestError: there is none of this name.
         """
-        guest = self._guests.get(name)
+        guest = self.find(name)
         if guest is None:
             known = ", ".join(self.names()) or "none"
             raise UnknownGuestError(f"there is no guest {name!r} on this host; guests here: {known}")
         return guest
 
     def find(self, name: str) -> Guest | None:
-        """One guest, None when there is none."""
-        return self._guests.get(name)
+        """The guest of this name that a command means, None when there is none. Where one process takes over from
+        another it is the one that owns the guest."""
+        return min(
+            (guest for guest in self._guests.values() if guest.name == name),
+            key=lambda guest: (_STANDING[guest.overlay], guest.migration_id is not None),
+            default=None,
+        )
+
+    def find_at(self, place: str) -> Guest | None:
+        """The guest at a place, None when there is none."""
+        return self._guests.get(place)
+
+    def find_silent(self, name: str) -> SilentGuest | None:
+        """A guest of this name that has not answered since ``open``, None when there is none."""
+        return next((silent for silent in self.silent.values() if silent.name == name), None)
 
     async def create(self, request: GuestRequest, driver_name: str | None = None) -> Guest:
         """Start a new guest with a driver, or with the one that the configuration names.
@@ -210,8 +251,19 @@ class GuestRegistry:
         finally:
             self._starting.discard(request.name)
 
-    async def create_incoming(self, description: GuestDescription) -> Guest:
-        """Start an empty guest equal to the description, waiting for state; or take one that waits here already.
+    def takes_memory(self, driver: str) -> bool:
+        """Whether guests of a driver can be started here around memory that is handed over."""
+        return driver in self._drivers and self._drivers[driver].takes_memory
+
+    async def create_incoming(
+        self, description: GuestDescription, memory: tuple[int, ...] = (), replacement: Replacement | None = None
+    ) -> Guest:
+        """Start a guest equal to the description, waiting for state; or take one that waits here already.
+
+        Args:
+            memory: descriptors of memory that is handed over, the caller's own; empty for an empty guest.
+            replacement: what is wanted of the new VMM of a guest that is here; None for a guest that comes from
+                elsewhere.
 
         Raises:
             RefusedError: the name or the uuid is taken here, there is no place for one more, or this host lacks the
@@ -224,22 +276,27 @@ class GuestRegistry:
                 f"guest {description.name!r} needs the driver {description.vmm!r}, which the destination lacks; it has "
                 f"{', '.join(sorted(self._drivers))}. Configure it there under [vmm] drivers"
             )
-        waiting = self._guests.get(description.name)
+        waiting = self.find(description.name)
         if waiting is not None and waiting.migration_id is None and await waiting.vmm.awaits(description):
             waiting.overlay = "incoming"
             return waiting
-        for guest in self._guests.values():
-            if guest.uuid == description.uuid:
-                raise RefusedError(
-                    f"the guest with uuid {description.uuid} is already on the destination, as {guest.name!r}"
-                )
-        await self._claim(description.name)
+        place = description.name
+        if replacement is None:
+            for guest in self._guests.values():
+                if guest.uuid == description.uuid:
+                    raise RefusedError(
+                        f"the guest with uuid {description.uuid} is already on the destination, as {guest.name!r}"
+                    )
+        elif place in self._guests:
+            place += _TWIN
+        await self._claim(place, beside_another=replacement is not None)
         try:
-            guest = await self._started(await driver.create_incoming(description))
+            incoming = Incoming(place, memory, replacement or Replacement())
+            guest = await self._started(await driver.create_incoming(description, incoming))
             guest.overlay = "incoming"
             return guest
         finally:
-            self._starting.discard(description.name)
+            self._starting.discard(place)
 
     async def destroy(self, guest: Guest) -> None:
         """End a guest and forget it. When this returns its process is gone, whoever else was ending it already.
@@ -247,41 +304,47 @@ class GuestRegistry:
         Raises:
             VmmError: the process does not end.
         """
-        while (ending := self._ending.get(guest.name)) is not None:
+        while (ending := self._ending.get(guest.place)) is not None:
             await ending.wait()
         if guest.ended:
             return
         self._forget(guest)
-        ended = self._ending[guest.name] = asyncio.Event()
+        ended = self._ending[guest.place] = asyncio.Event()
         try:
             await guest.vmm.destroy()
             guest.ended = True
         finally:
-            del self._ending[guest.name]
+            del self._ending[guest.place]
             ended.set()
 
-    def ever_ran(self, driver: str | None, name: str, epoch: int) -> bool | None:
-        """Return whether a guest of this name and driver ran on this host in this epoch, by the log that its VMM
-        writes before it runs; None where there is no such log, so that the daemon's own mark must do.
+    def ever_ran(self, driver: str | None, place: str, epoch: int) -> bool | None:
+        """Return whether a guest of this driver ran at this place in this epoch, by the log that its VMM writes before
+        it runs; None where there is no such log, so that the daemon's own mark must do.
 
         Args:
             driver: None when it is not known. Then a log of any driver that says so counts; one that does not may be
                 another guest's.
         """
         if driver is None:
-            return True if any(one.ran(name, epoch) for one in self._drivers.values()) else None
-        return self._drivers[driver].ran(name, epoch) if driver in self._drivers else None
+            return True if any(one.ran(place, epoch) for one in self._drivers.values()) else None
+        return self._drivers[driver].ran(place, epoch) if driver in self._drivers else None
 
-    async def _claim(self, name: str) -> None:
-        """Reserve a name; one whose process is just ending becomes free first."""
-        while (ending := self._ending.get(name)) is not None:
+    async def _claim(self, place: str, *, beside_another: bool = False) -> None:
+        """Reserve a place; one whose process is just ending becomes free first.
+
+        Args:
+            beside_another: another process of the guest may be here.
+        """
+        while (ending := self._ending.get(place)) is not None:
             await ending.wait()
         most = self._config.limits.max_guests
         if (count := len(self._guests) + len(self._starting) + len(self.silent)) >= most:
             raise NoRoomError(f"there are {count} guests on this host, the most that [limits] max_guests allows")
-        if name in self._guests or name in self._starting or name in self.silent:
+        name = name_at(place)
+        places = (place,) if beside_another else (name, name + _TWIN)
+        if any(one in held for one in places for held in (self._guests, self._starting, self.silent)):
             raise RefusedError(f"a guest named {name!r} is already on this host; choose another name or destroy it")
-        self._starting.add(name)
+        self._starting.add(place)
 
     async def _started(self, vmm: VmmGuest) -> Guest:
         """Take up a guest that its driver has just started; one that cannot be used is ended."""
@@ -299,7 +362,7 @@ class GuestRegistry:
         except ProcessLookupError as error:
             raise VmmGoneError(f"the VMM of guest {vmm.name} ended") from error
         asyncio.get_running_loop().add_reader(guest.pidfd, self._ended, guest)
-        self._guests[guest.name] = guest
+        self._guests[guest.place] = guest
         return guest
 
     def _ended(self, guest: Guest) -> None:
@@ -314,5 +377,5 @@ class GuestRegistry:
             asyncio.get_running_loop().remove_reader(guest.pidfd)
             os.close(guest.pidfd)
             guest.pidfd = -1
-        if self._guests.get(guest.name) is guest:
-            del self._guests[guest.name]
+        if self._guests.get(guest.place) is guest:
+            del self._guests[guest.place]

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from migrated.base.errors import VmmError
 from migrated.control.operations import OperationError
-from migrated.settings.config import parse_uri
 from migrated.settings.parameters import MigrationParameters
-from migrated.source.story import Target
+from migrated.source import target
+from migrated.source.target import Target
 
 Found = TypeVar("Found")
 
@@ -30,13 +30,13 @@ async def asked(awaitable: Awaitable[Found]) -> Found:
 
 
 def target_of(uri: str) -> Target:
-    """Return the target of a migration from ``tcp:HOST:PORT``.
+    """Return the target of a migration from its URI.
 
     Raises:
-        OperationError: it is not such an address.
+        OperationError: it is not such a URI.
     """
     try:
-        return Target(uri, *parse_uri(uri))
+        return target.target_of(uri)
     except ValueError as error:
         raise OperationError(str(error)) from error
 

@@ -11,7 +11,7 @@ import structlog
 from migrated.base.errors import MigrationError, VmmError
 from migrated.control.operations import AdoptSpec, GuestSpec, OperationError
 from migrated.environment import Environment
-from migrated.guests.registry import ANSWER_S, UNRESPONSIVE, Guest, UnknownGuestError
+from migrated.guests.registry import ANSWER_S, UNRESPONSIVE, Guest, SilentGuest, UnknownGuestError
 from migrated.host.commands import asked
 from migrated.host.recovery import Recovery
 from migrated.vmm.seam import GuestRequest
@@ -68,18 +68,19 @@ class GuestCommands:
 
     def names(self) -> list[str]:
         """Names of the guests that a command may mean; retired ones only when there is no other."""
-        here = [guest.name for guest in self._all() if guest.overlay != "retired"]
-        return [*here, *self._guests.silent] or self._guests.names()
+        here = {guest.name for guest in self._guests.all() if guest.overlay != "retired"}
+        here |= {silent.name for silent in self._guests.silent.values()}
+        return sorted(here) or self._guests.names()
 
     async def show_all(self) -> list[dict[str, Any]]:
         """All guests; one that does not answer does not hold up the others."""
-        shown = await asyncio.gather(*(self._shown(guest, detail=False) for guest in self._all()))
-        return [*shown, *(self._silent(name) for name in self._guests.silent)]
+        shown = await asyncio.gather(*(self._shown(guest, detail=False) for guest in self._guests.all()))
+        return [*shown, *(self._silent(silent) for silent in self._guests.silent.values())]
 
     async def show(self, name: str) -> dict[str, Any]:
         """Return one guest with all figures of its VMM."""
-        if name in self._guests.silent:
-            return self._silent(name)
+        if (silent := self._guests.find_silent(name)) is not None:
+            return self._silent(silent)
         return await self._shown(self.get(name))
 
     async def pause(self, name: str) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class GuestCommands:
         Raises:
             OperationError: there is none of this name, or it is unresponsive.
         """
-        if (silent := self._guests.silent.get(name)) is not None:
+        if (silent := self._guests.find_silent(name)) is not None:
             raise OperationError(f"guest {name!r} is unresponsive: {silent.reason}", "DeviceNotActive")
         try:
             return self._guests.get(name)
@@ -133,9 +134,6 @@ class GuestCommands:
             )
         return guest
 
-    def _all(self) -> list[Guest]:
-        return [self._guests.get(name) for name in self._guests.names()]
-
     async def _shown(self, guest: Guest, detail: bool = True) -> dict[str, Any]:
         try:
             async with asyncio.timeout(ANSWER_S):
@@ -146,8 +144,8 @@ class GuestCommands:
         summary = guest.summary(status.state)
         return {**_plain(status.detail), **summary} if detail else summary
 
-    def _silent(self, name: str) -> dict[str, Any]:
-        return self._guests.silent[name].summary(self._recovery.postponed_of(name))
+    def _silent(self, silent: SilentGuest) -> dict[str, Any]:
+        return silent.summary(self._recovery.postponed_of(silent.api_socket.stem))
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

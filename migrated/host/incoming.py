@@ -6,6 +6,7 @@ outcome (OUTCOME_ASK).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Final
 
@@ -15,7 +16,6 @@ from migrated.base.tasks import TaskSet
 from migrated.control.operations import OperationError
 from migrated.destination.migration import IncomingMigration
 from migrated.destination.offer import Offer, Refusal, RefusalKind
-from migrated.destination.origin import Origin
 from migrated.destination.recovery import RecoveredTakeover
 from migrated.destination.takeover import EndedTakeover, Takeover, answer_message
 from migrated.destination.view import View
@@ -29,6 +29,8 @@ from migrated.link.reply import Nobody, OneAnswer
 from migrated.link.security import Names
 from migrated.link.sockets import Connection, send_first
 from migrated.observe.progress import Progress
+from migrated.state.learned import keep_resume_costs
+from migrated.vmm.seam import Replacement
 from protocol import messages
 from protocol.answers import journaled_answer, newer_epoch, who_answers
 from protocol.errors import ErrorCode, RemoteProtocolError
@@ -80,11 +82,15 @@ class IncomingAttempts:
         self._takeovers: dict[str, EndedTakeover] = {}
         """Finished take-overs: they answer late questions better than the journal, which may not have been written."""
 
-    async def connected(self, first: Message, connection: Connection) -> None:
-        """Take a new connection by its first message (``link.listener.Handler``)."""
+    async def connected(self, first: Message, connection: Connection, replacement: Replacement | None = None) -> None:
+        """Take a new connection by its first message (``link.listener.Handler``).
+
+        Args:
+            replacement: what is wanted of a guest's new VMM, for a connection of this daemon to itself; else None.
+        """
         match first:
             case messages.Hello():
-                await self._hello(first, connection)
+                await self._hello(first, connection, replacement)
             case messages.Join(migration_id=migration_id):
                 incoming = self._running.get(migration_id)
                 if incoming is None:
@@ -99,17 +105,18 @@ class IncomingAttempts:
                 raise RemoteProtocolError(f"a connection cannot begin with {first.TYPE.name}", ErrorCode.UNEXPECTED)
 
     def cancel(self, guest: str) -> None:
-        """Give up what is under way for a guest.
+        """Give up what is under way for a guest that comes from another daemon; the source of one that this daemon
+        itself sends is here, and is cancelled instead.
 
         Raises:
             OperationError: only the source decides any more.
         """
         reason = "cancelled by the destination's operator"
         for offer in self._offered.values():
-            if offer.hello.guest.name == guest:
+            if offer.hello.guest.name == guest and offer.replacement is None:
                 offer.cancel(reason)
         for incoming in self._running.values():
-            if incoming.guest_name == guest and not incoming.cancel(reason):
+            if incoming.guest_name == guest and not incoming.own and not incoming.cancel(reason):
                 raise OperationError(
                     f"the incoming migration of {guest!r} cannot be cancelled any more: READY was voted and only the "
                     "source decides"
@@ -144,7 +151,7 @@ class IncomingAttempts:
 
     # Section: offers
 
-    async def _hello(self, hello: messages.Hello, connection: Connection) -> None:
+    async def _hello(self, hello: messages.Hello, connection: Connection, replacement: Replacement | None) -> None:
         limits = self._env.config.limits
         control = ControlChannel(
             connection,
@@ -154,7 +161,8 @@ class IncomingAttempts:
             received=1,
         )
         await control.start()
-        refusal = self._why_not(hello, Origin(control.peer, control.names))
+        offer = Offer(control, hello, View(self._env, hello, control.peer), replacement=replacement)
+        refusal = self._why_not(offer)
         if refusal is not None:
             log.warning("refused an incoming migration", guest=hello.guest.name, reason=refusal.reason)
             self._count_refused(refusal.kind)
@@ -162,12 +170,12 @@ class IncomingAttempts:
             self._tasks.start(control.close())
             return
         await self._end_older(hello)
-        offer = Offer(control, hello, View(self._env, hello, control.peer))
         self._offered[hello.migration_id] = offer
         self._last[hello.guest.name] = offer.progress
         self._tasks.start(self._run(offer))
 
-    def _why_not(self, hello: messages.Hello, origin: Origin) -> Refusal | None:
+    def _why_not(self, offer: Offer) -> Refusal | None:
+        hello, origin = offer.hello, offer.origin
         if self._role == "source":
             return Refusal(ErrorCode.BUSY, "this daemon is a source only and takes no guests in", "role")
         under_way = len(self._offered) + len(self._running)
@@ -192,7 +200,7 @@ class IncomingAttempts:
                 f"most {most} is taken here",
                 "epoch",
             )
-        return self._why_no_memory(hello.guest.memory_bytes)
+        return self._why_no_memory(offer.promised_bytes)
 
     def _why_no_memory(self, memory_bytes: int) -> Refusal | None:
         """A host that promises more memory than it has loses guests that run on it already."""
@@ -235,6 +243,8 @@ class IncomingAttempts:
         finally:
             del self._running[migration_id]
             self._show_as_ended(answer.guest_name, answer.progress)
+            costs = self._env.resume_costs.document()
+            await asyncio.to_thread(keep_resume_costs, self._env.config.state.directory, costs)
             await self._keep(migration_id, answer.takeover)
 
     async def _keep(self, migration_id: str, takeover: Takeover) -> None:

@@ -17,9 +17,11 @@ from migrated.base.tasks import TaskSet
 from migrated.control.operations import AdoptSpec, EventBus, GuestSpec, OperationError
 from migrated.environment import DaemonRole, Environment, host_name
 from migrated.guests.registry import Guest, GuestRegistry
+from migrated.host.commands import target_of
 from migrated.host.guests import GuestCommands
 from migrated.host.incoming import IncomingAttempts
 from migrated.host.outgoing import OutgoingAttempts
+from migrated.host.own import OwnConnections
 from migrated.host.records import FinishedRecords
 from migrated.host.recovery import Recovery
 from migrated.link.security import LinkSecurity
@@ -29,12 +31,13 @@ from migrated.observe.metrics import Metrics
 from migrated.observe.progress import Progress
 from migrated.settings.config import Config
 from migrated.settings.parameters import MigrationParameters
+from migrated.source.target import target_here
 from migrated.state.history import History, HistoryQuery
 from migrated.state.journal import Journal
-from migrated.state.learned import keep_knowledge, load_knowledge
+from migrated.state.learned import keep_knowledge, keep_resume_costs, load_knowledge, load_resume_costs
 from migrated.state.run_marks import RunMarks
 from migrated.vmm.drivers import load_drivers
-from migrated.vmm.resume_costs import ResumeCosts
+from migrated.vmm.seam import Replacement
 from protocol.messages import Message
 from protocol.versions import MAJOR, MINOR
 
@@ -73,18 +76,20 @@ class MigrationHost:
             run_marks=RunMarks(config.state.directory),
             guests=GuestRegistry(config, load_drivers(config)),
             knowledge=load_knowledge(config.state.directory),
-            resume_costs=ResumeCosts(int(config.limits.guessed_resume_reserve_ms * 1e6)),
+            resume_costs=load_resume_costs(config.state.directory, int(config.limits.guessed_resume_reserve_ms * 1e6)),
             host=host_name(config),
             finish=self._records.finish,
             publish=self.events.publish,
             hold_events=self.events.hold,
             take_log=collector.take,
+            open_own=lambda replacement: self._own.open(replacement),
         )
         self._tasks = TaskSet()
         self._recovery = Recovery(self._env, self._tasks)
         self._guests = GuestCommands(self._env, self._recovery)
         self._outgoing = OutgoingAttempts(self._env, self._tasks)
         self._incoming = IncomingAttempts(self._env, role, self._recovery, self._tasks, self.metrics.offer_refused)
+        self._own = OwnConnections(self._incoming, self._tasks)
         self._env.guests.on_gone = self._guest_gone
         self._env.guests.on_settled = self._recovery.guest_settled
 
@@ -107,6 +112,7 @@ class MigrationHost:
         await self._tasks.stop()
         await self._env.guests.close()
         keep_knowledge(self._env.config.state.directory, self._env.knowledge)
+        keep_resume_costs(self._env.config.state.directory, self._env.resume_costs.document())
         self._env.journal.close()
         self._env.run_marks.close()
         self._history.close()
@@ -127,8 +133,7 @@ class MigrationHost:
 
     def _guest_gone(self, guest: Guest) -> None:
         self.events.publish("X_MIGRATED_GUEST_GONE", {"guest": guest.name, "pid": guest.vmm.pid})
-        self._outgoing.guest_gone(guest)
-        self._incoming.guest_gone(guest)
+        (self._incoming if guest.overlay == "incoming" else self._outgoing).guest_gone(guest)
 
     # Section: guests
 
@@ -169,7 +174,12 @@ class MigrationHost:
     async def migrate(self, guest: str, uri: str, overrides: dict[str, object]) -> str:
         if self._role == "destination":
             raise OperationError("this daemon is a destination only; run `migrated host` to migrate guests away too")
-        return await self._outgoing.begin(self._guests.idle(guest), uri, overrides)
+        return await self._outgoing.begin(self._guests.idle(guest), target_of(uri), overrides)
+
+    async def replace(self, guest: str, replacement: Replacement, overrides: dict[str, object]) -> str:
+        if self._role != "host":
+            raise OperationError(f"this daemon is a {self._role} only; run `migrated host` to give guests another VMM")
+        return await self._outgoing.begin(self._guests.idle(guest), target_here(self._env, replacement), overrides)
 
     async def wait(self, migration_id: str) -> dict[str, Any]:
         await self._incoming.ended(migration_id)
@@ -205,7 +215,10 @@ class MigrationHost:
             self._outgoing.set_parameters(self._guests.get(guest).name, values)
 
     def progress(self, guest: str | None) -> list[Progress]:
-        known = [*self._recovery.progress(), *self._outgoing.progress(), *self._incoming.progress()]
+        known = [*self._recovery.progress(), *self._outgoing.progress()]
+        # Where this daemon is source and destination, the source's view is of both.
+        told = {progress.migration_id for progress in known}
+        known += [progress for progress in self._incoming.progress() if progress.migration_id not in told]
         chosen = [progress for progress in known if guest is None or progress.guest == guest]
         return sorted(chosen, key=lambda progress: progress.started_at)
 

@@ -18,7 +18,8 @@ from migrated.observe.progress import Progress
 from migrated.settings.parameters import MigrationParameters
 from migrated.source.estimate import estimate
 from migrated.source.migration import OutgoingMigration
-from migrated.state.learned import keep_knowledge
+from migrated.source.target import Target
+from migrated.state.learned import keep_knowledge, keep_resume_costs
 from protocol.errors import ProtocolError
 
 _SHOWN_KEPT: Final = 256
@@ -45,9 +46,8 @@ class OutgoingAttempts:
 
     # Section: attempts
 
-    async def begin(self, guest: Guest, uri: str, overrides: dict[str, object]) -> str:
+    async def begin(self, guest: Guest, target: Target, overrides: dict[str, object]) -> str:
         """Begin to move an idle guest. Returns the migration id."""
-        target = target_of(uri)
         parameters = with_values(self.parameters(guest.name), overrides)
         status = await asked(guest.vmm.status())
         if guest.migration_id is not None:
@@ -68,9 +68,11 @@ class OutgoingAttempts:
         finally:
             self._running.pop(migration.migration_id, None)
             self._show_as_ended(migration)
-            if migration.status == "completed":
+            if self._env.guests.find(migration.guest_name) is None:
                 self.forget_parameters(migration.guest_name)  # the next guest of this name is another one
-            await asyncio.to_thread(keep_knowledge, self._env.config.state.directory, self._env.knowledge)
+            directory = self._env.config.state.directory
+            await asyncio.to_thread(keep_knowledge, directory, self._env.knowledge)
+            await asyncio.to_thread(keep_resume_costs, directory, self._env.resume_costs.document())
 
     def _show_as_ended(self, migration: OutgoingMigration) -> None:
         """Show the last snapshot from now on, not the attempt, which holds all that it had."""
@@ -87,7 +89,7 @@ class OutgoingAttempts:
         parameters = with_values(self.parameters(guest.name), overrides)
         try:
             with Reservation(guest, "estimate"):
-                return await estimate(self._env, guest, target.host, target.port, parameters)
+                return await estimate(self._env, guest, target, parameters)
         except (MigrationError, ProtocolError, OSError) as error:
             raise OperationError(str(error)) from error
 

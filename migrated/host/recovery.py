@@ -48,25 +48,25 @@ class Recovery:
             log.warning("an attempt that a later one has overtaken is closed", migration_id=attempt.migration_id)
             journal.close_attempt(attempt.migration_id, attempt.role, overtaken=True)
         for attempt in current:
-            if attempt.guest in guests.silent:
+            if attempt.place in guests.silent:
                 log.error("an open attempt waits for its guest to answer", guest=attempt.guest, role=attempt.role)
                 self._postponed.append(attempt)
             else:
                 self._take_up(attempt)
-        await asyncio.gather(*(self._discard_abandoned(guests.get(name)) for name in guests.names()))
+        await asyncio.gather(*(self._discard_abandoned(guest) for guest in guests.all()))
 
-    def guest_settled(self, name: str) -> None:
+    def guest_settled(self, place: str) -> None:
         """A guest that was silent when this daemon began has answered, or ended."""
-        waiting = [attempt for attempt in self._postponed if attempt.guest == name]
-        self._postponed = [attempt for attempt in self._postponed if attempt.guest != name]
+        waiting = [attempt for attempt in self._postponed if attempt.place == place]
+        self._postponed = [attempt for attempt in self._postponed if attempt.place != place]
         for attempt in waiting:
             self._take_up(attempt)
-        if (guest := self._env.guests.find(name)) is not None:
+        if (guest := self._env.guests.find_at(place)) is not None:
             self._tasks.start(self._discard_abandoned(guest))
 
-    def postponed_of(self, guest: str) -> str | None:
-        """The id of an open attempt that waits for this guest to answer, None when there is none."""
-        return next((attempt.migration_id for attempt in self._postponed if attempt.guest == guest), None)
+    def postponed_of(self, place: str) -> str | None:
+        """The id of an open attempt that waits for the guest at a place to answer, None when there is none."""
+        return next((attempt.migration_id for attempt in self._postponed if attempt.place == place), None)
 
     def takeover(self, migration_id: str) -> RecoveredTakeover | None:
         """An incoming attempt that was taken up again, None when it is not one."""
@@ -97,7 +97,7 @@ class Recovery:
             await recovered.close()
 
     def _take_up(self, attempt: Attempt) -> None:
-        guest = self._env.guests.find(attempt.guest)
+        guest = self._env.guests.find_at(attempt.place)
         if attempt.role == "source":
             outgoing = self._outgoing[attempt.migration_id] = RecoveredHandover(self._env, attempt, guest)
             self._tasks.start(outgoing.run())

@@ -24,15 +24,21 @@ PM_SCAN_CHECK_WPASYNC: Final = 2
 """Fail with EPERM where memory is not registered for it, instead of passing it over."""
 
 PAGE_IS_WRITTEN: Final = 1 << 1
+PAGE_IS_FILE: Final = 1 << 2
 PAGE_IS_PRESENT: Final = 1 << 3
 PAGE_IS_SWAPPED: Final = 1 << 4
 PAGE_IS_PFNZERO: Final = 1 << 5
+PAGE_IS_HUGE: Final = 1 << 6
 
 _ARGUMENT: Final = struct.Struct("=12Q")
 _WALK_END: Final = 4
+_HUGE_RANGES: Final = 1024
 _ENTRIES_AT_ONCE: Final = 1 << 16
 _ENTRY_HELD: Final = np.uint64(1 << 63 | 1 << 62)
 """Bits of an entry of pagemap: present, swapped."""
+_ENTRY_OF_FILE: Final = np.uint64(1 << 61)
+"""Bit of an entry of pagemap: it is a page of a file, or of shared memory."""
+_NO_BIT: Final = np.uint64(0)
 
 Vector = npt.NDArray[np.uint64]
 """Room for ranges that a scan finds: rows of (first address, end address, categories), shape (n, 3)."""
@@ -107,30 +113,58 @@ def held(pagemap_fd: int, begin: int, end: int, vector: Vector) -> Ranges:
     Raises:
         OSError: the pagemap cannot be read.
     """
+    return _held_but(pagemap_fd, begin, end, vector, PAGE_IS_PFNZERO, _NO_BIT)
+
+
+def private_copies(pagemap_fd: int, begin: int, end: int, vector: Vector) -> Ranges:
+    """The ranges of pages between two addresses of a private mapping of a file that the process has written, so that it
+    has copies of its own there.
+
+    Raises:
+        OSError: the pagemap cannot be read.
+    """
+    return _held_but(pagemap_fd, begin, end, vector, PAGE_IS_FILE, _ENTRY_OF_FILE)
+
+
+def _held_but(pagemap_fd: int, begin: int, end: int, vector: Vector, category: int, entry_bit: np.uint64) -> Ranges:
+    """The ranges of pages that are in memory or swapped out and not of a category (PAGE_IS_*), which a bit in an entry
+    of pagemap shows where the kernel cannot scan."""
     try:
         return scan(
             pagemap_fd,
             begin,
             end,
             vector,
-            inverted=PAGE_IS_PFNZERO,
-            all_of=PAGE_IS_PFNZERO,
+            inverted=category,
+            all_of=category,
             any_of=PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
             returned=PAGE_IS_PRESENT,
         )
     except OSError as error:
         if error.errno != errno.ENOTTY:
             raise
-    return _held_by_entries(pagemap_fd, begin, end)
+    return _held_by_entries(pagemap_fd, begin, end, entry_bit)
 
 
-def _held_by_entries(pagemap_fd: int, begin: int, end: int) -> Ranges:
-    """``held`` on a kernel without PAGEMAP_SCAN: one entry of 8 bytes for each page."""
+def huge(pagemap_fd: int, begin: int, end: int) -> Ranges:
+    """The ranges of pages between two addresses that are mapped as huge pages of a file or of shared memory.
+
+    Raises:
+        OSError: as for ``scan``.
+    """
+    kinds = PAGE_IS_HUGE | PAGE_IS_FILE
+    return scan(pagemap_fd, begin, end, make_vector(_HUGE_RANGES), all_of=kinds, returned=PAGE_IS_HUGE)
+
+
+def _held_by_entries(pagemap_fd: int, begin: int, end: int, without: np.uint64) -> Ranges:
+    """The same on a kernel without PAGEMAP_SCAN: one entry of 8 bytes for each page. ``without``: a bit that the
+    entries must not have."""
     pieces: list[Ranges] = []
     for first in range(begin // mmap.PAGESIZE, end // mmap.PAGESIZE, _ENTRIES_AT_ONCE):
         count = min(_ENTRIES_AT_ONCE, end // mmap.PAGESIZE - first)
         entries = np.frombuffer(os.pread(pagemap_fd, 8 * count, 8 * first), np.uint64)
-        here = np.concatenate(([False], (entries & _ENTRY_HELD) != 0, [False]))
+        wanted = ((entries & _ENTRY_HELD) != 0) & ((entries & without) == 0)
+        here = np.concatenate(([False], wanted, [False]))
         edges = np.flatnonzero(here[1:] != here[:-1]).reshape(-1, 2)
         pieces.append((edges + first).astype(np.uint64) * np.uint64(mmap.PAGESIZE))
     return np.concatenate(pieces) if pieces else np.empty((0, 2), np.uint64)

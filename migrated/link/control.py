@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -96,13 +96,17 @@ class ControlChannel:
 
     async def start(self) -> None:
         """Begin to read and to keep the heartbeat."""
-        reader, self._writer = await asyncio.open_connection(sock=self._wire.sock)
+        open_stream = asyncio.open_unix_connection if self._wire.local else asyncio.open_connection
+        reader, self._writer = await open_stream(sock=self._wire.sock)
         transport = self._writer.transport
         transport.set_write_buffer_limits(high=0)  # so that drain means: in the kernel's hands
         self._tasks = [asyncio.create_task(self._read(reader)), asyncio.create_task(self._beat())]
 
-    def send(self, message: Message, payload: bytes = b"") -> None:
+    def send(self, message: Message, payload: bytes = b"", descriptors: Sequence[int] = ()) -> None:
         """Write a message at once; it leaves this process before the call returns unless the peer's window is full.
+
+        Args:
+            descriptors: go with the first message of a channel over a unix socket.
 
         Raises:
             LinkLostError: the channel is gone.
@@ -113,13 +117,25 @@ class ControlChannel:
             raise LinkLostError(f"the control channel to {self.peer} is closed")
         head = messages.frame_head(self._version, message, next(self._sequence), payload_bytes=len(payload))
         tls = self._wire.tls
-        self._writer.write(head + payload if tls is None else tls.encrypt(head, payload))
+        data = head + payload if tls is None else tls.encrypt(head, payload)
+        if descriptors:
+            data = data[self._send_descriptors(data, descriptors) :]
+        self._writer.write(data)
         if self._writer.transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
             error = LinkLostError(
                 f"{self.peer} does not read what it is sent: more than {_MAX_UNREAD_BYTES >> 20} MiB wait for it"
             )
             self._lose(error)
             raise error
+
+    def _send_descriptors(self, data: bytes, descriptors: Sequence[int]) -> int:
+        """Begin to send data with descriptors. Returns the bytes that went."""
+        try:
+            return self._wire.send_with_descriptors(data, descriptors)
+        except OSError as error:
+            lost = LinkLostError(f"memory could not be handed to {self.peer}: {error.strerror or error}")
+            self._lose(lost)
+            raise lost from error
 
     async def receive(self) -> Received:
         """The next message.
@@ -137,6 +153,16 @@ class ControlChannel:
     def names(self) -> Names:
         """Names of the peer in its certificate, empty on a plain connection."""
         return self._wire.names
+
+    @property
+    def local(self) -> bool:
+        """Whether the peer is on this host, at the other end of a unix socket."""
+        return self._wire.local
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Descriptors that came with the peer's first message; they are closed with the channel."""
+        return tuple(self._wire.descriptors)
 
     @property
     def lost(self) -> Exception | None:

@@ -51,7 +51,9 @@ class DataChannel:
         return self._agreed.peer_max_payload_bytes
 
     def pace(self, bytes_per_s: int) -> None:
-        """Cap this channel's rate in the kernel; 0 lifts the cap."""
+        """Cap this channel's rate in the kernel; 0 lifts the cap. A unix socket has none."""
+        if self._wire.local:
+            return
         rate = _NO_PACING if bytes_per_s == 0 else bytes_per_s
         self._wire.sock.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("=Q", rate))
 

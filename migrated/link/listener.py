@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import structlog
@@ -70,7 +73,7 @@ class Listener:
         self._limits = limits
         self._security = security
         self._on_refused = on_refused
-        self._socket: socket.socket | None = None
+        self._sockets: list[socket.socket] = []
         self._tasks = TaskSet()
         self._places = Places(limits.max_connections, limits.max_connections_per_address)
         self._strangers: dict[asyncio.Task[None], str] = {}
@@ -104,18 +107,48 @@ class Listener:
                 raise
         host, port = sock.getsockname()[:2]
         self._security.check_listen(host)
+        self.address = Address(host, port)
+        self._begin(sock)
+
+    def start_unix(self, path: Path) -> None:
+        """Listen on a unix socket that this user alone may open, in place of one that a daemon left behind.
+
+        Raises:
+            OSError: it cannot be bound, or there is something else.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(path.lstat().st_mode):
+                raise FileExistsError(errno.EEXIST, "there is something that is not a socket")
+            if _is_served(path):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            path.unlink()
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)  # a chmod after bind would leave a moment in which anyone may connect
+        try:
+            sock.bind(str(path))
+        except BaseException:
+            sock.close()
+            raise
+        finally:
+            os.umask(before)
+        self._begin(sock)
+
+    def _begin(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         sock.listen(128)
-        self._socket = sock
-        self.address = Address(host, port)
+        self._sockets.append(sock)
         self._tasks.start(self._accept(sock))
 
     async def stop(self) -> None:
         """Stop listening; connections that were handed over go on."""
         await self._tasks.stop()
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        while self._sockets:
+            sock = self._sockets.pop()
+            if sock.family == socket.AF_UNIX:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(sock.getsockname())
+            sock.close()
 
     @property
     def connections(self) -> int:
@@ -134,7 +167,8 @@ class Listener:
                     self._refused("full", f"a connection could not be accepted: {error.strerror}", "anybody")
                 await asyncio.sleep(0.1)  # let some be freed
                 continue
-            address = str(where[0])
+            local = sock.family == socket.AF_UNIX
+            address = "this host" if local else str(where[0])
             if (full := self._places.why_full(address)) is not None:
                 reason = f"this host takes no more connections: {full} ([limits] max_connections)"
                 self._refused("full", reason, address)
@@ -142,9 +176,8 @@ class Listener:
                 continue
             self._places.take(address)
             self._make_room(address)
-            wire = Wire(
-                sock, self._security.accepting(str(Address(*where[:2]))), partial(self._places.give_back, address)
-            )
+            tls = None if local else self._security.accepting(str(Address(*where[:2])))
+            wire = Wire(sock, tls, partial(self._places.give_back, address))
             task = self._tasks.start(self._welcome(wire, address))
             self._strangers[task] = address
             task.add_done_callback(self._known)
@@ -215,6 +248,12 @@ class Listener:
         self._on_refused(kind)
         if self._lines.take(1, time.monotonic()):
             log.warning("a connection was refused", reason=reason, kind=kind, peer=address)
+
+
+def _is_served(path: Path) -> bool:
+    """Whether somebody listens on a unix socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        return probe.connect_ex(str(path)) != errno.ECONNREFUSED
 
 
 def _no(first: Message | None, reason: str) -> Message:

@@ -20,6 +20,10 @@ Names = tuple[str, ...]
 """Names of a peer in its certificate: DNS names and IP addresses, sorted; empty without TLS. A renewed certificate has
 the same names, so what belongs to a peer is bound to them."""
 
+THIS_HOST: Names = ("unix:",)
+"""Stands for a peer on this host, which came over a unix socket; no certificate has such a name. The socket's mode says
+who may open it, and no rule has a say in that."""
+
 
 class PlainRefusedError(RefusedError):
     """Plain TCP to or from another host, which nobody has allowed."""
@@ -99,6 +103,8 @@ class LinkSecurity:
         Raises:
             RefusedError: its certificate has no name that ``[tls] names`` lets in.
         """
+        if names == THIS_HOST:
+            return
         if self._credentials is not None and not any(_fits(names, pattern) for pattern in self._tls.names):
             raise RefusedError(
                 f"{peer} is {_called(names)}, and [tls] names lets only {', '.join(self._tls.names)} in; add it there "
@@ -129,7 +135,7 @@ class LinkSecurity:
 
     def _allows(self, rules: Sequence[str], names: Names, guest: str) -> bool:
         """Whether a rule is for one of the names and for the guest; without TLS there are no names, and no rules."""
-        if self._credentials is None:
+        if self._credentials is None or names == THIS_HOST:
             return True
         for rule in rules:
             name, _, guests = rule.partition("/")

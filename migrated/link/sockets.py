@@ -5,21 +5,27 @@
 A connection tells with its first frame what it is: HELLO or OUTCOME_ASK make it a control channel on the event loop,
 JOIN makes it a data channel in a thread. So everything up to the first frame is read here to the byte, and only then
 is the socket wrapped one way or the other.
+
+On this host a connection may also be a unix socket, or one of this daemon to itself: no TLS then, since whoever may
+open the socket may do what it is for, and the first frame may bring descriptors (SCM_RIGHTS).
 """
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import errno
+import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Final, TypeAlias
 
 from migrated.base.errors import LinkLostError
-from migrated.link.security import LinkSecurity, Names
+from migrated.link.security import THIS_HOST, LinkSecurity, Names
 from migrated.link.tls import READ_BYTES, TlsSession, opens_with_tls
 from migrated.settings.config import Address
 from protocol import messages
@@ -33,6 +39,8 @@ DATA_BUFFER_BYTES: Final = 4 << 20
 OUR_MAX_PAYLOAD_BYTES: Final = MAX_PAYLOAD_BYTES
 _HANDSHAKES: Final = ThreadPoolExecutor(1, "tls-handshake")
 """Signatures and their checks take a millisecond, which the event loop has other uses for."""
+_MOST_DESCRIPTORS: Final = 64
+"""Descriptors that may come with one first frame: a guest has at most so many regions of memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +51,25 @@ class Agreed:
     peer_max_payload_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class OwnPlace:
+    """This daemon itself, as a place to connect to. ``open`` makes a connection and returns one end of it; the daemon
+    takes the other as it takes those that come from elsewhere."""
+
+    open: Callable[[], socket.socket]
+
+    def __str__(self) -> str:
+        return "this daemon"
+
+
+Place: TypeAlias = Address | Path | OwnPlace
+"""Where a daemon listens: on TCP, on a unix socket, or in this process."""
+
+
 def tune(sock: socket.socket, user_timeout_s: float) -> None:
-    """Options that every connection gets: no delay, keep-alive, and an end to unacknowledged data after a while."""
+    """Options that every TCP connection gets: no delay, keep-alive, and an end to unacknowledged data after a while."""
+    if sock.family == socket.AF_UNIX:
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(user_timeout_s * 1000))
@@ -68,6 +93,9 @@ class Wire:
         sock: connected and non-blocking; owned from here on.
         tls: TLS of the connection, None for a plain one; ``secure`` does its handshake.
         on_close: called once, when it is closed.
+
+    Attributes:
+        descriptors: those that came with what was read here; closed with the wire.
     """
 
     def __init__(
@@ -76,13 +104,21 @@ class Wire:
         self.sock = sock
         self.tls = tls
         self.peer = _name_of(sock)
+        self.descriptors: list[int] = []
         self._on_close = on_close
         self._closed = False
 
     @property
     def names(self) -> Names:
         """Names of the peer in its certificate, empty on a plain connection."""
+        if self.local:
+            return THIS_HOST
         return self.tls.peer_names() if self.tls is not None else ()
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a unix socket: both ends are on this host."""
+        return self.sock.family == socket.AF_UNIX
 
     async def secure(self) -> None:
         """Do the TLS handshake, either side; nothing on a plain connection.
@@ -122,7 +158,10 @@ class Wire:
         view = memoryview(data)
         filled = 0
         while filled < count:
-            if self.tls is None:
+            if self.local:
+                got = await self._receive_with_descriptors(view[filled:])
+                ended = not got
+            elif self.tls is None:
                 got = await loop.sock_recv_into(self.sock, view[filled:])
                 ended = not got
             elif ended := not (got := self.tls.read_into(view[filled:])):
@@ -134,9 +173,45 @@ class Wire:
             filled += got
         return bytes(data)
 
+    async def _receive_with_descriptors(self, view: memoryview) -> int:
+        """Receive into a view what is there, and keep the descriptors that come with it. Returns the bytes."""
+        loop, space = asyncio.get_running_loop(), socket.CMSG_SPACE(_MOST_DESCRIPTORS * array.array("i").itemsize)
+        while True:
+            try:
+                got, ancillary, flags, _ = self.sock.recvmsg_into([view], space, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                readable = loop.create_future()
+                loop.add_reader(self.sock, _set, readable)
+                try:
+                    await readable
+                finally:
+                    loop.remove_reader(self.sock)
+                continue
+            for level, kind, data in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    came = array.array("i")
+                    came.frombytes(data[: len(data) - len(data) % came.itemsize])
+                    self.descriptors.extend(came)
+            if flags & socket.MSG_CTRUNC or len(self.descriptors) > _MOST_DESCRIPTORS:
+                raise RemoteProtocolError(
+                    f"more than {_MOST_DESCRIPTORS} descriptors came with one frame", ErrorCode.TOO_LARGE
+                )
+            return got
+
+    def send_with_descriptors(self, data: bytes, descriptors: Sequence[int]) -> int:
+        """Send what fits at once, with descriptors, over a unix socket to which nothing else is being sent. Returns the
+        bytes that went.
+
+        Raises:
+            OSError: it cannot be sent.
+        """
+        return socket.send_fds(self.sock, [data], list(descriptors))
+
     def close(self) -> None:
-        """Close the socket; idempotent."""
+        """Close the socket and the descriptors that came with it; idempotent."""
         self.sock.close()
+        while self.descriptors:
+            os.close(self.descriptors.pop())
         if not self._closed:
             self._closed = True
             self._on_close()
@@ -150,7 +225,12 @@ class Connection:
     agreed: Agreed
 
 
-async def connect(host: str, port: int, timeout_s: float, user_timeout_s: float, security: LinkSecurity) -> Connection:
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def connect(place: Place, timeout_s: float, user_timeout_s: float, security: LinkSecurity) -> Connection:
     """Open a connection, secure it and exchange prefaces.
 
     Raises:
@@ -158,14 +238,21 @@ async def connect(host: str, port: int, timeout_s: float, user_timeout_s: float,
             sentence names the address.
         RefusedError: this host may not talk to that one.
     """
-    where = f"{host}:{port}"
+    where = str(place)
     try:
         async with asyncio.timeout(timeout_s):
-            return await _connect(host, port, user_timeout_s, security)
+            wire = await _reach(place, user_timeout_s, security)
+            try:
+                await wire.secure()
+                security.check_peer(wire.names, where)
+                return Connection(wire, await exchange_prefaces(wire))
+            except BaseException:
+                wire.close()
+                raise
     except TimeoutError as error:
         raise LinkLostError(f"{where} did not answer within {timeout_s:g} s; is the destination running?") from error
     except socket.gaierror as error:
-        raise LinkLostError(f"the host name {host!r} cannot be resolved: {error.strerror}") from error
+        raise LinkLostError(f"the host name in {where} cannot be resolved: {error.strerror}") from error
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise LinkLostError(
@@ -178,24 +265,29 @@ async def connect(host: str, port: int, timeout_s: float, user_timeout_s: float,
         raise LinkLostError(f"{where}: {error}") from error
 
 
-async def _connect(host: str, port: int, user_timeout_s: float, security: LinkSecurity) -> Connection:
+async def _reach(place: Place, user_timeout_s: float, security: LinkSecurity) -> Wire:
+    """Connect to a place."""
     loop = asyncio.get_running_loop()
-    addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    family, kind, protocol_number, _, address = addresses[0]
-    where = f"{host}:{port}"
-    tls = security.connecting(host, str(address[0]), where)
-    sock = socket.socket(family, kind, protocol_number)
+    address: tuple[object, ...] | str
+    tls: TlsSession | None
+    match place:
+        case OwnPlace():
+            return Wire(place.open(), None)
+        case Path():
+            sock, address, tls = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), str(place), None
+        case Address(host=host, port=port):
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            family, kind, number, _, address = found[0]
+            tls = security.connecting(host, str(address[0]), str(place))
+            sock = socket.socket(family, kind, number)
     try:
         sock.setblocking(False)
         tune(sock, user_timeout_s)
         await loop.sock_connect(sock, address)
-        wire = Wire(sock, tls)
-        await wire.secure()
-        security.check_peer(wire.names, where)
-        return Connection(wire, await exchange_prefaces(wire))
     except BaseException:
         sock.close()
         raise
+    return Wire(sock, tls)
 
 
 async def exchange_prefaces(wire: Wire) -> Agreed:
@@ -223,6 +315,8 @@ def _name_of(sock: socket.socket) -> str:
         name = sock.getpeername()
     except OSError:
         return "the peer"
+    if sock.family == socket.AF_UNIX:
+        return "this host"
     return str(Address(*name[:2])) if isinstance(name, tuple) else "the peer"
 
 

@@ -16,10 +16,12 @@ from typing import Final, Literal, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from migrated.record.terms import Role
+
 MAX_LINES: Final = 1000
 """Lines kept per migration; the oldest go first."""
 MAX_MIGRATIONS: Final = 64
-"""Migrations whose lines are kept; late lines of a finished one must not pile up for ever."""
+"""Parts in migrations whose lines are kept; late lines of a finished one must not pile up for ever."""
 
 _CONTEXT: Final = frozenset({"migration_id", "guest", "role", "peer", "timestamp", "level", "event", "exc_info"})
 
@@ -28,29 +30,31 @@ Level = Literal["debug", "info", "warning", "error"]
 
 
 class LogCollector:
-    """Keeps the last lines of each migration, so that its record can carry them. Any thread may log."""
+    """Keeps the last lines of each part in a migration, so that its record can carry them. A daemon has both parts in
+    one that gives a guest another VMM here. Any thread may log."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._lines: OrderedDict[str, deque[dict[str, str]]] = OrderedDict()
+        self._lines: OrderedDict[tuple[str, str], deque[dict[str, str]]] = OrderedDict()
 
     def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         migration_id = event.get("migration_id")
         if isinstance(migration_id, str):
             line = {"at": event["timestamp"], "level": event["level"], "event": _sentence(event)}
             with self._lock:
-                lines = self._lines.get(migration_id)
+                part = (migration_id, str(event.get("role", "")))
+                lines = self._lines.get(part)
                 if lines is None:
-                    lines = self._lines[migration_id] = deque(maxlen=MAX_LINES)
+                    lines = self._lines[part] = deque(maxlen=MAX_LINES)
                     if len(self._lines) > MAX_MIGRATIONS:
                         self._lines.popitem(last=False)
                 lines.append(line)
         return event
 
-    def take(self, migration_id: str) -> list[dict[str, str]]:
-        """Remove and return the lines of a migration, oldest first: ``at`` (UTC), ``level``, ``event``."""
+    def take(self, migration_id: str, role: Role) -> list[dict[str, str]]:
+        """Remove and return the lines of a part in a migration, oldest first: ``at`` (UTC), ``level``, ``event``."""
         with self._lock:
-            return list(self._lines.pop(migration_id, ()))
+            return list(self._lines.pop((migration_id, role), ()))
 
 
 def _sentence(event: EventDict) -> str:

@@ -164,14 +164,18 @@ def _on_signal(stop: asyncio.Event) -> None:
 
 
 async def _listen(listener: Listener, config: Config, inherited: socket.socket | None) -> None:
+    where, key = str(config.listen.address), "address"
     try:
         await listener.start(config.listen.address, inherited)
+        if config.listen.unix is not None:
+            where, key = str(config.listen.unix), "unix"
+            listener.start_unix(config.listen.unix)
     except PlainRefusedError as error:
         raise StartError(str(error)) from error
     except OSError as error:
         raise StartError(
-            f"cannot listen on {config.listen.address}: {error.strerror or error}; is another daemon running there? "
-            "Set [listen] address to a free one"
+            f"cannot listen on {where}: {error.strerror or error}; is another daemon running there? "
+            f"Set [listen] {key} to a free one"
         ) from error
 
 

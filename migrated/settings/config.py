@@ -55,23 +55,27 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
-def parse_uri(uri: str) -> Address:
-    """The destination in ``tcp:HOST:PORT``.
+def parse_uri(uri: str) -> Address | Path:
+    """The destination in ``tcp:HOST:PORT``, or in ``unix:PATH``.
 
     Raises:
         ValueError: with a sentence that says what is wrong and what the form is.
     """
     scheme, _, rest = uri.partition(":")
     try:
+        if scheme == "unix":
+            if not rest.startswith("/"):
+                raise ValueError(f"{rest!r} is not the whole path of a socket")
+            return _fits_socket(Path(rest))
         if scheme != "tcp":
-            raise ValueError(f"{uri!r} does not begin with 'tcp:'")
+            raise ValueError(f"{uri!r} begins neither with 'tcp:' nor with 'unix:'")
         address = parse_address(rest)
         if address.port == 0:
             raise ValueError("port 0 is no port to connect to")
     except ValueError as error:
         raise ValueError(
             f"The migration URI cannot be used: {error}. Give the destination as tcp:HOST:PORT, "
-            "for example tcp:192.0.2.7:4460 or tcp:[2001:db8::7]:4460."
+            "for example tcp:192.0.2.7:4460 or tcp:[2001:db8::7]:4460; or, on this host, as unix:PATH."
         ) from error
     return address
 
@@ -168,6 +172,8 @@ class ListenConfig(Section):
     """``[listen]``: where a destination takes migrations."""
 
     address: AddressText = Address("127.0.0.1", 4460)
+    unix: SocketPath | None = None
+    """A unix socket beside it, for daemons on this host: memory that is shared is handed over there, not copied."""
 
 
 class TlsConfig(Section):

@@ -23,6 +23,7 @@ from migrated.prediction.model import Prediction
 from migrated.prediction.play import play
 from migrated.settings.parameters import MigrationParameters, limit_of
 from migrated.source.session import Session, connect, offer_of, open_session
+from migrated.source.target import Target
 from protocol import messages
 from protocol.guest import PAGE_SIZE
 from protocol.pages import Runs, count_pages, indices_of, split_runs
@@ -31,9 +32,7 @@ _BURST_PAGES: Final = (64 << 20) // PAGE_SIZE
 _SAMPLES_S: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.0)
 
 
-async def estimate(
-    env: Environment, guest: Guest, host: str, port: int, parameters: MigrationParameters
-) -> dict[str, Any]:
+async def estimate(env: Environment, guest: Guest, target: Target, parameters: MigrationParameters) -> dict[str, Any]:
     """Predict total time and downtime of a migration, and whether its limit can be kept.
 
     Raises:
@@ -41,7 +40,7 @@ async def estimate(
     """
     description = await guest.vmm.describe()
     offer = await offer_of(guest.vmm, description, parameters)
-    connection = await connect(env, host, port)
+    connection = await connect(env, target.place)
     try:
         session = await open_session(env, guest.vmm, connection, offer, parameters, secrets.token_hex(16), epoch=1)
         try:
@@ -54,13 +53,15 @@ async def estimate(
 
 
 async def _measured(env: Environment, guest: str, session: Session, parameters: MigrationParameters) -> dict[str, Any]:
-    """Measure over an open session and simulate the rounds."""
+    """Measure over an open session and simulate the rounds; memory that is handed over needs none."""
     control, description = session.connection.control, session.offer.description
     rounds: asyncio.Queue[messages.RoundDone] = asyncio.Queue()
     listener = asyncio.create_task(_listen(control, rounds))
+    bandwidth, data_bytes, curve, scan_ns = Bandwidth(), 0, DirtyCurve(), 0
     try:
-        bandwidth, data_bytes = await _measure_link(session, rounds)
-        curve, scan_ns = await _measure_guest(session)
+        if not session.shared:
+            bandwidth, data_bytes = await _measure_link(session, rounds)
+            curve, scan_ns = await _measure_guest(session)
     finally:
         listener.cancel()
         await asyncio.gather(listener, return_exceptions=True)

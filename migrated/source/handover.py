@@ -18,6 +18,7 @@ import structlog
 from migrated.base.errors import LinkLostError, VmmError
 from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
+from migrated.fleet.ownership import Keeper
 from migrated.guests.registry import Guest
 from migrated.link.control import ControlChannel
 from migrated.observe.transitions import Transitions
@@ -31,6 +32,10 @@ from protocol.handover import Decision, SourceEvent, SourceState
 
 log = structlog.get_logger()
 
+_ASK_OWNERSHIP_S: Final = 2.0
+"""Time between two questions to the fleet's store."""
+LONGEST_TRANSFER_NS: Final = 5_000_000_000
+"""How long the fleet's store may take where no limit is enforced."""
 OPERATOR_KEEPS: Final = "the operator resolved the doubt: the guest runs here"
 
 
@@ -63,11 +68,13 @@ class SourceHandover:
         guest: the guest, None when its process is gone (only after a restart).
         was_paused: the guest was paused when the migration began; it stays paused when it is taken back.
         asker: reaches the destination over fresh connections.
+        keeper: knows who owns the guest in the fleet; None without one, and for a guest that stays on this host.
         state: first state; other than RUNNING only after a restart of the daemon.
         on_doubt: called when the attempt becomes in doubt.
 
     Attributes:
         times: instants of its steps.
+        commit_by_ns: instant after which COMMIT is too late, on this host's monotonic clock.
         running: the destination's RUNNING once it came, and when it was read.
         finished: set once it is decided which host runs the guest, and all effects of that are carried out.
     """
@@ -80,11 +87,13 @@ class SourceHandover:
         guest: Guest | None,
         was_paused: bool,
         asker: OutcomeAsker,
+        keeper: Keeper | None,
         state: SourceState = SourceState.RUNNING,
         on_doubt: Callable[[str], None] = lambda _why: None,
     ) -> None:
         self.epoch = epoch
         self.times = HandoverTimes()
+        self.commit_by_ns = 0
         self.running: messages.Running | None = None
         self.running_read_ns = 0
         self.finished = asyncio.Event()
@@ -93,7 +102,13 @@ class SourceHandover:
         self._guest = guest
         self._was_paused = was_paused
         self._asker = asker
-        self._executor = SourceExecutor(state, locks=env.config.lock.directory is not None, was_paused=was_paused)
+        self._executor = SourceExecutor(
+            state,
+            locks=env.config.lock.directory is not None,
+            was_paused=was_paused,
+            fleet=keeper is not None,
+        )
+        self._keeper = keeper
         self._lock = asyncio.Lock()
         self._tasks = TaskSet()
         self._on_doubt = on_doubt
@@ -112,8 +127,8 @@ class SourceHandover:
 
     @property
     def in_doubt(self) -> bool:
-        """True while COMMIT was sent and is not answered."""
-        return self._executor.in_doubt
+        """True while COMMIT was sent and is not answered, or while the guest is held."""
+        return self._executor.in_doubt or self.state is SourceState.HELD
 
     async def take(self, event: SourceEvent, reply: ControlChannel | None, reason: str | None = None) -> bool:
         """Take one event and carry out all effects that it asks for.
@@ -140,6 +155,8 @@ class SourceHandover:
                 self._transitions.note(before, effect, self.state)
             if not accepted:
                 log.warning("too late: COMMIT was sent and the destination may run the guest", state=self.state)
+            if self.state is SourceState.HELD:
+                self._held()
             if self._executor.final:
                 self._end()
         return accepted
@@ -180,6 +197,8 @@ class SourceHandover:
                 return self._send_abort(reply, reason)
             case effects.AskOutcome():
                 return self._ask_outcome()
+            case _:
+                return await self._own(effect)
 
     async def _stop(self) -> Outcome:
         if self._guest is None:
@@ -226,7 +245,7 @@ class SourceHandover:
         self._resume_begins()
         if self._guest is not None:
             try:
-                self._env.run_marks.write(self._guest.name, self.epoch)
+                self._env.run_marks.write(self._guest.place, self.epoch)
             except RunMarkError as error:
                 log.error("a run mark could not be written", reason=str(error))
                 return failed(error)
@@ -292,6 +311,38 @@ class SourceHandover:
         self._on_doubt(why)
         self._asking = self._tasks.start(self._settle())
         return DONE
+
+    async def _own(self, effect: effects.OwnershipEffect) -> Outcome:
+        """Carry out what concerns the fleet's store. A guest whose process is gone does not run here any more."""
+        keeper, guest = self._keeper, self._guest
+        if keeper is None or guest is None:
+            return failed("the guest's process is gone") if isinstance(effect, effects.TransferOwnership) else DONE
+        match effect:
+            case effects.TransferOwnership():
+                within_ns = min(LONGEST_TRANSFER_NS, self.commit_by_ns - time.monotonic_ns())
+                if within_ns <= 0:
+                    return failed("no time was left to ask the fleet's store who owns the guest")
+                return await keeper.transfer(guest.name, self._migration_id, within_ns)
+            case effects.ConfirmOwnership():
+                return await keeper.confirm(guest.name)
+            case effects.ReclaimOwnership():
+                keeper.reclaim(guest.name)
+            case effects.AskOwnership():
+                self._tasks.start(self._ask_ownership())
+        return DONE
+
+    async def _ask_ownership(self) -> None:
+        await asyncio.sleep(_ASK_OWNERSHIP_S)
+        if self.state is SourceState.HELD:  # an operator may have decided meanwhile
+            await self.take(SourceEvent.ASK_AGAIN, None)
+
+    def _held(self) -> None:
+        """Say loudly that the guest stays stopped until the fleet's store or an operator decides."""
+        if self._guest is not None and self._guest.overlay != "in-doubt":
+            self._guest.overlay = "in-doubt"
+            why = f"the guest stays stopped here, because this host may not own it: {self.reason}"
+            log.error("the guest is held", reason=why)
+            self._on_doubt(why)
 
     async def _settle(self) -> None:
         """Ask until the destination answers with the outcome."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Final, Literal
 
 from migrated.prediction.model import Prediction
 from migrated.record.model import (
@@ -35,6 +35,8 @@ from protocol.digest import ALGORITHM
 from protocol.guest import PAGE_SIZE, DeviceDescription
 
 _ROUNDS_KEPT = 1000
+NOT_COPIED: Final = "not copied"
+"""Stands for the digest of memory that was handed over: both VMMs have the same bytes, there is nothing to compare."""
 
 
 @dataclass(slots=True)
@@ -56,6 +58,8 @@ class MemoryFigures:
     """Pages of the whole guest."""
     sparse_pages: int = 0
     dirty_tracking: Literal["pagemap-scan", "logged"] | None = None
+    shared: bool = False
+    """It is handed over on the same host: no page of it is sent."""
     dirty_syncs: int = 0
     normal_pages: int = 0
     zero_pages: int = 0
@@ -92,7 +96,8 @@ class MemoryFigures:
             dirty_sync_count=self.dirty_syncs,
             pages_per_second=(self.precopy_pages + self.downtime_pages) * 1e9 / max(1, moving_ns),
             dirty_tracking=self.dirty_tracking,
-            channels=channels,
+            channels=1 if self.shared else channels,
+            shared=self.shared,
             postponed_pages=self.postponed_pages,
             encodings=tuple(
                 EncodingRow(
@@ -155,6 +160,8 @@ class BlackoutFigures:
             predicted_bases_ns=prediction.bases_by_name() if prediction else None,
             predicted_regime=prediction.regime if prediction else "",
             predicted_scale_ns=prediction.scale_ns if prediction else 0,
+            predicted_spreads_ns=prediction.spreads_by_name() if prediction else None,
+            predicted_load=prediction.bases.load if prediction else 0.0,
         )
 
 
@@ -232,13 +239,19 @@ class OutgoingLedger:
             phases=tuple(self.phases),
             time=half.time,
             digest=Digest(
-                algorithm=ALGORITHM if self.parameters.digest else "off",
+                algorithm=self._digest_algorithm,
                 source=None if digest is None else f"{digest:016x}",
                 destination=half.digest,
             ),
             guest_gap=half.guest_gap,
             events=tuple(sorted(lines, key=lambda line: line.at)),
         )
+
+    @property
+    def _digest_algorithm(self) -> str:
+        if self.memory.shared:
+            return NOT_COPIED
+        return ALGORITHM if self.parameters.digest else "off"
 
     def _device_rows(self) -> Iterator[DeviceRow]:
         for (name, kind), figures in self.devices.items():

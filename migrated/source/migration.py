@@ -31,8 +31,9 @@ from migrated.source.ending import log_outcome, outcome_of_error
 from migrated.source.interruption import Interruption
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.listener import Listener
-from migrated.source.story import Story, Target
+from migrated.source.story import Story
 from migrated.source.switchover import Item
+from migrated.source.target import Target
 from migrated.source.view import View
 from migrated.state.journal import JournalError
 from protocol.errors import ProtocolError
@@ -224,7 +225,7 @@ class OutgoingMigration:
         ledger.ended_ns = ledger.ended_ns or time.monotonic_ns()
         log_outcome(ledger.finish(outcome, reason, []))
         self._view.tell_passes()
-        record = self.record = ledger.finish(outcome, reason, env.take_log(self.migration_id))
+        record = self.record = ledger.finish(outcome, reason, env.take_log(self.migration_id, "source"))
         await self._go_on_if_it_fails("to part from the destination", phase.part(record))
         await self._tasks.stop()
         if outcome != "in-doubt":

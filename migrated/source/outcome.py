@@ -13,6 +13,7 @@ import structlog
 from migrated.base.errors import LinkLostError, MigrationError
 from migrated.link import sockets
 from migrated.link.security import LinkSecurity
+from migrated.link.sockets import Place
 from migrated.settings.config import LimitsConfig
 from protocol import messages
 from protocol.errors import RemoteProtocolError
@@ -29,14 +30,13 @@ class OutcomeAsker:
     """The way to the destination of one attempt over fresh connections.
 
     Attributes:
-        host, port: its listen address.
+        place: where it listens.
         security: TLS, and the rules on which peers this host talks to.
         limits: bounds of every wait, and the first pause between two questions.
         migration_id, epoch: the attempt.
     """
 
-    host: str
-    port: int
+    place: Place
     security: LinkSecurity
     limits: LimitsConfig
     migration_id: str
@@ -74,11 +74,11 @@ class OutcomeAsker:
         )
         bounds = self.limits
         connection = await sockets.connect(
-            self.host, self.port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s, self.security
+            self.place, bounds.connect_timeout_s, bounds.tcp_user_timeout_s, self.security
         )
         try:
             return await sockets.ask_first(connection, ask, self.limits.handshake_timeout_s)
         except OSError as error:
-            raise LinkLostError(f"{self.host}:{self.port}: {error.strerror or error}") from error
+            raise LinkLostError(f"{self.place}: {error.strerror or error}") from error
         finally:
             connection.wire.close()

@@ -35,6 +35,11 @@ _IN_DOUBT: Final = (
     "`migratectl resolve`"
 )
 
+_HELD: Final = (
+    "COMMIT was not sent, and the guest stays stopped here until the fleet's store says that it is this host's, or "
+    "until `migratectl resolve`: {}"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
@@ -216,7 +221,7 @@ class Blackout(Prepared):
 
     @property
     def too_late(self) -> bool:
-        return self.handover.state in (SourceState.COMMITTED, SourceState.RETIRED)
+        return self.handover.state in (SourceState.COMMITTED, SourceState.HELD, SourceState.RETIRED)
 
     def continue_switchover(self) -> bool:
         if self._hold is None:
@@ -237,6 +242,8 @@ class Blackout(Prepared):
                 return "completed", None
             case SourceState.COMMITTED:
                 return "in-doubt", _IN_DOUBT
+            case SourceState.HELD:
+                return "in-doubt", _HELD.format(self.handover.reason)
             case SourceState.ABORTED:
                 return ("cancelled" if cancelled else "aborted"), self.handover.reason
             case _:

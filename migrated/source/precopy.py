@@ -6,6 +6,8 @@ collect -> send -> barrier on every channel -> acknowledged -> collect -> would 
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ import structlog
 import xxhash
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
+from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, threads_of
 from migrated.link.control import ControlChannel
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
@@ -27,7 +30,7 @@ from migrated.vmm.memory import GuestMemory
 from migrated.vmm.seam import Iterations, StatePart, VmmGuest
 from protocol import messages
 from protocol.guest import PAGE_SIZE, DeviceDescription, GuestDescription
-from protocol.pages import Runs, count_pages
+from protocol.pages import NO_RUNS, Runs, count_pages
 
 log = structlog.get_logger()
 
@@ -41,7 +44,10 @@ _LONG_PAUSE_S = 0.5
 
 @dataclass(slots=True)
 class Transfer:
-    """The objects with which rounds and switchover send, and the counters that both continue."""
+    """The objects with which rounds and switchover send, and the counters that both continue.
+
+    ``shared``: the memory is handed over: there are no rounds, and no page is sent.
+    """
 
     vmm: VmmGuest
     guest: GuestDescription
@@ -50,6 +56,7 @@ class Transfer:
     sender: PageSender
     control: ControlChannel
     ledger: OutgoingLedger
+    shared: bool = False
     round: int = 0
     state_order: int = 0
     scan_ns: int = 0
@@ -66,6 +73,8 @@ class Transfer:
     async def collect(self) -> Runs:
         """Read and clear the dirty log, off the event loop, and wait for what writes around it: from then until the
         next collect pages may be read."""
+        if self.shared:
+            return NO_RUNS
         begin_ns = time.monotonic_ns()
         if 0 < self.scan_ns < _QUICK_SCAN_NS:
             runs = self.dirty_log.collect()  # shorter than the way to a thread and back
@@ -193,7 +202,14 @@ class Precopy:
             RefusedError: no stop can fit.
             MigrationError: it did not converge in time, or sending failed.
         """
+        # What decides hardly uses a processor, and a busy host must not make the legs look longer than in the blackout.
+        with Precedence([threading.get_native_id()]):
+            return await self._run()
+
+    async def _run(self) -> Runs:
         transfer, began_ns = self._transfer, time.monotonic_ns()
+        if transfer.shared:
+            return await self._run_without_memory()
         # The first collect arms the tracking; everything that holds data travels anyway.
         await transfer.collect()
         self._collected_ns = time.monotonic_ns()
@@ -203,8 +219,9 @@ class Precopy:
         transfer.ledger.memory.sparse_pages = transfer.memory.pages - count_pages(runs)
         while True:
             scanned = transfer.memory.pages if transfer.round else count_pages(runs)
-            row = await self._round(runs, scanned)
-            runs = await transfer.collect()
+            with Precedence(self._as_in_the_blackout(runs)):
+                row = await self._round(runs, scanned)
+                runs = await transfer.collect()
             verdict = await self._judge(row, count_pages(runs), (time.monotonic_ns() - began_ns) / 1e9)
             if verdict.step == "switch":
                 return runs
@@ -214,6 +231,27 @@ class Precopy:
             as_the_blackout = verdict.step in ("shorten", "rehearse")
             if row.ns < _IDLE_PAUSE_S * 1e9 and not as_the_blackout:
                 await asyncio.sleep(_IDLE_PAUSE_S if transfer.round < _EAGER_ROUNDS else _LONG_PAUSE_S)
+
+    def _as_in_the_blackout(self, runs: Runs) -> list[int]:
+        """Threads that shall run before others in a round, as all do in the blackout, so that small rounds show what it
+        will cost; none for a large one, which would keep others waiting for long."""
+        small = self._transfer.round > 0 and count_pages(runs) * PAGE_SIZE <= SMALL_ROUND_BYTES
+        return threads_of(os.getpid()) if small else []
+
+    async def _run_without_memory(self) -> Runs:
+        """What is left of the rounds where memory is handed over: iterable devices send their state for as long as it
+        gets less, and costs that cannot fit the limit are refused."""
+        transfer, number = self._transfer, 0
+        iterable = [device for device in transfer.guest.devices if device.kind == "iterable"]
+        while (iterations := transfer.vmm.iterations) is not None and iterable:
+            before_bytes = transfer.final_device_bytes()
+            for device in iterable:
+                transfer.ledger.memory.precopy_bytes += await transfer.send_iteration(iterations, device, number)
+            number += 1
+            if number > 1 and transfer.final_device_bytes() >= before_bytes:
+                break
+        self._refuse_hopeless()
+        return NO_RUNS
 
     async def _judge(self, row: RoundRow, dirty_pages: int, elapsed_s: float) -> Verdict:
         """Decide after a round, write it down, and throttle if that is the decision."""
@@ -266,9 +304,9 @@ class Precopy:
         """Do not begin when the costs that no round can lower are over the limit already."""
         prediction = self._predict(0, self.bandwidth)
         self._say(prediction.explain(limit_of(self._parameters())), prediction)
+        self._transfer.ledger.rounds.prediction = prediction
         reason = self._decider.hopeless(self._parameters(), prediction)
         if reason is not None:
-            self._transfer.ledger.rounds.prediction = prediction
             raise RefusedError(reason)
 
     async def _round(self, runs: Runs, scanned_pages: int) -> RoundRow:

@@ -17,11 +17,11 @@ from migrated.guests.registry import Guest
 from migrated.guests.reservation import Reservation
 from migrated.observe.progress import Moved, Progress, Standing, snapshot
 from migrated.record.terms import Outcome, Status
-from migrated.settings.config import parse_uri
 from migrated.settings.parameters import MigrationParameters, limit_of
 from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.outcome import OutcomeAsker
+from migrated.source.target import HERE, target_here, target_of
 from migrated.state.journal import Attempt
 from protocol.handover import SourceEvent, SourceState, source_state_of
 
@@ -44,8 +44,9 @@ class RecoveredHandover:
         self._tasks = TaskSet()
         self._parameters = MigrationParameters.model_validate(attempt.facts["parameters"])
         self._started = datetime.fromisoformat(attempt.facts["started_at"])
-        host, port = parse_uri(attempt.facts["peer"])
-        asker = OutcomeAsker(host, port, env.security, env.config.limits, attempt.migration_id, attempt.epoch)
+        peer = attempt.facts["peer"]
+        target = target_here(env) if peer == HERE else target_of(peer)
+        asker = OutcomeAsker(target.place, env.security, env.config.limits, attempt.migration_id, attempt.epoch)
         self._handover = SourceHandover(
             env,
             attempt.migration_id,
@@ -53,6 +54,7 @@ class RecoveredHandover:
             guest,
             bool(attempt.facts["paused"]),
             asker,
+            None if peer == HERE else env.keeper,
             source_state_of(attempt.decisions),
         )
         self._reservation = Reservation(guest, attempt.migration_id) if guest is not None else None
@@ -72,7 +74,9 @@ class RecoveredHandover:
     async def _see_through(self) -> None:
         await self._handover.take(SourceEvent.RESTART, None, "the source's daemon was restarted during the migration")
         if self._handover.in_doubt:
-            self._record("in-doubt", "COMMIT was sent before the daemon was restarted, and no answer is known yet")
+            held = self._handover.reason if self._handover.state is SourceState.HELD else None
+            sent = "COMMIT was sent before the daemon was restarted, and no answer is known yet"
+            self._record("in-doubt", held or sent)
         await self._handover.finished.wait()
         if self._handover.state is SourceState.RETIRED:
             self._record("completed", None)
@@ -132,4 +136,6 @@ class RecoveredHandover:
             self._parameters,
             started_at=facts["started_at"],
         )
-        self._env.finish(ledger.finish(outcome, reason, self._env.take_log(self._attempt.migration_id)), "source")
+        self._env.finish(
+            ledger.finish(outcome, reason, self._env.take_log(self._attempt.migration_id, "source")), "source"
+        )

@@ -12,13 +12,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.environment import Environment
+from migrated.kernel.processor import ProcessorLoad
+from migrated.kernel.scheduling import may_take_precedence
 from migrated.link import sockets
 from migrated.link.control import ControlChannel
 from migrated.link.data import DataChannel
+from migrated.link.sockets import Place
 from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.model import Bases
 from migrated.record.parts import Component
@@ -26,6 +30,7 @@ from migrated.settings.parameters import MigrationParameters
 from migrated.source.encoding import encoder_factory
 from migrated.source.pages import PageSender
 from migrated.vmm.dirty_log import DirtyLog
+from migrated.vmm.handed_over import HandedOverMemory, NoDirtyLog
 from migrated.vmm.memory import GuestMemory
 from migrated.vmm.requirements import unmet
 from migrated.vmm.seam import ExpectedCosts, VmmGuest, total_cost
@@ -33,10 +38,10 @@ from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.guest import GuestDescription
 from protocol.messages import Limits, TimeRules
-from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES
+from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, SHARED
 
 _MEASURE_S = 5.0
-_MOST_LOAD = 4.0
+_MOST_LOAD = 12.0
 _LOADED_ALONE_NS = 300_000
 """A device whose load costs less travels to the VMM in one call with others like it."""
 
@@ -72,17 +77,16 @@ class Connection:
 
     Attributes:
         control: started; whoever holds the connection closes it.
-        host, port: the destination's listen address.
+        place: where the destination listens.
     """
 
     control: ControlChannel
-    host: str
-    port: int
+    place: Place
 
     @property
     def where(self) -> str:
         """The destination's address, for sentences."""
-        return f"{self.host}:{self.port}"
+        return str(self.place)
 
     def give_up(self, epoch: int, reason: str) -> None:
         """Tell the destination that this attempt ends, if the channel still stands."""
@@ -90,7 +94,7 @@ class Connection:
             self.control.send(messages.Abort(epoch=epoch, reason=reason[:2000]))
 
 
-async def connect(env: Environment, host: str, port: int) -> Connection:
+async def connect(env: Environment, place: Place) -> Connection:
     """Open a control channel.
 
     Raises:
@@ -99,7 +103,7 @@ async def connect(env: Environment, host: str, port: int) -> Connection:
     """
     bounds = env.config.limits
     control = ControlChannel(
-        await _open(env, host, port),
+        await _open(env, place),
         env.clock,
         heartbeat_interval_s=bounds.heartbeat_interval_s,
         heartbeat_timeout_s=bounds.heartbeat_timeout_s,
@@ -109,12 +113,12 @@ async def connect(env: Environment, host: str, port: int) -> Connection:
     except BaseException:
         await control.close()
         raise
-    return Connection(control, host, port)
+    return Connection(control, place)
 
 
-async def _open(env: Environment, host: str, port: int) -> sockets.Connection:
+async def _open(env: Environment, place: Place) -> sockets.Connection:
     bounds = env.config.limits
-    return await sockets.connect(host, port, bounds.connect_timeout_s, bounds.tcp_user_timeout_s, env.security)
+    return await sockets.connect(place, bounds.connect_timeout_s, bounds.tcp_user_timeout_s, env.security)
 
 
 class Tracking:
@@ -149,17 +153,21 @@ class Session:
     belongs to the ``Connection``.
 
     Attributes:
+        shared: the guest's memory is handed over, so that neither memory nor tracking have anything to do.
         channels: joined data channels, in the hands of the sender's threads.
+        load: how long the event loop waits for a processor, since the session was opened.
         undo: ends what the session owns: threads, tracking, the mapping, the data channels.
     """
 
     connection: Connection
     offer: Offer
     welcome: messages.Welcome
+    shared: bool
     channels: list[DataChannel]
     memory: GuestMemory
     tracking: Tracking
     sender: PageSender
+    load: ProcessorLoad
     undo: contextlib.AsyncExitStack
 
     def limits(self, parameters: MigrationParameters) -> Limits:
@@ -178,9 +186,13 @@ class Session:
         costs, load_costs = self.offer.costs, self.welcome.load_costs
         memory = bandwidth.expect(dirty_pages, device_bytes)
         save_ns, save_spread_ns = total_cost(costs.devices)
+        if costs.devices:
+            # The other states travel while the next is saved; the last one is on its way when all are saved.
+            last_bytes = max(device.state_bytes for device in self.offer.description.devices)
+            save_ns += bandwidth.expect(0, last_bytes).ns
         load_ns, load_spread_ns = total_cost(load_costs)
         spreads_ns = {Component.STATE: memory.spread_ns if memory.ns >= save_ns else save_spread_ns}
-        if costs.basis == "tried":
+        if costs.basis != "guessed":
             spreads_ns[Component.STOP] = costs.pause_spread_ns
         if load_spread_ns:
             spreads_ns[Component.DEVICE_LOADS] = load_spread_ns
@@ -195,7 +207,7 @@ class Session:
             devices=sum(cost.ns >= _LOADED_ALONE_NS for cost in load_costs),
             device_bytes=device_bytes,
             bandwidth_bytes_per_s=bandwidth.bytes_per_s,
-            load=min(max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), _MOST_LOAD),
+            load=1.0 if may_take_precedence() else min(self.load.now(), _MOST_LOAD),
             spreads_ns=spreads_ns,
         )
 
@@ -220,6 +232,9 @@ async def open_session(
 ) -> Session:
     """Negotiate, join the data channels, map the guest's memory, begin to track writes, and measure the legs.
 
+    Memory that the guest has in files is offered to a destination on this host. Where that takes it, it is neither
+    mapped nor tracked here, and one data channel is left, for device states.
+
     When it fails, what was opened is closed again and the destination has been told why.
 
     Args:
@@ -231,23 +246,31 @@ async def open_session(
         LinkLostError, MigrationError, VmmError: it could not be set up.
     """
     env.security.check_send(connection.control.names, offer.description.name)
+    load = ProcessorLoad()
     async with contextlib.AsyncExitStack() as undo:
-        hello = _hello(env, offer, parameters, migration_id, epoch)
         try:
-            welcome = await _negotiate(env, connection, hello)
+            files = await vmm.memory_files() if connection.control.local else ()
+            try:
+                hello = _hello(env, offer, parameters, migration_id, epoch, shared=bool(files))
+                welcome = await _negotiate(env, connection, hello, files)
+            finally:
+                for fd in files:
+                    os.close(fd)
+            shared = bool(files) and SHARED in welcome.capabilities
             channels: list[DataChannel] = []
-            for number in range(parameters.channels):
+            for number in range(hello.channels):
                 channel = await _join(env, connection, migration_id, welcome, number)
                 undo.callback(channel.close)
                 channels.append(channel)
-            memory = await vmm.memory()
+            memory = HandedOverMemory(offer.description.pages) if shared else await vmm.memory()
             undo.push_async_callback(asyncio.to_thread, memory.release)
-            tracking = Tracking(vmm, await vmm.start_dirty_log(parameters.dirty_tracking))
+            log = NoDirtyLog() if shared else await vmm.start_dirty_log(parameters.dirty_tracking)
+            tracking = Tracking(vmm, log)
             undo.push_async_callback(tracking.end)
             sender = PageSender(
                 memory,
                 channels,
-                MemoryDigest(offer.description.pages) if parameters.digest else None,
+                MemoryDigest(offer.description.pages) if parameters.digest and not shared else None,
                 encoder_factory(parameters, welcome.capabilities),
                 None if vmm.needs_fence else tracking.log.clear,
                 announce="extents" in welcome.capabilities,
@@ -264,7 +287,7 @@ async def open_session(
         except BaseException as error:
             connection.give_up(epoch, str(error) or "the source gave up")  # before the data channels are closed
             raise
-        return Session(connection, offer, welcome, channels, memory, tracking, sender, undo.pop_all())
+        return Session(connection, offer, welcome, shared, channels, memory, tracking, sender, load, undo.pop_all())
 
 
 def _limits(parameters: MigrationParameters, offer: Offer) -> Limits:
@@ -276,7 +299,7 @@ def _limits(parameters: MigrationParameters, offer: Offer) -> Limits:
 
 
 def _hello(
-    env: Environment, offer: Offer, parameters: MigrationParameters, migration_id: str, epoch: int
+    env: Environment, offer: Offer, parameters: MigrationParameters, migration_id: str, epoch: int, *, shared: bool
 ) -> messages.Hello:
     required = set(REQUIRED_CAPABILITIES)
     if parameters.switchover_abort:
@@ -288,7 +311,7 @@ def _hello(
         epoch=epoch,
         guest=offer.description,
         guest_paused=offer.was_paused,
-        capabilities=tuple(sorted(CAPABILITIES)),
+        capabilities=tuple(sorted(CAPABILITIES if shared else CAPABILITIES - {SHARED})),
         required=tuple(sorted(required)),
         limits=_limits(parameters, offer),
         time_rules=TimeRules(
@@ -296,14 +319,16 @@ def _hello(
             max_time_jump_ns=int(parameters.max_time_jump_ms * 1e6),
             max_time_error_ns=int(parameters.max_time_error_ms * 1e6),
         ),
-        channels=parameters.channels,
+        channels=1 if shared else parameters.channels,
         host=env.host,
     )
 
 
-async def _negotiate(env: Environment, connection: Connection, hello: messages.Hello) -> messages.Welcome:
+async def _negotiate(
+    env: Environment, connection: Connection, hello: messages.Hello, files: Sequence[int]
+) -> messages.Welcome:
     bound_s = env.config.limits.handshake_timeout_s
-    connection.control.send(hello)
+    connection.control.send(hello, descriptors=files)
     try:
         async with asyncio.timeout(bound_s):
             answer = (await connection.control.receive()).message
@@ -319,7 +344,7 @@ async def _negotiate(env: Environment, connection: Connection, hello: messages.H
 async def _join(
     env: Environment, connection: Connection, migration_id: str, welcome: messages.Welcome, number: int
 ) -> DataChannel:
-    opened = await _open(env, connection.host, connection.port)
+    opened = await _open(env, connection.place)
     try:
         if opened.wire.names != connection.control.names:
             raise LinkLostError(f"{connection.where} shows another certificate on data channel {number}")

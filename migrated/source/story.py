@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
@@ -30,6 +29,7 @@ from migrated.source.phases import Beginning, Blackout, Connected, Opened, Prepa
 from migrated.source.precopy import Precopy, Transfer
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.switchover import Item, Switchover
+from migrated.source.target import HERE, Target
 from migrated.source.view import View
 from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
@@ -37,15 +37,6 @@ from protocol.handover import SourceState
 from protocol.pages import Runs
 
 _REPORT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a guest goes."""
-
-    uri: str
-    host: str
-    port: int
 
 
 class Story:
@@ -121,7 +112,7 @@ class Story:
         ledger.devices = {(d.name, d.kind): DeviceFigures(d) for d in description.devices}
         self._view.say("negotiating")
         offer = await offer_of(self._guest.vmm, description, self._parameters())
-        connection = await connect(env, self._target.host, self._target.port)
+        connection = await connect(env, self._target.place)
         self.phase = Connected(connection)
         parameters = self._parameters()
         session = await open_session(
@@ -131,6 +122,9 @@ class Story:
         # The session took the cap from when it was opened; it may have changed since.
         session.sender.pace(self._parameters().max_bandwidth_bytes_per_s)
         ledger.memory.dirty_tracking = session.tracking.log.mode
+        ledger.memory.shared = session.shared
+        if session.shared:
+            self.guest_class += "|shared"  # what a copy teaches says nothing of a hand-over of memory
         ledger.destination_host = session.welcome.host
         for cost in session.welcome.load_costs:
             if (figures := ledger.devices.get((cost.name, cost.kind))) is not None:
@@ -150,6 +144,7 @@ class Story:
             "source",
             {
                 "peer": self._target.uri,
+                "place": self._guest.place,
                 "paused": session.offer.was_paused,
                 "started_at": ledger.started_at,
                 "parameters": parameters.model_dump(mode="json"),
@@ -162,7 +157,8 @@ class Story:
             ledger.epoch,
             self._guest,
             session.offer.was_paused,
-            OutcomeAsker(target.host, target.port, env.security, limits, ledger.migration_id, ledger.epoch),
+            OutcomeAsker(target.place, env.security, limits, ledger.migration_id, ledger.epoch),
+            None if target.uri == HERE else env.keeper,
             on_doubt=self._view.became_doubtful,
         )
         transfer = Transfer(
@@ -173,6 +169,7 @@ class Story:
             session.sender,
             session.connection.control,
             ledger,
+            shared=session.shared,
         )
         precopy = Precopy(
             transfer,
@@ -191,12 +188,13 @@ class Story:
         hold = asyncio.Event() if parameters.pause_before_switchover else None
         limits = session.limits(parameters)
         driver, costs = self._guest.vmm.driver, session.offer.costs
+        committed_ns = session.connection.control.round_trip_ns() + session.welcome.resume_ns
         switchover = Switchover(
             prepared.transfer,
             handover,
             limits,
             SourceReserves(
-                commit_ns=session.connection.control.round_trip_ns() + session.welcome.resume_ns,
+                commit_ns=env.resume_costs.commit_reserve_ns(committed_ns, costs.call_ns, abort_limit_ns(limits)),
                 own_resume_ns=env.resume_costs.reserve_ns(driver, costs, abort_limit_ns(limits)),
             ),
             pending,
@@ -211,6 +209,8 @@ class Story:
         await switchover.run()
         if switchover.gave_back_ns is not None and not session.offer.was_paused:
             env.resume_costs.add(driver, switchover.gave_back_ns, costs)
+        if switchover.after_commit_ns is not None:
+            env.resume_costs.add_commit(switchover.after_commit_ns, committed_ns)
         if handover.state is SourceState.RETIRED:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_REPORT_S):

@@ -50,7 +50,7 @@ class JournalError(Exception):
 class Attempt:
     """All that the journal knows of one side of one attempt.
 
-    ``facts`` are what was known at BEGIN: ``peer``, ``api_socket``, ``pid``, ``paused`` and the like.
+    ``facts`` are what was known at BEGIN: ``peer``, ``place``, ``paused`` and the like.
     """
 
     migration_id: str
@@ -61,6 +61,11 @@ class Attempt:
     facts: dict[str, Any] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     closed: bool = False
+
+    @property
+    def place(self) -> str:
+        """The place of the guest's process on this host."""
+        return str(self.facts.get("place", self.guest))
 
 
 class Journal:

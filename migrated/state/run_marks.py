@@ -1,6 +1,6 @@
 """The daemon's own word on which guests ran here in which epoch: what a restarted daemon that finds no VMM goes by.
 
-    {"guest": "g1", "epoch": 3, "ran": true}      written before the VMM is asked to run the guest
+    {"guest": "g1", "epoch": 3, "ran": true}      written before the VMM is asked to run the guest at this place
     {"guest": "g1", "epoch": 3, "ran": false}     the VMM said that it never did
 
 One appended line for each mark, in the state directory. A VMM that keeps such a log itself knows better: the daemon's
@@ -43,7 +43,7 @@ class RunMarks:
             raise RunMarkError(f"the run marks {self._path} cannot be opened: {error.strerror}") from error
 
     def ran(self, guest: str, epoch: int) -> bool:
-        """Whether a guest of this name was run here in this epoch, or was about to be."""
+        """Whether the guest at this place was run in this epoch, or was about to be."""
         return self._marks.get((guest, epoch), False)
 
     def write(self, guest: str, epoch: int) -> None:

@@ -30,9 +30,13 @@ _VECTOR_RANGES: Final = 16384
 
 
 class DirtyLog(ABC):
-    """The set of pages written since it was last collected. One caller at a time; ``collect`` may run in a thread."""
+    """The set of pages written since it was last collected. One caller at a time; ``collect`` may run in a thread.
 
-    mode: Literal["pagemap-scan", "logged"]
+    Attributes:
+        mode: the way in which writes are found; None where none needs to be.
+    """
+
+    mode: Literal["pagemap-scan", "logged"] | None
 
     def __init__(self) -> None:
         self._restored: list[Runs] = []
@@ -74,7 +78,7 @@ class PagemapScanLog(DirtyLog):
             when it holds something. Holes then cost neither time nor page tables.
     """
 
-    mode: Literal["pagemap-scan", "logged"] = "pagemap-scan"
+    mode = "pagemap-scan"
 
     def __init__(self, pagemap_fd: int, spans: Sequence[Span], present_only: bool) -> None:
         super().__init__()
@@ -138,7 +142,7 @@ class ByteMapLog(DirtyLog):
         pages: size of guest memory.
     """
 
-    mode: Literal["pagemap-scan", "logged"] = "logged"
+    mode = "logged"
 
     def __init__(self, fd: int, pages: int) -> None:
         super().__init__()

@@ -70,17 +70,18 @@ class StatePart:
 class ExpectedCosts:
     """The durations that a switchover is expected to take in this VMM now (ns).
 
-    ``basis`` says whether this was tried (the VMM did it, or timed a rehearsal) or guessed (a prior, or what was
-    learned elsewhere): a reserve that rests on a guess must use a learned quantile or a configured floor.
+    ``basis`` says whether this was tried (the VMM timed a rehearsal in this attempt), learned (from earlier moves of
+    this guest or its class on this host) or guessed (a prior): a reserve that was not tried must use a learned quantile
+    or a configured floor.
     ``call_ns`` is the longest round trip of a call to the VMM that was seen while finding out. Each device's cost has
-    the spread of its tries beside it, ``pause_spread_ns`` is that of the stop.
+    the spread of its tries beside it, ``pause_spread_ns`` is that of the stop; a prior has spreads too.
     """
 
     devices: tuple[DeviceCost, ...]
     pause_ns: int
     resume_ns: int
     call_ns: int
-    basis: Literal["tried", "guessed"]
+    basis: Literal["tried", "learned", "guessed"]
     pause_spread_ns: int = 0
 
 
@@ -190,6 +191,11 @@ class VmmGuest(ABC):
     async def memory(self) -> GuestMemory:
         """Access to the guest's memory, owned by the caller."""
 
+    async def memory_files(self) -> Sequence[int]:
+        """Return descriptors of files, owned by the caller, that a new VMM on this host can build an equal guest around
+        without a copy: all of the guest's memory, in the order of its pages. Empty where some of it is in no file."""
+        return ()
+
     @abstractmethod
     async def start_dirty_log(self, mode: DirtyTracking) -> DirtyLog:
         """Begin to track writes: from the return on none is missed. The first collect may report every page."""
@@ -275,6 +281,36 @@ class VmmGuest(ABC):
 
 
 @dataclass(frozen=True, slots=True)
+class Replacement:
+    """What an operator wants of the VMM that takes a guest's place on this host; None: as for any guest that comes in.
+
+    Attributes:
+        command: the VMM's program and fixed arguments.
+        definition: name of the definition that it is built from (QEMU).
+    """
+
+    command: tuple[str, ...] | None = None
+    definition: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """How an incoming guest is to be started.
+
+    Attributes:
+        place: the name of its socket and files; the guest's own, unless that is in use.
+        memory: descriptors of memory files that another VMM of the guest hands over (its ``memory_files``), the
+            caller's own; empty for fresh memory. Until the guest is resumed here nothing that its VMM writes may reach
+            these files: the other one may still get the guest back. From its first ``resume`` on everything must.
+        replacement: an operator's wishes.
+    """
+
+    place: str
+    memory: tuple[int, ...] = ()
+    replacement: Replacement = Replacement()
+
+
+@dataclass(frozen=True, slots=True)
 class GuestRequest:
     """A guest to create. ``options`` are the driver's own: what it does not know it refuses with a sentence."""
 
@@ -289,19 +325,22 @@ class Driver(ABC):
 
     Attributes:
         name: of the driver, as in a guest's description.
+        takes_memory: whether its VMM can be started around memory that is handed over.
 
     Args:
         config: the daemon's configuration.
     """
 
     name: ClassVar[str]
+    takes_memory: ClassVar[bool] = False
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     @abstractmethod
     def places(self) -> Sequence[Path]:
-        """List the API sockets at which guests of this driver may be found now, each named after its guest (NAME.sock).
+        """List the API sockets at which guests of this driver may be found now, each named after its place
+        (PLACE.sock). A guest's place is named as the guest is, or NAME~ where another VMM of it was there when it came.
         Those of another driver than ``sim`` lie in a directory of their own below ``[vmm] directory``."""
 
     def tidy(self, place: Path) -> None:
@@ -327,15 +366,16 @@ class Driver(ABC):
         """
 
     @abstractmethod
-    async def create_incoming(self, description: GuestDescription) -> VmmGuest:
-        """Start an empty guest that equals the description and waits for state.
+    async def create_incoming(self, description: GuestDescription, incoming: Incoming) -> VmmGuest:
+        """Start a guest that equals the description and waits for state: an empty one, or one around memory that is
+        handed over.
 
         Raises:
             RefusedError: this host cannot build an equal guest; the sentence names every difference.
             VmmError: it does not start.
         """
 
-    def ran(self, name: str, epoch: int) -> bool | None:
-        """Whether a guest of this name ran on this host in this epoch, by a log that the VMM itself writes before its
+    def ran(self, place: str, epoch: int) -> bool | None:
+        """Whether a guest at this place ran in this epoch, by a log that the VMM itself writes before its
         vCPUs run; None where the VMM keeps none, so that the daemon's own mark must do."""
         return None

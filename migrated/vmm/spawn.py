@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from migrated.base.errors import VmmError
@@ -15,15 +16,19 @@ def _set(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def start_process(command: list[str], log_path: Path) -> int:
+def start_process(command: list[str], log_path: Path, inherited: Sequence[int] = ()) -> int:
     """Start a VMM in a session of its own, its output appended to ``log_path``. Returns its process id.
 
     The process does not depend on the daemon; while the daemon lives it is its child and must be reaped (``reap``).
+
+    Args:
+        inherited: descriptors that it gets, under the same numbers.
     """
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, str(log_path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640),
         (os.POSIX_SPAWN_DUP2, 1, 2),
+        *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherited),  # to itself: the one it has is not closed at the start
     ]
     try:
         return os.posix_spawnp(command[0], command, os.environ, file_actions=actions, setsid=True)

@@ -7,10 +7,12 @@ python -m scripts.documents.handover --write    bring docs/handover.md up to dat
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from typing import Final
 
 from protocol.handover import (
     DESTINATION,
+    FLEET_ROWS,
     SOURCE,
     Action,
     DestinationEvent,
@@ -37,7 +39,7 @@ def diagram(table: SourceTable | DestinationTable, begin: SourceState | Destinat
         deeds = f" / {', '.join(actions)}" if actions else ""
         lines.append(f"    {left} --> {entered}: {', '.join(events)}{deeds}")
     leaving = {left for left, _, _ in arrows}
-    lines += [f"    {end} --> [*]" for end in type(begin) if end not in leaving]
+    lines += [f"    {end} --> [*]" for end in _used(table, type(begin), 0) if end not in leaving]
     return "\n".join([*lines, "```"])
 
 
@@ -48,10 +50,11 @@ def rows(
 ) -> str:
     """Every cell: the state after the event and the actions in their order; empty where the event is illegal."""
     cells = {(str(state), str(event)): result for (state, event), result in table.items()}
-    lines = [f"| event | {' | '.join(states)} |", f"|---{'|---' * len(states)}|"]
-    for event in events:
+    used = _used(table, states, 0)
+    lines = [f"| event | {' | '.join(used)} |", f"|---{'|---' * len(used)}|"]
+    for event in _used(table, events, 1):
         line = []
-        for state in states:
+        for state in used:
             after, actions = cells.get((state, event), (None, ()))
             if after is None:
                 line.append("")
@@ -62,11 +65,17 @@ def rows(
     return "\n".join(lines)
 
 
+def _used(table: SourceTable | DestinationTable, names: type[StrEnum], place: int) -> list[str]:
+    """The states (place 0 of a row's key) or events (place 1) that a table has rows for."""
+    return [name for name in names if any(name == row[place] for row in table)]
+
+
 BLOCKS: Final[Blocks] = {
     "source diagram": lambda: diagram(SOURCE, SourceState.RUNNING),
     "destination diagram": lambda: diagram(DESTINATION, DestinationState.LOADING),
     "source table": lambda: rows(SOURCE, SourceState, SourceEvent),
     "destination table": lambda: rows(DESTINATION, DestinationState, DestinationEvent),
+    "fleet table": lambda: rows(FLEET_ROWS, SourceState, SourceEvent),
 }
 
 

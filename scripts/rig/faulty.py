@@ -7,30 +7,46 @@ import contextlib
 import os
 import signal
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.rig.faults import Fault
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
-from scripts.rig.proxy import Proxy
+from scripts.rig.proxy import Proxy, UnixProxy
 from scripts.rig.waiting import RigError, until
 
-FIRE_TIMEOUT_S = 20.0
 LAST_FRAMES_S = 0.5
 
 
 class FaultyPair(Pair):
-    """A pair with short time-outs whose hosts reach each other through proxies."""
+    """A pair with short time-outs whose hosts reach each other through proxies.
 
-    def __init__(self, *, quick: bool = True, **options: Any) -> None:
+    Args:
+        local: over unix sockets, so that memory is handed over and not copied.
+        quick, options: as of ``Pair``.
+
+    Attributes:
+        fire_timeout_s: how long a migration may take to come to the step that a fault waits for.
+        cell_timeout_s: how long a whole cell of the fault matrix may take, with the start of its guest.
+    """
+
+    fire_timeout_s: ClassVar[float] = 20.0
+    cell_timeout_s: ClassVar[float] = 90.0
+
+    def __init__(self, *, local: bool = False, quick: bool = True, **options: Any) -> None:
         super().__init__(quick=quick, **options)
+        self._local = local
         self._proxies: dict[str, Proxy] = {}
 
     def start(self) -> None:
         super().start()
         for host in self.hosts:
-            proxy = self._proxies[host.name] = Proxy("127.0.0.1", host.port)
+            if self._local:
+                proxy: Proxy = UnixProxy(host.unix_socket, self.directory / f"way-to-{host.name}.sock")
+            else:
+                proxy = Proxy("127.0.0.1", host.port)
+            self._proxies[host.name] = proxy
             proxy.start()
 
     def close(self) -> None:
@@ -44,7 +60,8 @@ class FaultyPair(Pair):
 
     async def new_guest(self, host: Host, name: str, seed: int = 0) -> None:
         """Start the guest that faults are tried on. No other of its name has run since ``forget_runs``."""
-        await host.create_guest(name, 16, profile="small", seed=seed)
+        # Where memory is handed over, loading must write to it: an abort has to leave it as it was.
+        await host.create_guest(name, 16, profile="load-writes" if self._local else "small", seed=seed)
 
     async def fired(self, fault: Fault, source: Host, migration_id: str) -> bool:
         """Wait until a fault has happened. Returns False when the migration ended without it."""
@@ -54,6 +71,8 @@ class FaultyPair(Pair):
             nonlocal ended_at
             if fault.fired_at_ns:
                 return "fired"
+            if fault.failed is not None:
+                raise RigError(f"the fault {fault.action} could not be done: {fault.failed}")
             if fault.struck:
                 return None  # it takes a moment until a killed process is gone
             # The daemon may be the one that the fault stops: it answers later, or never.
@@ -64,7 +83,8 @@ class FaultyPair(Pair):
             # What was sent last may still be on its way through the proxy.
             return "ended" if ended_at is not None and time.monotonic() - ended_at > LAST_FRAMES_S else None
 
-        return await until("the fault", happened, FIRE_TIMEOUT_S) == "fired"
+        what = f"the fault {fault.action} at {fault.at} of a migration from {source.name}"
+        return await until(what, happened, self.fire_timeout_s) == "fired"
 
     async def recover(self) -> None:
         """Everything works again: the network, daemons that were killed, processes that were stopped."""

@@ -99,6 +99,16 @@ class Host:
         return f"tcp:{self.address}:{self.port}"
 
     @property
+    def unix_socket(self) -> Path:
+        """Where a source on this machine reaches this host, to hand memory over."""
+        return self.directory / "listen.sock"
+
+    @property
+    def unix_uri(self) -> str:
+        """The same as a URI."""
+        return f"unix:{self.unix_socket}"
+
+    @property
     def log_path(self) -> Path:
         """The daemon's log, lines of JSON."""
         return self.directory / "log"
@@ -124,7 +134,7 @@ class Host:
         sections: dict[str, dict[str, Any]] = {
             "control": {"socket": str(self.socket)},
             "state": {"directory": str(self.directory / "state")},
-            "listen": {"address": f"{self.address}:{self.port}"},
+            "listen": {"address": f"{self.address}:{self.port}", "unix": str(self.unix_socket)},
             "vmm": {"directory": str(self.directory / "guests"), "profiles": str(ROOT / "configs" / "guests")},
             "log": {"level": "debug", "format": "json", "file": str(self.log_path)},
         }
@@ -295,6 +305,15 @@ class Host:
         """Migrate a guest and return the record."""
         return await self.wait(await self.begin_migration(name, to, **parameters))
 
+    async def begin_replacement(self, name: str = "g1", **parameters: Any) -> str:
+        """Start to give a guest another VMM on this host. Returns the migration id."""
+        given = {key.replace("_", "-"): value for key, value in parameters.items()}
+        return str((await self.command("x-migrated-replace", {"guest": name, **given}))["migration-id"])
+
+    async def replace(self, name: str = "g1", **parameters: Any) -> dict[str, Any]:
+        """Give a guest another VMM on this host and return the record."""
+        return await self.wait(await self.begin_replacement(name, **parameters))
+
     async def record(self, migration_id: str) -> dict[str, Any] | None:
         """A record from the history, None when there is none."""
         try:
@@ -328,16 +347,17 @@ class Host:
             with contextlib.suppress(OSError):
                 socket = _api_socket(os.fsdecode(path.read_bytes()).split("\0"))
                 if socket is not None and socket.is_relative_to(self.directory / "guests"):
-                    found[int(path.parent.name)] = socket.stem
+                    found[int(path.parent.name)] = socket.stem.removesuffix("~")
         return found
 
     def kill_vmm(self, name: str = "g1") -> None:
         """Kill the process of a guest and wait until it is gone."""
         for pid, guest in self.vmm_pids().items():
             if guest == name:
-                self._kill_pid(pid)
+                self.kill_process(pid)
 
-    def _kill_pid(self, pid: int) -> None:
+    def kill_process(self, pid: int) -> None:
+        """Kill one guest process of this host and wait until it is gone."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
@@ -352,12 +372,13 @@ class Host:
         return await VmmClient.connect(self.directory / "guests" / f"{name}.sock")
 
     def run_log(self, name: str = "g1") -> list[dict[str, Any]]:
-        """Return the entries of the guest's run log, which its processes on this host wrote."""
-        try:
-            lines = (self.directory / "guests" / f"{name}.runlog").read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines]
+        """Return the entries of the guest's run logs, which its processes on this host wrote, in order of time."""
+        entries: list[dict[str, Any]] = []
+        for place in (name, f"{name}~"):
+            with contextlib.suppress(FileNotFoundError):
+                lines = (self.directory / "guests" / f"{place}.runlog").read_text(encoding="utf-8").splitlines()
+                entries += [json.loads(line) for line in lines]
+        return sorted(entries, key=lambda entry: int(entry["monotonic_ns"]))
 
     def forget_everything(self) -> None:
         """Remove what the daemon, which does not run, and its guests have kept."""
@@ -416,4 +437,4 @@ class Host:
             except RigError:
                 self.kill()
         for pid in self.vmm_pids():
-            self._kill_pid(pid)
+            self.kill_process(pid)

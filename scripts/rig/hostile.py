@@ -10,7 +10,7 @@ import msgpack
 
 from migrated.link import sockets
 from migrated.link.security import LinkSecurity
-from migrated.settings.config import AuthorisationConfig, TlsConfig
+from migrated.settings.config import Address, AuthorisationConfig, TlsConfig
 from protocol import messages
 from protocol.frames import HEADER_BYTES, check_meta, pack_header, unpack_header
 from protocol.guest import GuestDescription
@@ -68,7 +68,7 @@ async def describe(pair: Pair) -> dict[str, Any]:
 
 async def connect(pair: Pair, security: LinkSecurity = PLAIN) -> Hostile:
     """A fresh connection to host b."""
-    return Hostile(await sockets.connect("127.0.0.1", pair.b.port, CONNECT_S, CONNECT_S, security))
+    return Hostile(await sockets.connect(Address("127.0.0.1", pair.b.port), CONNECT_S, CONNECT_S, security))
 
 
 def hello_of(description: dict[str, Any], migration_id: str) -> dict[str, Any]:

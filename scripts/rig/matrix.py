@@ -113,6 +113,12 @@ ALL_CELLS: Final = tuple(
 )
 
 
+LOCAL_CELLS: Final = tuple(
+    cell for cell in ALL_CELLS if cell.step.phase != "rounds" and not cell.fault.startswith("cut-to-")
+)
+"""Between daemons on one host, which hand memory over: no rounds, and no packets that are lost in one direction."""
+
+
 @dataclass(slots=True)
 class Judged:
     """The result of one cell."""
@@ -169,10 +175,12 @@ async def judge(cell: Cell, pair: FaultyPair, guest: str = "g1") -> Judged:
     judged = Judged(cell)
     begin = time.monotonic()
     try:
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(pair.cell_timeout_s):
             await _run(cell, pair, guest, judged)
     except (RigError, CommandError, DaemonUnreachableError, TimeoutError) as error:
-        judged.violations.append(f"{str(error) or 'it took more than 90 s'}\n{pair.log_tail(LOG_LINES)}")
+        judged.violations.append(
+            f"{str(error) or f'it took more than {pair.cell_timeout_s:g} s'}\n{pair.log_tail(LOG_LINES)}"
+        )
     if judged.violations:
         await pair.start_over()  # so that the next cell is judged by itself
     judged.seconds = time.monotonic() - begin

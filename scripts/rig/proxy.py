@@ -1,4 +1,5 @@
-"""A TCP proxy between two daemons that does harm at a chosen point: at a named frame, a byte offset, or at once.
+"""A proxy between two daemons that does harm at a chosen point: at a named frame, a byte offset, or at once. It stands
+on TCP, or on unix sockets.
 
     source --- [connection: preface, then frames] ---> proxy ---> destination
                                        <---
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -45,6 +48,7 @@ from scripts.rig.faults import (
 
 CHUNK_BYTES: Final = 256 << 10
 QUEUED_PIECES: Final = 64
+_MOST_DESCRIPTORS: Final = 64
 _LOOK_AGAIN_S: Final = 0.05
 """A stall may begin or be lifted while something waits."""
 
@@ -58,6 +62,13 @@ class _Flow:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     forwarded: int = 0
+    opened: bool = False
+    """The preface was forwarded before the streams were made."""
+    head: bytes = b""
+    """A first header that was read before, too."""
+    sock: socket.socket | None = None
+    """Where the descriptors go that came with the first header, if any did."""
+    descriptors: list[int] = field(default_factory=list)
     pieces: asyncio.Queue[tuple[float, bytes]] = field(default_factory=lambda: asyncio.Queue(QUEUED_PIECES))
     dead: bool = False
     """Bytes were lost: nothing that follows may arrive."""
@@ -171,31 +182,42 @@ class Proxy:
         self._end = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
-        self.port = server.sockets[0].getsockname()[1]
+        stop_listening = await self._listen()
         self._started.set()
         await self._end.wait()
-        server.close()
+        stop_listening()
         self._lift()
         self._reset_all()
         await self._idle.wait()
 
+    async def _listen(self) -> Callable[[], None]:
+        """Begin to listen. Returns the call that ends it."""
+        server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
+        self.port = server.sockets[0].getsockname()[1]
+        return server.close
+
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with self._counted() as number:
+            await self._serve_connection(number, reader, writer)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[int]:
+        """Count a connection for as long as it lasts. Yields its number; faults at a time count from the first one."""
         number, self._connections = self._connections, self._connections + 1
         self._open += 1
         self._idle.clear()
+        if not number:
+            for fault in self._faults:
+                if isinstance(fault.at, AtTime) and not fault.fired_at_ns:
+                    self._loop.call_later(fault.at.seconds, self._strike, fault)
         try:
-            await self._serve_connection(number, reader, writer)
+            yield number
         finally:
             self._open -= 1
             if not self._open:
                 self._idle.set()
 
     async def _serve_connection(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not number:
-            for fault in self._faults:
-                if isinstance(fault.at, AtTime) and not fault.fired_at_ns:
-                    self._loop.call_later(fault.at.seconds, self._strike, fault)
         try:
             onward_reader, onward_writer = await asyncio.open_connection(*self.target)
         except OSError:
@@ -205,6 +227,10 @@ class Proxy:
             one.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         there = _Flow(Way.TO_DESTINATION, number, reader, onward_writer)
         back = _Flow(Way.TO_SOURCE, number, onward_reader, writer)
+        await self._forward(there, back)
+
+    async def _forward(self, there: _Flow, back: _Flow) -> None:
+        """Forward both directions of a connection until it ends."""
         key = id(there)
         self._flows[key] = (there, back)
         try:
@@ -215,19 +241,24 @@ class Proxy:
         except* _EndedError:
             pass
         except* (OSError, ValueError):
-            _reset(writer)
-            _reset(onward_writer)
+            for flow in (there, back):
+                _reset(flow.writer)
         finally:
             self._flows.pop(key, None)
-            for one in (writer, onward_writer):
-                one.close()
+            for flow in (there, back):
+                flow.writer.close()
+                while flow.descriptors:
+                    os.close(flow.descriptors.pop())
 
     # Section: one direction
 
     async def _read(self, flow: _Flow) -> None:
         """Read the preface and frame after frame, and put what is to be forwarded into the queue."""
         try:
-            await self._pass(flow, await flow.reader.readexactly(PREFACE_BYTES))
+            if not flow.opened:
+                await self._pass(flow, await flow.reader.readexactly(PREFACE_BYTES))
+            if flow.head:
+                await self._frame(flow, flow.head)
             while True:
                 await self._frame(flow, await flow.reader.readexactly(HEADER_BYTES))
         except asyncio.IncompleteReadError as error:
@@ -297,7 +328,12 @@ class Proxy:
             await self._until_due(flow.way, due)
             if not data:
                 break
-            flow.writer.write(data)
+            sent = 0
+            if flow.sock is not None and flow.descriptors:
+                sent = socket.send_fds(flow.sock, [data], flow.descriptors)
+                while flow.descriptors:
+                    os.close(flow.descriptors.pop())
+            flow.writer.write(data[sent:])
             await flow.writer.drain()
             flow.pieces.task_done()
             if rate := self._rate[flow.way]:
@@ -330,7 +366,11 @@ class Proxy:
     def _strike(self, fault: Fault) -> None:
         at_ns = time.monotonic_ns()
         fault.struck = True
-        self._do(fault.action)
+        try:
+            self._do(fault.action)
+        except Exception as error:
+            fault.failed = f"{type(error).__name__}: {error}"
+            raise
         self._fire(fault, at_ns)  # whoever waits for the fault finds it done
 
     def _fire(self, fault: Fault, at_ns: int) -> None:
@@ -369,6 +409,85 @@ class Proxy:
             for flow in flows:
                 flow.dead = True
                 _reset(flow.writer)
+
+
+class UnixProxy(Proxy):
+    """A proxy on a unix socket: descriptors that come with the first frame of a connection are forwarded with it.
+
+    Args:
+        target: the socket where connections go on.
+        path: the proxy's own.
+    """
+
+    def __init__(self, target: Path, path: Path) -> None:
+        super().__init__("", 0)
+        self._onward = target
+        self._path = path
+
+    @property
+    def uri(self) -> str:
+        return f"unix:{self._path}"
+
+    async def _listen(self) -> Callable[[], None]:
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        listening.bind(str(self._path))
+        listening.listen()
+        accepting = self._loop.create_task(self._accept(listening))
+
+        def stop() -> None:
+            accepting.cancel()
+            listening.close()
+            self._path.unlink()
+
+        return stop
+
+    async def _accept(self, listening: socket.socket) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                sock, _ = await self._loop.sock_accept(listening)
+                group.create_task(self._take(sock))
+
+    async def _take(self, sock: socket.socket) -> None:
+        """Forward the prefaces and read the first header, which descriptors come with; then go on as on TCP."""
+        onward = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        with self._counted() as number, contextlib.ExitStack() as undo:
+            undo.callback(sock.close)
+            undo.callback(onward.close)
+            try:
+                await self._loop.sock_connect(onward, str(self._onward))
+                for one, other in ((sock, onward), (onward, sock)):
+                    await self._loop.sock_sendall(other, await self._exactly(one, PREFACE_BYTES, []))
+                descriptors: list[int] = []
+                head = await self._exactly(sock, HEADER_BYTES, descriptors)
+            except (OSError, EOFError):
+                return
+            reader, writer = await asyncio.open_unix_connection(sock=sock)
+            onward_reader, onward_writer = await asyncio.open_unix_connection(sock=onward)
+            undo.pop_all()
+            there = _Flow(Way.TO_DESTINATION, number, reader, onward_writer, opened=True, head=head, sock=onward)
+            there.descriptors = descriptors
+            back = _Flow(Way.TO_SOURCE, number, onward_reader, writer, opened=True)
+            await self._forward(there, back)
+
+    async def _exactly(self, sock: socket.socket, count: int, descriptors: list[int]) -> bytes:
+        """Read so many bytes, and add the descriptors that come with them to a list."""
+        data = b""
+        while len(data) < count:
+            try:
+                piece, came, _, _ = socket.recv_fds(sock, count - len(data), _MOST_DESCRIPTORS)
+            except BlockingIOError:
+                readable = self._loop.create_future()
+                self._loop.add_reader(sock, readable.set_result, None)
+                try:
+                    await readable
+                finally:
+                    self._loop.remove_reader(sock)
+                continue
+            if not piece:
+                raise EOFError
+            descriptors += came
+            data += piece
+        return data
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

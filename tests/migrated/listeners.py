@@ -42,7 +42,7 @@ class Server:
         return self.listener.address.port
 
     async def connect(self, security: LinkSecurity, host: str = "127.0.0.1") -> Connection:
-        return await sockets.connect(host, self.port, WAIT_S, 5.0, security)
+        return await sockets.connect(Address(host, self.port), WAIT_S, 5.0, security)
 
     async def ask(self, security: LinkSecurity) -> Message:
         """Connect and ask; what was handed over answers."""

@@ -234,7 +234,7 @@ def test_wrong_usage_is_2_and_changes_nothing(
 
 
 def test_a_uri_that_cannot_be_used_is_a_failed_operation(ctl: Callable[..., Result]) -> None:
-    result = ctl("migrate", "g1", "unix:/x")
+    result = ctl("migrate", "g1", "exec:/x")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "tcp:HOST:PORT" in result.stderr
 

@@ -160,7 +160,19 @@ def test_addresses_that_are_none(text: str) -> None:
 
 @pytest.mark.parametrize(
     "uri",
-    ["", "tcp", "tcp:", "tcp:host", "tcp:host:", "tcp:host:x", "tcp:host:99999", "tcp:h:0", "unix:/x", "tcp:::1:5"],
+    [
+        "",
+        "tcp",
+        "tcp:",
+        "tcp:host",
+        "tcp:host:",
+        "tcp:host:x",
+        "tcp:host:99999",
+        "tcp:h:0",
+        "unix:x",
+        "exec:x",
+        "tcp:::1:5",
+    ],
 )
 def test_a_uri_that_cannot_be_used_is_told_with_the_form_that_can(uri: str) -> None:
     with pytest.raises(ValueError, match="tcp:HOST:PORT"):
@@ -168,6 +180,7 @@ def test_a_uri_that_cannot_be_used_is_told_with_the_form_that_can(uri: str) -> N
 
 
 def test_uris_that_can_be_used() -> None:
+    assert parse_uri("unix:/run/migrated/second.sock") == Path("/run/migrated/second.sock")
     assert parse_uri("tcp:192.0.2.7:4460") == ("192.0.2.7", 4460)
     assert parse_uri("tcp:[2001:db8::7]:1") == ("2001:db8::7", 1)
 

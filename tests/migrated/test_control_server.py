@@ -330,7 +330,7 @@ async def test_an_operations_error_keeps_its_class_and_sentence(daemon: TinyHost
         assert reply == error("DeviceNotFound", "there is no guest 'g1' on this host; guests here: none")
         assert (await client.ask("x-migrated-show", {"migration-id": "zz"}))["error"]["class"] == "DeviceNotFound"
         await daemon.add_guest("g1")
-        reply = await client.ask("migrate", {"uri": "unix:/x"})
+        reply = await client.ask("migrate", {"uri": "exec:/x"})
         assert reply["error"]["class"] == "GenericError"
         assert "tcp:HOST:PORT" in reply["error"]["desc"]
 

@@ -48,14 +48,15 @@ def test_the_collector_keeps_each_migrations_lines_whatever_level_is_shown() -> 
             except OSError:
                 log.warning("lost", exc_info=True)
     log.info("nobody's")
-    lines = collector.take("m1")
+    lines = collector.take("m1", "source")
     assert [(line["level"], line["event"]) for line in lines] == [
         ("debug", "breakdown stop_ms=1"),
         ("warning", "lost (OSError: cut)"),
     ]
     assert all(line["at"].endswith("Z") for line in lines)
-    assert collector.take("m1") == []
-    assert len(collector.take("m2")) == 2
+    assert collector.take("m1", "source") == []
+    assert collector.take("m2", "destination") == []
+    assert len(collector.take("m2", "source")) == 2
     assert stream.getvalue() == ""
 
 
@@ -63,13 +64,13 @@ def test_the_collector_is_bounded_in_lines_and_migrations() -> None:
     collector = configure("error", stream=io.StringIO())
     log = structlog.get_logger()
     for number in range(MAX_LINES + 5):
-        log.info(f"line {number}", migration_id="long")
-    lines = collector.take("long")
+        log.info(f"line {number}", migration_id="long", role="source")
+    lines = collector.take("long", "source")
     assert (len(lines), lines[0]["event"], lines[-1]["event"]) == (MAX_LINES, "line 5", f"line {MAX_LINES + 4}")
     for number in range(MAX_MIGRATIONS + 1):
-        log.info("x", migration_id=f"m{number}")
-    assert collector.take("m0") == []
-    assert len(collector.take("m1")) == 1
+        log.info("x", migration_id=f"m{number}", role="source")
+    assert collector.take("m0", "source") == []
+    assert len(collector.take("m1", "source")) == 1
 
 
 async def test_lines_from_threads_keep_the_migration_they_belong_to() -> None:
@@ -77,12 +78,12 @@ async def test_lines_from_threads_keep_the_migration_they_belong_to() -> None:
     log = structlog.get_logger()
 
     async def attempt(migration_id: str) -> None:
-        structlog.contextvars.bind_contextvars(migration_id=migration_id)
+        structlog.contextvars.bind_contextvars(migration_id=migration_id, role="source")
         await asyncio.gather(*(asyncio.to_thread(log.info, f"from {migration_id}") for _ in range(50)))
 
     await asyncio.gather(*(attempt(f"m{number}") for number in range(4)))
     for number in range(4):
-        assert [line["event"] for line in collector.take(f"m{number}")] == [f"from m{number}"] * 50
+        assert [line["event"] for line in collector.take(f"m{number}", "source")] == [f"from m{number}"] * 50
 
 
 def test_what_libraries_log_comes_into_the_same_stream() -> None:

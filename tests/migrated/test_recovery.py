@@ -217,7 +217,7 @@ async def test_after_ready_the_source_decides_over_a_fresh_connection(
     async with TinyHost(short_directory, ready_timeout_s=600.0) as host:
         assert await host.state_of("g1") == "incoming"
         ask = messages.OutcomeAsk.model_validate({"migration_id": migration_id, "epoch": 1, "decision": decision})
-        connection = await connect(*parse_uri(host.uri), 30.0, 30.0, SECURITY)
+        connection = await connect(parse_uri(host.uri), 30.0, 30.0, SECURITY)
         assert isinstance(await ask_first(connection, ask, 30.0), answer)
         connection.wire.close()
         assert (await closed(host, migration_id, "destination")).decisions == decisions

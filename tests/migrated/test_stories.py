@@ -39,13 +39,13 @@ from migrated.settings.config import Address, Config, ControlConfig, LimitsConfi
 from migrated.settings.parameters import MigrationParameters
 from migrated.source.migration import OutgoingMigration
 from migrated.source.session import Session, connect, offer_of, open_session
-from migrated.source.story import Target
+from migrated.source.target import target_of
 from migrated.state.journal import Journal
 from migrated.state.learned import load_prior
 from migrated.state.run_marks import RunMarks
 from migrated.vmm.drivers import load_drivers
 from migrated.vmm.resume_costs import ResumeCosts
-from migrated.vmm.seam import GuestRequest
+from migrated.vmm.seam import GuestRequest, Replacement
 from protocol import messages
 from protocol.errors import ErrorCode
 from protocol.messages import Message
@@ -83,8 +83,13 @@ def environment(directory: Path, **limits: Any) -> Environment:
         finish=lambda _record, _role: None,
         publish=lambda _name, _data: None,
         hold_events=lambda _migration: None,
-        take_log=lambda _migration: [],
+        take_log=lambda _migration, _role: [],
+        open_own=_nobody_here,
     )
+
+
+def _nobody_here(_replacement: Replacement) -> socket.socket:
+    raise OSError("this host does not replace guests")
 
 
 @asynccontextmanager
@@ -189,7 +194,7 @@ async def open_to(
     await listener.start(Address("127.0.0.1", 0))
     assert listener.address is not None
     description = await guest.vmm.describe()
-    connection = await connect(env, *listener.address)
+    connection = await connect(env, listener.address)
     try:
         offer = await offer_of(guest.vmm, description, PARAMETERS)
         session = await open_session(env, guest.vmm, connection, offer, PARAMETERS, ID, 1)
@@ -408,7 +413,7 @@ async def test_a_guest_is_free_again_when_the_record_cannot_be_kept(source: Envi
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]  # nobody listens there once it is closed
     reservation = Reservation(guest, ID)
-    target = Target(f"tcp:127.0.0.1:{port}", "127.0.0.1", port)
+    target = target_of(f"tcp:127.0.0.1:{port}")
     migration = OutgoingMigration(source, guest, reservation, target, PARAMETERS, ID, 1)
     with pytest.raises(OSError, match="the disk is full"), reservation:
         await migration.run()
@@ -426,9 +431,8 @@ async def test_what_ends_an_attempt_before_it_has_begun_ends_it(source: Environm
     assert listener.address is not None
     host, port = listener.address
     reservation = Reservation(guest, ID)
-    migration = OutgoingMigration(
-        source, guest, reservation, Target(f"tcp:{host}:{port}", host, port), PARAMETERS, ID, 1
-    )
+    target = target_of(f"tcp:{host}:{port}")
+    migration = OutgoingMigration(source, guest, reservation, target, PARAMETERS, ID, 1)
     assert await migration.cancel()
     await migration.run()
     assert migration.status == "cancelled"

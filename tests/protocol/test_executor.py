@@ -41,6 +41,10 @@ def source(state: SourceState = S.STOPPED, **options: Any) -> SourceExecutor:
     return SourceExecutor(state, **{"locks": True, **options})
 
 
+def in_fleet(state: SourceState = S.STOPPED) -> SourceExecutor:
+    return source(state, fleet=True)
+
+
 def destination(state: DestinationState = D.LOADING, **options: Any) -> DestinationExecutor:
     return DestinationExecutor(state, **{"locks": True, **options})
 
@@ -131,6 +135,103 @@ class TestSource:
         one.take(E.NO)
         with pytest.raises(RuntimeError, match="while take-lock is being carried out"):
             one.take(E.NO)
+
+
+class TestSourceInAFleet:
+    REFUSED = Outcome(Result.REFUSED, "b owns it")
+
+    def test_the_destination_owns_the_guest_before_commit_is_journaled(self) -> None:
+        one = in_fleet()
+        names = played(one, E.READY_IN_TIME)
+        assert names == ["TransferOwnership", "Journal commit", "ReleaseLock", "SendCommit"]
+
+    def test_no_answer_is_not_a_yes_and_the_guest_runs_again(self) -> None:
+        one = in_fleet()
+        names = played(one, E.READY_IN_TIME, {"TransferOwnership": [failed("etcd does not answer")]})
+        assert names == ["TransferOwnership", "TakeLock", "WriteMark", "ResumeGuest", "SendAbort", "ReclaimOwnership"]
+        assert one.state is S.ABORTED
+        assert one.reason == "etcd does not answer"
+
+    def test_a_no_holds_the_guest_until_an_operator_decides(self) -> None:
+        one = in_fleet()
+        assert played(one, E.READY_IN_TIME, {"TransferOwnership": [self.REFUSED]}) == ["TransferOwnership", "SendAbort"]
+        assert (one.state, one.reason, one.final) == (S.HELD, "b owns it", False)
+        assert played(one, E.LINK_LOST) == []
+        names = played(one, E.RESOLVE_RUN_HERE)
+        assert names == ["Journal abort", "TakeLock", "WriteMark", "ResumeGuest", "ReclaimOwnership"]
+
+    def test_a_commit_that_cannot_be_journaled_takes_the_ownership_back(self) -> None:
+        one = in_fleet()
+        names = played(one, E.READY_IN_TIME, {"Journal commit": [failed("the disk is full")]})
+        assert names[2:] == ["TakeLock", "WriteMark", "ResumeGuest", "SendAbort", "ReclaimOwnership"]
+
+    def test_a_restarted_source_asks_before_the_guest_runs(self) -> None:
+        one = in_fleet()
+        names = played(one, E.RESTART)
+        assert names == ["ConfirmOwnership", "TakeLock", "WriteMark", "ResumeGuest", "SendAbort"]
+        assert one.state is S.ABORTED
+
+    def test_a_restarted_source_without_an_answer_asks_again(self) -> None:
+        one = in_fleet()
+        names = played(one, E.RESTART, {"ConfirmOwnership": [failed("etcd does not answer")]})
+        assert names == ["ConfirmOwnership", "SendAbort", "AskOwnership"]
+        assert not one.final
+        assert played(one, E.ASK_AGAIN) == ["ConfirmOwnership", "TakeLock", "WriteMark", "ResumeGuest"]
+        assert one.state is S.ABORTED
+
+    def test_a_restarted_source_that_is_told_no_asks_no_more(self) -> None:
+        one = in_fleet()
+        assert played(one, E.RESTART, {"ConfirmOwnership": [self.REFUSED]}) == ["ConfirmOwnership", "SendAbort"]
+        assert one.state is S.HELD
+
+    def test_an_operators_word_needs_no_store(self) -> None:
+        one = in_fleet()
+        played(one, E.RESTART, {"ConfirmOwnership": [failed("etcd does not answer")]})
+        assert "ConfirmOwnership" not in played(one, E.RESOLVE_RUN_HERE)
+        assert one.state is S.ABORTED
+
+    def test_a_restarted_source_in_doubt_asks_before_it_takes_back_what_was_discarded(self) -> None:
+        one = in_fleet(S.COMMITTED)
+        assert played(one, E.RESTART) == ["ReleaseLock", "AskOutcome"]
+        assert played(one, E.DISCARDED)[:3] == ["Journal abort", "ConfirmOwnership", "TakeLock"]
+
+    def test_one_that_was_not_restarted_takes_back_what_was_discarded_at_once(self) -> None:
+        one = in_fleet()
+        played(one, E.READY_IN_TIME)
+        names = played(one, E.DISCARDED)
+        assert names == ["Journal abort", "TakeLock", "WriteMark", "ResumeGuest", "ReclaimOwnership"]
+
+    def test_its_memory_holds_that_it_was_restarted(self) -> None:
+        one = in_fleet()
+        one.take(E.RESTART)
+        other = in_fleet()
+        other.recall(one.memory)
+        assert isinstance(other.effect, effects.ConfirmOwnership)
+
+
+class TestDestinationInAFleet:
+    def test_the_commit_of_a_living_daemon_needs_no_store(self) -> None:
+        one = destination(D.READY, fleet=True)
+        assert "ConfirmOwnership" not in played(one, F.COMMIT, READY_TO_RUN)
+
+    def test_a_restarted_destination_asks_before_the_guest_runs(self) -> None:
+        one = destination(D.COMMITTED, fleet=True)
+        names = played(one, F.RESTART, READY_TO_RUN)
+        assert names[:5] == ["TakeLock", "LookAtGuest", "ConfirmOwnership", "WriteMark", "ResumeGuest"]
+        assert one.state is D.RUNNING
+
+    def test_without_a_yes_it_stays_stopped_and_is_tried_again_when_the_source_asks(self) -> None:
+        one = destination(D.COMMITTED, fleet=True)
+        for event, outcome in ((F.RESTART, failed("no answer")), (F.COMMIT, Outcome(Result.REFUSED, "a is fenced"))):
+            names = played(one, event, {**READY_TO_RUN, "ConfirmOwnership": [outcome]})
+            assert names == ["TakeLock", "LookAtGuest", "ConfirmOwnership", "SendOpen"]
+            assert one.state is D.COMMITTED
+        assert played(one, F.COMMIT, READY_TO_RUN)[-1] == "SendRunning"
+
+    def test_a_guest_that_runs_already_is_not_asked_for(self) -> None:
+        one = destination(D.COMMITTED, fleet=True)
+        names = played(one, F.RESTART, {"LookAtGuest": [Outcome(Result.RUNS)]})
+        assert names == ["TakeLock", "LookAtGuest", "Journal running", "SendRunning"]
 
 
 class TestDestination:

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from protocol.errors import ErrorCode, RemoteProtocolError
 from protocol.handover import (
     DESTINATION,
+    FLEET_ROWS,
+    FLEET_SOURCE,
     SOURCE,
     Action,
     Decision,
@@ -52,6 +54,26 @@ resolve-discard     .          .          RETIRED    .          .
 restart             .          ABORTED    COMMITTED  ABORTED    RETIRED
 journal-failed      .          .          ABORTED    .          .
 """
+FLEET_MATRIX = """
+                    RUNNING    STOPPED    COMMITTED  ABORTED    RETIRED    HELD
+stop                STOPPED    .          .          .          .          .
+ready-in-time       .          COMMITTED  COMMITTED  ABORTED    RETIRED    HELD
+ready-late          .          ABORTED    COMMITTED  ABORTED    RETIRED    HELD
+no                  ABORTED    ABORTED    .          ABORTED    .          HELD
+deadline            .          ABORTED    COMMITTED  ABORTED    RETIRED    HELD
+link-lost           ABORTED    ABORTED    COMMITTED  ABORTED    RETIRED    HELD
+fault               ABORTED    ABORTED    COMMITTED  ABORTED    RETIRED    HELD
+cancel              ABORTED    ABORTED    COMMITTED  ABORTED    RETIRED    HELD
+running             .          .          RETIRED    .          RETIRED    .
+discarded           .          ABORTED    ABORTED    ABORTED    .          HELD
+resolve-run-here    .          .          ABORTED    .          .          ABORTED
+resolve-discard     .          .          RETIRED    .          .          RETIRED
+restart             .          ABORTED    COMMITTED  ABORTED    RETIRED    .
+journal-failed      .          .          ABORTED    .          .          .
+ownership-unknown   .          .          ABORTED    HELD       .          .
+ownership-lost      .          .          HELD       HELD       .          .
+ask-again           .          .          .          .          .          ABORTED
+"""
 DESTINATION_MATRIX = """
                     LOADING    READY      COMMITTED  RUNNING    DISCARDED
 loaded              READY      .          .          .          DISCARDED
@@ -83,6 +105,7 @@ def cells(matrix: str, states: type[StrEnum], events: type[StrEnum]) -> list[Any
 
 
 SOURCE_CELLS = cells(SOURCE_MATRIX, SourceState, SourceEvent)
+FLEET_CELLS = cells(FLEET_MATRIX, SourceState, SourceEvent)
 DESTINATION_CELLS = cells(DESTINATION_MATRIX, DestinationState, DestinationEvent)
 
 
@@ -103,13 +126,21 @@ def test_source(state: SourceState, event: SourceEvent, after: SourceState | Non
     check_cell(Machine("source", SOURCE, state), "source", event, after)
 
 
+@pytest.mark.parametrize(("state", "event", "after"), FLEET_CELLS)
+def test_source_in_a_fleet(state: SourceState, event: SourceEvent, after: SourceState | None) -> None:
+    check_cell(Machine("source", FLEET_SOURCE, state), "source", event, after)
+
+
 @pytest.mark.parametrize(("state", "event", "after"), DESTINATION_CELLS)
 def test_destination(state: DestinationState, event: DestinationEvent, after: DestinationState | None) -> None:
     check_cell(Machine("destination", DESTINATION, state), "destination", event, after)
 
 
 def test_the_matrices_are_whole() -> None:
-    assert len(SOURCE_CELLS) == len(SourceState) * len(SourceEvent)
+    assert len(FLEET_CELLS) == len(SourceState) * len(SourceEvent)
+    only_in_a_fleet = {SourceEvent.OWNERSHIP_UNKNOWN, SourceEvent.OWNERSHIP_LOST, SourceEvent.ASK_AGAIN}
+    assert len(SOURCE_CELLS) == (len(SourceState) - 1) * len(set(SourceEvent) - only_in_a_fleet)
+    assert all(state is not S.HELD and event not in only_in_a_fleet for state, event in SOURCE)
     assert len(DESTINATION_CELLS) == len(DestinationState) * len(DestinationEvent)
 
 
@@ -123,6 +154,19 @@ def rows(table: Mapping[Any, Any]) -> list[tuple[StrEnum, StrEnum, StrEnum, tupl
 def test_nothing_leaves_a_final_state(table: Any, final: set[StrEnum]) -> None:
     assert {after for state, _, after, _ in rows(table) if state in final} == final
     assert all(after is state for state, _, after, _ in rows(table) if state in final)
+
+
+def test_in_a_fleet_the_destination_owns_the_guest_before_commit_is_journaled() -> None:
+    """Every new decision to commit begins with the transfer, and what follows from another answer sends no COMMIT."""
+    for (state, event), (after, actions) in FLEET_SOURCE.items():
+        if A.JOURNAL_COMMIT in actions:
+            assert actions[0] is A.TRANSFER_OWNERSHIP, (state, event)
+        if event in (SourceEvent.OWNERSHIP_UNKNOWN, SourceEvent.OWNERSHIP_LOST):
+            assert A.SEND_COMMIT not in actions
+            assert after in (S.ABORTED, S.HELD)
+    resumes = {row for row, (_, actions) in FLEET_ROWS.items() if A.RESUME_GUEST in actions}
+    leaves_held = {event for state, event in resumes if state is S.HELD}
+    assert leaves_held == {SourceEvent.ASK_AGAIN, SourceEvent.RESOLVE_RUN_HERE}
 
 
 def test_the_guest_runs_only_on_these_rows() -> None:

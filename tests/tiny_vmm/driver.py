@@ -28,6 +28,7 @@ from migrated.vmm.seam import (
     ExpectedCosts,
     GuestRequest,
     GuestStatus,
+    Incoming,
     PauseTime,
     Side,
     StatePart,
@@ -50,7 +51,7 @@ class TinyGuest(VmmGuest):
     dirty_tracking = frozenset({"pagemap-scan"})
 
     def __init__(self, api_socket: Path, pid: int, identity: str) -> None:
-        self.name = api_socket.stem
+        self.name = api_socket.stem.removesuffix("~")
         self.pid = pid
         self.api_socket = api_socket
         self._uuid = identity
@@ -174,12 +175,12 @@ class TinyDriver(Driver):
         state = "paused" if request.paused else "running"
         return await self._start(request.name, str(uuid.uuid4()), request.memory_bytes // PAGE_SIZE, state)
 
-    async def create_incoming(self, description: GuestDescription) -> TinyGuest:
-        return await self._start(description.name, description.uuid, description.pages, "incoming")
+    async def create_incoming(self, description: GuestDescription, incoming: Incoming) -> TinyGuest:
+        return await self._start(incoming.place, description.uuid, description.pages, "incoming")
 
-    async def _start(self, name: str, identity: str, pages: int, state: str) -> TinyGuest:
+    async def _start(self, place: str, identity: str, pages: int, state: str) -> TinyGuest:
         self._directory.mkdir(parents=True, exist_ok=True)
-        api_socket = self._directory / f"{name}.sock"
+        api_socket = self._directory / f"{place}.sock"
         api_socket.unlink(missing_ok=True)  # of a guest of this name that ended by itself
         api_socket.with_suffix(".uuid").write_text(identity, encoding="ascii")
         log_path = api_socket.with_suffix(".log")
@@ -190,5 +191,5 @@ class TinyDriver(Driver):
             with contextlib.suppress(VmmError):
                 return await self.attach(api_socket, _ANSWER_S)
             if spawn.reap(pid) or time.monotonic() > deadline:
-                raise VmmError(f"the VMM of guest {name} does not answer: {spawn.last_lines(log_path)}")
+                raise VmmError(f"the VMM of the guest at {place} does not answer: {spawn.last_lines(log_path)}")
             await asyncio.sleep(0.01)

@@ -21,11 +21,12 @@ from migrated.settings.config import Config
 from migrated.vmm import spawn
 from migrated.vmm.qemu import places
 from migrated.vmm.qemu.blueprint import Blueprint, unfit
+from migrated.vmm.qemu.costs import SwitchoverCosts
 from migrated.vmm.qemu.definition import CommandLine, load_definition
 from migrated.vmm.qemu.guest import QemuGuest
 from migrated.vmm.qemu.places import Place
 from migrated.vmm.qemu.qmp import QUICK_S
-from migrated.vmm.seam import Driver, GuestRequest
+from migrated.vmm.seam import Driver, GuestRequest, Incoming
 from protocol.guest import GuestDescription
 
 _LOOK_AGAIN_S: Final = 0.01
@@ -55,6 +56,7 @@ class QemuDriver(Driver):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._directory = config.vmm.directory / "qemu"
+        self._costs = SwitchoverCosts(config.state.directory / "qemu-costs.json")
 
     def places(self) -> Sequence[Path]:
         return sorted(self._directory.glob("*.sock"))
@@ -66,6 +68,7 @@ class QemuDriver(Driver):
         return await QemuGuest.attach(
             api_socket,
             places.read_place(api_socket),
+            self._costs,
             timeout_s=timeout_s,
             stop_timeout_s=self.config.limits.stop_timeout_s,
             lock_directory=self.config.lock.directory,
@@ -86,7 +89,7 @@ class QemuDriver(Driver):
             await guest.lock.take()
         return guest
 
-    async def create_incoming(self, description: GuestDescription) -> QemuGuest:
+    async def create_incoming(self, description: GuestDescription, incoming: Incoming) -> QemuGuest:
         try:
             Blueprint.unpack(description.vmm_config)  # nothing is started for what is no description of a machine
             line = self._command_line(description.name, description.name)
@@ -105,15 +108,15 @@ class QemuDriver(Driver):
             raise
         return guest
 
-    def ran(self, name: str, epoch: int) -> bool | None:
-        api_socket = self._directory / f"{name}.sock"
+    def ran(self, place: str, epoch: int) -> bool | None:
+        api_socket = self._directory / f"{place}.sock"
         try:
-            place = places.read_place(api_socket)
+            known = places.read_place(api_socket)
         except VmmError:
             return None
-        if place.run_log is None:
+        if known.run_log is None:
             return None
-        return place.epoch == epoch and places.ran_after(place.run_log, place.run_log_bytes)
+        return known.epoch == epoch and places.ran_after(known.run_log, known.run_log_bytes)
 
     def _command_line(self, name: str, definition: str) -> CommandLine:
         qemu = self.config.qemu

@@ -1,7 +1,7 @@
 """Finding, starting and attaching simulated guests.
 
-In ``[vmm] directory`` lie, for each guest, its API socket NAME.sock, its log NAME.log and the run log NAME.runlog, in
-which its VMM writes a line before its vCPUs run.
+In ``[vmm] directory`` lie, for each guest, its API socket PLACE.sock, its log PLACE.log and the run log PLACE.runlog,
+in which its VMM writes a line before its vCPUs run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgpack
 from migrated.base.errors import VmmError
 from migrated.settings.config import ClockConfig, Config
 from migrated.vmm import spawn
-from migrated.vmm.seam import Driver, GuestRequest
+from migrated.vmm.seam import Driver, GuestRequest, Incoming
 from migrated.vmm.sim.calls import QUICK_S, Calls
 from migrated.vmm.sim.guest import GONE_S, SimGuest
 from protocol.guest import GuestDescription
@@ -32,21 +32,22 @@ class SimDriver(Driver):
     ``[vmm] profiles``."""
 
     name = "sim"
+    takes_memory = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._directory = config.vmm.directory
-        self._command = [*config.vmm.command]
+        self._arguments: list[str] = []
         # The VMM runs on the same host: where the host's clocks are shifted, the VMM's are too.
         clock = config.clock
         if clock != ClockConfig():
-            self._command += [
+            self._arguments += [
                 "--hrtime-offset-ns", str(clock.hrtime_offset_ns),
                 "--wall-offset-ns", str(clock.wall_offset_ns),
                 "--clock-drift-ppm", str(clock.drift_ppm),
             ]  # fmt: skip
         if config.lock.directory is not None:
-            self._command += ["--lock-directory", str(config.lock.directory)]
+            self._arguments += ["--lock-directory", str(config.lock.directory)]
 
     def places(self) -> Sequence[Path]:
         return sorted(self._directory.glob("*.sock"))
@@ -62,19 +63,25 @@ class SimDriver(Driver):
             arguments.append(f"--{key}={self._profile_path(value) if key == 'profile' else value}")
         if request.paused:
             arguments.append("--paused")
-        return await self._start(request.name, arguments)
+        return await self._start(self.config.vmm.command, request.name, request.name, arguments)
 
-    async def create_incoming(self, description: GuestDescription) -> SimGuest:
-        path = self._directory / f"{description.name}.incoming"
+    async def create_incoming(self, description: GuestDescription, incoming: Incoming) -> SimGuest:
+        if len(incoming.memory) > 1:
+            raise VmmError(f"guest {description.name!r} has its memory in one file, and {len(incoming.memory)} came")
+        path = self._directory / f"{incoming.place}.incoming"
         path.write_bytes(msgpack.packb(description.model_dump(), use_bin_type=True))
+        arguments = ["--incoming-description", str(path)]
+        for fd in incoming.memory:
+            arguments += ["--memory-fd", str(fd)]
+        command = incoming.replacement.command or self.config.vmm.command
         try:
-            return await self._start(description.name, ["--incoming-description", str(path)])
+            return await self._start(command, incoming.place, description.name, arguments, incoming.memory)
         finally:
             path.unlink(missing_ok=True)
 
-    def ran(self, name: str, epoch: int) -> bool | None:
+    def ran(self, place: str, epoch: int) -> bool | None:
         try:
-            lines = (self._directory / f"{name}.runlog").read_bytes().splitlines()
+            lines = (self._directory / f"{place}.runlog").read_bytes().splitlines()
         except FileNotFoundError:
             return None
         for line in lines:
@@ -96,12 +103,14 @@ class SimDriver(Driver):
             raise VmmError(f"there is no guest profile {profile!r} in [vmm] profiles; profiles there: {names}")
         return found
 
-    async def _start(self, name: str, arguments: list[str]) -> SimGuest:
+    async def _start(
+        self, program: tuple[str, ...], place: str, name: str, arguments: list[str], inherited: Sequence[int] = ()
+    ) -> SimGuest:
         """Start a guest process and connect to it."""
-        api_socket = self._directory / f"{name}.sock"
+        api_socket = self._directory / f"{place}.sock"
         log_path = api_socket.with_suffix(".log")
-        command = [*self._command, "--name", name, "--api-socket", str(api_socket), *arguments]
-        pid = spawn.start_process(command, log_path)
+        command = [*program, *self._arguments, "--name", name, "--api-socket", str(api_socket), *arguments]
+        pid = spawn.start_process(command, log_path, inherited)
         timeout_s = self.config.vmm.start_timeout_s
         deadline = time.monotonic() + timeout_s
         while True:
