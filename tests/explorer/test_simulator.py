@@ -43,7 +43,7 @@ def test_every_seed_keeps_every_rule(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize("seed", [1523, 3426])
 def test_a_fault_during_a_hold_ends_the_hold(seed: int) -> None:
-    """An operator holds the switchover for longer than the limit when the attempt breaks: the held time does not count."""
+    """An operator holds the switchover for longer than the limit when the attempt breaks: that time does not count."""
     outcome = simulate(seed)
     assert not outcome.broken, f"\n{outcome}"
 
