@@ -1,9 +1,10 @@
 """The safety argument over real Linux guests in stock QEMU, and how long their moves keep them waiting.
 
-    python -m scripts.prove_qemu matrix [PATTERN ...]                      every step of a move x every fault
+    python -m scripts.prove_qemu matrix [--local] [PATTERN ...]            every step of a move x every fault
     python -m scripts.prove_qemu soak --migrations 100 --seed 1            moves with random faults
     python -m scripts.prove_qemu aborts --aborts 50                        loads that hang: how soon the guest is back
     python -m scripts.prove_qemu moves --moves 100 --memory 1GiB           there and back, every figure of every move
+    python -m scripts.prove_qemu moves --in-place --moves 50               the same, another QEMU on the same host
     python -m scripts.prove_qemu kinds [KIND ...]                          one there and back of every kind of guest
     python -m scripts.prove_qemu beside --memory 1GiB                      the same guests moved by QEMU itself
 
@@ -38,11 +39,12 @@ from scripts.qemu_rig.launcher import Backing, Disk, Machine, QemuSpec
 from scripts.qemu_rig.pair import GUEST, QemuPair
 from scripts.qemu_rig.workload import Workload
 from scripts.rig.faults import AtFrame, Stall
-from scripts.rig.matrix import ALL_CELLS, action_of, run_matrix
+from scripts.rig.matrix import ALL_CELLS, LOCAL_CELLS, action_of, run_matrix
 
 MISSING: Final = 3
 QEMU_CELLS: Final = tuple(cell for cell in ALL_CELLS if not cell.step.name.startswith("time-"))
 """QEMU carries the guest's clocks in its device state: nothing is asked about them on the way."""
+QEMU_LOCAL_CELLS: Final = tuple(cell for cell in LOCAL_CELLS if not cell.step.name.startswith("time-"))
 _MEMORY_MIB: Final = 128
 _WORKLOAD: Final = Workload.hot_cold(16, 5)
 _LOG_MS: Final = 20
@@ -60,8 +62,9 @@ def small_guest(directory: Path) -> QemuSpec:
 
 def prove_qemu_matrix(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
     """Run the cells, one after the other."""
-    cells = prove_matrix.chosen(options.patterns, QEMU_CELLS)
-    judged = asyncio.run(run_matrix(cells, 1, say, lambda: QemuPair(small_guest(directory), image)))
+    cells = prove_matrix.chosen(options.patterns, QEMU_LOCAL_CELLS if options.local else QEMU_CELLS)
+    spec = replace(small_guest(directory), backing="memfd") if options.local else small_guest(directory)
+    judged = asyncio.run(run_matrix(cells, 1, say, lambda: QemuPair(spec, image, local=options.local)))
     violations = sum(len(one.violations) for one in judged)
     return {"cells": len(judged), "violations": violations}, not violations
 
@@ -96,7 +99,7 @@ def prove_moves(options: argparse.Namespace, image: GuestImage, directory: Path)
     """Move a guest there and back."""
     memory_mib = options.memory // MIB
     spec = QemuSpec(memory_mib=memory_mib, workload=WORKLOADS[options.workload](memory_mib), backing=options.backing)
-    campaign = Campaign(options.moves, options.downtime_limit / _NS_PER_MS)
+    campaign = Campaign(options.moves, options.downtime_limit / _NS_PER_MS, options.in_place)
     asyncio.run(campaign.run(QemuPair(spec, image, quick=False)))
     return {"memory_mib": memory_mib, "workload": options.workload, **campaign.document()}, not campaign.violations
 
@@ -154,6 +157,7 @@ def main() -> int:
     parts = parser.add_subparsers(required=True)
     matrix = parts.add_parser("matrix", help="every step x every fault")
     matrix.add_argument("patterns", nargs="*", metavar="PATTERN", help="part of a cell's name, for example commit/cut")
+    matrix.add_argument("--local", action="store_true", help="over unix sockets: memory is handed over, not copied")
     matrix.set_defaults(prove=prove_qemu_matrix)
     moves_and_faults = parts.add_parser("soak", help="moves back and forth with random faults")
     soak.add_arguments(moves_and_faults)
@@ -163,6 +167,7 @@ def main() -> int:
     aborts.set_defaults(prove=prove_qemu_aborts)
     moves = parts.add_parser("moves", help="there and back without faults, every figure of every move")
     moves.add_argument("--moves", type=int, default=100, help="how many (default %(default)s)")
+    moves.add_argument("--in-place", action="store_true", help="another QEMU on the same host, each time")
     moves.add_argument("--workload", choices=WORKLOADS, default="hot-cold", help="(default %(default)s)")
     moves.set_defaults(prove=prove_moves)
     kinds = parts.add_parser("kinds", help="one there and back of every kind of guest")

@@ -57,9 +57,9 @@ class World:
             if host in (None, one):
                 write_definition(self.definitions[one], "web", spec, self.image, number)
 
-    async def console(self, host: Host) -> Console:
+    async def console(self, host: Host, place: str = "web") -> Console:
         """The guest's console on a host; beats are read from now on."""
-        return await asyncio.to_thread(Console, *console_paths(host.directory / "guests", "web"))
+        return await asyncio.to_thread(Console, *console_paths(host.directory / "guests", place))
 
     async def create(self, spec: QemuSpec, **options: Any) -> Console:
         """Define the guest on both hosts, start it on the first, and wait until it is up."""
@@ -112,6 +112,28 @@ async def move(world: World, source: Host, target: Host, console: Console, **par
     assert not arrived.complaints()
     console.close()
     return arrived
+
+
+@pytest.mark.parametrize(("backing", "places"), [("private", ("web~", "web")), ("memfd", ("web~",))])
+async def test_a_linux_guest_gets_another_qemu(world: World, backing: Any, places: tuple[str, ...]) -> None:
+    """Private memory is copied once, into a file; from then on, and where it was shared from the first, nothing is."""
+    console = await world.create(replace(BUSY, backing=backing))
+    host, shared = world.pair.a, backing != "private"
+    for place in places:
+        record = await host.replace("web", **ROOMY)
+        assert record["outcome"] == "completed", record["reason"]
+        assert (record["ram"]["shared"], bool(record["rounds"])) == (shared, not shared)
+        shared = True
+        arrived = await world.console(host, place)
+        before = console.beats()[-1]
+        await asyncio.to_thread(arrived.wait_for_beats, 20, 60.0)
+        assert arrived.beats()[0].sequence > before.sequence
+        assert await asyncio.to_thread(arrived.check) == 0
+        assert not arrived.complaints()
+        console.close()
+        console = arrived
+    console.close()
+    assert list(host.vmm_pids()) == [(await host.guest("web"))["pid"]]
 
 
 @pytest.mark.parametrize("backing", ["private", "file", "memfd"])
