@@ -205,9 +205,7 @@ class Bench:
             dirty_rate=f"{rate}/s",
         )  # fmt: skip
         rivals.warm(self.size_mib)
-        record = await self.move(
-            "scattered", downtime_limit=1, timeout_s=2, on_timeout="force", switchover_abort=False
-        )
+        record = await self.move("scattered", downtime_limit=1, timeout_s=2, on_timeout="force", switchover_abort=False)
         took_ns = sum(part["ns"] for part in record["downtime"]["parts"] if part["name"] in MOVING_PARTS)
         self.case("scattered", "GiB/s").samples.append(record["ram"]["downtime_bytes"] / GIB / (took_ns / 1e9))
         self.case("scattered", "GiB/s").note(pages=record["ram"]["downtime_pages"], rounds=len(record["rounds"]))
