@@ -255,7 +255,7 @@ class Bench:
         )  # fmt: skip
         rivals.warm(self.size_mib)
         record, spent = await self._timed_move(
-            "scattered", downtime_limit=10, timeout_s=2, on_timeout="force", switchover_abort=False
+            "scattered", downtime_limit=1, timeout_s=2, on_timeout="force", switchover_abort=False
         )
         took_ns = sum(part["ns"] for part in record["downtime"]["parts"] if part["name"] in MOVING_PARTS)
         self.case("scattered", "GiB/s").samples.append(record["ram"]["downtime_bytes"] / GIB / (took_ns / 1e9))

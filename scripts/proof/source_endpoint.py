@@ -76,11 +76,17 @@ class Outgoing(Actor[SourceState, SourceEvent, SourceEffect]):
         self._digest = MemoryDigest(len(self.vmm.memory))
         self._budget = model.source_budget(wish.limits, SourceReserves(0, self.vmm.resume_cost_ns))
         self._held_ns = 0
+        self._holding_since_ns: tuple[int, int] | None = None  # by the host's clock and in true time
         self._stop_true_ns = 0
         self._committed_ns = 0
         self._resume_there_ns = 0
         self._ever_committed = state is SourceState.COMMITTED
         self.vmm.on_death = lambda: self.process.wake(self._guest_gone)
+
+    def take(self, event: SourceEvent, reply: Channel | None = None, why: str = "") -> None:
+        if event is not SourceEvent.STOP:
+            self._end_hold()  # whatever happens during a hold ends the attempt
+        super().take(event, reply, why)
 
     def _guest_gone(self) -> None:
         if self.state in (SourceState.RUNNING, SourceState.STOPPED):
@@ -257,12 +263,10 @@ class Outgoing(Actor[SourceState, SourceEvent, SourceEffect]):
     def _blackout(self) -> Steps:
         assert self.control is not None
         if self.wish.hold_ns:
-            begin_ns, begin_true_ns = self.host.clock_ns(), self.world.now_ns
-            self._budget.hold_begins(begin_ns)
+            self._holding_since_ns = (self.host.clock_ns(), self.world.now_ns)
+            self._budget.hold_begins(self._holding_since_ns[0])
             yield self.wish.hold_ns
-            self._budget.hold_ends(self.host.clock_ns())
-            self._held_ns = self.host.clock_ns() - begin_ns
-            self.vmm.estate.held_ns = self.world.now_ns - begin_true_ns
+            self._end_hold()
             if not self._stopped():
                 return
         self._tell_downtime()
@@ -287,6 +291,16 @@ class Outgoing(Actor[SourceState, SourceEvent, SourceEffect]):
                 sent_at_ns=self.host.clock_ns(),
             )
         )
+
+    def _end_hold(self) -> None:
+        """Let time count again: the operator lets the switchover go on, or something has ended it."""
+        if self._holding_since_ns is None:
+            return
+        begin_ns, begin_true_ns = self._holding_since_ns
+        self._holding_since_ns = None
+        self._budget.hold_ends(self.host.clock_ns())
+        self._held_ns = self.host.clock_ns() - begin_ns
+        self.vmm.estate.held_ns = self.world.now_ns - begin_true_ns
 
     def _send_state(self, name: str, save_ns: int) -> None:
         state = self.vmm.states[name]

@@ -41,6 +41,13 @@ def test_every_seed_keeps_every_rule(capsys: pytest.CaptureFixture[str]) -> None
     assert sum(outcome.attempts for outcome in outcomes) > 1.5 * SEEDS
 
 
+@pytest.mark.parametrize("seed", [1523, 3426])
+def test_a_fault_during_a_hold_ends_the_hold(seed: int) -> None:
+    """An operator holds the switchover for longer than the limit when the attempt breaks: that time does not count."""
+    outcome = simulate(seed)
+    assert not outcome.broken, f"\n{outcome}"
+
+
 def test_a_seed_is_one_story() -> None:
     assert simulate(7) == simulate(7)
     assert simulate(7).lines != simulate(8).lines
