@@ -5,6 +5,13 @@
 Guests, workloads, dirty rates, link caps, device profiles and limits are drawn from the seed. A share of the attempts
 is forced and unlimited, which samples what a refusal would have hidden. The cells (``calibration_cells``) are fixed
 settings, each with daemons of its own, in which the bound must hold too. The last line on stdout is one JSON object.
+
+With ``--records`` every attempt is kept as soon as it ended, and those that are in the file already are not made again:
+so a campaign can be run in slices, for instance
+
+    python -m scripts.calibration --records R --migrations 0 --cells idle-64,demo-guest
+    python -m scripts.calibration --records R                  the rest
+    python -m scripts.calibration --records R --figures        only the figures of all that is in R
 """
 
 from __future__ import annotations
@@ -12,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import random
 import signal
@@ -20,20 +26,19 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
-from scripts import calibration_cells as cells
 from scripts.basics import MIB, ROOT
-from scripts.calibration_cells import FORCED_SHARE, Outcome
+from scripts.calibration_cells import CELLS, CHECKS, FORCED_SHARE, run_cells
+from scripts.calibration_figures import figures, plot
+from scripts.calibration_records import Outcome, Part, RecordsFile, load_now
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
 
-MS: Final = 1_000_000
+_TRAINING_SEED: Final = 1_000_003
 LIMITS_MS: Final = (50.0, 100.0, 300.0, 900.0)
 CAPS_MIB: Final = (100, 200, 400)
 DIRTY_SHARES: Final = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 1.2)
@@ -89,7 +94,7 @@ async def create(pair: Pair, draw: random.Random, number: int, prefix: str) -> S
     return subject
 
 
-async def attempt(pair: Pair, subject: Subject, draw: random.Random) -> Outcome:
+async def attempt(pair: Pair, subject: Subject, draw: random.Random, part: Part, seed: int) -> Outcome:
     """One migration of a guest to the other host, with drawn limit. It runs for a moment before, and rests after: on a
     machine of two cores, guests that are not migrated would take the time of the one that is."""
     forced = draw.random() < FORCED_SHARE
@@ -105,32 +110,32 @@ async def attempt(pair: Pair, subject: Subject, draw: random.Random) -> Outcome:
     source, destination = subject.at, pair.other(subject.at)
     await source.command("x-migrated-guest-resume", {"guest": subject.name})
     await asyncio.sleep(WARM_UP_S)
+    load = load_now()
     record = await source.migrate(subject.name, destination, **parameters)
     if record["outcome"] == "completed":
         subject.at = destination
     await subject.at.command("x-migrated-guest-pause", {"guest": subject.name})
-    outcome = Outcome(f"drawn, {subject.cap_mib} MiB/s", subject.name, subject.moves == 0, forced, limit_ms, record)
+    cell, first = f"drawn-{subject.cap_mib}-mib-per-s", subject.moves == 0
     subject.moves += 1
-    return outcome
+    return Outcome(part, cell, seed, subject.name, first, False, forced, limit_ms, load, record)
 
 
-async def campaign(pair: Pair, count: int, seed: int, prefix: str, say: Callable[[str], None]) -> list[Outcome]:
+async def campaign(
+    pair: Pair, count: int, seed: int, part: Part, file: RecordsFile, say: Callable[[str], None]
+) -> None:  # fmt: skip
     """``count`` attempts with guests of their own, in waves so that guests come and go."""
-    draw = random.Random(seed)
-    outcomes: list[Outcome] = []
-    created = 0
-    while len(outcomes) < count:
-        subjects = [await create(pair, draw, created + number, prefix) for number in range(GUESTS)]
+    draw = random.Random(seed + _TRAINING_SEED if part == "training" else seed)
+    made = created = 0
+    while made < count:
+        subjects = [await create(pair, draw, created + number, part) for number in range(GUESTS)]
         created += GUESTS
-        for _ in range(min(count - len(outcomes), GUESTS * 6)):
-            subject = draw.choice(subjects)
-            outcome = await attempt(pair, subject, draw)
-            outcomes.append(outcome)
-            if len(outcomes) % 20 == 0:
-                say(f"{prefix}: {len(outcomes)}/{count} attempts")
+        for _ in range(min(count - made, GUESTS * 6)):
+            file.add(await attempt(pair, draw.choice(subjects), draw, part, seed))
+            made += 1
+            if made % 20 == 0:
+                say(f"{part}: {made}/{count} attempts")
         for subject in subjects:
             await subject.at.command("x-migrated-guest-destroy", {"guest": subject.name})
-    return outcomes
 
 
 async def must_refuse(pair: Pair) -> bool:
@@ -141,242 +146,72 @@ async def must_refuse(pair: Pair) -> bool:
     return record["outcome"] == "refused" and record["downtime"] is None
 
 
-# Section: figures
-
-
-BASELINES: Final[dict[str, Callable[[dict[str, Any], float], float]]] = {
-    # QEMU: remaining bytes over the bandwidth of the last window, nothing else.
-    "qemu": lambda record, _fixed: _remaining(record) / max(1.0, record["rounds"][-1]["bandwidth_bytes_per_s"]) * 1e9,
-    # KubeVirt: the same with a smoothed bandwidth.
-    "smoothed": lambda record, _fixed: _remaining(record) / max(1.0, _smoothed(record)) * 1e9,
-    # Cloud Hypervisor: the last bandwidth, and a fixed part (here the median of the training, which flatters it).
-    "cloud-hypervisor-fixed": lambda record, fixed: (
-        _remaining(record) / max(1.0, record["rounds"][-1]["bandwidth_bytes_per_s"]) * 1e9 + fixed
-    ),
-    # Geometric: what the dirty rate leaves of the last round.
-    "dirty-rate-ratio": lambda record, _fixed: (
-        record["rounds"][-1]["dirty_rate_pages_per_s"]
-        * 4096
-        / max(1.0, record["rounds"][-1]["bandwidth_bytes_per_s"])
-        * record["rounds"][-1]["ns"]
-    ),
-}
-
-
-def _remaining(record: dict[str, Any]) -> float:
-    return float(record["rounds"][-1]["dirty_pages"] * 4096)
-
-
-def _smoothed(record: dict[str, Any]) -> float:
-    rate = 0.0
-    for row in record["rounds"]:
-        rate = row["bandwidth_bytes_per_s"] if not rate else 0.6 * rate + 0.4 * row["bandwidth_bytes_per_s"]
-    return rate
-
-
-def wilson(successes: int, total: int) -> tuple[float, float]:
-    """95 % confidence interval of a share, in percent."""
-    if not total:
-        return 0.0, 100.0
-    z, share = 1.96, successes / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return round(100 * (centre - half), 1), round(100 * (centre + half), 1)
-
-
-def percent(part: int, whole: int) -> float:
-    """A share in percent, 0 of nothing."""
-    return round(100 * part / whole, 2) if whole else 0.0
-
-
-def figures(training: list[Outcome], counted: list[Outcome]) -> dict[str, Any]:
-    """Everything that the campaign shows."""
-    seen = [(o, actual) for o in counted if (actual := o.actual_ns) is not None]
-    errors_ns = [abs(o.record["downtime"]["predicted_ns"] - actual) for o, actual in seen]
-    errors_pct = [100 * error / actual for error, (_, actual) in zip(errors_ns, seen, strict=True)]
-    held = [actual <= o.record["downtime"]["predicted_upper_ns"] for o, actual in seen]
-    firsts = [h for h, (o, _) in zip(held, seen, strict=True) if o.first]
-    stops = [o for o in counted if o.record["downtime"] is not None]
-    gated = [o for o in stops if not o.forced]
-    late = [o for o in gated if o.record["outcome"] == "completed" and o.record["downtime"]["limit_violated"]]
-    aborted = [o for o in gated if o.record["outcome"] == "aborted"]
-    in_a_row = sum(
-        a.subject == b.subject and a.record["outcome"] == b.record["outcome"] == "aborted"
-        for a, b in _consecutive(gated)
-    )
-    # A forced attempt that stayed inside its limit although its bound did not would have been refused wrongly.
-    would_refuse = [
-        (o, actual) for o, actual in seen if o.forced and o.record["downtime"]["predicted_upper_ns"] >= o.limit_ms * MS
-    ]
-    wrongly = [o for o, actual in would_refuse if actual < o.limit_ms * MS]
-    forced = [o for o, _ in seen if o.forced]
-    fixed = _fixed_part(training)
-    baselines = {}
-    for name, predict in BASELINES.items():
-        pairs = [(predict(o.record, fixed), actual) for o, actual in seen if o.record["rounds"]]
-        baselines[name] = {
-            "median_error_pct": round(median(100 * abs(p - a) / a for p, a in pairs), 2),
-            "median_error_ms": round(median(abs(p - a) / MS for p, a in pairs), 3),
-        }
-    return {
-        "migrations": len(counted),
-        "stops": len(stops),
-        "median_error_pct": round(median(errors_pct), 2),
-        "median_error_ms": round(median(errors_ns) / MS, 3),
-        "coverage_pct": percent(sum(held), len(held)),
-        "coverage_ci": list(wilson(sum(held), len(held))),
-        "late_pct": percent(len(late), len(gated)),
-        "abort_pct": percent(len(aborted), len(gated)),
-        "aborts_in_a_row": in_a_row,
-        "wrong_refusal_pct": percent(len(wrongly), len(forced)),
-        "would_refuse": len(would_refuse),
-        "first_time_coverage_pct": percent(sum(firsts), len(firsts)),
-        "first_times": len(firsts),
-        "outcomes": Counter(o.record["outcome"] for o in counted),
-        "late": [_explain(o) for o in late],
-        "aborted": [_explain(o) for o in aborted],
-        "baselines": baselines,
-    }
-
-
-def _fixed_part(training: list[Outcome]) -> float:
-    """Return the part of a training downtime that is not memory (median, ns)."""
-    rests = [
-        actual - BASELINES["qemu"](outcome.record, 0.0)
-        for outcome in training
-        if (actual := outcome.actual_ns) is not None and outcome.record["rounds"]
-    ]
-    return max(0.0, median(rests)) if rests else 0.0
-
-
-def _consecutive(outcomes: list[Outcome]) -> list[tuple[Outcome, Outcome]]:
-    """Attempts of the same guest that followed each other."""
-    last: dict[str, Outcome] = {}
-    pairs = []
-    for outcome in outcomes:
-        if outcome.subject in last:
-            pairs.append((last[outcome.subject], outcome))
-        last[outcome.subject] = outcome
-    return pairs
-
-
-def _explain(outcome: Outcome) -> str:
-    downtime = outcome.record["downtime"]
-    largest = max(downtime["parts"], key=lambda part: part["ns"] - downtime["predicted_parts_ns"].get(part["name"], 0))
-    return (
-        f"{outcome.subject} limit {outcome.limit_ms:g} ms, predicted {downtime['predicted_ns'] / MS:.1f}, bound "
-        f"{downtime['predicted_upper_ns'] / MS:.1f}, was {downtime['measured_ns'] / MS:.1f}; largest surprise "
-        f"{largest['name']} {largest['ns'] / MS:.1f} ms"
-    )
-
-
-def plot(outcomes: list[Outcome], directory: Path) -> None:
-    """Predicted against actual, and how the bound held over time, as two SVG files."""
-    points = [
-        (o.record["downtime"]["predicted_ns"] / MS, actual / MS, o.record["downtime"]["predicted_upper_ns"] / MS)
-        for o in outcomes
-        if (actual := o.actual_ns) is not None
-    ]
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "prediction-scatter.svg").write_text(_scatter(points), encoding="utf-8")
-    (directory / "prediction-bound.svg").write_text(_bound(points), encoding="utf-8")
-
-
-def _svg(width: int, height: int, body: list[str], title: str) -> str:
-    style = (
-        "<style>text{font:12px sans-serif;fill:#555}line{stroke:#999}.hit{fill:#2a7de1}.miss{fill:#d33}"
-        "@media(prefers-color-scheme:dark){text{fill:#bbb}}</style>"
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{title}">'
-        f"{style}{''.join(body)}</svg>\n"
-    )
-
-
-def _scatter(points: list[tuple[float, float, float]]) -> str:
-    low, high = 1.0, max(max(p, a) for p, a, _ in points) * 1.2
-
-    def at(value: float) -> float:
-        return 420 * math.log(max(value, low) / low) / math.log(high / low)
-
-    body = ['<line x1="50" y1="440" x2="470" y2="20"/>']
-    body += [
-        f'<circle class="{"hit" if a <= u else "miss"}" cx="{50 + at(p):.1f}" cy="{440 - at(a):.1f}" r="3"/>'
-        for p, a, u in points
-    ]
-    for tick in (1, 3, 10, 30, 100, 300, 1000):
-        if tick < high:
-            body.append(f'<text x="{50 + at(tick):.0f}" y="458" text-anchor="middle">{tick}</text>')
-            body.append(f'<text x="44" y="{444 - at(tick):.0f}" text-anchor="end">{tick}</text>')
-    body.append('<text x="260" y="476" text-anchor="middle">predicted downtime, ms</text>')
-    body.append('<text x="16" y="16">actual downtime, ms (red: beyond the bound)</text>')
-    return _svg(500, 484, body, "Predicted against actual downtime")
-
-
-def _bound(points: list[tuple[float, float, float]]) -> str:
-    ratios = [a / u for _, a, u in points]
-    top = max(1.5, *ratios)
-    step = 880 / max(1, len(ratios))
-    body = [f'<line x1="40" y1="{240 - 200 / top:.1f}" x2="920" y2="{240 - 200 / top:.1f}"/>']
-    body += [
-        f'<circle class="{"hit" if ratio <= 1 else "miss"}" cx="{40 + number * step:.1f}" '
-        f'cy="{240 - 200 * ratio / top:.1f}" r="2.5"/>'
-        for number, ratio in enumerate(ratios)
-    ]
-    body.append('<text x="40" y="260">attempts in order</text>')
-    body.append('<text x="40" y="20">actual downtime over its bound (line: 1)</text>')
-    return _svg(940, 270, body, "Actual downtime over its upper bound, attempt by attempt")
-
-
 async def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole campaign."""
+    """The campaign, as far as the file of records does not have it."""
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    began = time.monotonic()
+    began, file, refused = time.monotonic(), RecordsFile(options.records), None
+    if not options.figures:
+        done = any(o.part == "counted" and o.seed == options.seed for o in file.outcomes)
+        if options.migrations and not done:
+            refused = await draw_all(options, file, say)
+        if options.cell_attempts:
+            await run_cells(options.cell_attempts, options.seed, options.cells, file, say)
+    if options.plots is not None:
+        plot([outcome for outcome in file.outcomes if outcome.part != "training"], options.plots)
+    return figures(file.outcomes) | {"one_ms_refused": refused, "seed": options.seed}
+
+
+async def draw_all(options: argparse.Namespace, file: RecordsFile, say: Callable[[str], None]) -> bool:
+    """Training and counted attempts of drawn guests, between the same two daemons. Returns whether a limit of 1 ms was
+    refused."""
     with tempfile.TemporaryDirectory() as profiles, Pair(vmm={"profiles": profiles}) as pair:
         for profile in PROFILES:
             if profile != "plain":
                 write_profile(Path(profiles), profile)
         refused = await must_refuse(pair)
-        training = await campaign(pair, options.training, options.seed + 1_000_003, "train", say)
-        counted = await campaign(pair, options.migrations, options.seed, "count", say)
-    by_cell = await cells.all_attempts(options.cell_attempts, options.seed, options.cell, say)
-    result = figures(training, counted) | {"cells": cells.figures(counted + by_cell)}
-    result["one_ms_refused"] = refused
-    result["seed"] = options.seed
-    if options.plots is not None:
-        plot(counted, options.plots)
-    if options.records is not None:
-        with options.records.open("w", encoding="utf-8") as file:
-            for outcome in training + counted + by_cell:
-                drawn = {
-                    "cell": outcome.cell,
-                    "forced": outcome.forced,
-                    "limit_ms": outcome.limit_ms,
-                    "first": outcome.first,
-                }
-                file.write(json.dumps({**drawn, **outcome.record}) + "\n")
-    return result
+        await campaign(pair, options.training, options.seed, "training", file, say)
+        await campaign(pair, options.migrations, options.seed, "counted", file, say)
+    return refused
+
+
+def cell_names(text: str) -> frozenset[str]:
+    """The names in a comma list.
+
+    Raises:
+        ArgumentTypeError: there is no such cell.
+    """
+    names, known = frozenset(filter(None, text.split(","))), {cell.name for cell in CELLS + CHECKS}
+    if unknown := names - known:
+        raise argparse.ArgumentTypeError(f"no cell {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    return names
 
 
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     environment = os.environ
-    parser.add_argument("--migrations", type=int, default=int(environment.get("CALIBRATE_MIGRATIONS", "300")))
+    parser.add_argument(
+        "--migrations", type=int, default=int(environment.get("CALIBRATE_MIGRATIONS", "300")),
+        help="drawn attempts that count, 0 for none",
+    )  # fmt: skip
     parser.add_argument("--training", type=int, default=int(environment.get("CALIBRATE_TRAINING", "120")))
     parser.add_argument("--seed", type=int, default=int(environment.get("CALIBRATE_SEED", "1")))
     parser.add_argument(
-        "--cell-attempts", type=int, default=int(environment.get("CALIBRATE_CELL_ATTEMPTS", "40")),
+        "--cell-attempts", type=int, default=int(environment.get("CALIBRATE_CELL_ATTEMPTS", "16")),
         help="attempts in each of the cells, 0 for none",
     )  # fmt: skip
-    parser.add_argument("--cell", default="", help="only cells whose name holds this")
+    parser.add_argument(
+        "--cells", type=cell_names, default=environment.get("CALIBRATE_CELLS", ""), metavar="NAME[,NAME]",
+        help="only these cells, of: " + ", ".join(cell.name for cell in CELLS + CHECKS),
+    )  # fmt: skip
     parser.add_argument("--plots", type=Path, help="write plots into this directory")
     parser.add_argument(
-        "--records", type=Path, help="write every record into this file, one JSON line each; training first"
+        "--records", type=Path, help="keep every attempt in this file, one JSON line each, and go on from what it has"
     )
+    parser.add_argument("--figures", action="store_true", help="make no attempt; only the figures of --records")
     # An end from outside must not leave daemons and guests behind: it becomes an exception that undoes everything.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print(json.dumps(asyncio.run(run(parser.parse_args()))))

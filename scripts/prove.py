@@ -1,6 +1,6 @@
 """The safety argument, runnable part by part.
 
-    python -m scripts.prove explorer | simulator | matrix | soak | aborts | all
+    python -m scripts.prove explorer | simulator | matrix | soak | aborts | retries | all
 
 Progress goes to stderr; the last line on stdout is one JSON object with the part's counts. Exit code 1 when anything
 was violated or a mutant got away.
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from scripts import prove_aborts, prove_matrix, soak
+from scripts import prove_aborts, prove_matrix, prove_retries, soak
 from scripts.basics import say
 from scripts.proof.explorer import explore
 from scripts.proof.fleet_mutants import FLEET, FLEET_MUTANTS
@@ -101,6 +101,7 @@ def main() -> int:
     prove_matrix.add_arguments(parts.add_parser("matrix", help="every step x every fault over real daemons and guests"))
     soak.add_arguments(parts.add_parser("soak", help="migrations back and forth with random faults"))
     prove_aborts.add_arguments(parts.add_parser("aborts", help="how precisely an abort gives the guest back"))
+    prove_retries.add_arguments(parts.add_parser("retries", help="whether a retry after a fault fits as the first try"))
     everything = parts.add_parser("all", help="all of it; PROVE_SEEDS and PROVE_SOAK in the environment set the sizes")
     everything.set_defaults(prove=lambda _options: prove_all(parser))
     options = parser.parse_args()

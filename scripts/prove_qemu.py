@@ -4,6 +4,8 @@
     python -m scripts.prove_qemu soak --migrations 100 --seed 1            moves with random faults
     python -m scripts.prove_qemu aborts --aborts 50                        loads that hang: how soon the guest is back
     python -m scripts.prove_qemu moves --moves 100 --memory 1GiB           there and back, every figure of every move
+    python -m scripts.prove_qemu kinds [KIND ...]                          one there and back of every kind of guest
+    python -m scripts.prove_qemu beside --memory 1GiB                      the same guests moved by QEMU itself
 
 What is right is told by the guest: it checks its own pages, and its beats and the log on its disk show where it ran.
 Progress goes to stderr; the last line on stdout is one JSON object. Exit code 1 when anything was violated, 3 when
@@ -22,16 +24,17 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from protocol.messages import FrameType
 from protocol.units import parse_duration_ns, parse_size
 from scripts import prove_aborts, prove_matrix, soak
 from scripts.basics import MIB, say
+from scripts.qemu_rig.beside import side_by_side
 from scripts.qemu_rig.campaign import WORKLOADS, Campaign
 from scripts.qemu_rig.image import GuestImage, guest_image
 from scripts.qemu_rig.kernel import missing_packages
-from scripts.qemu_rig.launcher import Disk, QemuSpec
+from scripts.qemu_rig.launcher import Backing, Disk, Machine, QemuSpec
 from scripts.qemu_rig.pair import GUEST, QemuPair
 from scripts.qemu_rig.workload import Workload
 from scripts.rig.faults import AtFrame, Stall
@@ -98,6 +101,53 @@ def prove_moves(options: argparse.Namespace, image: GuestImage, directory: Path)
     return {"memory_mib": memory_mib, "workload": options.workload, **campaign.document()}, not campaign.violations
 
 
+def _kinds(directory: Path) -> dict[str, QemuSpec]:
+    """Guests of every kind that it can matter to, by name: where memory is, the machine, its devices."""
+    plain = QemuSpec(workload=Workload.hot_cold(64, 20))
+    disk = Disk(directory / "disk", "none", log_ms=_LOG_MS, read_mib=8)
+    backings: tuple[Backing, ...] = get_args(Backing)
+    kinds = {
+        f"{machine}-{backing}": replace(plain, machine=machine, backing=backing)
+        for machine in get_args(Machine)
+        for backing in backings
+    }
+    kinds |= {f"numa-{backing}": replace(plain, numa=True, backing=backing) for backing in backings}
+    return kinds | {
+        "without-virtio": replace(plain, network=False, rng=False),
+        "disk-none": replace(plain, disk=disk),
+        "disk-writeback": replace(plain, disk=replace(disk, cache="writeback")),
+        "video-256MiB": replace(plain, video_mib=256),
+        "two-vcpus": replace(plain, cpus=2),
+        "around-the-pci-hole": replace(plain, memory_mib=4096),
+        "around-the-pci-hole-file": replace(plain, memory_mib=4096, backing="file"),
+    }
+
+
+def prove_kinds(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
+    """Move a guest of each kind there and back."""
+    kinds = {name: spec for name, spec in _kinds(directory).items() if name in (options.kinds or (name,))}
+    done: Counts = {}
+    for name, spec in kinds.items():
+        say(f"{name}:")
+        campaign = Campaign(2, options.downtime_limit / _NS_PER_MS)
+        asyncio.run(campaign.run(QemuPair(spec, image, quick=False)))
+        done[name] = campaign.document()
+    violations = sum(one["violations"] for one in done.values())
+    return {"kinds": done, "violations": violations}, not violations
+
+
+def prove_beside(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
+    """Move guests in both ways. Nothing is violated by being slower: that is for the reader to judge."""
+    memory_mib = options.memory // MIB
+    specs = {
+        name: QemuSpec(memory_mib=memory_mib, workload=WORKLOADS[name](memory_mib), backing=options.backing)
+        for name in options.workloads
+    }
+    limit_ms = options.downtime_limit // _NS_PER_MS
+    found = asyncio.run(side_by_side(specs, image, directory, options.repeats, limit_ms))
+    return {"memory_mib": memory_mib, "guests": found}, not any(one["ours"]["violations"] for one in found.values())
+
+
 def main() -> int:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,15 +163,26 @@ def main() -> int:
     aborts.set_defaults(prove=prove_qemu_aborts)
     moves = parts.add_parser("moves", help="there and back without faults, every figure of every move")
     moves.add_argument("--moves", type=int, default=100, help="how many (default %(default)s)")
-    moves.add_argument("--memory", type=parse_size, default="1GiB", help="of the guest (default %(default)s)")
     moves.add_argument("--workload", choices=WORKLOADS, default="hot-cold", help="(default %(default)s)")
-    moves.add_argument(
-        "--backing", choices=("private", "file", "memfd"), default="private", help="(default %(default)s)"
-    )
-    moves.add_argument(
-        "--downtime-limit", type=parse_duration_ns, default="100ms", help="of every move (default %(default)s)"
-    )
     moves.set_defaults(prove=prove_moves)
+    kinds = parts.add_parser("kinds", help="one there and back of every kind of guest")
+    kinds.add_argument("kinds", nargs="*", metavar="KIND", choices=[*_kinds(Path())], help="all, unless named")
+    kinds.add_argument(
+        "--downtime-limit", type=parse_duration_ns, default="300ms", help="of every move (default %(default)s)"
+    )
+    kinds.set_defaults(prove=prove_kinds)
+    beside = parts.add_parser("beside", help="the same guests moved by QEMU itself")
+    beside.add_argument("--repeats", type=int, default=4, help="moves in each way (default %(default)s)")
+    beside.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=[*WORKLOADS], help="(default all)")
+    beside.set_defaults(prove=prove_beside)
+    for part, limit in ((moves, "100ms"), (beside, "300ms")):
+        part.add_argument("--memory", type=parse_size, default="1GiB", help="of the guest (default %(default)s)")
+        part.add_argument(
+            "--backing", choices=get_args(Backing), default="private", help="of its memory (default %(default)s)"
+        )
+        part.add_argument(
+            "--downtime-limit", type=parse_duration_ns, default=limit, help="of every move (default %(default)s)"
+        )
     options = parser.parse_args()
     if missing := missing_packages():
         say(f"Real guests need these packages of the distribution: {' '.join(missing)}.")

@@ -119,6 +119,7 @@ class Arguments:
 
 
 KINDS: Final = ("iterable", "non-iterable")
+MAX_DRY_RUN_BYTES: Final = 64 << 20
 Handler = Callable[[Arguments], Callable[[], Answer]]
 
 
@@ -152,6 +153,7 @@ class ApiServer:
             "verify": self._verify,
             "set-rate": self._set_rate,
             "dry-run": self._dry_run,
+            "dry-run-states": self._dry_run_states,
             "lock": lambda _arguments: lambda: Answer(self._vmm.take_lock()),
             "unlock": lambda _arguments: lambda: Answer(self._vmm.release_lock()),
             "destroy": self._destroy,
@@ -232,6 +234,11 @@ class ApiServer:
     def _dry_run(self, arguments: Arguments) -> Callable[[], Answer]:
         side = arguments.choice("side", ("save", "load"))
         return lambda: Answer(self._vmm.dry_run(side))
+
+    def _dry_run_states(self, arguments: Arguments) -> Callable[[], Answer]:
+        """States that nobody saved: as many bytes as asked for go out, and the payload of the request came in."""
+        size = arguments.integer("bytes", 0, MAX_DRY_RUN_BYTES)
+        return lambda: Answer({}, bytearray(b"\1") * size)
 
     def _destroy(self, arguments: Arguments) -> Callable[[], Answer]:
         return lambda: Answer({})

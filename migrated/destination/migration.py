@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from migrated.base.errors import DocumentError, LinkLostError, MigrationError
 from migrated.base.tasks import TaskSet
 from migrated.destination.half import VoteTimes, check_record, guest_gap_of, half_of, log_costs, settle
+from migrated.destination.haste import Haste
 from migrated.destination.inbox import Broken, Item, LoadingDone, OutcomeAsked, RoundArrived
 from migrated.destination.loading import ArrivedTime, Loading
 from migrated.destination.offer import Offer
@@ -109,6 +110,7 @@ class IncomingMigration:
         self._ready_alarm = Alarm()
         self._tasks = TaskSet()
         self._link_gone = False
+        self._haste = Haste(lambda: equipment.receiver.received_bytes, equipment.guest.vmm.pid)
         self.ended = asyncio.Event()
         """Set when the attempt has ended and its record is kept, if one came."""
         self._record: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
@@ -214,6 +216,8 @@ class IncomingMigration:
         log.info("taking a guest in", memory_mib=hello.guest.memory_bytes >> 20, source=hello.host)
         self._tasks.start(self._listen())
         self._tasks.start(self._watch_progress())
+        self._haste.begin()
+        self._tasks.start(self._haste.watch())
 
     async def _watch_progress(self) -> None:
         """Give the attempt up when nothing comes of it: a source that only answers clocks must not keep its place."""
@@ -300,6 +304,7 @@ class IncomingMigration:
         """Acknowledge a round that is in place."""
         if done is not None:
             self._tell(done)
+            self._haste.round_over()
             self._check_complete()
 
     def _check_complete(self) -> None:
@@ -314,6 +319,7 @@ class IncomingMigration:
         first = not isinstance(self._phase, Blackout)
         blackout = self._phase = self._phase.hear(told, received)
         if first:
+            self._haste.guest_stopped()
             self._equipment.receiver.guest_stopped()
             self._view.set_status("device")
             if self._offer.hello.guest.guest_time:
@@ -370,6 +376,7 @@ class IncomingMigration:
 
     async def _report(self) -> None:
         """Send the destination's half of the record and wait for the source's record."""
+        self._haste.end()
         takeover, env, hello = self.takeover, self._env, self._offer.hello
         done, guest_gap = self._equipment.loading.done, None
         self._view.reason = takeover.reason
@@ -428,3 +435,4 @@ class IncomingMigration:
             undo.push_async_callback(self._control.close)
             undo.push_async_callback(self._equipment.receiver.stop)
             undo.callback(self._stop_timers)
+            undo.callback(self._haste.end)

@@ -23,6 +23,7 @@ import structlog
 
 from migrated.base.errors import NoRoomError, RefusedError, VmmError, VmmGoneError, VmmSilentError
 from migrated.base.tasks import TaskSet
+from migrated.kernel.scheduling import give_back_all
 from migrated.settings.config import Config
 from migrated.vmm import spawn
 from migrated.vmm.seam import Driver, GuestRequest, Incoming, Replacement, VmmGuest
@@ -165,6 +166,7 @@ class GuestRegistry:
         try:
             vmm = await driver.attach(path, timeout_s)
             try:
+                give_back_all(vmm.pid)  # a daemon that was killed in the middle of a blackout could not
                 self._adopt(vmm, await vmm.describe())
             except BaseException:
                 await vmm.close()

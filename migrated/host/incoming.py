@@ -6,6 +6,7 @@ outcome (OUTCOME_ASK).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Final
 
@@ -28,6 +29,7 @@ from migrated.link.reply import Nobody, OneAnswer
 from migrated.link.security import Names
 from migrated.link.sockets import Connection, send_first
 from migrated.observe.progress import Progress
+from migrated.state.learned import keep_resume_costs
 from migrated.vmm.seam import Replacement
 from protocol import messages
 from protocol.answers import journaled_answer, newer_epoch, who_answers
@@ -241,6 +243,8 @@ class IncomingAttempts:
         finally:
             del self._running[migration_id]
             self._show_as_ended(answer.guest_name, answer.progress)
+            costs = self._env.resume_costs.document()
+            await asyncio.to_thread(keep_resume_costs, self._env.config.state.directory, costs)
             await self._keep(migration_id, answer.takeover)
 
     async def _keep(self, migration_id: str, takeover: Takeover) -> None:

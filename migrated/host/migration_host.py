@@ -34,10 +34,9 @@ from migrated.settings.parameters import MigrationParameters
 from migrated.source.target import target_here
 from migrated.state.history import History, HistoryQuery
 from migrated.state.journal import Journal
-from migrated.state.learned import keep_knowledge, load_knowledge
+from migrated.state.learned import keep_knowledge, keep_resume_costs, load_knowledge, load_resume_costs
 from migrated.state.run_marks import RunMarks
 from migrated.vmm.drivers import load_drivers
-from migrated.vmm.resume_costs import ResumeCosts
 from migrated.vmm.seam import Replacement
 from protocol.messages import Message
 from protocol.versions import MAJOR, MINOR
@@ -77,7 +76,7 @@ class MigrationHost:
             run_marks=RunMarks(config.state.directory),
             guests=GuestRegistry(config, load_drivers(config)),
             knowledge=load_knowledge(config.state.directory),
-            resume_costs=ResumeCosts(int(config.limits.guessed_resume_reserve_ms * 1e6)),
+            resume_costs=load_resume_costs(config.state.directory, int(config.limits.guessed_resume_reserve_ms * 1e6)),
             host=host_name(config),
             finish=self._records.finish,
             publish=self.events.publish,
@@ -113,6 +112,7 @@ class MigrationHost:
         await self._tasks.stop()
         await self._env.guests.close()
         keep_knowledge(self._env.config.state.directory, self._env.knowledge)
+        keep_resume_costs(self._env.config.state.directory, self._env.resume_costs.document())
         self._env.journal.close()
         self._env.run_marks.close()
         self._history.close()

@@ -19,7 +19,7 @@ from migrated.settings.parameters import MigrationParameters
 from migrated.source.estimate import estimate
 from migrated.source.migration import OutgoingMigration
 from migrated.source.target import Target
-from migrated.state.learned import keep_knowledge
+from migrated.state.learned import keep_knowledge, keep_resume_costs
 from protocol.errors import ProtocolError
 
 _SHOWN_KEPT: Final = 256
@@ -70,7 +70,9 @@ class OutgoingAttempts:
             self._show_as_ended(migration)
             if self._env.guests.find(migration.guest_name) is None:
                 self.forget_parameters(migration.guest_name)  # the next guest of this name is another one
-            await asyncio.to_thread(keep_knowledge, self._env.config.state.directory, self._env.knowledge)
+            directory = self._env.config.state.directory
+            await asyncio.to_thread(keep_knowledge, directory, self._env.knowledge)
+            await asyncio.to_thread(keep_resume_costs, directory, self._env.resume_costs.document())
 
     def _show_as_ended(self, migration: OutgoingMigration) -> None:
         """Show the last snapshot from now on, not the attempt, which holds all that it had."""

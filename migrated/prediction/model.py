@@ -18,8 +18,8 @@ from migrated.record.parts import Component, PredictedPart
 _FAST_BYTES_PER_S: Final = 450 << 20
 """From this bandwidth on a link counts as fast: what counts is what a page costs at both ends, not the wire."""
 
-_BUSY_LOAD: Final = 1.5
-"""From this load on a host counts as busy: a migration with its guest alone comes to about one."""
+_BUSY_LOAD: Final = 2.0
+"""From this load on a host counts as busy: what is due waits for a processor as long as it runs."""
 _BUSY_HOST: Final = "busy-host"
 
 
@@ -37,7 +37,7 @@ class Bases:
     Attributes:
         devices, device_bytes: device states that are loaded in a call of their own, and the bytes of all.
         bandwidth_bytes_per_s: of large transfers, 0 while unknown.
-        load: what wants to run on this host for each of its processors, at least 1.
+        load: how much longer things take here because they wait for a processor, at least 1.
         spreads_ns: how far single tries lay from the base, for components that were tried more than once.
     """
 
@@ -130,6 +130,10 @@ class Prediction:
     def bases_by_name(self) -> dict[str, int]:
         """The bases of the components."""
         return {component.value: ns for component, ns in self.bases.by_name().items()}
+
+    def spreads_by_name(self) -> dict[str, int]:
+        """The spreads of the bases that were tried more than once."""
+        return {component.value: ns for component, ns in self.bases.spreads_ns.items()}
 
     def parts(self) -> dict[str, int]:
         """The components by name, ``state`` cut into memory and what device saves add to it."""

@@ -1,7 +1,7 @@
 """Assumed costs of a switchover while this host has learned nothing: a measured table that ships with the package.
 
-``prior.json`` lies beside this module. A campaign makes it (``scripts.calibration --prior``), and it says of itself how
-(``provenance``). Reading the file is its caller's affair (``migrated.learned``): nothing here does I/O.
+``prior.json`` lies beside this module. ``scripts.prior`` makes it of a campaign's records, and it says of itself how
+(``provenance``). Reading the file is its caller's affair (``state.learned``): nothing here does I/O.
 """
 
 from __future__ import annotations

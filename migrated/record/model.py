@@ -84,6 +84,11 @@ class Downtime(RecordModel):
     """The kind of attempt among which the bound must hold: first or later, host, link, what it waited for."""
     predicted_scale_ns: int = 0
     """How far such a prediction is usually off: the unit in which bounds are learned. 0 where it is not known."""
+    predicted_spreads_ns: dict[str, int] = Field(default_factory=dict)
+    """How far single tries of a component, or rounds, lay from its base, where it was tried more than once."""
+    predicted_load: float = 0.0
+    """How much longer things took on the source because they waited for a processor, at least 1; 0 where it is not
+    known."""
 
     @property
     def counted_ns(self) -> int:
@@ -314,6 +319,8 @@ def downtime_of(
     predicted_bases_ns: dict[str, int] | None = None,
     predicted_regime: str = "",
     predicted_scale_ns: int = 0,
+    predicted_spreads_ns: dict[str, int] | None = None,
+    predicted_load: float = 0.0,
 ) -> Downtime:
     """Build the downtime of a record so that its parts and the unattributed rest sum to the measured time.
 
@@ -337,4 +344,6 @@ def downtime_of(
         predicted_bases_ns=predicted_bases_ns or {},
         predicted_regime=predicted_regime,
         predicted_scale_ns=predicted_scale_ns,
+        predicted_spreads_ns=predicted_spreads_ns or {},
+        predicted_load=predicted_load,
     )

@@ -160,6 +160,8 @@ class BlackoutFigures:
             predicted_bases_ns=prediction.bases_by_name() if prediction else None,
             predicted_regime=prediction.regime if prediction else "",
             predicted_scale_ns=prediction.scale_ns if prediction else 0,
+            predicted_spreads_ns=prediction.spreads_by_name() if prediction else None,
+            predicted_load=prediction.bases.load if prediction else 0.0,
         )
 
 

@@ -6,6 +6,8 @@ collect -> send -> barrier on every channel -> acknowledged -> collect -> would 
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ import structlog
 import xxhash
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
+from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, threads_of
 from migrated.link.control import ControlChannel
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
@@ -199,6 +202,11 @@ class Precopy:
             RefusedError: no stop can fit.
             MigrationError: it did not converge in time, or sending failed.
         """
+        # What decides hardly uses a processor, and a busy host must not make the legs look longer than in the blackout.
+        with Precedence([threading.get_native_id()]):
+            return await self._run()
+
+    async def _run(self) -> Runs:
         transfer, began_ns = self._transfer, time.monotonic_ns()
         if transfer.shared:
             return await self._run_without_memory()
@@ -211,8 +219,9 @@ class Precopy:
         transfer.ledger.memory.sparse_pages = transfer.memory.pages - count_pages(runs)
         while True:
             scanned = transfer.memory.pages if transfer.round else count_pages(runs)
-            row = await self._round(runs, scanned)
-            runs = await transfer.collect()
+            with Precedence(self._as_in_the_blackout(runs)):
+                row = await self._round(runs, scanned)
+                runs = await transfer.collect()
             verdict = await self._judge(row, count_pages(runs), (time.monotonic_ns() - began_ns) / 1e9)
             if verdict.step == "switch":
                 return runs
@@ -222,6 +231,12 @@ class Precopy:
             as_the_blackout = verdict.step in ("shorten", "rehearse")
             if row.ns < _IDLE_PAUSE_S * 1e9 and not as_the_blackout:
                 await asyncio.sleep(_IDLE_PAUSE_S if transfer.round < _EAGER_ROUNDS else _LONG_PAUSE_S)
+
+    def _as_in_the_blackout(self, runs: Runs) -> list[int]:
+        """Threads that shall run before others in a round, as all do in the blackout, so that small rounds show what it
+        will cost; none for a large one, which would keep others waiting for long."""
+        small = self._transfer.round > 0 and count_pages(runs) * PAGE_SIZE <= SMALL_ROUND_BYTES
+        return threads_of(os.getpid()) if small else []
 
     async def _run_without_memory(self) -> Runs:
         """What is left of the rounds where memory is handed over: iterable devices send their state for as long as it

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.environment import Environment
+from migrated.kernel.processor import ProcessorLoad
+from migrated.kernel.scheduling import may_take_precedence
 from migrated.link import sockets
 from migrated.link.control import ControlChannel
 from migrated.link.data import DataChannel
@@ -39,7 +41,7 @@ from protocol.messages import Limits, TimeRules
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, SHARED
 
 _MEASURE_S = 5.0
-_MOST_LOAD = 4.0
+_MOST_LOAD = 12.0
 _LOADED_ALONE_NS = 300_000
 """A device whose load costs less travels to the VMM in one call with others like it."""
 
@@ -153,6 +155,7 @@ class Session:
     Attributes:
         shared: the guest's memory is handed over, so that neither memory nor tracking have anything to do.
         channels: joined data channels, in the hands of the sender's threads.
+        load: how long the event loop waits for a processor, since the session was opened.
         undo: ends what the session owns: threads, tracking, the mapping, the data channels.
     """
 
@@ -164,6 +167,7 @@ class Session:
     memory: GuestMemory
     tracking: Tracking
     sender: PageSender
+    load: ProcessorLoad
     undo: contextlib.AsyncExitStack
 
     def limits(self, parameters: MigrationParameters) -> Limits:
@@ -182,9 +186,13 @@ class Session:
         costs, load_costs = self.offer.costs, self.welcome.load_costs
         memory = bandwidth.expect(dirty_pages, device_bytes)
         save_ns, save_spread_ns = total_cost(costs.devices)
+        if costs.devices:
+            # The other states travel while the next is saved; the last one is on its way when all are saved.
+            last_bytes = max(device.state_bytes for device in self.offer.description.devices)
+            save_ns += bandwidth.expect(0, last_bytes).ns
         load_ns, load_spread_ns = total_cost(load_costs)
         spreads_ns = {Component.STATE: memory.spread_ns if memory.ns >= save_ns else save_spread_ns}
-        if costs.basis == "tried":
+        if costs.basis != "guessed":
             spreads_ns[Component.STOP] = costs.pause_spread_ns
         if load_spread_ns:
             spreads_ns[Component.DEVICE_LOADS] = load_spread_ns
@@ -199,7 +207,7 @@ class Session:
             devices=sum(cost.ns >= _LOADED_ALONE_NS for cost in load_costs),
             device_bytes=device_bytes,
             bandwidth_bytes_per_s=bandwidth.bytes_per_s,
-            load=min(max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), _MOST_LOAD),
+            load=1.0 if may_take_precedence() else min(self.load.now(), _MOST_LOAD),
             spreads_ns=spreads_ns,
         )
 
@@ -238,6 +246,7 @@ async def open_session(
         LinkLostError, MigrationError, VmmError: it could not be set up.
     """
     env.security.check_send(connection.control.names, offer.description.name)
+    load = ProcessorLoad()
     async with contextlib.AsyncExitStack() as undo:
         try:
             files = await vmm.memory_files() if connection.control.local else ()
@@ -278,7 +287,7 @@ async def open_session(
         except BaseException as error:
             connection.give_up(epoch, str(error) or "the source gave up")  # before the data channels are closed
             raise
-        return Session(connection, offer, welcome, shared, channels, memory, tracking, sender, undo.pop_all())
+        return Session(connection, offer, welcome, shared, channels, memory, tracking, sender, load, undo.pop_all())
 
 
 def _limits(parameters: MigrationParameters, offer: Offer) -> Limits:

@@ -188,12 +188,13 @@ class Story:
         hold = asyncio.Event() if parameters.pause_before_switchover else None
         limits = session.limits(parameters)
         driver, costs = self._guest.vmm.driver, session.offer.costs
+        committed_ns = session.connection.control.round_trip_ns() + session.welcome.resume_ns
         switchover = Switchover(
             prepared.transfer,
             handover,
             limits,
             SourceReserves(
-                commit_ns=session.connection.control.round_trip_ns() + session.welcome.resume_ns,
+                commit_ns=env.resume_costs.commit_reserve_ns(committed_ns, costs.call_ns, abort_limit_ns(limits)),
                 own_resume_ns=env.resume_costs.reserve_ns(driver, costs, abort_limit_ns(limits)),
             ),
             pending,
@@ -208,6 +209,8 @@ class Story:
         await switchover.run()
         if switchover.gave_back_ns is not None and not session.offer.was_paused:
             env.resume_costs.add(driver, switchover.gave_back_ns, costs)
+        if switchover.after_commit_ns is not None:
+            env.resume_costs.add_commit(switchover.after_commit_ns, committed_ns)
         if handover.state is SourceState.RETIRED:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_REPORT_S):

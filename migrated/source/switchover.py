@@ -11,6 +11,7 @@ others because one blackout is one procedure, read from the stop to the account 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import structlog
 from migrated.base.clock import HostClock
 from migrated.base.collector import QuietCollector
 from migrated.base.errors import LinkLostError, MigrationError, VmmError
+from migrated.kernel.scheduling import Precedence, threads_of
 from migrated.link.control import Received
 from migrated.record.parts import Part
 from migrated.record.terms import Phase, QemuCheckpoint
@@ -102,6 +104,8 @@ class Switchover:
         on."""
         self.gave_back_ns: int | None = None
         """Time from that instant until the guest ran again at an abort (ns); None without an abort."""
+        self.after_commit_ns: int | None = None
+        """Time from COMMIT until the guest ran on the destination (ns); None unless it did."""
         self.phase = Phase.PAUSE
 
     async def run(self) -> None:
@@ -110,7 +114,9 @@ class Switchover:
         Every way out leaves a decision in ``handover``: RETIRED, ABORTED (the guest runs here again), or COMMITTED
         (in doubt). Nothing but cancellation of the daemon itself is raised.
         """
-        with QuietCollector():
+        # An operator may hold the guest for as long as he likes: others must not wait for us meanwhile.
+        first = [] if self._hold is not None else threads_of(os.getpid(), self._transfer.vmm.pid)
+        with QuietCollector(), Precedence(first):
             await self._run()
 
     async def _run(self) -> None:
@@ -398,7 +404,8 @@ class Switchover:
         interval = measured_downtime(
             committed_ns, handover.running_read_ns - self._budget.t0_ns, running.resumed_after_ns, running.sent_after_ns
         )
-        leg_ns = interval.measured_ns - committed_ns - running.resumed_after_ns
+        self.after_commit_ns = interval.measured_ns - committed_ns
+        leg_ns = self.after_commit_ns - running.resumed_after_ns
         ledger.add_part(Part.COMMIT_LEG, leg_ns)
         ledger.add_part(Part.RESUME, running.resumed_after_ns)
         ledger.checkpoint(QemuCheckpoint.DOWNTIME_END, interval.measured_ns)

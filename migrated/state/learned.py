@@ -1,18 +1,30 @@
-"""Keeps what the predictor learned in the state directory, so that a restarted daemon need not start over."""
+"""Keeps what was learned of migrations on this host in the state directory, so that a restarted daemon need not start
+over: what predictions learned, and how long resumes took."""
 
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import structlog
 
 from migrated import prediction
 from migrated.prediction.knowledge import Knowledge
 from migrated.prediction.prior import Prior
+from migrated.vmm.resume_costs import ResumeCosts
 
 log = structlog.get_logger()
+
+_KNOWLEDGE: Final = "knowledge.json"
+_RESUME_COSTS: Final = "resume-costs.json"
+
+_writing = threading.Lock()
+
+Learned = TypeVar("Learned")
 
 
 def load_prior() -> Prior:
@@ -21,24 +33,56 @@ def load_prior() -> Prior:
 
 
 def load_knowledge(directory: Path) -> Knowledge:
-    """Read the summary; an unreadable one is put aside and learning begins anew."""
-    path = directory / "knowledge.json"
+    """Read what predictions learned; where it cannot be read, learning begins anew."""
     prior = load_prior()
-    try:
-        return Knowledge.from_document(json.loads(path.read_bytes()), prior)
-    except FileNotFoundError:
-        return Knowledge(prior)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("what was learned cannot be read; predictions begin anew", file=str(path), reason=str(error))
-        return Knowledge(prior)
+    return _read(directory / _KNOWLEDGE, lambda document: Knowledge.from_document(document, prior), Knowledge(prior))
 
 
 def keep_knowledge(directory: Path, knowledge: Knowledge) -> None:
-    """Write the summary, whole or not at all. A full disk costs only what was learned since the last time."""
-    path = directory / "knowledge.json"
+    """Write what predictions learned. A full disk costs only what was learned since the last time."""
+    _write(directory / _KNOWLEDGE, knowledge.document())
+
+
+def load_resume_costs(directory: Path, guessed_ns: int) -> ResumeCosts:
+    """Read how long resumes took on this host; where it cannot be read, measuring begins anew.
+
+    Args:
+        guessed_ns: reserve for a guest whose costs are guessed, until a resume was measured (ns).
+    """
+
+    def read(document: Mapping[str, Any]) -> ResumeCosts:
+        costs = ResumeCosts(guessed_ns)
+        costs.read(document)
+        return costs
+
+    return _read(directory / _RESUME_COSTS, read, ResumeCosts(guessed_ns))
+
+
+def keep_resume_costs(directory: Path, document: Mapping[str, Any]) -> None:
+    """Write how long resumes took.
+
+    Args:
+        document: of ``ResumeCosts``, taken by the caller: threads may write while more is measured.
+    """
+    _write(directory / _RESUME_COSTS, document)
+
+
+def _read(path: Path, parse: Callable[[Mapping[str, Any]], Learned], anew: Learned) -> Learned:
+    try:
+        return parse(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return anew
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("what was learned cannot be read; it begins anew", file=str(path), reason=str(error))
+        return anew
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document, whole or not at all."""
     temporary = path.with_suffix(".new")
     try:
-        temporary.write_text(json.dumps(knowledge.document()))
-        temporary.replace(path)
+        with _writing:  # attempts that end at once are kept by threads of their own
+            temporary.write_text(json.dumps(document))
+            temporary.replace(path)
     except OSError as error:
         log.error("what was learned cannot be kept", file=str(path), reason=error.strerror)

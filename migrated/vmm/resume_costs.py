@@ -1,21 +1,26 @@
 """Durations of resumes on this host beyond the VMM's own estimate: the journal, the call, and the time until a busy
-host wakes the waiting threads. Every resume is measured, and the result is reserved from the downtime limit.
+host wakes the waiting threads. Every resume is measured, at home after an abort and abroad after a COMMIT, and an upper
+quantile of that is reserved from the downtime limit.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from migrated.vmm.seam import ExpectedCosts
 
+_VERSION: Final = 1
 _KEPT: Final = 64
+_DRIVERS_KEPT: Final = 16
 _QUANTILE: Final = 0.95
 _MOST_OF_LIMIT: Final = 10
 """One part in so many of the limit is kept back at most for stalls: a host that stalled once must not abort all that
 follows."""
+_MOST_NS: Final = 10_000_000_000
+"""No resume that is kept counts as longer: a bound of what a file can say."""
 
 
 def _recent() -> deque[int]:
@@ -23,7 +28,7 @@ def _recent() -> deque[int]:
 
 
 class ResumeCosts:
-    """The resumes of one host.
+    """The resumes of one host; ``document`` and ``read`` keep them over a restart.
 
     Args:
         guessed_ns: reserve for a guest whose costs are guessed, until a resume was measured (ns).
@@ -34,7 +39,9 @@ class ResumeCosts:
         self._over_ns = _recent()
         """Excess over the expected cost (ns), for VMMs that rehearsed it."""
         self._whole_ns: defaultdict[str, deque[int]] = defaultdict(_recent)
-        """Whole resumes of guests whose costs were guessed, by driver."""
+        """Whole resumes of guests whose costs were not tried, by driver."""
+        self._commit_over_ns = _recent()
+        """Excess of COMMIT legs and resumes on destinations over what was expected of them (ns)."""
 
     def add(self, driver: str, took_ns: int, expected: ExpectedCosts) -> None:
         """Remember one resume: its duration from the moment it was due, and the VMM's expectation."""
@@ -43,9 +50,13 @@ class ResumeCosts:
         else:
             self._whole_ns[driver].append(took_ns)
 
+    def add_commit(self, took_ns: int, expected_ns: int) -> None:
+        """Remember how long it took from a COMMIT until the guest ran on the destination, and what was expected."""
+        self._commit_over_ns.append(max(0, took_ns - expected_ns))
+
     def expected_ns(self, driver: str, expected: ExpectedCosts, limit_ns: int) -> int:
         """Return the expected cost of a resume in the VMM (ns): the VMM's figure where it rehearsed, never 0 where it
-        guessed.
+        did not.
 
         Args:
             driver: of the guest.
@@ -76,6 +87,50 @@ class ResumeCosts:
         if self._over_ns and expected.basis == "tried":
             over_ns = max(over_ns, _quantile(self._over_ns, _QUANTILE))
         return self.expected_ns(driver, expected, limit_ns) + min(over_ns, limit_ns // _MOST_OF_LIMIT)
+
+    def commit_reserve_ns(self, expected_ns: int, call_ns: int, limit_ns: int) -> int:
+        """Return the part of a limit to reserve for a COMMIT leg and the resume on the destination (ns).
+
+        Args:
+            expected_ns: the longest of the recent round trips, and the destination's own word for the resume.
+            call_ns: the longest call to the VMM here, which stands in for the excess until a COMMIT was measured.
+            limit_ns: the whole limit; a part of it bounds the excess.
+        """
+        over_ns = _quantile(self._commit_over_ns, _QUANTILE) if self._commit_over_ns else call_ns
+        return expected_ns + min(over_ns, limit_ns // _MOST_OF_LIMIT)
+
+    def document(self) -> dict[str, Any]:
+        """What was measured, as JSON values (ns)."""
+        return {
+            "version": _VERSION,
+            "over": list(self._over_ns),
+            "whole": {driver: list(taken) for driver, taken in self._whole_ns.items() if taken},
+            "commit_over": list(self._commit_over_ns),
+        }
+
+    def read(self, document: Mapping[str, Any]) -> None:
+        """Take up what ``document`` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: it is no such document.
+        """
+        if document["version"] != _VERSION:
+            raise ValueError(f"resume costs of version {document['version']} cannot be read")
+        over, commit_over = _durations(document["over"]), _durations(document["commit_over"])
+        whole = {str(driver): _durations(taken) for driver, taken in document["whole"].items()}
+        self._over_ns.extend(over)
+        self._commit_over_ns.extend(commit_over)
+        for driver, taken in list(whole.items())[:_DRIVERS_KEPT]:
+            self._whole_ns[driver].extend(taken)
+
+
+def _durations(values: Iterable[Any]) -> list[int]:
+    """Durations from a file (ns), each within sensible limits.
+
+    Raises:
+        ValueError, TypeError: they are none.
+    """
+    return [min(max(int(value), 0), _MOST_NS) for value in values]
 
 
 def _quantile(values: Iterable[int], share: float) -> int:

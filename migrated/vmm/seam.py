@@ -70,17 +70,18 @@ class StatePart:
 class ExpectedCosts:
     """The durations that a switchover is expected to take in this VMM now (ns).
 
-    ``basis`` says whether this was tried (the VMM did it, or timed a rehearsal) or guessed (a prior, or what was
-    learned elsewhere): a reserve that rests on a guess must use a learned quantile or a configured floor.
+    ``basis`` says whether this was tried (the VMM timed a rehearsal in this attempt), learned (from earlier moves of
+    this guest or its class on this host) or guessed (a prior): a reserve that was not tried must use a learned quantile
+    or a configured floor.
     ``call_ns`` is the longest round trip of a call to the VMM that was seen while finding out. Each device's cost has
-    the spread of its tries beside it, ``pause_spread_ns`` is that of the stop.
+    the spread of its tries beside it, ``pause_spread_ns`` is that of the stop; a prior has spreads too.
     """
 
     devices: tuple[DeviceCost, ...]
     pause_ns: int
     resume_ns: int
     call_ns: int
-    basis: Literal["tried", "guessed"]
+    basis: Literal["tried", "learned", "guessed"]
     pause_spread_ns: int = 0
 
 

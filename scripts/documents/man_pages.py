@@ -278,6 +278,7 @@ def files() -> str:
         f"{state}/journal": "Decisions about who may run a guest. Never delete it while an attempt is open.",
         f"{state}/history.sqlite": "Records of past attempts.",
         f"{state}/knowledge.json": "What predictions learned.",
+        f"{state}/resume-costs.json": "How long resumes took, which is reserved from the downtime limit.",
         f"{guests}": "API sockets, logs and run logs of guests.",
     }
     return "\n".join(tagged(bold(path), text) for path, text in found.items())

@@ -16,19 +16,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from scripts.basics import say
+from scripts.basics import MIB, say
 from scripts.qemu_rig.figures import beyond_record_ns
 from scripts.qemu_rig.gaps import clock_stood_ns, handover_gap
 from scripts.qemu_rig.pair import GUEST, QemuPair
-from scripts.qemu_rig.workload import Workload
+from scripts.qemu_rig.workload import Workload, usable_mib
 from scripts.rig.host import Host
 
 WORKLOADS: Final[Mapping[str, Callable[[int], Workload]]] = {
-    "idle": lambda memory_mib: Workload.idle(memory_mib * 3 // 4),
-    "hot-cold": lambda memory_mib: Workload.hot_cold(memory_mib * 3 // 4),
-    "heavy": lambda memory_mib: Workload.heavy(memory_mib * 3 // 4),
+    "idle": lambda memory_mib: Workload.idle(usable_mib(memory_mib)),
+    "hot-cold": lambda memory_mib: Workload.hot_cold(usable_mib(memory_mib)),
+    "heavy": lambda memory_mib: Workload.heavy(usable_mib(memory_mib)),
 }
-"""Workloads by name, each a function of the guest's memory (MiB), of which it uses three quarters."""
+"""Workloads by name, each a function of the guest's memory (MiB)."""
 _WARM_BEATS: Final = 100
 _WARM_S: Final = 60.0
 _NS_PER_MS: Final = 1_000_000
@@ -44,6 +44,7 @@ class Campaign:
         downtimes_ms: of the moves that completed, as their records say.
         gaps_ms: how long the guest was heard by nobody.
         totals_ms: from the command to the end.
+        ram_mib_per_s: the guest's memory as a whole, over the time from the first round to the end.
         late: moves whose record says that the limit was violated.
         stood_ms: by how much the guest's clock fell behind: how long it was stopped, as it sees it itself.
         beyond_ms: how far that lies outside of the record's interval and two beats; not above 0 when right.
@@ -56,6 +57,7 @@ class Campaign:
     gaps_ms: list[float] = field(default_factory=list)
     stood_ms: list[float] = field(default_factory=list)
     totals_ms: list[float] = field(default_factory=list)
+    ram_mib_per_s: list[float] = field(default_factory=list)
     late: int = 0
     beyond_ms: list[float] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -101,10 +103,13 @@ class Campaign:
         self.gaps_ms.append(gap.ns / _NS_PER_MS)
         self.stood_ms.append(stood_ns / _NS_PER_MS)
         self.totals_ms.append(record["total_ns"] / _NS_PER_MS)
+        moving_s = (record["total_ns"] - record["setup_ns"]) / 1e9
+        self.ram_mib_per_s.append(record["ram"]["total_bytes"] / MIB / moving_s)
         self.beyond_ms.append(beyond_ns / _NS_PER_MS)
         self.late += downtime["limit_violated"]
         say(
             f"{len(self.gaps_ms):4} downtime {self.downtimes_ms[-1]:7.2f} ms, "
+            f"bound {(downtime['predicted_upper_ns'] or 0) / _NS_PER_MS:7.2f} ms, "
             f"guest's clock stood {self.stood_ms[-1]:7.2f} ms, silent {self.gaps_ms[-1]:7.2f} ms, "
             f"total {self.totals_ms[-1]:7.0f} ms"
         )
@@ -131,6 +136,7 @@ class Campaign:
             "gap_ms": _spread(self.gaps_ms),
             "beyond_record_ms": _spread(self.beyond_ms),
             "total_ms": _spread(self.totals_ms),
+            "ram_mib_per_s": round(statistics.median(self.ram_mib_per_s), 1) if self.ram_mib_per_s else None,
             "violations": len(self.violations),
         }
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from migrated.kernel.scheduling import Precedence
 from scripts.rig.waiting import RigError
 
 _BEAT: Final = re.compile(r"b (\d+) (\d+)")
@@ -182,6 +183,11 @@ class Console:
         self._changed.wait(left)
 
     def _read(self) -> None:
+        # On a busy host a line would be taken for one that was said later.
+        with Precedence([threading.get_native_id()]):
+            self._read_first()
+
+    def _read_first(self) -> None:
         rests = dict.fromkeys(self._sockets, b"")
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake[0], selectors.EVENT_READ)

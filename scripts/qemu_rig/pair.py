@@ -114,6 +114,9 @@ class QemuPair(FaultyPair):
     """
 
     host_type: ClassVar[type[Host]] = QemuHost
+    # On a busy machine a QEMU alone may take as long to start as the whole migration of a simulated guest.
+    fire_timeout_s: ClassVar[float] = 90.0
+    cell_timeout_s: ClassVar[float] = 300.0
 
     def __init__(self, spec: QemuSpec, image: GuestImage, *, quick: bool = True, **options: Any) -> None:
         self._ram = Path(tempfile.mkdtemp(prefix="mig-", dir=_SHARED_MEMORY))

@@ -5,6 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Self
 
+_LINUX_MIB: Final = 112
+"""What is left to Linux: code and data, the unpacked modules, page tables, and what it needs free to boot at all."""
+
+
+def usable_mib(memory_mib: int) -> int:
+    """Return how much of a guest's memory its program may fill (MiB): three quarters, or less where Linux needs more
+    than the rest.
+
+    Raises:
+        ValueError: Linux would not boot in so little.
+    """
+    usable = min(memory_mib * 3 // 4, memory_mib - _LINUX_MIB)
+    if usable < 1:
+        raise ValueError(f"a Linux guest needs more than {_LINUX_MIB} MiB of memory, not {memory_mib} MiB")
+    return usable
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:

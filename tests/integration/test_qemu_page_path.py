@@ -20,6 +20,7 @@ import pytest
 from migrated.source.encoding import BatchEncoder
 from migrated.source.pages import PageSender
 from migrated.vmm.memory import GuestMemory, MixedMemory
+from migrated.vmm.qemu.costs import SwitchoverCosts
 from migrated.vmm.qemu.guest import QemuGuest
 from migrated.vmm.qemu.places import Place
 from protocol.guest import PAGE_SIZE
@@ -93,7 +94,11 @@ async def reader(image: GuestImage, directory: Path, slow: SlowDisk, backing: Ba
 async def carry(qemu: Qemu, slow: SlowDisk, backing: Backing, driver: type[QemuGuest]) -> int:
     """Follow a guest while it reads, then stop it and send the rest. Returns how many pages arrived old."""
     guest = await driver.attach(
-        qemu.qmp_socket, Place(name="web", started_here=False), timeout_s=WAIT_S, stop_timeout_s=WAIT_S
+        qemu.qmp_socket,
+        Place(name="web", started_here=False),
+        SwitchoverCosts(qemu.directory / "costs.json"),
+        timeout_s=WAIT_S,
+        stop_timeout_s=WAIT_S,
     )
     log = await guest.start_dirty_log("pagemap-scan")
     memory = await guest.memory()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
+import pytest
+
+from migrated.state.learned import keep_resume_costs, load_resume_costs
 from migrated.vmm.resume_costs import ResumeCosts
 from migrated.vmm.seam import ExpectedCosts
 
@@ -50,3 +54,40 @@ def test_costs_that_were_tried_are_taken_as_they_are_and_only_the_reserve_learns
     assert known.reserve_ns("sim", tried, LIMIT_NS) == 6 * MS
     known.add("sim", 500 * MS, tried)
     assert known.reserve_ns("sim", tried, LIMIT_NS) == 2 * MS + LIMIT_NS // 10
+
+
+def test_what_comes_after_a_commit_is_reserved_as_it_was_measured() -> None:
+    known = ResumeCosts(FLOOR_NS)
+    assert known.commit_reserve_ns(2 * MS, MS, LIMIT_NS) == 3 * MS  # the longest call stands in
+    for took_ms in (*[3] * 10, 6):
+        known.add_commit(took_ms * MS, 2 * MS)
+    assert known.commit_reserve_ns(2 * MS, MS, LIMIT_NS) == 6 * MS
+    known.add_commit(2000 * MS, 2 * MS)  # one stall
+    assert known.commit_reserve_ns(2 * MS, MS, LIMIT_NS) == 2 * MS + LIMIT_NS // 10
+
+
+def test_what_was_measured_outlives_the_daemon(tmp_path: Path) -> None:
+    known = ResumeCosts(FLOOR_NS)
+    known.add("qemu", 3 * MS, costs("guessed"))
+    known.add("sim", 6 * MS, costs("tried", 2 * MS))
+    known.add_commit(5 * MS, 2 * MS)
+    keep_resume_costs(tmp_path, known.document())
+    again = load_resume_costs(tmp_path, FLOOR_NS)
+    assert again.expected_ns("qemu", costs("guessed"), LIMIT_NS) == 3 * MS
+    assert again.reserve_ns("sim", costs("tried", 2 * MS), LIMIT_NS) == 6 * MS
+    assert again.commit_reserve_ns(2 * MS, 0, LIMIT_NS) == 5 * MS
+
+
+@pytest.mark.parametrize(
+    "kept", ["", "[]", '{"version": 1}', '{"version": 1, "over": ["x"], "commit_over": [], "whole": {}}']
+)
+def test_a_file_that_cannot_be_read_costs_only_what_was_measured(tmp_path: Path, kept: str) -> None:
+    (tmp_path / "resume-costs.json").write_text(kept)
+    again = load_resume_costs(tmp_path, FLOOR_NS)
+    assert again.expected_ns("qemu", costs("guessed"), LIMIT_NS) == FLOOR_NS
+
+
+def test_a_file_cannot_reserve_more_than_a_stall_could() -> None:
+    known = ResumeCosts(FLOOR_NS)
+    known.read({"version": 1, "over": [10**18] * 64, "commit_over": [10**18] * 64, "whole": {}})
+    assert known.commit_reserve_ns(2 * MS, 0, LIMIT_NS) == 2 * MS + LIMIT_NS // 10

@@ -300,6 +300,7 @@ async def test_a_description_builds_an_equal_guest_or_is_refused(house: Any) -> 
         ("dirty-log-start", {"mode": [1]}, "InvalidArgument"),
         ("time-import", {"time": None}, "NotIncoming"),
         ("dry-run", {"side": "top"}, "InvalidArgument"),
+        ("dry-run-states", {"bytes": 1 << 40}, "InvalidArgument"),
         ("timer-arm", {"in_ns": -1}, "InvalidArgument"),
     ],
 )
@@ -309,6 +310,14 @@ async def test_wrong_requests_are_named_errors(house: Any, op: str, arguments: d
         await guest.call(op, **arguments)
     assert raised.value.name == error
     assert raised.value.message.endswith(".")
+    assert (await guest.call("status"))["state"] == "running"
+
+
+async def test_states_are_handed_over_for_nothing_both_ways(house: Any) -> None:
+    """So that a daemon can time the calls of a switchover beforehand; the guest does not notice."""
+    guest = await house.start("g1", *SMALL)
+    assert len((await guest.client.call("dry-run-states", bytes=1 << 20)).payload) == 1 << 20
+    assert not (await guest.client.call("dry-run-states", b"x" * (1 << 20), bytes=0)).payload
     assert (await guest.call("status"))["state"] == "running"
 
 

@@ -21,6 +21,7 @@ from migrated.settings.config import Config
 from migrated.vmm import spawn
 from migrated.vmm.qemu import places
 from migrated.vmm.qemu.blueprint import Blueprint, unfit
+from migrated.vmm.qemu.costs import SwitchoverCosts
 from migrated.vmm.qemu.definition import CommandLine, load_definition
 from migrated.vmm.qemu.guest import QemuGuest
 from migrated.vmm.qemu.places import Place
@@ -55,6 +56,7 @@ class QemuDriver(Driver):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._directory = config.vmm.directory / "qemu"
+        self._costs = SwitchoverCosts(config.state.directory / "qemu-costs.json")
 
     def places(self) -> Sequence[Path]:
         return sorted(self._directory.glob("*.sock"))
@@ -66,6 +68,7 @@ class QemuDriver(Driver):
         return await QemuGuest.attach(
             api_socket,
             places.read_place(api_socket),
+            self._costs,
             timeout_s=timeout_s,
             stop_timeout_s=self.config.limits.stop_timeout_s,
             lock_directory=self.config.lock.directory,

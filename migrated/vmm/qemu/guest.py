@@ -28,8 +28,9 @@ from migrated.vmm.dirty_log import DirtyLog, PagemapScanLog
 from migrated.vmm.memory import GuestMemory, Span
 from migrated.vmm.qemu import access, places
 from migrated.vmm.qemu.agent import set_wall_clock
-from migrated.vmm.qemu.blueprint import draw, unfit
+from migrated.vmm.qemu.blueprint import Blueprint, draw, unfit
 from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
+from migrated.vmm.qemu.costs import STEPS, Step, SwitchoverCosts, keys_of
 from migrated.vmm.qemu.findings import Row, refusals
 from migrated.vmm.qemu.lock import QemuLock
 from migrated.vmm.qemu.places import Place
@@ -55,11 +56,6 @@ _GONE_S: Final = 10.0
 _QUIT_S: Final = 2.0
 _AGENT_S: Final = 2.0
 _PRIOR_STATE_BYTES: Final = 160 << 10
-# Measured on 2 cores with QEMU 7.2 under TCG: the upper end of what was seen, for a guest that was never moved here.
-_PRIOR_PAUSE_NS: Final = 1_000_000
-_PRIOR_SAVE_NS: Final = 3_000_000
-_PRIOR_LOAD_NS: Final = 9_000_000
-_PRIOR_RESUME_NS: Final = 3_000_000
 _CALLS_TRIED: Final = 5
 
 
@@ -69,7 +65,9 @@ class QemuGuest(VmmGuest):
     driver = "qemu"
     dirty_tracking = frozenset({"pagemap-scan"})
 
-    def __init__(self, qmp: Qmp, api_socket: Path, place: Place, ram: Ram, stop_timeout_s: float) -> None:
+    def __init__(
+        self, qmp: Qmp, api_socket: Path, place: Place, ram: Ram, stop_timeout_s: float, costs: SwitchoverCosts
+    ) -> None:
         self.name = place.name
         self.pid = qmp.pid
         self.api_socket = api_socket
@@ -79,7 +77,8 @@ class QemuGuest(VmmGuest):
         self._stop_timeout_s = stop_timeout_s
         self._tracking: WriteTracking | None = None
         self._fenced = False
-        self._machine = ""
+        self._costs = costs
+        self._blueprint: Blueprint | None = None
         self._save = StateSave(qmp)
         self._load = StateLoad(qmp)
 
@@ -88,6 +87,7 @@ class QemuGuest(VmmGuest):
         cls,
         api_socket: Path,
         place: Place,
+        costs: SwitchoverCosts,
         *,
         timeout_s: float | None = QUICK_S,
         stop_timeout_s: float = QUICK_S,
@@ -98,6 +98,7 @@ class QemuGuest(VmmGuest):
         Args:
             api_socket: its QMP socket, or a link to it.
             place: what is remembered of it.
+            costs: what moves took on this host.
             timeout_s: bound of the wait for QEMU's greeting.
             stop_timeout_s: how long QEMU may take to stop, resume or drain.
             lock_directory: where ownership locks lie, None where there are none.
@@ -107,7 +108,7 @@ class QemuGuest(VmmGuest):
         """
         qmp = await Qmp.connect(api_socket, timeout_s)
         try:
-            guest = cls(qmp, api_socket, place, await find_ram(qmp), stop_timeout_s)
+            guest = cls(qmp, api_socket, place, await find_ram(qmp), stop_timeout_s, costs)
             guest._fenced = drives_bypass_page_tables(await qmp.call("query-named-block-nodes"))
             if lock_directory is not None:
                 guest.lock = QemuLock(qmp, lock_directory / f"{(await guest.describe()).uuid}.lock")
@@ -125,8 +126,8 @@ class QemuGuest(VmmGuest):
                 "does not "
                 "see it just now, and no one mapping has its size; start QEMU 10.0 or newer, which tells where it is"
             )
-        blueprint = await draw(self._qmp, self.name, self._ram)
-        self._machine = blueprint.machine
+        blueprint = await self._draw()
+        expected = {step: self._costs.expect(keys_of(blueprint), step).ns for step in STEPS}
         return GuestDescription(
             name=self.name,
             uuid=blueprint.uuid,
@@ -147,17 +148,21 @@ class QemuGuest(VmmGuest):
                     name=DEVICES,
                     kind="non-iterable",
                     state_bytes=self._place.state_bytes or _PRIOR_STATE_BYTES,
-                    expected_save_ns=_PRIOR_SAVE_NS,
-                    expected_load_ns=_PRIOR_LOAD_NS,
+                    expected_save_ns=expected["save"],
+                    expected_load_ns=expected["load"],
                 ),
             ),
             vcpus=blueprint.vcpus,
             guest_freq=0,
             guest_time=False,
-            expected_stop_ns=_PRIOR_PAUSE_NS,
-            expected_resume_ns=_PRIOR_RESUME_NS,
+            expected_stop_ns=expected["stop"],
+            expected_resume_ns=expected["resume"],
             vmm_config=blueprint.pack(),
         )
+
+    async def _draw(self) -> Blueprint:
+        blueprint = self._blueprint = await draw(self._qmp, self.name, self._ram)
+        return blueprint
 
     async def status(self) -> GuestStatus:
         answer = await self._qmp.call("query-status")
@@ -234,11 +239,17 @@ class QemuGuest(VmmGuest):
                 drain_ns = end_ns - max(begin_ns, stamp_ns(stopped.result())) if stopped.done() else 0
             finally:
                 stopped.cancel()
+        self._note("stop", end_ns - begin_ns)
         if self._place.incoming:
             self._remember(incoming=False)
         return PauseTime(end_ns - begin_ns, drain_ns)
 
+    def _note(self, step: Step, took_ns: int) -> None:
+        if self._blueprint is not None:  # never described, it was no part of a migration
+            self._costs.note(keys_of(self._blueprint), step, took_ns)
+
     async def resume(self, epoch: int) -> int:
+        begin_ns = time.monotonic_ns()
         if self.lock is not None:
             await self.lock.take()
         arriving = self._place.incoming
@@ -253,6 +264,7 @@ class QemuGuest(VmmGuest):
                     running_at_ns = min(running_at_ns, stamp_ns(resumed.result()))
             finally:
                 resumed.cancel()
+        self._note("resume", running_at_ns - begin_ns)
         await self._save.release()
         if arriving:
             self._remember(incoming=False)
@@ -277,9 +289,8 @@ class QemuGuest(VmmGuest):
     async def state_out(self, kind: DeviceKind) -> AsyncIterator[Sequence[StatePart]]:
         if kind == "iterable":
             return
-        if not self._machine:
-            await self.describe()
-        data, took_ns = await self._save.save(self._machine)
+        data, took_ns = await self._save.save((self._blueprint or await self._draw()).machine)
+        self._note("save", took_ns)
         self._place = self._place.model_copy(update={"state_bytes": len(data)})
         yield [StatePart(DEVICES, "non-iterable", data, took_ns)]
 
@@ -287,7 +298,9 @@ class QemuGuest(VmmGuest):
         if [part.name for part in parts] != [DEVICES]:
             names = ", ".join(part.name for part in parts)
             raise VmmError(f"a QEMU guest takes its state as one part named {DEVICES!r}, not as: {names}")
-        return [await self._load.load(parts[0].data)]
+        took_ns = await self._load.load(parts[0].data)
+        self._note("load", took_ns)
+        return [took_ns]
 
     async def expected_costs(self, side: Side) -> ExpectedCosts:
         call_ns = 0
@@ -297,13 +310,16 @@ class QemuGuest(VmmGuest):
             call_ns = max(call_ns, time.monotonic_ns() - begin_ns)
         if side == "load":
             await self._load.prepare()
-        cost_ns = _PRIOR_SAVE_NS if side == "save" else _PRIOR_LOAD_NS
+        self._costs.keep()
+        keys = keys_of(self._blueprint or await self._draw())
+        stop, device, resume = (self._costs.expect(keys, step) for step in ("stop", side, "resume"))
         return ExpectedCosts(
-            devices=(DeviceCost(name=DEVICES, kind="non-iterable", ns=cost_ns),),
-            pause_ns=_PRIOR_PAUSE_NS,
-            resume_ns=_PRIOR_RESUME_NS,
+            devices=(DeviceCost(name=DEVICES, kind="non-iterable", ns=device.ns, spread_ns=device.spread_ns),),
+            pause_ns=stop.ns,
+            resume_ns=resume.ns,
             call_ns=call_ns,
-            basis="guessed",
+            basis="learned" if device.tries else "guessed",
+            pause_spread_ns=stop.spread_ns,
         )
 
     async def awaits(self, description: GuestDescription) -> bool:
@@ -333,6 +349,7 @@ class QemuGuest(VmmGuest):
     async def close(self) -> None:
         self._save.close()
         self._load.close()
+        self._costs.keep()
         with contextlib.suppress(VmmGoneError):
             await self.stop_dirty_log()
         await self._qmp.close()

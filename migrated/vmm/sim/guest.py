@@ -7,6 +7,8 @@ a call are asked for together.
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, Final, TypeVar
 from pydantic import ValidationError
 
 from migrated.base.errors import VmmError
+from migrated.kernel.scheduling import Precedence, threads_of
 from migrated.vmm import spawn
 from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog
 from migrated.vmm.memory import FileRegion, GuestMemory, MappedMemory, Span
@@ -42,6 +45,9 @@ from protocol.messages import DeviceCost
 _CHEAP_NS: Final = 300_000
 """A device that is expected to cost less is asked for together with its neighbours: the call would cost more."""
 _DRY_RUNS: Final = 15
+_CALLS_TRIED: Final = 5
+_MOST_TRIED_BYTES: Final = 4 << 20
+"""States beyond this size are tried with so many bytes; the rest is expected to take as long for each byte."""
 GONE_S: Final = 10.0
 """How long a killed process may take to go."""
 
@@ -188,7 +194,8 @@ class SimGuest(VmmGuest):
         return costs
 
     async def expected_costs(self, side: Side) -> ExpectedCosts:
-        """The median of a few rehearsals, for each device and for stop and resume: one odd run must not decide."""
+        """The median of a few rehearsals, for each device and for stop and resume: one odd run must not decide. A
+        device's cost includes the call in which its state is handed over, tried with as many bytes."""
         runs: list[dict[str, Any]] = []
         call_ns = 0
         for _ in range(_DRY_RUNS):
@@ -202,6 +209,8 @@ class SimGuest(VmmGuest):
         )
         pause_ns, pause_spread_ns = _typical([run["pause_ns"] for run in runs])
         self._costs_ns = {(cost.name, cost.kind): cost.ns for cost in devices}
+        calls = await self._try_calls(side)
+        devices = tuple(_with_call(cost, calls.get((cost.name, cost.kind))) for cost in devices)
         return ExpectedCosts(
             devices=devices,
             pause_ns=pause_ns,
@@ -210,6 +219,34 @@ class SimGuest(VmmGuest):
             call_ns=call_ns,
             basis="tried",
         )
+
+    async def _try_calls(self, side: Side) -> dict[tuple[str, str], tuple[int, int]]:
+        """Time the calls that will hand device states over, with as many bytes and nothing to do.
+
+        Returns:
+            What a call takes, and how far single tries lay from that (ns), by the first device of the call.
+        """
+        description = self._description or await self.describe()
+        found: dict[tuple[str, str], tuple[int, int]] = {}
+        for kind in ("iterable", "non-iterable"):
+            devices = [device for device in description.devices if device.kind == kind]
+            costs_ns = [self._costs_ns.get((device.name, device.kind), 0) for device in devices]
+            for group in _grouped(devices, costs_ns):
+                size = sum(device.state_bytes for device in group)
+                tried = min(size, _MOST_TRIED_BYTES)
+                with Precedence(threads_of(os.getpid(), self.pid)):  # as in the blackout
+                    tries_ns = [await self._try_call(side, tried) for _ in range(_CALLS_TRIED)]
+                ns, spread_ns = _typical(tries_ns)
+                scale = size / tried if tried else 1.0
+                found[group[0].name, group[0].kind] = int(ns * scale), int(spread_ns * scale)
+        return found
+
+    async def _try_call(self, side: Side, size: int) -> int:
+        """Hand over so many bytes for nothing; returns how long that took (ns)."""
+        payload, wanted = (b"", size) if side == "save" else (bytes(size), 0)
+        begin_ns = time.monotonic_ns()
+        await self._calls.call("dry-run-states", STATE_S, payload, bytes=wanted)
+        return time.monotonic_ns() - begin_ns
 
     async def own_operation(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """``verify`` compares every byte of memory with its correct content; ``set-dirty-rate`` changes how fast the
@@ -234,6 +271,14 @@ class SimGuest(VmmGuest):
 
     async def close(self) -> None:
         await self._calls.close()
+
+
+def _with_call(cost: DeviceCost, call: tuple[int, int] | None) -> DeviceCost:
+    """The cost of a device with that of the call for it, if it has one of its own."""
+    if call is None:
+        return cost
+    ns, spread_ns = call
+    return cost.model_copy(update={"ns": cost.ns + ns, "spread_ns": int(math.hypot(cost.spread_ns, spread_ns))})
 
 
 def _typical(tries_ns: list[int]) -> tuple[int, int]:

@@ -1,0 +1,121 @@
+"""What stops, saves, loads and resumes of QEMU guests took on this host, by guest and by class, and what the next will
+take. QEMU cannot rehearse any of them without a pause, so they are learned from the moves that were made.
+
+    this guest, if it did it here often enough
+    else guests of its class: the same version of QEMU, accelerator, machine, vCPUs and kinds of devices
+    else the prior, which was measured on the machine that this was built on
+
+Kept in a file of the daemon's state directory. Without it, or when it cannot be used, everything is learned anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Final, Literal, NamedTuple, TypeAlias, get_args
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from migrated.vmm.qemu.blueprint import Blueprint
+
+Step: TypeAlias = Literal["stop", "save", "load", "resume"]
+STEPS: Final[tuple[Step, ...]] = get_args(Step)
+
+_NS_PER_MS: Final = 1_000_000
+_ENOUGH: Final = 3
+"""From so many on, what was seen counts and not the prior."""
+_KEPT: Final = 32
+_KEYS_KEPT: Final = 256
+_MIDDLE: Final = 0.68
+"""The share of a normal distribution that lies within one standard deviation."""
+_MOST_NS: Final = 60_000_000_000
+
+
+class Cost(NamedTuple):
+    """What a step is expected to take, how far single ones usually lie from that (ns), and how many are known: none
+    where it is the prior's."""
+
+    ns: int
+    spread_ns: int
+    tries: int
+
+
+PRIOR: Final[dict[Step, Cost]] = {
+    "stop": Cost(1 * _NS_PER_MS, _NS_PER_MS // 2, 0),
+    "save": Cost(3 * _NS_PER_MS, _NS_PER_MS, 0),
+    "load": Cost(5 * _NS_PER_MS, 2 * _NS_PER_MS, 0),
+    "resume": Cost(2 * _NS_PER_MS, _NS_PER_MS, 0),
+}
+"""Measured with QEMU 7.2 under TCG on 2 busy cores, with and without precedence for the threads (docs/qemu.md)."""
+
+
+class CostKeys(NamedTuple):
+    """What a guest is known by, from the most specific to the most general."""
+
+    guest: str
+    kind: str
+
+
+def keys_of(blueprint: Blueprint) -> CostKeys:
+    """The keys of a guest with this machine."""
+    kinds = sorted(device.partition(":")[0] for device in blueprint.devices)
+    devices = xxhash.xxh3_64_hexdigest("\n".join(kinds).encode())
+    machine = f"{blueprint.qemu} {blueprint.accelerator} {blueprint.machine} {blueprint.vcpus} {devices}"
+    return CostKeys(f"guest {blueprint.uuid}", f"class {machine}")
+
+
+class _Kept(BaseModel):
+    """The file: durations (ns) by key and step, the newest last, the key used last at the end."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seen_ns: dict[str, dict[Step, list[Annotated[int, Field(ge=0, le=_MOST_NS)]]]] = Field(default_factory=dict)
+
+
+class SwitchoverCosts:
+    """The costs of one host's guests.
+
+    Args:
+        path: of the file, which need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kept = _Kept()
+        self._changed = False
+        with contextlib.suppress(OSError, ValidationError):
+            self._kept = _Kept.model_validate_json(path.read_bytes())
+
+    def note(self, keys: CostKeys, step: Step, took_ns: int) -> None:
+        """A guest's step took so long. Kept in memory only: a guest may stand still meanwhile."""
+        for key in keys:
+            steps = self._kept.seen_ns.pop(key, {})
+            steps[step] = [*steps.get(step, []), min(took_ns, _MOST_NS)][-_KEPT:]
+            self._kept.seen_ns[key] = steps
+        while len(self._kept.seen_ns) > _KEYS_KEPT:
+            del self._kept.seen_ns[next(iter(self._kept.seen_ns))]
+        self._changed = True
+
+    def expect(self, keys: CostKeys, step: Step) -> Cost:
+        """What a guest's next step will take."""
+        for key in keys:
+            seen = self._kept.seen_ns.get(key, {}).get(step, [])
+            if len(seen) >= _ENOUGH:
+                middle_ns = int(median(seen))
+                distances = sorted(abs(took_ns - middle_ns) for took_ns in seen)
+                return Cost(middle_ns, distances[math.ceil(_MIDDLE * len(distances)) - 1], len(seen))
+        return PRIOR[step]
+
+    def keep(self) -> None:
+        """Write the file, if there is something new. What cannot be written is kept in memory."""
+        if not self._changed:
+            return
+        fresh = self._path.with_name(f"{self._path.name}.new")
+        with contextlib.suppress(OSError):
+            fresh.write_text(self._kept.model_dump_json())
+            os.replace(fresh, self._path)
+            self._changed = False
