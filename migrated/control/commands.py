@@ -4,14 +4,14 @@ long because every command has its row here, with its handler above it."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 
 from migrated.base.errors import DocumentError
 from migrated.control import qemu
+from migrated.control.command import Arguments, Command
+from migrated.control.fleet_commands import FLEET_COMMANDS
 from migrated.control.operations import EVENTS_LOST, AdoptSpec, GuestSpec, OperationError, Operations
 from migrated.control.schema import (
     PARAMETER_ARGUMENTS,
@@ -26,49 +26,17 @@ from migrated.record.terms import FINISHED, OUTCOMES
 from migrated.state.history import HistoryQuery, RecordNotFoundError
 from migrated.vmm.seam import Replacement
 
-Arguments = Mapping[str, Any]
-Handler = Callable[[Operations, Arguments], Awaitable[Any]]
 Spec = TypeVar("Spec", GuestSpec, AdoptSpec)
 
 MAX_HISTORY: Final = 1000
 """Records in one reply; more would keep the event loop busy."""
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One command.
-
-    ``changes``: for operators only, and who called is logged. ``oob``: may be executed out of band. ``waits``: ends
-    with its client, as nothing hangs on it. ``large``: its result is encoded in a thread, as that may take longer than
-    the event loop can spare.
-    """
-
-    name: str
-    doc: str
-    returns: str
-    arguments: tuple[Argument, ...]
-    run: Handler
-    changes: bool = False
-    oob: bool = False
-    waits: bool = False
-    large: bool = False
-
-    def document(self) -> dict[str, Any]:
-        """For ``x-migrated-schema``."""
-        return {
-            "name": self.name,
-            "doc": self.doc,
-            "returns": self.returns,
-            "allow-oob": self.oob,
-            "arguments": [argument.document() for argument in self.arguments],
-        }
-
-
 GUEST: Final = Argument("guest", "string", "Name of the guest; may be left out where only one exists.")
 ONE_GUEST: Final = Argument("guest", "string", "Name of the guest.", required=True)
 DEFAULTS_GUEST: Final = Argument("guest", "string", "Name of the guest; left out: the daemon's defaults.")
 MIGRATION_ID: Final = Argument("migration-id", "string", "Migration id, or a unique beginning of it.", required=True)
-URI: Final = Argument("uri", "string", "The destination: tcp:HOST:PORT, or unix:PATH on this host.")
+URI: Final = Argument("uri", "string", "The destination: tcp:HOST:PORT, unix:PATH on this host, or file:PATH.")
 
 
 def _named(operations: Operations, arguments: Arguments) -> str:
@@ -107,6 +75,33 @@ async def _replace(operations: Operations, arguments: Arguments) -> Any:
     guest = arguments["guest"]
     overrides = parameter_values(arguments, operations.parameters(guest))
     return {"migration-id": await operations.replace(guest, replacement, overrides)}
+
+
+async def _save(operations: Operations, arguments: Arguments) -> Any:
+    guest = arguments["guest"]
+    migration_id = await operations.save(
+        guest,
+        arguments["file"],
+        ends_guest=arguments.get("mode", "stop") == "stop",
+        force=arguments.get("force", False),
+        overrides=parameter_values(arguments, operations.parameters(guest)),
+    )
+    return {"migration-id": migration_id}
+
+
+async def _restore(operations: Operations, arguments: Arguments) -> Any:
+    return await _restored(operations, arguments["file"], arguments)
+
+
+async def _migrate_incoming(operations: Operations, arguments: Arguments) -> Any:
+    return await _restored(operations, qemu.file_of(qemu.uri_of(arguments)), arguments)
+
+
+async def _restored(operations: Operations, path: str, arguments: Arguments) -> Any:
+    name = arguments.get("guest")
+    overrides = parameter_values(arguments, operations.parameters(None))
+    migration_id, guest = await operations.restore(path, name, overrides)
+    return {"migration-id": migration_id, "guest": guest}
 
 
 async def _migrate_cancel(operations: Operations, arguments: Arguments) -> Any:
@@ -315,6 +310,7 @@ async def _metrics(operations: Operations, _arguments: Arguments) -> Any:
     return {"text": (await asyncio.to_thread(operations.metrics_text)).decode()}
 
 
+RESTORED_GUEST: Final = Argument("guest", "string", "The name that the guest gets; left out: its own.")
 HISTORY_QUERY: Final = ("last", "guest", "outcome", "since", "until")
 CHANNELS: Final = Argument(
     "channels", "array", "QEMU's other form of the destination: one 'main' channel, inet or unix."
@@ -494,6 +490,46 @@ _TABLE: Final = (
         large=True,
     ),
     Command(
+        "migrate-incoming",
+        "Start to restore a guest from a file ('file:' and its path). Guests that come over the network need no "
+        "command.",
+        "The migration id, and the name of the guest.",
+        (RESTORED_GUEST, URI, CHANNELS, *PARAMETER_ARGUMENTS),
+        _migrate_incoming,
+        changes=True,
+    ),
+    Command(
+        "x-migrated-save",
+        "Start to save a guest in a file. It has its name only once it is complete and safe.",
+        "The migration id.",
+        (
+            ONE_GUEST,
+            Argument("file", "string", "The file's whole path on the daemon's host.", required=True),
+            Argument(
+                "mode",
+                "string",
+                "Stop the guest, and end it once the file is safe (the default); or let it run, and go on after it.",
+                values=("stop", "running"),
+            ),
+            Argument("force", "boolean", "Replace a saved guest of that name."),
+            *PARAMETER_ARGUMENTS,
+        ),
+        _save,
+        changes=True,
+    ),
+    Command(
+        "x-migrated-restore",
+        "Start to restore a guest from a file. It runs once every byte was checked.",
+        "The migration id, and the name of the guest.",
+        (
+            Argument("file", "string", "The file's whole path on the daemon's host.", required=True),
+            RESTORED_GUEST,
+            *PARAMETER_ARGUMENTS,
+        ),
+        _restore,
+        changes=True,
+    ),
+    Command(
         "x-migrated-replace",
         "Start to give a guest another VMM on this host, to which its memory is handed over; memory that is in no file "
         "is copied. Otherwise like migrate.",
@@ -558,7 +594,7 @@ _TABLE: Final = (
     Command("x-migrated-metrics", "All metrics in Prometheus' text form.", "An object with 'text'.", (), _metrics),
 )
 
-COMMANDS: Final[dict[str, Command]] = {command.name: command for command in _TABLE}
+COMMANDS: Final[dict[str, Command]] = {command.name: command for command in (*_TABLE, *FLEET_COMMANDS)}
 """Every command but ``qmp_capabilities``, which belongs to the connection."""
 
 EVENTS: Final[dict[str, str]] = {
@@ -569,6 +605,9 @@ EVENTS: Final[dict[str, str]] = {
     "RESUME": "The vCPUs of a guest run: 'guest'.",
     "X_MIGRATED_IN_DOUBT": "COMMIT was sent and nobody answers: 'guest', 'migration-id', 'reason'.",
     "X_MIGRATED_GUEST_GONE": "The VMM of a guest ended: 'guest', 'pid'.",
+    "X_MIGRATED_FLEET_JOB": "A job of the fleet changed its phase: 'job', 'phase', 'reason'.",
+    "X_MIGRATED_FLEET_STEP": "A guest of a job of the fleet came further: 'job', 'guest', 'state', 'source', "
+    "'destination', 'reason'.",
     EVENTS_LOST: "This client read too slowly and lost 'count' events.",
 }
 """Every event that the daemon sends."""

@@ -114,6 +114,11 @@ class Keeper(Protocol):
     of the guest that is still under way; ``transfer`` compares the revision of that write.
     """
 
+    async def begin(self, guest: str, uri: str, migration_id: str) -> str | None:
+        """Write anew that this host owns the guest, before an attempt to move it to ``uri`` begins. Returns why it
+        cannot begin, a sentence; None when it can."""
+        ...
+
     async def transfer(self, guest: str, migration_id: str, within_ns: int) -> Outcome:
         """Make the destination of a migration that has begun the owner: DONE, REFUSED, or FAILED when no yes came
         within the time."""

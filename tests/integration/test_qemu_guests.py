@@ -27,7 +27,7 @@ from scripts.qemu_rig.definition import console_paths, write_definition
 from scripts.qemu_rig.disk import make_disk
 from scripts.qemu_rig.guest_agent import AGENT_PACKAGE, download_agent, find_agent
 from scripts.qemu_rig.image import GuestImage, guest_image
-from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Disk, QemuSpec, running_qemu
+from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Backing, Disk, QemuSpec, running_qemu
 from scripts.qemu_rig.workload import Workload
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
@@ -57,9 +57,9 @@ class World:
             if host in (None, one):
                 write_definition(self.definitions[one], "web", spec, self.image, number)
 
-    async def console(self, host: Host) -> Console:
+    async def console(self, host: Host, place: str = "web") -> Console:
         """The guest's console on a host; beats are read from now on."""
-        return await asyncio.to_thread(Console, *console_paths(host.directory / "guests", "web"))
+        return await asyncio.to_thread(Console, *console_paths(host.directory / "guests", place))
 
     async def create(self, spec: QemuSpec, **options: Any) -> Console:
         """Define the guest on both hosts, start it on the first, and wait until it is up."""
@@ -114,6 +114,28 @@ async def move(world: World, source: Host, target: Host, console: Console, **par
     return arrived
 
 
+@pytest.mark.parametrize(("backing", "places"), [("private", ("web~", "web")), ("memfd", ("web~",))])
+async def test_a_linux_guest_gets_another_qemu(world: World, backing: Any, places: tuple[str, ...]) -> None:
+    """Private memory is copied once, into a file; from then on, and where it was shared from the first, nothing is."""
+    console = await world.create(replace(BUSY, backing=backing))
+    host, shared = world.pair.a, backing != "private"
+    for place in places:
+        record = await host.replace("web", **ROOMY)
+        assert record["outcome"] == "completed", record["reason"]
+        assert (record["ram"]["shared"], bool(record["rounds"])) == (shared, not shared)
+        shared = True
+        arrived = await world.console(host, place)
+        before = console.beats()[-1]
+        await asyncio.to_thread(arrived.wait_for_beats, 20, 60.0)
+        assert arrived.beats()[0].sequence > before.sequence
+        assert await asyncio.to_thread(arrived.check) == 0
+        assert not arrived.complaints()
+        console.close()
+        console = arrived
+    console.close()
+    assert list(host.vmm_pids()) == [(await host.guest("web"))["pid"]]
+
+
 @pytest.mark.parametrize("backing", ["private", "file", "memfd"])
 async def test_a_linux_guest_goes_there_and_back(world: World, backing: Any) -> None:
     console = await world.create(replace(BUSY, backing=backing))
@@ -128,8 +150,8 @@ async def test_a_linux_guest_goes_there_and_back(world: World, backing: Any) -> 
 @pytest.mark.parametrize(
     "spec",
     [
-        replace(BUSY, numa=True),
-        replace(BUSY, machine="pc", network=False, rng=False),
+        replace(BUSY, numa=True, backing="memfd"),
+        replace(BUSY, machine="pc", backing="file", network=False, rng=False),
         replace(BUSY, cpus=2),
         replace(BUSY, memory_mib=4096),
     ],
@@ -174,10 +196,15 @@ async def test_a_destination_without_a_definition_refuses(world: World) -> None:
     console.close()
 
 
-async def test_a_qemu_that_somebody_else_started_is_adopted_as_it_runs(world: World, directory: Path) -> None:
+@pytest.mark.parametrize("backing", ["private", "hugetlb"])
+async def test_a_qemu_that_somebody_else_started_is_adopted_as_it_runs(
+    world: World, directory: Path, backing: Backing
+) -> None:
     """Started like any other, private memory and all; the destination builds it from its own definition."""
+    if backing == "hugetlb" and free_huge_pages_mib() < BUSY.memory_mib:
+        pytest.skip(f"this host has set no {BUSY.memory_mib} MiB of huge pages aside (vm.nr_hugepages)")
     a, b = world.pair.hosts
-    async with running_qemu(BUSY, world.image, directory / "theirs") as qemu:
+    async with running_qemu(replace(BUSY, backing=backing), world.image, directory / "theirs") as qemu:
         await asyncio.to_thread(qemu.console.wait_for, "READY", BOOT_TIMEOUT_S)
         await qemu.release_monitor()
         adopted = await a.command("x-migrated-guest-adopt", {"guest": "web", "qmp": str(qemu.qmp_socket)})
@@ -194,6 +221,12 @@ async def test_a_qemu_that_somebody_else_started_is_adopted_as_it_runs(world: Wo
         assert await asyncio.to_thread(arrived.check) == 0
         arrived.close()
         assert await qemu.ended(20.0) == 0
+
+
+def free_huge_pages_mib() -> int:
+    """Huge pages of 2 MiB that nobody has taken (MiB)."""
+    path = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    return 2 * int(path.read_text()) if path.exists() else 0
 
 
 async def test_an_orchestrators_incoming_qemu_takes_the_guest(world: World, directory: Path) -> None:
