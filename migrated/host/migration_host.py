@@ -182,6 +182,8 @@ class MigrationHost:
         (self._incoming if guest.overlay == "incoming" else self._outgoing).guest_gone(guest)
         self._files.guest_gone(guest)
         if self._fleet is not None:
+            if guest.overlay is None and guest.migration_id is None:
+                self._fleet.owners.release(guest.name)  # it runs nowhere now
             self._fleet.look_again()
 
     # Section: guests
