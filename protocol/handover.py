@@ -246,6 +246,8 @@ FLEET_ROWS: Final[SourceTable] = {
     (S.HELD, E.DISCARDED): (S.HELD, ()),
     (S.HELD, E.RESOLVE_RUN_HERE): (S.ABORTED, _PROVED_AND_RECLAIM),
     (S.HELD, E.RESOLVE_DISCARD): (S.RETIRED, (A.JOURNAL_RETIRED, A.RETIRE_GUEST)),
+    (S.RETIRED, E.NO): (S.RETIRED, ()),
+    (S.RETIRED, E.DISCARDED): (S.RETIRED, ()),
 }
 """What is different in a fleet: the destination becomes the owner in the fleet's store before COMMIT is journaled."""
 FLEET_SOURCE: Final[SourceTable] = {**SOURCE, **FLEET_ROWS}

@@ -14,11 +14,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from scripts import prove_aborts, prove_matrix, prove_retries, soak
 from scripts.basics import say
 from scripts.proof.explorer import explore
+from scripts.proof.fleet_mutants import FLEET, FLEET_MUTANTS
 from scripts.proof.model import Marks, Model
 from scripts.proof.mutants import MUTANTS
 from scripts.proof.simulator import simulate
@@ -30,20 +32,24 @@ def prove_explorer(options: argparse.Namespace) -> tuple[dict[str, int], bool]:
     say(f"explorer: {found.states:,} states, {found.transitions:,} transitions, {found.seconds:.1f} s")
     by_daemon = explore(Model(marks=Marks.DAEMON))
     say(f"explorer: {by_daemon.states:,} states with the daemon's own marks, two epochs, {by_daemon.seconds:.1f} s")
-    for violation in (found.violation, by_daemon.violation):
+    in_fleet = explore(replace(FLEET, epochs=(1,)))
+    say(f"explorer: {in_fleet.states:,} states in a fleet, one epoch, {in_fleet.seconds:.1f} s")
+    for violation in (found.violation, by_daemon.violation, in_fleet.violation):
         if violation is not None:
             say(str(violation))
     caught = 0
-    for mutant in MUTANTS:
+    mutants = (*MUTANTS, *FLEET_MUTANTS)
+    for mutant in mutants:
         disaster = explore(mutant.model, only=frozenset({mutant.disaster}))
         caught += disaster.violation is not None
         steps = f"{len(disaster.violation.trace)} steps" if disaster.violation is not None else "NOT CAUGHT"
         say(f"mutant: {mutant.broken}: {steps} ({mutant.disaster})")
         if options.traces:
             say(f"{disaster.violation}\n")
-    violations = sum(each.violation is not None for each in (found, by_daemon))
-    counts = {"states": found.states, "violations": violations, "mutants": len(MUTANTS), "mutants_caught": caught}
-    return counts, not violations and caught == len(MUTANTS)
+    violations = sum(each.violation is not None for each in (found, by_daemon, in_fleet))
+    states = found.states + in_fleet.states
+    counts = {"states": states, "violations": violations, "mutants": len(mutants), "mutants_caught": caught}
+    return counts, not violations and caught == len(mutants)
 
 
 def prove_simulator(options: argparse.Namespace) -> tuple[dict[str, int], bool]:

@@ -48,25 +48,25 @@ def reclaimed(known: Ownership, host: str) -> Ownership:
     raise NotTheOwnerError(f"The guest belongs to {known.owner} now, not to {host}.")
 
 
-def settled(known: Ownership, host: str) -> Ownership:
-    """The owner runs the guest: the copy that it came from does not count any more.
+def settled(known: Ownership, host: str, migration_id: str) -> Ownership:
+    """The owner runs the guest that came by a migration: the copy that it came from does not count any more.
 
     Raises:
-        NotTheOwnerError: it belongs to another host.
+        NotTheOwnerError: it belongs to another host, or came by another migration.
     """
-    if known.owner != host:
-        raise NotTheOwnerError(f"The guest belongs to {known.owner} now, not to {host}.")
-    return Ownership(owner=host, epoch=known.epoch + 1, migration_id=known.migration_id)
+    if known.owner != host or known.migration_id != migration_id:
+        raise NotTheOwnerError(f"The guest did not come to {host} by the migration {migration_id}.")
+    return Ownership(owner=host, epoch=known.epoch + 1, migration_id=migration_id)
 
 
-def given_back(known: Ownership, host: str) -> Ownership:
-    """The owner discarded the guest before it ran: it belongs to the host that it came from.
+def given_back(known: Ownership, host: str, migration_id: str) -> Ownership:
+    """The owner discarded the guest of a migration before it ran: it belongs to the host that it came from.
 
     Raises:
-        NotTheOwnerError: it belongs to another host, or came from none.
+        NotTheOwnerError: it belongs to another host, or came by another migration.
     """
-    if known.owner != host or known.previous is None:
-        raise NotTheOwnerError(f"The guest belongs to {known.owner}, and {host} has nothing of it to give back.")
+    if known.owner != host or known.migration_id != migration_id or known.previous is None:
+        raise NotTheOwnerError(f"The guest did not come to {host} by the migration {migration_id}.")
     return Ownership(owner=known.previous, epoch=known.epoch + 1)
 
 
@@ -108,7 +108,11 @@ def refusal_of(answer: Answer, guest: str, by: str) -> str:
 
 
 class Keeper(Protocol):
-    """What the hand-over needs of the fleet: the effects of ``protocol.effects`` that concern ownership."""
+    """What the hand-over needs of the fleet: the effects of ``protocol.effects`` that concern ownership.
+
+    Before a migration begins, whoever implements it writes the key anew (``reclaimed``), which ends every ``reclaim``
+    of the guest that is still under way; ``transfer`` compares the revision of that write.
+    """
 
     async def begin(self, guest: str, uri: str, migration_id: str) -> str | None:
         """Write anew that this host owns the guest, before an attempt to move it to ``uri`` begins. Returns why it

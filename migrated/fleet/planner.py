@@ -28,7 +28,7 @@ from protocol.units import format_duration_ns
 _MOST_LANES: Final = 8
 _HOSTS_CONSIDERED: Final = 32
 """Destinations that a guest chooses from, or as many as there are guests; a fleet has more."""
-_EFFORT: Final = 400_000
+_EFFORT: Final = 60_000
 """Looks of a guest at a host in all tries together, about."""
 _LEAST_TRIES: Final = 6
 _AS_GOOD: Final = 1.05

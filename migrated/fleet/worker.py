@@ -17,7 +17,7 @@ from migrated.fleet.changes import change_job, change_step, create_steps
 from migrated.fleet.jobs import ACTIVE, FINAL, JobEvent, StepEvent, failure, is_over, job_after
 from migrated.fleet.mirror import Mirror, link_of
 from migrated.fleet.model import HostDocument, JobPhase, JobSpec, JobStep, StepState
-from migrated.fleet.placement import group_at, possible_hosts
+from migrated.fleet.placement import group_at, possible_hosts, why_not
 from migrated.fleet.planner import guests_of, plan
 from migrated.fleet.store import Transaction
 
@@ -162,25 +162,29 @@ def choose_host(mirror: Mirror, spec: JobSpec, step: JobStep) -> tuple[HostDocum
     if source is None:
         return f"The host {step.source} is not there: its daemon holds no lease."
     held = mirror.slots_of(step.source)
-    if any(one.guest == step.guest for one in held.outbound):
-        return None  # another job moves it
-    hosts, refusal = possible_hosts(mirror, guest, step.source, spec.to)
-    if not hosts:
-        return refusal
     active = sum(other.state in ACTIVE for other in mirror.steps[spec.job].values())
     share = step.bytes_per_s or link_of(source) // max(1, source.max_outbound)
     share = min(share, link_of(source))
     if (
         len(held.outbound) >= source.max_outbound
+        or any(one.guest == step.guest for one in held.outbound)  # another job moves it
         or (spec.max_parallel and active >= spec.max_parallel)
         or held.link_bytes_per_s + share > link_of(source)
     ):
         return None
+    planned = mirror.hosts.get(step.destination or "")
+    if planned is not None and planned.name not in step.tried and why_not(mirror, guest, planned) is None:
+        rate = _rate_to(mirror, planned, share)
+        if rate:
+            return planned, rate
+    hosts, refusal = possible_hosts(mirror, guest, step.source, spec.to)
+    if not hosts:
+        return refusal
     untried = [host for host in hosts if host.name not in step.tried]
 
-    def rank(host: HostDocument) -> tuple[bool, int, float, str]:
+    def rank(host: HostDocument) -> tuple[int, float, str]:
         used = 1 - mirror.free_bytes(host) / max(1, host.memory_bytes)
-        return host.name != step.destination, group_at(mirror, guest, host.name), used, host.name
+        return group_at(mirror, guest, host.name), used, host.name
 
     for host in sorted(untried or hosts, key=rank):
         rate = _rate_to(mirror, host, share)

@@ -95,8 +95,8 @@ class Owners:
         known = self._follower.mirror.owners.get(guest)
         if known is not None and known.owner == self._host:
             self.strangers.pop(guest, None)
-            if known.previous is not None:
-                await self._write(guest, settled(known, self._host), by=None)
+            if known.previous is not None and known.migration_id is not None:
+                await self._write(guest, settled(known, self._host, known.migration_id), by=None)
             return True
         refusal = await self._claim(guest)
         if refusal is None:

@@ -12,8 +12,14 @@ daemon); what was in memory is gone, and the daemon comes up with RESTART. Timer
 they can. A VMM may die at any time. After an abort the source tries again with the next epoch, and everything of the
 first is still in the network.
 
+In a fleet there is a third party, its store (``scripts.proof.store``): requests to it are lost, answered too late or
+carried out late; an operator fences hosts at any moment, before it is true as well; and a third host starts the guest
+as soon as the store lets it and the operator's word is true. A dead daemon then stays dead for a while.
+
 The explorer watches the guests. Nobody here relies on the ownership lock to keep two guests apart (it need not be on a
 directory that both hosts share): only the order in which it is taken and let go of is watched.
+
+The module is longer than others because moves, rules and the search share how a state is packed into an integer.
 """
 
 from __future__ import annotations
@@ -37,8 +43,9 @@ from scripts.proof.model import (
     SideT,
     SourceSide,
 )
+from scripts.proof.store import DESTINATION_HOST, SOURCE_HOST, Owned, Rules
 
-TWO_RUN: Final = "I1: both sides run the guest"
+TWO_RUN: Final = "I1: two hosts run the guest"
 UNCOMMITTED: Final = "I2: the destination runs without a COMMIT in the source's journal"
 TAKEN_BACK: Final = "I3: the source runs after COMMIT although the destination can still run the guest"
 ROLLED_BACK: Final = "I3: the source runs an older copy of a guest that has run on the destination"
@@ -110,20 +117,50 @@ class _Side:
         return frozenset(move.row for move in moves if move.row is not None and id(move) in taken)
 
 
+class _Store:
+    """The states of the fleet's store, numbered, and what moves make of them."""
+
+    def __init__(self) -> None:
+        self.states: list[Owned] = []
+        self._number: dict[Owned, int] = {}
+        self._after: dict[tuple[int, int], int | None] = {}
+        self.first = self.intern(Owned())
+
+    def intern(self, owned: Owned) -> int:
+        """The number of a state."""
+        number = self._number.get(owned)
+        if number is None:
+            number = self._number[owned] = len(self.states)
+            self.states.append(owned)
+        return number
+
+    def after(self, move: Move, number: int) -> int | None:
+        """The state after a move, None where it cannot be made. A move lives as long as the exploration."""
+        if move.store is None:
+            return number
+        key = (id(move), number)
+        if key not in self._after:
+            owned = move.store(self.states[number])
+            self._after[key] = None if owned is None else self.intern(owned)
+        return self._after[key]
+
+
 SIDE_BITS: Final = 13
 SIDE_MASK: Final = (1 << SIDE_BITS) - 1
 NET_MASK: Final = (1 << NET_BITS) - 1
 DESTINATION_SHIFT: Final = NET_BITS
 SOURCE_SHIFT: Final = NET_BITS + SIDE_BITS
+STORE_SHIFT: Final = NET_BITS + 2 * SIDE_BITS
 
 
 class Explorer:
-    """One exploration of one model. A global state is one integer: source | destination | network."""
+    """One exploration of one model. A global state is one integer: store | source | destination | network."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._source = _Side(Source(model))
         self._destination = _Side(Destination(model))
+        self._store = _Store()
         self._rules: dict[int, tuple[str, list[tuple[int, str]]]] = {}
 
     def run(self, *, only: frozenset[str] = frozenset(), max_states: int = 20_000_000) -> Exploration:
@@ -137,6 +174,7 @@ class Explorer:
         """
         begin = time.monotonic()
         first = self._source.first << SOURCE_SHIFT | self._destination.first << DESTINATION_SHIFT
+        first |= self._store.first << STORE_SHIFT
         parents: dict[int, int] = {first: first}
         queue = [first]
         taken: set[int] = set()
@@ -176,7 +214,7 @@ class Explorer:
         )
 
     def pairs(self) -> Iterator[tuple[SourceSide, DestinationSide]]:
-        """The two sides of every state that was reached, each pair once."""
+        """The two sides of every state that was reached, each pair once for each state of the store."""
         return (self._pair(pair) for pair in self._rules)
 
     @staticmethod
@@ -185,22 +223,61 @@ class Explorer:
         return rule if not only or rule in only else ""
 
     def _steps(self, state: int, *, faults: bool = True) -> Iterator[tuple[int, str, Move]]:
-        net = state & NET_MASK
-        source, destination = state >> SOURCE_SHIFT, state >> DESTINATION_SHIFT & SIDE_MASK
+        net, store = state & NET_MASK, state >> STORE_SHIFT
+        source, destination = state >> SOURCE_SHIFT & SIDE_MASK, state >> DESTINATION_SHIFT & SIDE_MASK
         high = source << SOURCE_SHIFT
         for needs, sends, _, after, move in self._destination.moves(destination):
             if needs & ~net == 0 and (faults or not move.fault):
-                yield high | after << DESTINATION_SHIFT | net | sends, "destination", move
+                stored = store if move.store is None else self._store.after(move, store)
+                if stored is not None:
+                    yield stored << STORE_SHIFT | high | after << DESTINATION_SHIFT | net | sends, "destination", move
         low = destination << DESTINATION_SHIFT
         for needs, sends, guard, after, move in self._source.moves(source):
-            if needs & ~net == 0 and (faults or not move.fault) and (not guard or self._allows(guard, destination)):
-                yield after << SOURCE_SHIFT | low | net | sends, "source", move
+            if needs & ~net == 0 and (faults or not move.fault) and (not guard or self._allows(guard, state)):
+                stored = store if move.store is None else self._store.after(move, store)
+                if stored is not None:
+                    yield stored << STORE_SHIFT | after << SOURCE_SHIFT | low | net | sends, "source", move
+        if faults and self._model.fleet is not None:
+            rest = state & ((1 << STORE_SHIFT) - 1)
+            for label, owned in self._others(self._model.fleet, state):
+                move = Move(label, self._source.sides[source], fault=True)
+                yield self._store.intern(owned) << STORE_SHIFT | rest, "others", move
 
-    def _allows(self, guard: int, destination: int) -> bool:
-        side = self._destination.sides[destination]
-        if guard == Guard.RUNS_THERE:
-            return side.guest is Guest.RUNS
-        return Decision.DISCARD in side.journal and side.guest is not Guest.RUNS
+    def _others(self, rules: Rules, state: int) -> Iterator[tuple[str, Owned]]:
+        """What else can happen to the store: a delayed request arrives; a host is fenced, and the operator makes sure
+        that it runs nothing, and will not before its daemon is restarted; a third host then starts the guest."""
+        owned = self._store.states[state >> STORE_SHIFT]
+        if owned.elsewhere:
+            return
+        for attempt in range(1, len(self._model.epochs) + 1):
+            after = rules.transfer(attempt, yes=True)(owned) if state & Message.TRANSFER.bit(attempt) else None
+            if after is not None:
+                yield f"a delayed TRANSFER({attempt}) arrives", after
+        for host in {SOURCE_HOST, owned.ownership.owner} - owned.fenced:  # of another host it would mean nothing
+            yield f"the {host} is fenced", owned._replace(fenced=owned.fenced | {host})
+        here, there = self._pair(state >> DESTINATION_SHIFT)
+        for host, still in ((SOURCE_HOST, _stands_still(here)), (DESTINATION_HOST, _stands_still(there))):
+            if host in owned.fenced - owned.sure and still:
+                yield f"the fence of the {host} is true now", owned._replace(sure=owned.sure | {host})
+        for host in owned.fenced:
+            yield f"the fence of the {host} is withdrawn", owned.without_fence(host)
+        if owned.fenced == owned.sure and (after := rules.take(owned)) is not None:
+            yield "a third host starts the guest", after
+
+    def _allows(self, guard: int, state: int) -> bool:
+        side = self._destination.sides[state >> DESTINATION_SHIFT & SIDE_MASK]
+        owned = self._store.states[state >> STORE_SHIFT]
+        # Who says that the guest is to run here withdraws the fence first, which says the contrary.
+        run_here = not owned.elsewhere and SOURCE_HOST not in owned.fenced
+        match guard:
+            case Guard.RUNS_THERE:
+                return side.guest is Guest.RUNS
+            case Guard.DISCARDED_THERE:
+                return Decision.DISCARD in side.journal and side.guest is not Guest.RUNS and run_here
+            case Guard.ELSEWHERE:
+                return owned.elsewhere
+            case _:
+                return run_here
 
     def _broken(self, state: int) -> str:
         """The rule that a state breaks, or nothing."""
@@ -216,7 +293,8 @@ class Explorer:
         return broken
 
     def _pair(self, pair: int) -> tuple[SourceSide, DestinationSide]:
-        source, destination = self._source.sides[pair >> SIDE_BITS], self._destination.sides[pair & SIDE_MASK]
+        source = self._source.sides[pair >> SIDE_BITS & SIDE_MASK]
+        destination = self._destination.sides[pair & SIDE_MASK]
         assert isinstance(source, SourceSide)
         assert isinstance(destination, DestinationSide)
         return source, destination
@@ -229,7 +307,8 @@ class Explorer:
         runs_here, runs_there = source.guest is Guest.RUNS, destination.guest is Guest.RUNS
         forbidden: list[tuple[int, str]] = []
         broken = ""
-        if runs_here and runs_there:
+        elsewhere = self._store.states[pair >> 2 * SIDE_BITS].elsewhere
+        if runs_here + runs_there + elsewhere > 1:
             broken = TWO_RUN
         elif runs_here and destination.ran:
             broken = ROLLED_BACK
@@ -237,6 +316,8 @@ class Explorer:
             broken = UNCOMMITTED
         elif runs_there and Decision.DISCARD in destination.journal:
             broken = WITHDRAWN
+        elif elsewhere:
+            broken = ""  # both hosts are fenced, and what they hold does not count any more
         elif (source.guest is Guest.NONE and not destination.ran and not self._died_at_the_mark(destination)) or (
             destination.ran and destination.guest not in (Guest.RUNS, Guest.DEAD)
         ):
@@ -298,6 +379,12 @@ class Explorer:
     def _settled(self, state: int) -> bool:
         """One side runs the guest and both know; or the guest died with its VMM on the destination."""
         source, destination = self._pair(state >> DESTINATION_SHIFT)
+        if self._model.fleet is not None:
+            owned = self._store.states[state >> STORE_SHIFT]
+            if owned.fenced or source.told_no:
+                return True  # an operator has to decide
+            if source.down or destination.down or source.reclaims or not self._key_is_true(owned, source, destination):
+                return False
         if source.memory.steps or destination.memory.steps:
             return False
         if source.state is SourceState.ABORTED:
@@ -311,6 +398,12 @@ class Explorer:
         known = destination.state is DestinationState.RUNNING or destination.memory.unsure
         return source.state is SourceState.RETIRED and known and destination.guest is Guest.RUNS
 
+    def _key_is_true(self, owned: Owned, source: SourceSide, destination: DestinationSide) -> bool:
+        """The key names the host that runs the guest, and only that."""
+        runs = SOURCE_HOST if source.guest is Guest.RUNS else DESTINATION_HOST
+        settled = owned.ownership.previous is None or destination.guest is Guest.DEAD
+        return owned.ownership.owner == runs and settled
+
     def _trace(self, parents: dict[int, int], state: int) -> tuple[str, ...]:
         lines = []
         while parents[state] != state:
@@ -322,10 +415,25 @@ class Explorer:
 
     def _describe(self, line: str, state: int) -> str:
         source, destination = self._pair(state >> DESTINATION_SHIFT)
+        owned = self._store.states[state >> STORE_SHIFT]
+        store = "" if self._model.fleet is None else f" | store {_described(owned)}"
         return (
             f"{line:62} | source {source.state}, guest {source.guest} "
-            f"| destination {destination.state}, guest {destination.guest}"
+            f"| destination {destination.state}, guest {destination.guest}{store}"
         )
+
+
+def _stands_still(side: SideT) -> bool:
+    """Nothing can run the guest here before the daemon is restarted."""
+    return side.guest is not Guest.RUNS and (side.down or side.guest in (Guest.DEAD, Guest.NONE))
+
+
+def _described(owned: Owned) -> str:
+    """The store's state for people."""
+    key = owned.ownership
+    previous = f" from {key.previous}" if key.previous else ""
+    fenced = "".join(f", {host} fenced" for host in sorted(owned.fenced))
+    return f"{key.owner}{previous}{fenced}"
 
 
 def explore(model: Model | None = None, *, only: frozenset[str] = frozenset()) -> Exploration:

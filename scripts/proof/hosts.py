@@ -2,6 +2,8 @@
 
 Nothing here repeats a rule of the hand-over: effects are carried out on a guest of which only the least is kept, and
 every outcome that they can have is a move.
+
+The module is longer than others because both hosts stand in it, which share what an effect and its outcomes are.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from scripts.proof.model import (
     INCOMPLETE,
     LOCK_KEPT,
     NOT_JOURNALED,
+    NOT_THE_OWNER,
     DestinationSide,
     Guard,
     Guest,
@@ -29,8 +32,10 @@ from scripts.proof.model import (
     Model,
     Move,
     Row,
+    SideT,
     SourceSide,
 )
+from scripts.proof.store import DESTINATION_HOST, SOURCE_HOST, Rules, StoreStep
 
 
 class Done(NamedTuple):
@@ -44,6 +49,7 @@ class Done(NamedTuple):
         fault: no progress may depend on it.
         wrong: why a daemon would refuse it.
         breaks: the rule that it breaks by itself.
+        store: what it does to the fleet's store.
     """
 
     outcome: Outcome = DONE
@@ -53,6 +59,7 @@ class Done(NamedTuple):
     fault: bool = False
     wrong: str = ""
     breaks: str = ""
+    store: StoreStep | None = None
 
 
 SOURCE_HEARS: Final = {
@@ -63,6 +70,8 @@ SOURCE_HEARS: Final = {
 }
 DESTINATION_HEARS: Final = {Message.COMMIT: DestinationEvent.COMMIT, Message.ABORT: DestinationEvent.ABORT}
 NOT_WRITTEN: Final = Done(failed(""), note=" fails", fault=True)
+SILENT: Final = frozenset({": silence", ": it does not end"})
+"""VMMs that do not answer, which a calm model leaves out."""
 
 
 def _at_rest(state: Any) -> Memory[Any]:
@@ -87,14 +96,22 @@ class Source:
 
     def moves(self, side: SourceSide) -> Iterator[Move]:
         """Everything that can happen next on the source."""
-        if side.guest in (Guest.RUNS, Guest.HALTED) and side.attempt:
+        if side.guest in (Guest.RUNS, Guest.HALTED) and side.attempt and not self._model.calm:
             yield Move("the VMM dies", side._replace(guest=Guest.DEAD, holds=False), fault=True)
+        if side.down:
+            yield self._take("the daemon restarts", side._replace(down=False), SourceEvent.RESTART)
+            return
         if side.attempt:
             state = self._model.source_state_of(side.journal)
-            restarted = side._replace(memory=_at_rest(state), fresh=False, sending=False)
-            yield self._take("the daemon dies and restarts", restarted, SourceEvent.RESTART, fault=True)
+            died = side._replace(memory=_at_rest(state), fresh=False, sending=False, reclaims=False, asks=False)
+            if self._model.fleet is None:
+                yield self._take("the daemon dies and restarts", died, SourceEvent.RESTART, fault=True)
+            else:
+                yield Move("the daemon dies", died._replace(down=True), fault=True)
         if (effect := self._model.source_at(side.memory).effect) is not None:
-            yield from (self._done(side, _name(effect), way) for way in self._carry_out(side, effect))
+            for way in self._carry_out(side, effect):
+                if not (self._model.calm and (way is NOT_WRITTEN or way.note in SILENT)):
+                    yield self._done(side, _name(effect), way)
             return
         if side.memory.in_doubt:
             yield Move("asks again", side, sends=Message.COMMIT.bit(self._model.epoch(side.attempt)))
@@ -112,25 +129,39 @@ class Source:
                 sending=False,
                 holds=side.holds,
             )
-            yield Move(f"begins attempt {attempt}", begun, sends=Message.HELLO.bit(attempt), fault=True)
+            store = None if self._model.fleet is None else self._model.fleet.begin(attempt)
+            yield Move(f"begins attempt {attempt}", begun, sends=Message.HELLO.bit(attempt), fault=True, store=store)
         if side.attempt:
             yield from self._events(side)
+        if self._model.fleet is not None and side.reclaims:
+            yield Move("reclaims the guest", side._replace(reclaims=False), store=self._model.fleet.reclaim)
 
     def _events(self, side: SourceSide) -> Iterator[Move]:
+        if side.asks and side.state is SourceState.HELD:
+            yield self._take("asks the store again", side._replace(asks=False), SourceEvent.ASK_AGAIN)
+        if side.state is SourceState.HELD:
+            for event, guard in (
+                (SourceEvent.RESOLVE_RUN_HERE, Guard.NOT_ELSEWHERE),
+                (SourceEvent.RESOLVE_DISCARD, Guard.ELSEWHERE),
+            ):
+                told = side._replace(told_no=False)
+                yield self._take("is resolved", told, event, fault=True)._replace(guard=guard)
         if side.state is SourceState.RUNNING:
             yield self._take("stops the guest", side, SourceEvent.STOP)
         if side.fresh:
             yield self._take("finds the link lost", side, SourceEvent.LINK_LOST)
             if side.state is not SourceState.RUNNING:
                 yield self._take("passes its deadline", side, SourceEvent.DEADLINE)
-        yield self._take("has a fault", side, SourceEvent.FAULT, fault=True)
-        yield self._take("is cancelled", side, SourceEvent.CANCEL, fault=True)
+        if not self._model.calm:
+            yield self._take("has a fault", side, SourceEvent.FAULT, fault=True)
+            yield self._take("is cancelled", side, SourceEvent.CANCEL, fault=True)
         if side.state is SourceState.COMMITTED:
             for event, guard in (
                 (SourceEvent.RESOLVE_RUN_HERE, Guard.DISCARDED_THERE),
                 (SourceEvent.RESOLVE_DISCARD, Guard.RUNS_THERE),
             ):
-                yield self._take("is resolved", side, event, fault=True)._replace(guard=guard)
+                told = side._replace(told_no=False)
+                yield self._take("is resolved", told, event, fault=True)._replace(guard=guard)
         for message, events in SOURCE_HEARS.items():
             for epoch in set(self._model.epochs):
                 if self._model.counts(self._model.epoch(side.attempt), epoch):
@@ -157,9 +188,10 @@ class Source:
         after = self._after(side._replace(**way.changes), one.memory)
         # A step that fails is the only way to an event that no row before it asked for.
         row = None if one.state is side.state else _ROW_OF_FAILURE.get((side.state, one.state))
-        return Move(
-            label + way.note, after, sends=way.sends, fault=way.fault, wrong=way.wrong, breaks=way.breaks, row=row
-        )
+        if row is not None and label in _ABOUT_OWNERSHIP:
+            lost = way.outcome.result is Result.REFUSED
+            row = (side.state, SourceEvent.OWNERSHIP_LOST if lost else SourceEvent.OWNERSHIP_UNKNOWN)
+        return _moved(label, after, way, row)
 
     def _after(self, side: SourceSide, memory: Memory[SourceState]) -> SourceSide:
         sending = side.sending and memory.state is SourceState.STOPPED
@@ -185,7 +217,8 @@ class Source:
             case effects.WriteMark():
                 yield Done()
             case effects.ResumeGuest():
-                yield Done(changes={"guest": Guest.RUNS if side.guest is Guest.HALTED else side.guest})
+                breaks = NOT_THE_OWNER if side.told_no and side.guest is Guest.HALTED else ""
+                yield Done(changes={"guest": Guest.RUNS if side.guest is Guest.HALTED else side.guest}, breaks=breaks)
             case effects.RetireGuest():
                 yield Done(changes={"guest": Guest.NONE, "holds": False})
             case effects.SendCommit() | effects.AskOutcome():
@@ -194,11 +227,53 @@ class Source:
                 yield Done(sends=Message.COMMIT.bit(epoch), breaks=breaks)
             case effects.SendAbort():
                 yield Done(sends=Message.ABORT.bit(epoch))
+            case _:
+                yield from self._ask_store(self._model.fleet or Rules(), side, effect)
+
+    def _ask_store(self, rules: Rules, side: SourceSide, effect: effects.OwnershipEffect) -> Iterator[Done]:
+        match effect:
+            case effects.TransferOwnership():
+                yield Done(store=rules.transfer(side.attempt, yes=True), note=": yes")
+                refused = Outcome(Result.REFUSED)
+                yield Done(refused, {"told_no": True}, store=rules.transfer(side.attempt, yes=False), note=": no")
+                # It may have been carried out, be carried out later, or never.
+                sends = Message.TRANSFER.bit(side.attempt)
+                yield Done(failed(""), sends=sends, note=": no answer", fault=True)
+            case effects.ConfirmOwnership():
+                yield from _confirmed(rules, SOURCE_HOST, {"told_no": False}, {"told_no": True})
+            case effects.ReclaimOwnership():
+                yield Done(changes={"reclaims": True})
+            case effects.AskOwnership():
+                yield Done(changes={"asks": True})
 
 
+def _confirmed(rules: Rules, host: str, owned: dict[str, Any], lost: dict[str, Any]) -> Iterator[Done]:
+    """The answers that a restarted host gets of the store."""
+    yield Done(changes=owned, store=rules.confirm(host, yes=True), note=": yes")
+    yield Done(Outcome(Result.REFUSED), lost, store=rules.confirm(host, yes=False), note=": no")
+    yield Done(failed(""), note=": no answer", fault=True)
+    yield Done(failed(""), store=rules.confirm(host, yes=True), note=": carried out, no answer", fault=True)
+
+
+def _moved(label: str, after: SideT, way: Done, row: Row | None) -> Move:
+    return Move(
+        label + way.note,
+        after,
+        sends=way.sends,
+        fault=way.fault,
+        wrong=way.wrong,
+        breaks=way.breaks,
+        row=row,
+        store=way.store,
+    )
+
+
+_ABOUT_OWNERSHIP: Final = frozenset({"TransferOwnership", "ConfirmOwnership"})
 _ROW_OF_FAILURE: Final[dict[tuple[StrEnum, StrEnum], Row]] = {
     (SourceState.STOPPED, SourceState.ABORTED): (SourceState.STOPPED, SourceEvent.FAULT),
     (SourceState.COMMITTED, SourceState.ABORTED): (SourceState.COMMITTED, SourceEvent.JOURNAL_FAILED),
+    (SourceState.COMMITTED, SourceState.HELD): (SourceState.COMMITTED, SourceEvent.OWNERSHIP_LOST),
+    (SourceState.ABORTED, SourceState.HELD): (SourceState.ABORTED, SourceEvent.OWNERSHIP_LOST),
     (DestinationState.READY, DestinationState.DISCARDED): (DestinationState.READY, DestinationEvent.JOURNAL_FAILED),
     (DestinationState.COMMITTED, DestinationState.READY): (
         DestinationState.COMMITTED,
@@ -227,19 +302,29 @@ class Destination:
 
     def moves(self, side: DestinationSide) -> Iterator[Move]:
         """Everything that can happen next on the destination."""
-        if side.guest in ALIVE:
+        if side.guest in ALIVE and not self._model.calm:
             yield Move("the VMM dies", side._replace(guest=Guest.DEAD, holds=False), fault=True)
+        if side.down:
+            yield self._take("the daemon restarts", side._replace(down=False), DestinationEvent.RESTART)
+            return
         if side.attempt:
             state = self._model.destination_state_of(side.journal)
-            restarted = side._replace(memory=_at_rest(state), fresh=False)
-            yield self._take("the daemon dies and restarts", restarted, DestinationEvent.RESTART, fault=True)
+            died = side._replace(memory=_at_rest(state), fresh=False)
+            if self._model.fleet is None:
+                yield self._take("the daemon dies and restarts", died, DestinationEvent.RESTART, fault=True)
+            else:
+                yield Move("the daemon dies", died._replace(down=True), fault=True)
         if (effect := self._model.destination_at(side.memory).effect) is not None:
-            yield from (self._done(side, _name(effect), way) for way in self._carry_out(side, effect))
+            for way in self._carry_out(side, effect):
+                if not (self._model.calm and (way is NOT_WRITTEN or way.note in SILENT)):
+                    yield self._done(side, _name(effect), way)
             return
         for attempt in range(side.attempt + 1, len(self._model.epochs) + 1):
             yield from self._hello(side, attempt)
         if side.attempt:
             yield from self._events(side)
+            if self._model.fleet is not None:
+                yield from _tells_store(self._model.fleet, side)
 
     def _hello(self, side: DestinationSide, attempt: int) -> Iterator[Move]:
         needs = Message.HELLO.bit(attempt)
@@ -267,8 +352,9 @@ class Destination:
             yield self._take("passes its limit", side, DestinationEvent.LIMIT)
         if side.state is not DestinationState.LOADING:
             yield self._take("waited long enough", side, DestinationEvent.READY_TIMEOUT)
-        yield self._take("has a fault", side, DestinationEvent.FAULT, fault=True)
-        yield self._take("is cancelled", side, DestinationEvent.CANCEL, fault=True)
+        if not self._model.calm:
+            yield self._take("has a fault", side, DestinationEvent.FAULT, fault=True)
+            yield self._take("is cancelled", side, DestinationEvent.CANCEL, fault=True)
         for message, event in DESTINATION_HEARS.items():
             for epoch in set(self._model.epochs):
                 if self._model.counts(self._model.epoch(side.attempt), epoch):
@@ -291,9 +377,7 @@ class Destination:
             return Move(label + way.note, side, wrong=f"{ILLEGAL}: {error}")
         after = side._replace(**way.changes, memory=one.memory)
         row = None if one.state is side.state else _ROW_OF_FAILURE.get((side.state, one.state))
-        return Move(
-            label + way.note, after, sends=way.sends, fault=way.fault, wrong=way.wrong, breaks=way.breaks, row=row
-        )
+        return _moved(label, after, way, row)
 
     def _carry_out(self, side: DestinationSide, effect: effects.DestinationEffect) -> Iterator[Done]:
         epoch = self._model.epoch(side.attempt)
@@ -334,6 +418,8 @@ class Destination:
                 yield Done(sends=Message.DISCARDED.bit(epoch), breaks=_told(Decision.DISCARD, side.journal))
             case effects.SendOpen():
                 yield Done()
+            case effects.ConfirmOwnership():
+                yield from _confirmed(self._model.fleet or Rules(), DESTINATION_HOST, {}, {})
 
     def _whether_it_ran(self, side: DestinationSide) -> Result:
         """The moves by what the marks say once the process is gone."""
@@ -341,6 +427,16 @@ class Destination:
             return self._model.presumes
         ran = side.marked if self._model.marks is Marks.DAEMON else side.ran
         return Result.RUNS if ran else Result.NEVER_RAN
+
+
+def _tells_store(rules: Rules, side: DestinationSide) -> Iterator[Move]:
+    """What the destination tells the store of its own accord, also late: that the guest runs here, and that those of
+    earlier attempts were discarded."""
+    if side.guest is Guest.RUNS:
+        yield Move("settles", side, store=rules.settle(side.attempt))
+    discarded = side.state is DestinationState.DISCARDED and Decision.DISCARD in side.journal
+    for attempt in range(1, side.attempt + discarded):
+        yield Move(f"gives the guest of attempt {attempt} back", side, store=rules.give_back(attempt))
 
 
 def _resume(side: DestinationSide) -> Iterator[Done]:

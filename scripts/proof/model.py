@@ -32,12 +32,14 @@ from protocol.handover import (
     destination_state_of,
     source_state_of,
 )
+from scripts.proof.store import Rules, StoreStep
 
 MAX_ATTEMPTS: Final = 3
 
 ILLEGAL: Final = "a legal peer caused an illegal event"
 INCOMPLETE: Final = "I4: the destination runs an incomplete guest"
 NOT_JOURNALED: Final = "I5: a decision is told that the journal does not hold"
+NOT_THE_OWNER: Final = "O1: the source runs a guest of which the fleet's store said that it is not its own"
 LOCK_KEPT: Final = "I8: COMMIT is told while the source keeps the ownership lock: the destination would stay stopped"
 
 
@@ -52,6 +54,8 @@ class Message(IntEnum):
     ABORT = 5
     RUNNING = 6
     DISCARDED = 7
+    TRANSFER = 8
+    """To the fleet's store: make the destination the owner."""
 
     def bit(self, number: int) -> int:
         """The bit of this message for attempt or epoch ``number``."""
@@ -101,6 +105,9 @@ class SourceSide(NamedTuple):
         fresh: the daemon has not restarted since the attempt began, so its connection and its timers exist.
         sending: the guest is stopped and its last state is not sent yet.
         holds: the guest's process holds the ownership lock.
+        down: the daemon is dead and not restarted yet; only in a fleet, where others act on it.
+        told_no: the fleet's store said that the guest is not this host's.
+        reclaims, asks: what the daemon still has to tell the store, and to ask it.
     """
 
     attempt: int
@@ -110,6 +117,10 @@ class SourceSide(NamedTuple):
     fresh: bool
     sending: bool
     holds: bool
+    down: bool = False
+    told_no: bool = False
+    reclaims: bool = False
+    asks: bool = False
 
     @property
     def state(self) -> SourceState:
@@ -123,6 +134,7 @@ class DestinationSide(NamedTuple):
     Attributes:
         ran: the guest has run here.
         marked: the daemon's mark says that it did.
+        down: the daemon is dead and not restarted yet; only in a fleet.
     """
 
     attempt: int
@@ -133,6 +145,7 @@ class DestinationSide(NamedTuple):
     ran: bool
     marked: bool
     holds: bool
+    down: bool = False
 
     @property
     def state(self) -> DestinationState:
@@ -144,11 +157,13 @@ SideT: TypeAlias = SourceSide | DestinationSide
 
 
 class Guard(IntEnum):
-    """A condition on the destination for a move of the source, which an operator has made sure of."""
+    """A condition on others for a move of the source, which an operator has made sure of."""
 
     NONE = 0
     RUNS_THERE = 1
     DISCARDED_THERE = 2
+    NOT_ELSEWHERE = 3
+    ELSEWHERE = 4
 
 
 class Move(NamedTuple):
@@ -156,7 +171,8 @@ class Move(NamedTuple):
 
     ``needs`` is the message that it takes (0: none), ``sends`` what it adds to the network. ``fault`` marks what no
     progress may depend on: crashes, failures, the operator and the retry. ``wrong`` says why a daemon would refuse the
-    step, ``breaks`` names a rule that it breaks by itself. ``row`` is the table's row that decided it.
+    step, ``breaks`` names a rule that it breaks by itself. ``row`` is the table's row that decided it. ``store`` is
+    what it does to the fleet's store: the move can be made only where that is possible.
     """
 
     label: str
@@ -168,6 +184,7 @@ class Move(NamedTuple):
     wrong: str = ""
     breaks: str = ""
     row: Row | None = None
+    store: StoreStep | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +198,9 @@ class Model:
         epochs: the epoch of each attempt, at most MAX_ATTEMPTS of them.
         marks: what a daemon that finds no VMM goes by.
         presumes: what it goes by without marks.
+        fleet: the rules of ownership in a fleet's store; None without one.
+        calm: journals can be written, VMMs live and answer, and nobody cancels: what is explored without a fleet is
+            left out.
     """
 
     source: SourceTable = field(default_factory=lambda: SOURCE)
@@ -196,6 +216,8 @@ class Model:
     epochs: tuple[int, ...] = (1, 2)
     marks: Marks = Marks.VMM
     presumes: Result = Result.NEVER_RAN
+    fleet: Rules | None = None
+    calm: bool = False
 
     def epoch(self, attempt: int) -> int:
         """The epoch that messages of this attempt name."""
@@ -210,12 +232,12 @@ class Model:
 
     def source_at(self, memory: Memory[SourceState]) -> SourceExecutor:
         """The source's executor where it was."""
-        one = self.source_executor(locks=True, table=self.source)
+        one = self.source_executor(locks=True, fleet=self.fleet is not None, table=self.source)
         one.recall(memory)
         return one
 
     def destination_at(self, memory: Memory[DestinationState]) -> DestinationExecutor:
         """The destination's executor where it was."""
-        one = self.destination_executor(locks=True, table=self.destination)
+        one = self.destination_executor(locks=True, fleet=self.fleet is not None, table=self.destination)
         one.recall(memory)
         return one
