@@ -62,3 +62,8 @@ class Environment:
 def host_name(config: Config) -> str:
     """Name of this daemon for its peer and in records."""
     return f"{socket.gethostname()} ({config.control.socket})"
+
+
+def fleet_name(config: Config) -> str:
+    """Name of this host in its fleet."""
+    return config.fleet.name or socket.gethostname()

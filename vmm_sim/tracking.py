@@ -5,7 +5,8 @@
     logged         shared memory with one byte per page that every write of :mod:`vmm_sim.memory` sets to 1. The
                    daemon clears a byte before it reads the page. (Bytes, since a bit needs an atomic OR.)
 
-Both start clean: what was written before the start is not reported.
+Both start clean: what was written before the start is not reported. Both report single pages: the first goes without
+huge pages while it lives, since the kernel would report the 512 pages of one when a single one is written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Final, Literal
 import numpy as np
 
 from migrated.kernel import pagemap, userfault
-from migrated.kernel.memory import lock_on_fault
+from migrated.kernel.memory import allow_huge_pages, huge_pages_allowed, lock_on_fault
 from vmm_sim.errors import VmmError
 from vmm_sim.memory import GuestMemory
 
@@ -46,19 +47,24 @@ class PagemapTracking:
         except OSError as error:
             raise KernelLacksError(f"userfaultfd cannot be opened: {error.strerror}") from error
         self.fd = -1
+        self._huge_pages = huge_pages_allowed()
         try:
+            allow_huge_pages(False)
             userfault.enable_write_tracking(self._uffd)
             userfault.register(self._uffd, memory.address, memory.bytes)
             self.fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             self.present_only = present_only and _lock_on_fault(memory)
+            for begin, end in pagemap.huge(self.fd, memory.address, memory.address + memory.bytes).tolist():
+                userfault.protect(self._uffd, begin, end - begin)
             _protect(self.fd, memory, present_only=self.present_only)
         except OSError as error:
             self.close()
             raise KernelLacksError(f"the kernel refuses asynchronous write protection: {error.strerror}") from error
 
     def close(self) -> None:
-        """Stop tracking: closing the userfaultfd lifts the protection."""
+        """Stop tracking: closing the userfaultfd lifts the protection. The kernel may put huge pages together again."""
         os.close(self._uffd)
+        allow_huge_pages(self._huge_pages)
         if self.fd >= 0:
             os.close(self.fd)
 

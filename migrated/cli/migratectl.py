@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +19,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from migrated.base.errors import DocumentError
+from migrated.cli.fleet import FLEET_COMMANDS, migrate_auto, watch_fleet
 from migrated.cli.options import (
     RATE,
     SIZE,
@@ -29,7 +28,15 @@ from migrated.cli.options import (
     parse_settings,
     qmp_parameters,
 )
-from migrated.cli.session import EXIT_FAILED, Session, default_socket, exit_status
+from migrated.cli.session import (
+    EXIT_FAILED,
+    Session,
+    default_socket,
+    exit_status,
+    json_option,
+    socket_option,
+    with_session,
+)
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
 from migrated.record.terms import FINISHED, HANDED_OVER, OUTCOMES
 
@@ -46,41 +53,6 @@ RISKS: Final = {
     False: "If the other host does not have the guest, this destroys the last copy of it. Discard it here only if "
     "you see it run on the other host.",
 }
-
-
-def _set_json(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.ensure_object(dict)["json"] = True
-
-
-def _set_socket(ctx: click.Context, _param: click.Parameter, value: Path | None) -> None:
-    if value is not None:
-        ctx.ensure_object(dict)["socket"] = value
-
-
-json_option = click.option(
-    "--json", is_flag=True, expose_value=False, callback=_set_json, help="One JSON document on standard output."
-)
-socket_option = click.option(
-    "--socket",
-    type=click.Path(path_type=Path),
-    expose_value=False,
-    callback=_set_socket,
-    metavar="PATH",
-    help="Control socket of the daemon [default: $MIGRATED_SOCKET, else /run/migrated/control.sock].",
-)
-
-
-def with_session(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command its session, and ``--json`` and ``--socket`` behind its name too."""
-
-    @click.pass_context
-    @functools.wraps(function)
-    def wrapped(ctx: click.Context, *args: Any, **kwargs: Any) -> None:
-        given = ctx.ensure_object(dict)
-        function(Session(given.get("socket") or default_socket(), bool(given.get("json"))), *args, **kwargs)
-
-    return json_option(socket_option(wrapped))
 
 
 def _ask_daemon(ctx: click.Context, command: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
@@ -275,15 +247,19 @@ def verify(session: Session, name: str) -> None:
 
 @main.command(cls=ParameterCommand)
 @guest_argument
-@click.argument("uri", metavar="tcp:HOST:PORT|unix:PATH")
+@click.argument("uri", metavar="tcp:HOST:PORT|unix:PATH|auto")
 @no_wait_option
 @with_session
 def migrate(session: Session, name: str, uri: str, no_wait: bool, **parameters: Any) -> None:
     """Migrate a running guest to the daemon at HOST:PORT, and wait for the outcome.
 
     A daemon on this host is reached by the socket that its configuration names ([listen] unix). Memory that is in a
-    file is handed over there, not copied.
+    file is handed over there, not copied. With auto in the place of the address, the fleet chooses the host, and the
+    guest may be on any.
     """
+    if uri == "auto":
+        migrate_auto(session, name, qmp_parameters(parameters), no_wait)
+        return
     _migrate(session, name, "migrate", {"guest": name, "uri": uri, **qmp_parameters(parameters)}, no_wait)
 
 
@@ -376,9 +352,13 @@ def status(session: Session, name: str | None) -> None:
 @main.command()
 @optional_guest
 @click.option("--follow", is_flag=True, help="Go on when all migrations have ended.")
+@click.option("--fleet", is_flag=True, help="The hosts of the fleet and its jobs instead, until interrupted.")
 @with_session
-def watch(session: Session, name: str | None, follow: bool) -> None:
+def watch(session: Session, name: str | None, follow: bool, fleet: bool) -> None:
     """Watch migrations run: rounds, bandwidth, predicted downtime against its limit, why it has not switched yet."""
+    if fleet:
+        watch_fleet(session)
+        return
     from migrated.cli.watch import display
     from migrated.cli.watch import watch as watch_migrations
 
@@ -663,3 +643,7 @@ def _lists() -> Any:
     from migrated.cli import lists
 
     return lists
+
+
+for _command in FLEET_COMMANDS:
+    main.add_command(_command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import sys
@@ -133,3 +134,41 @@ def console(*, stderr: bool = False) -> Console:
 
 def _clean(text: str) -> str:
     return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
+
+
+# Section: every command
+
+
+def _set_json(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(dict)["json"] = True
+
+
+def _set_socket(ctx: click.Context, _param: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        ctx.ensure_object(dict)["socket"] = value
+
+
+json_option = click.option(
+    "--json", is_flag=True, expose_value=False, callback=_set_json, help="One JSON document on standard output."
+)
+socket_option = click.option(
+    "--socket",
+    type=click.Path(path_type=Path),
+    expose_value=False,
+    callback=_set_socket,
+    metavar="PATH",
+    help="Control socket of the daemon [default: $MIGRATED_SOCKET, else /run/migrated/control.sock].",
+)
+
+
+def with_session(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command its session, and ``--json`` and ``--socket`` behind its name too."""
+
+    @click.pass_context
+    @functools.wraps(function)
+    def wrapped(ctx: click.Context, *args: Any, **kwargs: Any) -> None:
+        given = ctx.ensure_object(dict)
+        function(Session(given.get("socket") or default_socket(), bool(given.get("json"))), *args, **kwargs)
+
+    return json_option(socket_option(wrapped))

@@ -4,14 +4,14 @@ long because every command has its row here, with its handler above it."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 
 from migrated.base.errors import DocumentError
 from migrated.control import qemu
+from migrated.control.command import Arguments, Command
+from migrated.control.fleet_commands import FLEET_COMMANDS
 from migrated.control.operations import EVENTS_LOST, AdoptSpec, GuestSpec, OperationError, Operations
 from migrated.control.schema import (
     PARAMETER_ARGUMENTS,
@@ -26,42 +26,10 @@ from migrated.record.terms import FINISHED, OUTCOMES
 from migrated.state.history import HistoryQuery, RecordNotFoundError
 from migrated.vmm.seam import Replacement
 
-Arguments = Mapping[str, Any]
-Handler = Callable[[Operations, Arguments], Awaitable[Any]]
 Spec = TypeVar("Spec", GuestSpec, AdoptSpec)
 
 MAX_HISTORY: Final = 1000
 """Records in one reply; more would keep the event loop busy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One command.
-
-    ``changes``: for operators only, and who called is logged. ``oob``: may be executed out of band. ``waits``: ends
-    with its client, as nothing hangs on it. ``large``: its result is encoded in a thread, as that may take longer than
-    the event loop can spare.
-    """
-
-    name: str
-    doc: str
-    returns: str
-    arguments: tuple[Argument, ...]
-    run: Handler
-    changes: bool = False
-    oob: bool = False
-    waits: bool = False
-    large: bool = False
-
-    def document(self) -> dict[str, Any]:
-        """For ``x-migrated-schema``."""
-        return {
-            "name": self.name,
-            "doc": self.doc,
-            "returns": self.returns,
-            "allow-oob": self.oob,
-            "arguments": [argument.document() for argument in self.arguments],
-        }
 
 
 GUEST: Final = Argument("guest", "string", "Name of the guest; may be left out where only one exists.")
@@ -558,7 +526,7 @@ _TABLE: Final = (
     Command("x-migrated-metrics", "All metrics in Prometheus' text form.", "An object with 'text'.", (), _metrics),
 )
 
-COMMANDS: Final[dict[str, Command]] = {command.name: command for command in _TABLE}
+COMMANDS: Final[dict[str, Command]] = {command.name: command for command in (*_TABLE, *FLEET_COMMANDS)}
 """Every command but ``qmp_capabilities``, which belongs to the connection."""
 
 EVENTS: Final[dict[str, str]] = {
@@ -569,6 +537,9 @@ EVENTS: Final[dict[str, str]] = {
     "RESUME": "The vCPUs of a guest run: 'guest'.",
     "X_MIGRATED_IN_DOUBT": "COMMIT was sent and nobody answers: 'guest', 'migration-id', 'reason'.",
     "X_MIGRATED_GUEST_GONE": "The VMM of a guest ended: 'guest', 'pid'.",
+    "X_MIGRATED_FLEET_JOB": "A job of the fleet changed its phase: 'job', 'phase', 'reason'.",
+    "X_MIGRATED_FLEET_STEP": "A guest of a job of the fleet came further: 'job', 'guest', 'state', 'source', "
+    "'destination', 'reason'.",
     EVENTS_LOST: "This client read too slowly and lost 'count' events.",
 }
 """Every event that the daemon sends."""

@@ -95,6 +95,28 @@ class AdoptSpec(BaseModel):
     """The socket of its guest agent, which sets the guest's clock when it has moved here."""
 
 
+class JobRequest(BaseModel):
+    """What an operator asks of a fleet: guests to be moved away from a host.
+
+    Attributes:
+        host: the host to empty; empty where one guest is meant, wherever it is.
+        to: hosts to go to; any when empty.
+        max_parallel: migrations at once, 0 for as many as the hosts allow.
+        downtime_limit_ns: an upper limit for all; None for each guest's own.
+        deadline_ns: no migration begins later than this; 0 for no deadline.
+        dry_run: only plan.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: GuestName | Literal[""] = ""
+    to: tuple[GuestName, ...] = ()
+    max_parallel: int = Field(default=0, ge=0, le=256)
+    downtime_limit_ns: int | None = Field(default=None, ge=0, lt=1 << 62)
+    deadline_ns: int = Field(default=0, ge=0, lt=1 << 62)
+    dry_run: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One event as QMP sends it; the timestamp is the host's wall clock when it was published."""
@@ -224,6 +246,44 @@ def _stamped(name: str, data: dict[str, Any]) -> Event:
     return Event(name, data, seconds, nanoseconds // 1000)
 
 
+class FleetOperations(Protocol):
+    """The fleet of the daemon as the control socket sees it. Every method raises OperationError when it does not do
+    its work. Hosts and jobs are plain JSON values (docs/fleet.md)."""
+
+    async def hosts(self) -> list[dict[str, Any]]:
+        """All hosts: ``name``, ``lease``, ``cordoned``, ``fenced``, ``problems`` (sentences), and what each says."""
+
+    async def jobs(self, job: str | None) -> list[dict[str, Any]]:
+        """All jobs with their guests, newest first; or one, by a unique beginning of its id."""
+
+    async def wait(self, job: str) -> dict[str, Any]:
+        """A job once it is over."""
+
+    async def evacuate(self, request: JobRequest) -> dict[str, Any]:
+        """Begin to empty a host: ``job``, ``guests``. A dry run returns the plan instead."""
+
+    async def migrate(self, guest: str, request: JobRequest) -> dict[str, Any]:
+        """Begin to move one guest, from wherever it is to whichever host fits best: ``job``, ``guests``."""
+
+    async def cancel(self, job: str) -> dict[str, Any]:
+        """Begin no more migrations of a job, and cancel those that run."""
+
+    async def resume(self, job: str) -> dict[str, Any]:
+        """Try every guest of a job again that has not moved."""
+
+    async def cordon(self, host: str, reason: str) -> dict[str, Any]:
+        """Let a host take no guests in."""
+
+    async def uncordon(self, host: str) -> dict[str, Any]:
+        """Let a host take guests in again."""
+
+    async def fence(self, host: str, reason: str) -> dict[str, Any]:
+        """Write down somebody's word that a host surely runs nothing: its guests may be started elsewhere."""
+
+    async def unfence(self, host: str) -> dict[str, Any]:
+        """Take a host's fence away."""
+
+
 class Operations(Protocol):
     """The daemon as the control socket sees it. Every method raises OperationError when it does not do its work.
 
@@ -234,6 +294,10 @@ class Operations(Protocol):
     """
 
     events: EventBus
+
+    @property
+    def fleet(self) -> FleetOperations | None:
+        """The fleet of this host, None when it stands alone."""
 
     async def guest_create(self, spec: GuestSpec) -> dict[str, Any]:
         """Start a guest and wait until its VMM answers."""

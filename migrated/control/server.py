@@ -25,7 +25,8 @@ from typing import Any, Final, Literal
 import structlog
 
 from migrated.control.access import Access, Peer, Right, peer_of
-from migrated.control.commands import COMMANDS, Command, version_document
+from migrated.control.command import Command
+from migrated.control.commands import COMMANDS, version_document
 from migrated.control.framing import JsonSplitter, Malformed, RequestTooLargeError, encode, parse
 from migrated.control.operations import ErrorKind, OperationError, Operations
 from migrated.control.schema import check_arguments

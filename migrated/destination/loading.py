@@ -95,6 +95,7 @@ class Loading:
         """The guest's time arrived."""
         if not self._time.done():
             self._time.set_result((arrived, offset))
+            self._arrived.set()
 
     def all_arrived(self, states: int) -> None:
         """Every page of the final state is in place and ``states`` device states were sent in all."""
@@ -111,6 +112,9 @@ class Loading:
         expected: int | None = None
         while expected is None or self.done.states < expected:
             state = self._states.pop(self.done.states, None)
+            if state is None and self._time.done() and self._vmm.time is not None and self.done.time is None:
+                await self._import_time()  # while states are on their way
+                continue
             if state is None:
                 if self._complete.done():
                     expected = self._complete.result()

@@ -41,6 +41,7 @@ from migrated.link.sockets import Connection
 from migrated.observe.progress import Progress
 from migrated.record.model import Record
 from migrated.record.received import read_received
+from migrated.vmm.handed_over import HandedOverMemory
 from migrated.vmm.memory import GuestMemory
 from migrated.vmm.seam import ExpectedCosts
 from protocol import messages
@@ -81,6 +82,11 @@ class Equipment:
     takeover: Takeover
     welcome: messages.Welcome
     costs: ExpectedCosts
+
+    @property
+    def shared(self) -> bool:
+        """Whether the memory is handed over, so that no page comes."""
+        return isinstance(self.memory, HandedOverMemory)
 
 
 class IncomingMigration:
@@ -287,6 +293,8 @@ class IncomingMigration:
                     self._hear_downtime(downtime, received)
             case messages.TimeData() as data:
                 self._hear_time(data, received)
+            case messages.DeviceState() as meta if self._equipment.shared:
+                self._hear_state(meta, received.payload)
             case messages.StateEnd(epoch=epoch) as end:
                 if check_epoch(takeover.epoch, epoch):
                     self._hear_end(end, received)
@@ -342,6 +350,14 @@ class IncomingMigration:
             raise RemoteProtocolError("time data answers no ask of ours", ErrorCode.TIME)
         arrived = ArrivedTime(data, asked_at_ns, received.read_at_hrtime_ns)
         self._equipment.loading.add_time(arrived, self._control.offset())
+
+    def _hear_state(self, meta: messages.DeviceState, payload: bytes) -> None:
+        """Take a device state that came beside the data channels."""
+        states = self._equipment.receiver.states
+        state, view = states.place(meta, len(payload))
+        view[:] = payload
+        if states.piece_done(state, len(payload)):
+            self._equipment.loading.add_state(state)
 
     def _late(self, vote: Vote) -> None:
         self._break(vote.event, vote.cause, vote.reason)

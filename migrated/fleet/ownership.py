@@ -110,6 +110,11 @@ def refusal_of(answer: Answer, guest: str, by: str) -> str:
 class Keeper(Protocol):
     """What the hand-over needs of the fleet: the effects of ``protocol.effects`` that concern ownership."""
 
+    async def begin(self, guest: str, uri: str, migration_id: str) -> str | None:
+        """Write anew that this host owns the guest, before an attempt to move it to ``uri`` begins. Returns why it
+        cannot begin, a sentence; None when it can."""
+        ...
+
     async def transfer(self, guest: str, migration_id: str, within_ns: int) -> Outcome:
         """Make the destination of a migration that has begun the owner: DONE, REFUSED, or FAILED when no yes came
         within the time."""

@@ -10,7 +10,7 @@ Keys are text, values are bytes. Every change of the store has a revision above 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 
@@ -186,7 +186,7 @@ class Store(Protocol):
         """End a lease and delete its keys; without effect when it has ended."""
         ...
 
-    def watch(self, prefix: str, revision: int) -> AsyncIterator[tuple[Change, ...]]:
+    def watch(self, prefix: str, revision: int) -> AsyncGenerator[tuple[Change, ...], None]:
         """Changes of keys that begin with ``prefix``, from ``revision`` on, those of one revision never apart.
 
         The iterator ends with NoAnswerError when the connection is lost; whoever watches goes on from the last

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from migrated.fleet.changes import change_job, change_step, create_steps
-from migrated.fleet.jobs import ACTIVE, FINAL, JobEvent, StepEvent, failure, is_over
+from migrated.fleet.jobs import ACTIVE, FINAL, JobEvent, StepEvent, failure, is_over, job_after
 from migrated.fleet.mirror import Mirror, link_of
 from migrated.fleet.model import HostDocument, JobPhase, JobSpec, JobStep, StepState
 from migrated.fleet.placement import group_at, possible_hosts
@@ -129,7 +129,8 @@ def _next_of_step(mirror: Mirror, spec: JobSpec, step: JobStep, now_utc_ns: int,
     if chosen is None:
         return Wait(None)
     host, bytes_per_s = chosen
-    return work(StepEvent.RESERVE, destination=host.name, bytes_per_s=bytes_per_s)
+    memory_bytes = mirror.guests[step.guest].memory_bytes  # it may not have been known when the step was planned
+    return work(StepEvent.RESERVE, destination=host.name, bytes_per_s=bytes_per_s, memory_bytes=memory_bytes)
 
 
 def _late(step: JobStep) -> str:
@@ -250,9 +251,15 @@ def ended(
 
 
 def resume_steps(mirror: Mirror, job: str, now_utc_ns: int) -> Iterator[Work]:
-    """What ``--resume`` writes: the job runs again, and every guest that did not move is tried anew."""
-    yield Work("resume the job", change_job(mirror, job, JobEvent.RESUME, now_utc_ns))
+    """What ``--resume`` writes: every guest that did not move is tried anew, and then the job runs again; before that
+    its worker would find all steps final and end it.
+
+    Raises:
+        JobError: the job does not allow it; nothing was written.
+    """
+    job_after(mirror.states[job], JobEvent.RESUME, now_utc_ns)
     for step in list(mirror.steps[job].values()):
         if step.state in (StepState.FAILED, StepState.CANCELLED):
             change = change_step(mirror, job, step.guest, StepEvent.RESUME, now_utc_ns, by_worker=False)
             yield Work(f"{step.guest}: resume", change)
+    yield Work("resume the job", change_job(mirror, job, JobEvent.RESUME, now_utc_ns))

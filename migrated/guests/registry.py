@@ -200,6 +200,10 @@ class GuestRegistry:
             self._forget(guest)
             await guest.vmm.close()
 
+    def driver_names(self) -> list[str]:
+        """Names of the drivers whose guests this host can run."""
+        return sorted(self._drivers)
+
     def names(self) -> list[str]:
         """Names of all guests."""
         return sorted({guest.name for guest in self._guests.values()})

@@ -141,6 +141,11 @@ class IncomingAttempts:
         if (incoming := self._running.get(migration_id)) is not None:
             await incoming.ended.wait()
 
+    @property
+    def under_way(self) -> int:
+        """How many guests are being taken in."""
+        return len(self._offered) + len(self._running)
+
     def knows(self, guest: str) -> bool:
         """Whether a guest of this name was taken in, or was to be, since the daemon's start."""
         return guest in self._last
@@ -178,7 +183,7 @@ class IncomingAttempts:
         hello, origin = offer.hello, offer.origin
         if self._role == "source":
             return Refusal(ErrorCode.BUSY, "this daemon is a source only and takes no guests in", "role")
-        under_way = len(self._offered) + len(self._running)
+        under_way = self.under_way
         if under_way >= self._env.config.limits.max_incoming:
             return Refusal(
                 ErrorCode.BUSY,

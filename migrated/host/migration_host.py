@@ -9,15 +9,18 @@ the listener hands new connections to it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
 
 from migrated.base.clock import HostClock
 from migrated.base.tasks import TaskSet
-from migrated.control.operations import AdoptSpec, EventBus, GuestSpec, OperationError
+from migrated.control.operations import AdoptSpec, EventBus, FleetOperations, GuestSpec, OperationError
 from migrated.environment import DaemonRole, Environment, host_name
 from migrated.guests.registry import Guest, GuestRegistry
 from migrated.host.commands import target_of
+from migrated.host.fleet_side import FleetSide
 from migrated.host.guests import GuestCommands
 from migrated.host.incoming import IncomingAttempts
 from migrated.host.outgoing import OutgoingAttempts
@@ -29,7 +32,8 @@ from migrated.link.sockets import Connection
 from migrated.observe.logs import LogCollector
 from migrated.observe.metrics import Metrics
 from migrated.observe.progress import Progress
-from migrated.settings.config import Config
+from migrated.record.model import Record
+from migrated.settings.config import Address, Config
 from migrated.settings.parameters import MigrationParameters
 from migrated.source.target import target_here
 from migrated.state.history import History, HistoryQuery
@@ -40,6 +44,9 @@ from migrated.vmm.drivers import load_drivers
 from migrated.vmm.seam import Replacement
 from protocol.messages import Message
 from protocol.versions import MAJOR, MINOR
+
+if TYPE_CHECKING:
+    from migrated.member.member import FleetMember
 
 _STOP_S = 5.0
 _VERSION = importlib.metadata.version("migrated")  # once: it reads files, for which there may be no descriptor later
@@ -90,14 +97,32 @@ class MigrationHost:
         self._outgoing = OutgoingAttempts(self._env, self._tasks)
         self._incoming = IncomingAttempts(self._env, role, self._recovery, self._tasks, self.metrics.offer_refused)
         self._own = OwnConnections(self._incoming, self._tasks)
+        self._fleet = self._join() if config.fleet.endpoints else None
         self._env.guests.on_gone = self._guest_gone
         self._env.guests.on_settled = self._recovery.guest_settled
+
+    def _join(self) -> FleetMember:
+        """Make this host a member of its fleet."""
+        from migrated.member.member import FleetMember  # only here: it brings an HTTP library into memory
+
+        side = FleetSide(self._env, self._role, self._guests, self._outgoing, self._incoming, self._records)
+        member = FleetMember(self._env, side, self.metrics.count_fleet)
+
+        def finished(record: Record) -> None:
+            side.finished(record)
+            member.look_again()
+
+        self._records.on_finished = finished
+        self._env.keeper = member.owners
+        return member
 
     # Section: life
 
     async def start(self) -> None:
         """Find the guests that run, and finish or undo the attempts that the last daemon left open."""
         await self._env.guests.open()
+        if self._fleet is not None:
+            self._fleet.start()
         await self._recovery.start()
 
     async def stop(self) -> None:
@@ -108,6 +133,8 @@ class MigrationHost:
             await asyncio.wait({asyncio.ensure_future(m.decided.wait()) for m in ending}, timeout=_STOP_S)
         for migration in ending:
             await migration.close()
+        if self._fleet is not None:
+            await self._fleet.stop()
         await self._recovery.close()
         await self._tasks.stop()
         await self._env.guests.close()
@@ -121,6 +148,11 @@ class MigrationHost:
         """Take a new connection by its first message (``link.listener.Handler``)."""
         await self._incoming.connected(first, connection)
 
+    def listening(self, address: Address | None) -> None:
+        """Other hosts can connect now; None where this host takes no guests in."""
+        if self._fleet is not None:
+            self._fleet.listening(address)
+
     def set_defaults(self, parameters: MigrationParameters) -> None:
         """Set the parameters for guests without their own, after a reload of the configuration."""
         self._outgoing.set_defaults(parameters)
@@ -131,14 +163,38 @@ class MigrationHost:
     async def quit(self) -> None:
         self.stopping.set()
 
+    @property
+    def fleet(self) -> FleetOperations | None:
+        return None if self._fleet is None else self._fleet.operator
+
     def _guest_gone(self, guest: Guest) -> None:
         self.events.publish("X_MIGRATED_GUEST_GONE", {"guest": guest.name, "pid": guest.vmm.pid})
         (self._incoming if guest.overlay == "incoming" else self._outgoing).guest_gone(guest)
+        if self._fleet is not None:
+            self._fleet.look_again()
 
     # Section: guests
 
+    @contextlib.asynccontextmanager
+    async def _owned(self, name: str, *, expected: bool = False) -> AsyncIterator[None]:
+        """Own a new guest before it starts; not one that is expected here, whose source owns it."""
+        if self._fleet is None or expected:
+            yield
+            return
+        new = self._env.guests.find(name) is None
+        if new:
+            await self._fleet.owners.claim_new(name)
+        try:
+            yield
+        except BaseException:
+            if new:
+                self._fleet.owners.release(name)
+            raise
+        self._fleet.look_again()
+
     async def guest_create(self, spec: GuestSpec) -> dict[str, Any]:
-        return await self._guests.create(spec)
+        async with self._owned(spec.name):
+            return await self._guests.create(spec)
 
     def guest_names(self) -> list[str]:
         return self._guests.names()
@@ -158,10 +214,14 @@ class MigrationHost:
     async def guest_destroy(self, name: str) -> dict[str, Any]:
         destroyed = await self._guests.destroy(name)
         self._outgoing.forget_parameters(name)
+        if self._fleet is not None:
+            self._fleet.owners.release(name)
+            self._fleet.look_again()
         return destroyed
 
     async def guest_adopt(self, spec: AdoptSpec) -> dict[str, Any]:
-        return await self._guests.adopt(spec)
+        async with self._owned(spec.name, expected=spec.incoming):
+            return await self._guests.adopt(spec)
 
     async def guest_check(self, name: str) -> list[dict[str, Any]]:
         return await self._guests.check(name)

@@ -46,13 +46,19 @@ class OutgoingAttempts:
 
     # Section: attempts
 
-    async def begin(self, guest: Guest, target: Target, overrides: dict[str, object]) -> str:
-        """Begin to move an idle guest. Returns the migration id."""
+    async def begin(
+        self, guest: Guest, target: Target, overrides: dict[str, object], migration_id: str | None = None
+    ) -> str:
+        """Begin to move an idle guest. Returns the migration id, which is a new one unless it is given."""
         parameters = with_values(self.parameters(guest.name), overrides)
+        migration_id = migration_id or secrets.token_hex(16)
+        if (keeper := self._env.keeper) is not None:
+            refusal = await keeper.begin(guest.name, target.uri, migration_id)
+            if refusal is not None:
+                raise OperationError(refusal)
         status = await asked(guest.vmm.status())
         if guest.migration_id is not None:
             raise OperationError(f"guest {guest.name!r} is already being migrated (migration {guest.migration_id})")
-        migration_id = secrets.token_hex(16)
         epoch = self._env.journal.next_epoch(guest.name, status.epoch)
         reservation = Reservation(guest, migration_id)
         migration = OutgoingMigration(self._env, guest, reservation, target, parameters, migration_id, epoch)
@@ -137,6 +143,11 @@ class OutgoingAttempts:
         migration = self._running.get(guest.migration_id or "")
         if migration is not None:
             migration.guest_gone()
+
+    @property
+    def running(self) -> frozenset[str]:
+        """Ids of the attempts under way, those in doubt too."""
+        return frozenset(self._running)
 
     def knows(self, guest: str) -> bool:
         """Return whether an attempt to move a guest of this name was made since the daemon's start."""

@@ -1,6 +1,6 @@
 """Interfaces of the Linux kernel that the standard library does not offer, each as a few plain functions.
 
-    pagemap           PAGEMAP_SCAN: which pages of a process were written, or are present
+    pagemap           PAGEMAP_SCAN: which pages of a process were written, are present, or huge
     userfault         userfaultfd: asynchronous write protection of memory
     memory            madvise, fallocate, mmap at a fixed address, mlock on fault
     process_memory    process_vm_readv and process_vm_writev: memory of another process

@@ -60,7 +60,7 @@ class Inside:
         return True
 
     def call(self, name: str, *arguments: int) -> int:
-        """Make one system call of at most three arguments; returns its result, negative for an error number."""
+        """Make one system call of at most six arguments; returns its result, negative for an error number."""
         thread = self._thread
         registers = self._machine.with_call(
             self._registers, self._frame_address, self._sites, number_of(name), arguments
@@ -86,7 +86,21 @@ class Inside:
             self._thread.set_registers(NT_PRSTATUS, self._registers)
 
 
-def run_inside(pid: int, work: Callable[[Inside], T]) -> T:
+def find_sites(pid: int) -> CodeSites:
+    """Find what an injection into a process needs, ahead of one that must not take long. Blocks for milliseconds.
+
+    Raises:
+        InjectionError: nothing can be injected there; the sentence says why.
+    """
+    machine = _machine()
+    try:
+        with _memory_of(pid) as memory_fd:
+            return _code_sites(pid, machine, memory_fd)
+    except OSError as error:
+        raise InjectionError(why_not(pid, error)) from error
+
+
+def run_inside(pid: int, work: Callable[[Inside], T], sites: CodeSites | None = None) -> T:
     """Stop the main thread of a process, do some work with it, and let it run on. Blocks: call it off the event loop.
 
     If the process is our own child, nobody here may wait for its end meanwhile: a wait takes the stops away.
@@ -94,6 +108,7 @@ def run_inside(pid: int, work: Callable[[Inside], T]) -> T:
     Args:
         pid: of the process.
         work: called while the thread stands still; makes the system calls.
+        sites: what ``find_sites`` found in this process; None to look now.
 
     Raises:
         InjectionError: it cannot be done there; the sentence says why. The process runs on as before.
@@ -102,7 +117,7 @@ def run_inside(pid: int, work: Callable[[Inside], T]) -> T:
 
     def trace() -> None:
         try:
-            outcome.set_result(_trace(pid, work))
+            outcome.set_result(_trace(pid, work, sites))
         except BaseException as error:  # it is raised again where somebody waits for it
             outcome.set_exception(error)
 
@@ -112,15 +127,20 @@ def run_inside(pid: int, work: Callable[[Inside], T]) -> T:
     return outcome.result()
 
 
-def _trace(pid: int, work: Callable[[Inside], T]) -> T:
+def _machine() -> Machine:
     machine = MACHINES.get(MACHINE)
     if machine is None:
         raise InjectionError(
             f"system calls cannot be made inside other processes on {MACHINE}: only x86_64 and aarch64"
         )
+    return machine
+
+
+def _trace(pid: int, work: Callable[[Inside], T], known: CodeSites | None) -> T:
+    machine = _machine()
     try:
         with _memory_of(pid) as memory_fd:
-            sites = _code_sites(pid, machine, memory_fd)
+            sites = known or _code_sites(pid, machine, memory_fd)
             for _ in range(_ATTEMPTS):
                 results = _attempt(TracedThread(pid), machine, memory_fd, sites, work)
                 if results:

@@ -25,6 +25,8 @@ _MAP_SHARED: Final = 1
 _MAP_FIXED: Final = 0x10
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 _MLOCK_ONFAULT: Final = 1
+_PR_SET_THP_DISABLE: Final = 41
+_PR_GET_THP_DISABLE: Final = 42
 _SYS_MLOCK2: Final = {"x86_64": 325, "aarch64": 284}
 
 _M_MMAP_THRESHOLD: Final = -3
@@ -94,3 +96,19 @@ def lock_on_fault(address: int, size: int) -> bool:
     number = _SYS_MLOCK2[platform.machine()]
     refused: int = _libc.syscall(number, ctypes.c_void_p(address), ctypes.c_size_t(size), _MLOCK_ONFAULT)
     return not refused
+
+
+def huge_pages_allowed() -> bool:
+    """Whether this process may be given transparent huge pages, as far as it is up to the process."""
+    return not _libc.prctl(_PR_GET_THP_DISABLE, 0, 0, 0, 0)
+
+
+def allow_huge_pages(allowed: bool) -> None:
+    """Allow this process transparent huge pages or not, in all its memory. Those that it has stay mapped. Children
+    inherit it.
+
+    Raises:
+        OSError: the kernel cannot.
+    """
+    if _libc.prctl(_PR_SET_THP_DISABLE, int(not allowed), 0, 0, 0):
+        raise _error("cannot set whether this process has huge pages")

@@ -28,9 +28,11 @@ PAGE_IS_FILE: Final = 1 << 2
 PAGE_IS_PRESENT: Final = 1 << 3
 PAGE_IS_SWAPPED: Final = 1 << 4
 PAGE_IS_PFNZERO: Final = 1 << 5
+PAGE_IS_HUGE: Final = 1 << 6
 
 _ARGUMENT: Final = struct.Struct("=12Q")
 _WALK_END: Final = 4
+_HUGE_RANGES: Final = 1024
 _ENTRIES_AT_ONCE: Final = 1 << 16
 _ENTRY_HELD: Final = np.uint64(1 << 63 | 1 << 62)
 """Bits of an entry of pagemap: present, swapped."""
@@ -142,6 +144,16 @@ def _held_but(pagemap_fd: int, begin: int, end: int, vector: Vector, category: i
         if error.errno != errno.ENOTTY:
             raise
     return _held_by_entries(pagemap_fd, begin, end, entry_bit)
+
+
+def huge(pagemap_fd: int, begin: int, end: int) -> Ranges:
+    """The ranges of pages between two addresses that are mapped as huge pages of a file or of shared memory.
+
+    Raises:
+        OSError: as for ``scan``.
+    """
+    kinds = PAGE_IS_HUGE | PAGE_IS_FILE
+    return scan(pagemap_fd, begin, end, make_vector(_HUGE_RANGES), all_of=kinds, returned=PAGE_IS_HUGE)
 
 
 def _held_by_entries(pagemap_fd: int, begin: int, end: int, without: np.uint64) -> Ranges:

@@ -65,11 +65,14 @@ class Machine(ABC):
     def with_call(
         self, registers: bytes, frame_address: int, sites: CodeSites, number: int, arguments: tuple[int, ...]
     ) -> bytes:
-        """Registers that make a system call (of at most three arguments) and then return into the frame."""
+        """Registers that make a system call (of at most six arguments) and then return into the frame."""
 
     @abstractmethod
     def result(self, registers: bytes) -> int:
         """The result of a call at its exit: negative for an error number."""
+
+
+_NO_ARGUMENTS: Final = (0,) * 6
 
 
 def _signed(value: int) -> int:
@@ -92,6 +95,7 @@ class X86(Machine):
         "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rdi", "rsi", "rbp", "rbx", "rdx", "rax", "rcx", "rsp",
         "rip", "eflags",
     )  # fmt: skip
+    _ARGUMENTS = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
     _RED_ZONE = 128
     _FLAGS = 1 | 2 | 4  # UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS
     _XSTATE_WITHOUT_TILES = 2816
@@ -134,10 +138,8 @@ class X86(Machine):
         self, registers: bytes, frame_address: int, sites: CodeSites, number: int, arguments: tuple[int, ...]
     ) -> bytes:
         values = self._read(registers)
-        first, second, third = (*arguments, 0, 0, 0)[:3]
-        values.update(
-            rip=sites.syscall_return, rsp=frame_address, rax=number, rdi=first, rsi=second, rdx=third, orig_rax=_NO_CALL
-        )
+        values.update(zip(self._ARGUMENTS, (*arguments, *_NO_ARGUMENTS), strict=False))
+        values.update(rip=sites.syscall_return, rsp=frame_address, rax=number, orig_rax=_NO_CALL)
         return self._GENERAL.pack(*values.values())
 
     def result(self, registers: bytes) -> int:
@@ -178,7 +180,7 @@ class Arm(Machine):
         self, registers: bytes, frame_address: int, sites: CodeSites, number: int, arguments: tuple[int, ...]
     ) -> bytes:
         values = list(self._GENERAL.unpack(registers))
-        values[:3] = (*arguments, 0, 0, 0)[:3]
+        values[:6] = (*arguments, *_NO_ARGUMENTS)[:6]
         values[self._X8], values[self._LINK] = number, sites.sigreturn
         values[self._SP], values[self._PC] = frame_address, sites.syscall_return
         return self._GENERAL.pack(*values)

@@ -10,9 +10,9 @@ from typing import Final
 
 _NUMBERS: Final[Mapping[str, Mapping[str, int]]] = {
     # arch/x86/entry/syscalls/syscall_64.tbl
-    "x86_64": {"close": 3, "userfaultfd": 323, "pidfd_getfd": 438},
+    "x86_64": {"close": 3, "mmap": 9, "userfaultfd": 323, "pidfd_getfd": 438},
     # include/uapi/asm-generic/unistd.h
-    "aarch64": {"close": 57, "userfaultfd": 282, "pidfd_getfd": 438},
+    "aarch64": {"close": 57, "mmap": 222, "userfaultfd": 282, "pidfd_getfd": 438},
 }
 MACHINE: Final = platform.machine()
 

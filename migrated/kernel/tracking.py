@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
-from migrated.kernel import userfault
+from migrated.kernel import pagemap, userfault
 from migrated.kernel.errors import InjectionError, TrackingError
 from migrated.kernel.injection import Inside, run_inside, why_not
 from migrated.kernel.syscalls import take_descriptor
@@ -59,6 +59,25 @@ class WriteTracking:
                     raise TrackingError(f"{place} is not all mapped any more; has a device been unplugged?") from error
                 raise TrackingError(f"writes to {place} cannot be tracked: {error.strerror}") from error
             self._ranges.append((address, size))
+        self._track_small_pages(pid)
+
+    def _track_small_pages(self, pid: int) -> None:
+        """Protect each small page by itself where the process has huge pages of shared memory mapped. The whole range,
+        so that it is given no other huge pages while it is tracked."""
+        try:
+            entries = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise TrackingError(f"the page tables of process {pid} cannot be read: {error.strerror}") from error
+        try:
+            for address, size in self._ranges:
+                if len(pagemap.huge(entries, address, address + size)):
+                    userfault.protect(self._fd, address, size)
+        except OSError as error:
+            raise TrackingError(
+                f"huge pages of process {pid} cannot be tracked page by page ({error.strerror}); has it ended?"
+            ) from error
+        finally:
+            os.close(entries)
 
     def close(self) -> None:
         """End the tracking; a second call does nothing. Takes some milliseconds per GiB: call it off the event loop."""

@@ -40,6 +40,7 @@ _MESSAGES_PER_S: Final = 500.0
 _BYTES_AT_ONCE: Final = 16 << 20
 _BYTES_PER_S: Final = float(1 << 20)
 _FRAMES_AT_ONCE: Final = 16
+_WITH_PAYLOAD: Final = (messages.Report, messages.Record, messages.DeviceState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +300,7 @@ class ControlChannel:
                     "more was sent on the control channel than any migration needs", ErrorCode.TOO_LARGE
                 )
             message = messages.decode(frame.type, frame.meta)
-            if frame.payload and not isinstance(message, messages.Report | messages.Record):
+            if frame.payload and not isinstance(message, _WITH_PAYLOAD):
                 raise RemoteProtocolError(f"message {message.TYPE.name} has no payload", ErrorCode.TOO_LARGE)
             self._take(Received(message, frame.payload, read_at_hrtime_ns, read_at_ns))
             if count % _FRAMES_AT_ONCE == 0:

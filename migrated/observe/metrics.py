@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
@@ -111,6 +111,13 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        self._fleet = Gauge(
+            "migrated_fleet",
+            "Figures of the fleet as this host sees it: whether its store is reached (1), hosts with a lease, cordoned "
+            "and fenced hosts, guests with an owner, jobs that are not over, guests on their way.",
+            ("figure",),
+            registry=self.registry,
+        )
         self._certificate_end = Gauge(
             "migrated_certificate_expiry_timestamp_seconds",
             "When this host's certificate ends; 0 without TLS.",
@@ -159,6 +166,11 @@ class Metrics:
     def connections(self, count: int) -> None:
         """Set the number of open migration connections."""
         self._connections.set(count)
+
+    def count_fleet(self, figures: Mapping[str, int]) -> None:
+        """Take the figures of the fleet."""
+        for name, value in figures.items():
+            self._fleet.labels(name).set(value)
 
     def certificate(self, expires_at_s: float | None) -> None:
         """Set the end of this host's certificate (seconds since 1970), None without TLS."""

@@ -103,6 +103,7 @@ async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read
         if role != "source":
             await _listen(listener, config, inherited)
             undo(listener.stop)
+            host.listening(listener.address)
         stop_metrics = _serve_metrics(host, config)
         if stop_metrics is not None:
             undo(asyncio.to_thread, stop_metrics)

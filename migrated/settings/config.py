@@ -20,7 +20,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from migrated.settings.parameters import Bytes, MigrationParameters, Milliseconds, Seconds
+from migrated.settings.parameters import Bytes, BytesPerSecond, MigrationParameters, Milliseconds, Seconds
 
 ENV_PREFIX: Final = "MIGRATED_"
 MAX_SOCKET_PATH_BYTES: Final = 107
@@ -135,6 +135,7 @@ AddressText = Annotated[Address, BeforeValidator(_address)]
 Command = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_program)]
 NamePattern = Annotated[str, Field(pattern=r"^[^/\s]{1,255}$")]
 Rule = Annotated[str, Field(pattern=r"^[^/\s]{1,255}(/[^/\s]{1,64})?$")]
+EndpointUrl = Annotated[str, Field(pattern=r"^https?://[^/\s@]{1,255}/?$")]
 PositiveSeconds = Annotated[Seconds, Field(gt=0, le=1_000_000)]
 
 
@@ -320,6 +321,53 @@ class ClockConfig(Section):
     drift_ppm: int = Field(default=0, ge=-1000, le=1000)
 
 
+class FleetConfig(Section):
+    """``[fleet]``: the etcd cluster that many hosts share: membership, who owns a guest, evacuations. Without endpoints
+    this host stands alone, and nothing of that happens."""
+
+    endpoints: tuple[EndpointUrl, ...] = ()
+    """URLs of etcd's members, `http://HOST:PORT` or `https://HOST:PORT`; any of them will do while others are away."""
+    prefix: str = Field(default="/migrated/", pattern=r"^/[A-Za-z0-9_./-]{0,120}$")
+    """Where the fleet's keys begin; hosts with the same one are one fleet."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    """This host's name in the fleet, which no other host has; the machine's name unless given."""
+    address: AddressText | None = None
+    """Where other hosts reach this one; `[listen] address` unless given."""
+    certificate: DirectoryPath | None = None
+    """Client certificate (PEM) for https, where etcd asks for one."""
+    key: DirectoryPath | None = None
+    """Its private key (PEM)."""
+    authority: DirectoryPath | None = None
+    """Certificates (PEM) of the authority of etcd's members; the system's authorities unless given."""
+    user: str | None = Field(default=None, min_length=1)
+    """User of etcd, where it asks for one."""
+    password_file: DirectoryPath | None = None
+    """File whose first line is the user's password, readable by the daemon alone."""
+    timeout_s: PositiveSeconds = 3.0
+    """How long a call of etcd may take, all endpoints together."""
+    lease_s: Seconds = Field(default=10.0, ge=2, le=3600)
+    """A host that etcd has not heard of for this long is shown as gone, and its jobs go on at another host."""
+    memory_bytes: Bytes = Field(default=0, ge=0)
+    """Memory that this host gives to guests in all; 0 for all it has less `[limits] spare_memory_bytes`."""
+    max_inbound: int = Field(default=2, ge=0, le=16)
+    """Migrations of jobs to here at once; `[limits] max_incoming` holds beside it."""
+    max_outbound: int = Field(default=2, ge=0, le=16)
+    """Migrations of jobs from here at once."""
+    link_bytes_per_s: BytesPerSecond = Field(default=0, ge=0, le=1 << 40)
+    """What the link of this host moves; 0 for what migrations have shown."""
+    groups: tuple[NamePattern, ...] = ()
+    """Patterns of guest names, with `*` for any text: guests of one pattern are kept on different hosts where that is
+    possible. The same on all hosts."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> FleetConfig:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        if (self.user is None) != (self.password_file is None):
+            raise ValueError("user and password_file go together")
+        return self
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -337,6 +385,7 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     lock: LockConfig = LockConfig()
     clock: ClockConfig = ClockConfig()
+    fleet: FleetConfig = FleetConfig()
 
     @model_validator(mode="after")
     def _rules_need_names(self) -> Config:

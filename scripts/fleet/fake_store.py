@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from migrated.fleet.store import (
     PAGE_ENTRIES,
@@ -228,7 +228,7 @@ class FakeStoreClient:
         """As ``Store.revoke``."""
         self.store.revoke(lease)
 
-    async def watch(self, prefix: str, revision: int) -> AsyncIterator[tuple[Change, ...]]:
+    async def watch(self, prefix: str, revision: int) -> AsyncGenerator[tuple[Change, ...], None]:
         """As ``Store.watch``."""
         queue: asyncio.Queue[tuple[Change, ...]] = asyncio.Queue()
         for changes in self.store.since(prefix, revision):

@@ -5,7 +5,8 @@ what the guest noticed.
     workload, disk         what the guest does; the disk it logs to and reads from
     launcher               one QEMU process, started as anyone would start it
     console                beats and answers of the guest, with the host's time of arrival; the gaps between them
-    baseline               QEMU's own migration of the same guest, to compare with
+    baseline, beside       QEMU's own migration of the same guest, to compare with; both ways, one after the other
+    guest_agent            QEMU's guest agent for the initramfs
     slow_disk              a disk whose direct reads stay in flight for long
     figures                records and observations as one table, for terminals and reports, and one JSON document
     definition             the same guest as a definition for the daemons' driver

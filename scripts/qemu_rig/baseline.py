@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -61,6 +61,21 @@ class Baseline:
         return self.ram_bytes / MIB / self.seconds
 
 
+class DamagedGuestError(RigError):
+    """QEMU completed the migration, and the guest did not survive it.
+
+    Attributes:
+        ram_mib_per_s: how fast its memory got over all the same.
+        reported_downtime_ms, total_ms: what QEMU says.
+    """
+
+    def __init__(self, why: str, result: Mapping[str, Any], seconds: float) -> None:
+        super().__init__(why)
+        self.ram_mib_per_s = int(result["ram"]["total"]) / MIB / seconds
+        self.reported_downtime_ms = int(result["downtime"])
+        self.total_ms = int(result["total-time"])
+
+
 @contextlib.asynccontextmanager
 async def booted(spec: QemuSpec, image: GuestImage, directory: Path, incarnation: int = 0) -> AsyncIterator[Qemu]:
     """A QEMU whose guest is up and beats."""
@@ -83,7 +98,8 @@ async def migrate_with_qemu(
     falls over on the destination. The same guest stays whole when it is stopped before it is moved.
 
     Raises:
-        RigError: the migration failed or did not converge in time, or the guest did not survive it.
+        DamagedGuestError: the guest did not survive it.
+        RigError: the migration failed or did not converge in time.
     """
     async with (
         booted(spec, image, directory / "source") as source,
@@ -99,12 +115,16 @@ async def migrate_with_qemu(
         result = await _completed(source)
         await _completed(destination)
         end_ns = time.monotonic_ns()
-        await asyncio.to_thread(destination.console.wait_for_beats, _WARM_BEATS, BOOT_TIMEOUT_S)
-        before, after = source.console.beats(), destination.console.beats()
-        if twice := said_twice(before, after):
-            raise RigError(f"The guest ran twice during QEMU's migration: it said beat {twice[0]} on both sides.")
-        gap = handover_gap(before, after)
-        during = largest_gap(merged(before), begin_ns, gap.begin_ns)
+        try:
+            await asyncio.to_thread(destination.console.wait_for_beats, _WARM_BEATS, BOOT_TIMEOUT_S)
+            before, after = source.console.beats(), destination.console.beats()
+            if twice := said_twice(before, after):
+                raise RigError(f"The guest ran twice during QEMU's migration: it said beat {twice[0]} on both sides.")
+            gap = handover_gap(before, after)
+            during = largest_gap(merged(before), begin_ns, gap.begin_ns)
+            bad_pages = await asyncio.to_thread(destination.console.check)
+        except RigError as error:
+            raise DamagedGuestError(str(error), result, (end_ns - begin_ns) / 1e9) from error
         return Baseline(
             limit_ms=downtime_limit_ms,
             reported_downtime_ms=int(result["downtime"]),
@@ -114,7 +134,7 @@ async def migrate_with_qemu(
             transferred_bytes=int(result["ram"]["transferred"]),
             ram_bytes=int(result["ram"]["total"]),
             seconds=(end_ns - begin_ns) / 1e9,
-            bad_pages=await asyncio.to_thread(destination.console.check),
+            bad_pages=bad_pages,
             largest_gap_before_ns=during.ns,
         )
 

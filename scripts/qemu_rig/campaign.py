@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from scripts.basics import say
+from scripts.basics import MIB, say
 from scripts.qemu_rig.figures import beyond_record_ns
 from scripts.qemu_rig.gaps import clock_stood_ns, handover_gap
 from scripts.qemu_rig.pair import GUEST, QemuPair
@@ -41,9 +41,12 @@ class Campaign:
     Attributes:
         moves: how many.
         downtime_limit_ms: of each.
+        in_place: the guest stays on its host and gets another QEMU each time; memory is handed over from the second
+            one on, and from the first where it is in a file.
         downtimes_ms: of the moves that completed, as their records say.
         gaps_ms: how long the guest was heard by nobody.
         totals_ms: from the command to the end.
+        ram_mib_per_s: the guest's memory as a whole, over the time from the first round to the end.
         late: moves whose record says that the limit was violated.
         stood_ms: by how much the guest's clock fell behind: how long it was stopped, as it sees it itself.
         beyond_ms: how far that lies outside of the record's interval and two beats; not above 0 when right.
@@ -52,10 +55,12 @@ class Campaign:
 
     moves: int
     downtime_limit_ms: float
+    in_place: bool = False
     downtimes_ms: list[float] = field(default_factory=list)
     gaps_ms: list[float] = field(default_factory=list)
     stood_ms: list[float] = field(default_factory=list)
     totals_ms: list[float] = field(default_factory=list)
+    ram_mib_per_s: list[float] = field(default_factory=list)
     late: int = 0
     beyond_ms: list[float] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -67,7 +72,7 @@ class Campaign:
             await pair.new_guest(pair.a, GUEST)
             source: Host = pair.a
             for number in range(self.moves):
-                if await self._move(pair, source, number):
+                if await self._move(pair, source, number) and not self.in_place:
                     source = pair.other(source)
             self.violations += pair.double_runs() + await pair.leftovers()
         finally:
@@ -79,8 +84,11 @@ class Campaign:
         """One move. Returns whether the guest is at the other host now."""
         before = await pair.console(source)
         await asyncio.to_thread(before.wait_for_beats, _WARM_BEATS, _WARM_S)
-        target = pair.other(source)
-        record = await source.migrate(GUEST, target, downtime_limit=self.downtime_limit_ms)
+        target = source if self.in_place else pair.other(source)
+        if self.in_place:
+            record = await source.replace(GUEST, downtime_limit=self.downtime_limit_ms)
+        else:
+            record = await source.migrate(GUEST, target, downtime_limit=self.downtime_limit_ms)
         completed = bool(record["outcome"] == "completed")
         found = [] if completed else [f"it is {record['outcome']}: {record['reason']}"]
         at = target if completed else source
@@ -88,11 +96,13 @@ class Campaign:
         if not verdict["ok"]:
             found.append(str(verdict["message"]))
         if completed:
-            found += await self._figures(pair, record, before.beats(), target)
+            found += await self._figures(pair, record, before.beats(), target, number)
         self.violations += [f"move {number}: {one}" for one in found]
         return completed
 
-    async def _figures(self, pair: QemuPair, record: dict[str, Any], before: Any, target: Host) -> list[str]:
+    async def _figures(
+        self, pair: QemuPair, record: dict[str, Any], before: Any, target: Host, number: int
+    ) -> list[str]:
         """Take down the figures of a completed move. Returns what is wrong with them."""
         after, downtime, digest = (await pair.console(target)).beats(), record["downtime"], record["digest"]
         gap, stood_ns = handover_gap(before, after), clock_stood_ns(before, after)
@@ -101,6 +111,8 @@ class Campaign:
         self.gaps_ms.append(gap.ns / _NS_PER_MS)
         self.stood_ms.append(stood_ns / _NS_PER_MS)
         self.totals_ms.append(record["total_ns"] / _NS_PER_MS)
+        moving_s = (record["total_ns"] - record["setup_ns"]) / 1e9
+        self.ram_mib_per_s.append(record["ram"]["total_bytes"] / MIB / moving_s)
         self.beyond_ms.append(beyond_ns / _NS_PER_MS)
         self.late += downtime["limit_violated"]
         say(
@@ -112,7 +124,9 @@ class Campaign:
         found = []
         if downtime["limit_violated"]:
             found.append(f"downtime {self.downtimes_ms[-1]:.3f} ms is beyond the limit")
-        if not digest["source"] or digest["source"] != digest["destination"]:
+        if self.in_place and number and not record["ram"]["shared"]:
+            found.append("memory that is in a file was copied")
+        if not record["ram"]["shared"] and (not digest["source"] or digest["source"] != digest["destination"]):
             found.append(f"digests differ or lack: {digest}")
         if gap.ns < stood_ns or beyond_ns > 0:
             found.append(
@@ -132,6 +146,7 @@ class Campaign:
             "gap_ms": _spread(self.gaps_ms),
             "beyond_record_ms": _spread(self.beyond_ms),
             "total_ms": _spread(self.totals_ms),
+            "ram_mib_per_s": round(statistics.median(self.ram_mib_per_s), 1) if self.ram_mib_per_s else None,
             "violations": len(self.violations),
         }
 

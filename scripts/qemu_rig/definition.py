@@ -23,7 +23,7 @@ def definition(spec: QemuSpec, image: GuestImage, incarnation: int = 0) -> str:
         arguments += [f"log_ms={spec.disk.log_ms}", f"read_mib={spec.disk.read_mib}"]
     extra = ["-no-reboot", "-fw_cfg", f"name=opt/rig/incarnation,string={incarnation}"]
     for port in PORTS:
-        extra += ["-chardev", f"socket,id={port},path={{run}}/{{name}}.{port},server=on,wait=off"]
+        extra += ["-chardev", f"socket,id={port},path={{run}}/{{place}}.{port},server=on,wait=off"]
         extra += ["-device", f"isa-serial,chardev={port}"]
     extra += video_card(spec)
     if spec.rng:
@@ -54,7 +54,12 @@ def write_definition(directory: Path, name: str, spec: QemuSpec, image: GuestIma
     (directory / f"{name}.toml").write_text(definition(spec, image, incarnation), encoding="utf-8")
 
 
-def console_paths(guests: Path, name: str) -> tuple[Path, Path]:
-    """Where the serial ports of a guest of these definitions are, console first. ``guests``: the [vmm] directory."""
-    console, beats = (guests / "qemu" / f"{name}.{port}" for port in PORTS)
+def console_paths(guests: Path, place: str) -> tuple[Path, Path]:
+    """Where the serial ports of a guest of these definitions are, console first.
+
+    Args:
+        guests: the [vmm] directory.
+        place: of the guest's process: its name, or NAME~ for one that took over from another here.
+    """
+    console, beats = (guests / "qemu" / f"{place}.{port}" for port in PORTS)
     return console, beats

@@ -7,6 +7,7 @@
  *                      rate N     write N MiB/s from here on
  *                      status     "STATUS written N checked N bad N reads N log N"
  *                      where N    "PAGE N at ADDRESS": the guest-physical address of page N
+ *                      clock      "CLOCK NS": the wall clock
  *                      stop       power off
  *   ttyS1            "b SEQUENCE CLOCK_NS", one a period; on ttyS0 when there is no second port
  *   /dev/vda         if asked for: a log of records, and data that is read over and over (layout: disk.py)
@@ -14,12 +15,16 @@
  * Every word of a page follows from the page's number and its version, and versions are kept in a table elsewhere: a page
  * that was damaged, lost or is older than it should be differs from what the table says.
  *
+ * Where there is a /usr/sbin/qemu-ga it is started; it calls this program as /sbin/hwclock.
+ *
  * Arguments (kernel command line, behind "--"): memory=MiB hot=MiB hot_percent=N rate=MiB/s check=MiB/s period_us=N
  *   log_ms=N (0: no log) read_mib=N (0: no reading). Of all writes, hot_percent go to the first "hot" MiB.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <glob.h>
+#include <linux/rtc.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
@@ -29,6 +34,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
@@ -312,11 +318,48 @@ static void obey(void)
                 (unsigned long long)records);
         else if (sscanf(line, "where %llu", &number) == 1 && number < pages)
             say(1, "PAGE %llu at %llu\n", number, (unsigned long long)physical_address(memory[number]));
-        else if (!strcmp(line, "stop\n"))
+        else if (!strcmp(line, "clock\n")) {
+            struct timespec now;
+            clock_gettime(CLOCK_REALTIME, &now);
+            say(1, "CLOCK %llu\n", (unsigned long long)(now.tv_sec * SECOND_NS + now.tv_nsec));
+        } else if (!strcmp(line, "stop\n"))
             reboot(RB_POWER_OFF);
         else
             say(1, "UNKNOWN %s", line);
     }
+}
+
+/* The guest agent */
+
+static const char *AGENT = "/usr/sbin/qemu-ga";
+
+static void start_agent(void)
+{
+    glob_t ports; /* one at most; its number is that of the device among all of virtio's */
+    if (access(AGENT, X_OK) || glob("/dev/vport*p*", 0, NULL, &ports))
+        return;
+    mkdir("/run", 0755);
+    pid_t child = fork();
+    if (child < 0)
+        die("starting the guest agent");
+    if (child == 0) {
+        int quiet = open("/dev/null", O_RDWR); /* the console is for what the test reads */
+        for (int fd = 0; fd < 3; fd++)
+            dup2(quiet, fd);
+        execl(AGENT, "qemu-ga", "-m", "virtio-serial", "-p", ports.gl_pathv[0], "-t", "/run", NULL);
+        _exit(127);
+    }
+}
+
+/* As the agent calls it, "hwclock -w": the hardware's clock is set to the system's. */
+static int set_hardware_clock(void)
+{
+    time_t now = time(NULL);
+    struct tm *utc = gmtime(&now);
+    struct rtc_time set = {.tm_sec = utc->tm_sec, .tm_min = utc->tm_min, .tm_hour = utc->tm_hour,
+                           .tm_mday = utc->tm_mday, .tm_mon = utc->tm_mon, .tm_year = utc->tm_year};
+    int fd = open("/dev/rtc0", O_RDONLY | O_CLOEXEC);
+    return fd < 0 || ioctl(fd, RTC_SET_TIME, &set);
 }
 
 /* Start */
@@ -363,6 +406,8 @@ static void start(void *(*body)(void *))
 
 int main(int count, char **arguments)
 {
+    if (strstr(arguments[0], "hwclock"))
+        return set_hardware_clock();
     mkdir("/proc", 0755);
     mkdir("/sys", 0755);
     mkdir("/dev", 0755);
@@ -390,6 +435,7 @@ int main(int count, char **arguments)
         start(log_lines);
     if (option.read_mib)
         start(read_data);
+    start_agent();
     say(1, "READY pages %llu\n", (unsigned long long)pages);
     obey();
     die("reading the console");

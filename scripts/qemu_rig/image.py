@@ -6,12 +6,14 @@ import hashlib
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from scripts.qemu_rig import cpio
-from scripts.qemu_rig.kernel import cache_directory, find_kernel, missing_packages, modules
+from scripts.qemu_rig.guest_agent import agent_files
+from scripts.qemu_rig.kernel import GUEST_MODULES, cache_directory, find_kernel, missing_packages, modules
 from scripts.rig.waiting import RigError
 
 _SOURCE: Final = Path(__file__).with_name("guest_init.c")
@@ -28,8 +30,11 @@ class GuestImage:
     initramfs: Path
 
 
-def guest_image(kernel_image: Path | None = None) -> GuestImage:
+def guest_image(kernel_image: Path | None = None, *, agent: bool = False) -> GuestImage:
     """The image for the named kernel, or for the one that ``find_kernel`` finds. It is made once and then kept.
+
+    Args:
+        agent: QEMU's guest agent runs in the guest.
 
     Raises:
         RigError: packages are missing, or the program does not compile.
@@ -40,10 +45,13 @@ def guest_image(kernel_image: Path | None = None) -> GuestImage:
         raise RigError(f"A Linux guest needs these packages of the distribution: {', '.join(missing)}.")
     kernel_identity = f"{kernel.image}{kernel.image.stat()}".encode()
     sources = b"".join(path.read_bytes() for path in (_SOURCE, Path(cpio.__file__), Path(__file__)))
-    target = cache_directory() / f"initramfs-{hashlib.sha256(kernel_identity + sources).hexdigest()[:16]}"
+    more = agent_files() if agent else []
+    contents = kernel_identity + sources + b"".join(content for _, content in more)
+    target = cache_directory() / f"initramfs-{hashlib.sha256(contents).hexdigest()[:16]}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        content = initramfs(compiled_init(), modules(kernel))
+        wanted = (*GUEST_MODULES, "virtio_console") if agent else GUEST_MODULES
+        content = initramfs(compiled_init(), modules(kernel, wanted), more)
         # Complete or not there: others may look for it at this moment.
         with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
             file.write(content)
@@ -66,8 +74,16 @@ def compiled_init() -> bytes:
         return binary.read_bytes()
 
 
-def initramfs(init: bytes, loaded: list[tuple[str, bytes]]) -> bytes:
-    """An initramfs with the program and with modules, which it loads in their order."""
+def initramfs(init: bytes, loaded: list[tuple[str, bytes]], programs: Sequence[tuple[str, bytes]] = ()) -> bytes:
+    """An initramfs with the program and with modules, which it loads in their order.
+
+    Args:
+        programs: other programs and libraries, (path, content). With them the first program is ``hwclock`` too, which
+            an agent calls.
+    """
+    if programs:
+        programs = [*programs, ("sbin/hwclock", init)]
+    parents = {str(parent) for path, _ in programs for parent in PurePosixPath(path).parents} - {"."}
     order = "".join(f"/modules/{name}.ko\n" for name, _ in loaded)
     return cpio.archive(
         [
@@ -77,5 +93,7 @@ def initramfs(init: bytes, loaded: list[tuple[str, bytes]]) -> bytes:
             *(cpio.file(f"modules/{name}.ko", content) for name, content in loaded),
             cpio.file("modules/order", order.encode()),
             cpio.program("init", init),
+            *(cpio.directory(parent) for parent in sorted(parents)),
+            *(cpio.program(path, content) for path, content in programs),
         ]
     )

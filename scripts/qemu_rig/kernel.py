@@ -9,13 +9,14 @@ found; nothing is installed by that.
 
 from __future__ import annotations
 
+import contextlib
 import lzma
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -78,27 +79,46 @@ def download_kernel() -> None:
     Raises:
         RigError: the package cannot be had here.
     """
+    with unpacked_package(_kernel_package) as unpacked:
+        # The modules first: a kernel that is found has its modules.
+        for part in ("lib/modules", "boot"):
+            target = cache_directory() / part
+            target.mkdir(parents=True, exist_ok=True)
+            for entry in (unpacked / part).iterdir():
+                if not (target / entry.name).exists():
+                    entry.rename(target / entry.name)
+
+
+def _kernel_package(directory: str) -> str:
+    """The name of the package that the distribution's latest kernel is in."""
+    depends = _run(["apt-cache", "depends", "--important", KERNEL_PACKAGE], directory)
+    found = re.search(r"Depends: (linux-image-\S+)", depends)
+    if not found:
+        raise RigError(f"apt knows no package {KERNEL_PACKAGE}; install a kernel image or name one.")
+    return found[1]
+
+
+@contextlib.contextmanager
+def unpacked_package(name: Callable[[str], str]) -> Iterator[Path]:
+    """A package of the distribution, downloaded with apt and unpacked in the cache until the block is left.
+
+    Args:
+        name: called for the package's name, with a directory to work in.
+
+    Raises:
+        RigError: it cannot be had here.
+    """
     cache = cache_directory()
-    cache.mkdir(parents=True, exist_ok=True)
     try:
+        cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as directory:
-            depends = _run(["apt-cache", "depends", "--important", KERNEL_PACKAGE], directory)
-            found = re.search(r"Depends: (linux-image-\S+)", depends)
-            if not found:
-                raise RigError(f"apt knows no package {KERNEL_PACKAGE}; install a kernel image or name one.")
-            _run(["apt-get", "download", found[1]], directory)
+            _run(["apt-get", "download", name(directory)], directory)
             [package] = Path(directory).glob("*.deb")
             unpacked = Path(directory) / "unpacked"
             _run(["dpkg-deb", "-x", str(package), str(unpacked)], directory)
-            # The modules first: a kernel that is found has its modules.
-            for part in ("lib/modules", "boot"):
-                target = cache / part
-                target.mkdir(parents=True, exist_ok=True)
-                for entry in (unpacked / part).iterdir():
-                    if not (target / entry.name).exists():
-                        entry.rename(target / entry.name)
+            yield unpacked
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise RigError(f"The kernel package cannot be downloaded with apt: {error}.") from error
+        raise RigError(f"A package cannot be downloaded with apt: {error}.") from error
 
 
 def modules(kernel: Kernel, wanted: tuple[str, ...] = GUEST_MODULES) -> list[tuple[str, bytes]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from scripts.qemu_rig.console import Console
-from scripts.qemu_rig.definition import PORTS, write_definition
+from scripts.qemu_rig.definition import console_paths, write_definition
 from scripts.qemu_rig.disk import make_disk, read_log, written_twice
 from scripts.qemu_rig.gaps import said_twice
 from scripts.qemu_rig.image import GuestImage
@@ -52,7 +52,9 @@ class QemuHost(Host):
     ) -> None:  # fmt: skip
         super().__init__(directory, name, role=role, namespace=namespace, address=address, **sections)
         self.consoles: list[Console] = []
-        self._known: tuple[int, int] | None = None
+        self._known: dict[str, tuple[int, int]] = {}
+        self._newest = GUEST
+        """The place of the newest QEMU."""
         self.configure(qemu={**sections.get("qemu", {}), "definitions": str(self.definitions)})
 
     @property
@@ -72,7 +74,8 @@ class QemuHost(Host):
             with contextlib.suppress(OSError):
                 for word in os.fsdecode(path.read_bytes()).split("\0"):
                     if word.startswith(marker):
-                        found[int(path.parent.name)] = Path(word.removeprefix(marker).partition(",")[0]).stem
+                        place = Path(word.removeprefix(marker).partition(",")[0]).stem
+                        found[int(path.parent.name)] = place.removesuffix("~")
         return found
 
     async def verify(self, name: str = GUEST) -> dict[str, Any]:
@@ -85,19 +88,20 @@ class QemuHost(Host):
 
     def look(self) -> None:
         """Begin to listen to a QEMU that has appeared since."""
-        beats = self.run_directory / f"{GUEST}.{PORTS[1]}"
-        with contextlib.suppress(OSError, RigError):
-            status = beats.stat()
-            if (identity := (status.st_ino, status.st_ctime_ns)) != self._known:
-                self.consoles.append(Console(self.run_directory / f"{GUEST}.{PORTS[0]}", beats, _CONNECT_S))
-                self._known = identity
+        for place in (GUEST, f"{GUEST}~"):
+            console, beats = console_paths(self.directory / "guests", place)
+            with contextlib.suppress(OSError, RigError):
+                status = beats.stat()
+                if (identity := (status.st_ino, status.st_ctime_ns)) != self._known.get(place):
+                    self.consoles.append(Console(console, beats, _CONNECT_S))
+                    self._known[place], self._newest = identity, place
 
     def run_state(self) -> tuple[bool, int]:
         """Whether the newest QEMU lives and its vCPUs run, by its own log, and how long that log is."""
         if not self.consoles or not is_alive(self.consoles[-1].pid):
             return False, 0
         try:
-            log = (self.run_directory / f"{GUEST}.runlog").read_bytes()
+            log = (self.run_directory / f"{self._newest}.runlog").read_bytes()
         except FileNotFoundError:
             return False, 0
         states = _RUN_STATE.findall(log)
@@ -114,6 +118,9 @@ class QemuPair(FaultyPair):
     """
 
     host_type: ClassVar[type[Host]] = QemuHost
+    # On a busy machine a QEMU alone may take as long to start as the whole migration of a simulated guest.
+    fire_timeout_s: ClassVar[float] = 90.0
+    cell_timeout_s: ClassVar[float] = 300.0
 
     def __init__(self, spec: QemuSpec, image: GuestImage, *, quick: bool = True, **options: Any) -> None:
         self._ram = Path(tempfile.mkdtemp(prefix="mig-", dir=_SHARED_MEMORY))

@@ -134,9 +134,11 @@ class Fault:
     Attributes:
         struck: whether it began to happen.
         fired_at_ns: when it happened (CLOCK_MONOTONIC), 0 until it is done.
+        failed: why it could not be done, None while it could.
     """
 
     at: Point
     action: Action
     struck: bool = False
     fired_at_ns: int = 0
+    failed: str | None = None

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.rig.faults import Fault
@@ -16,7 +16,6 @@ from scripts.rig.pair import Pair
 from scripts.rig.proxy import Proxy, UnixProxy
 from scripts.rig.waiting import RigError, until
 
-FIRE_TIMEOUT_S = 20.0
 LAST_FRAMES_S = 0.5
 
 
@@ -26,7 +25,14 @@ class FaultyPair(Pair):
     Args:
         local: over unix sockets, so that memory is handed over and not copied.
         quick, options: as of ``Pair``.
+
+    Attributes:
+        fire_timeout_s: how long a migration may take to come to the step that a fault waits for.
+        cell_timeout_s: how long a whole cell of the fault matrix may take, with the start of its guest.
     """
+
+    fire_timeout_s: ClassVar[float] = 20.0
+    cell_timeout_s: ClassVar[float] = 90.0
 
     def __init__(self, *, local: bool = False, quick: bool = True, **options: Any) -> None:
         super().__init__(quick=quick, **options)
@@ -65,6 +71,8 @@ class FaultyPair(Pair):
             nonlocal ended_at
             if fault.fired_at_ns:
                 return "fired"
+            if fault.failed is not None:
+                raise RigError(f"the fault {fault.action} could not be done: {fault.failed}")
             if fault.struck:
                 return None  # it takes a moment until a killed process is gone
             # The daemon may be the one that the fault stops: it answers later, or never.
@@ -75,7 +83,8 @@ class FaultyPair(Pair):
             # What was sent last may still be on its way through the proxy.
             return "ended" if ended_at is not None and time.monotonic() - ended_at > LAST_FRAMES_S else None
 
-        return await until("the fault", happened, FIRE_TIMEOUT_S) == "fired"
+        what = f"the fault {fault.action} at {fault.at} of a migration from {source.name}"
+        return await until(what, happened, self.fire_timeout_s) == "fired"
 
     async def recover(self) -> None:
         """Everything works again: the network, daemons that were killed, processes that were stopped."""

@@ -175,10 +175,12 @@ async def judge(cell: Cell, pair: FaultyPair, guest: str = "g1") -> Judged:
     judged = Judged(cell)
     begin = time.monotonic()
     try:
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(pair.cell_timeout_s):
             await _run(cell, pair, guest, judged)
     except (RigError, CommandError, DaemonUnreachableError, TimeoutError) as error:
-        judged.violations.append(f"{str(error) or 'it took more than 90 s'}\n{pair.log_tail(LOG_LINES)}")
+        judged.violations.append(
+            f"{str(error) or f'it took more than {pair.cell_timeout_s:g} s'}\n{pair.log_tail(LOG_LINES)}"
+        )
     if judged.violations:
         await pair.start_over()  # so that the next cell is judged by itself
     judged.seconds = time.monotonic() - begin

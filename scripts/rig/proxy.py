@@ -366,7 +366,11 @@ class Proxy:
     def _strike(self, fault: Fault) -> None:
         at_ns = time.monotonic_ns()
         fault.struck = True
-        self._do(fault.action)
+        try:
+            self._do(fault.action)
+        except Exception as error:
+            fault.failed = f"{type(error).__name__}: {error}"
+            raise
         self._fire(fault, at_ns)  # whoever waits for the fault finds it done
 
     def _fire(self, fault: Fault, at_ns: int) -> None:

@@ -12,19 +12,15 @@ from scripts.rig.matrix import LOCAL_CELLS, Judged, run_matrix
 
 LANES = 3
 CORE = (
-    "hello/kill-destination-daemon",
     "welcome/kill-destination-vmm",
     "device-state/kill-destination-vmm",
     "state-end/kill-source-daemon",
     "state-end/kill-destination-daemon",
     "ready/kill-destination-vmm",
-    "ready/kill-destination-daemon",
     "ready/cancel",
-    "ready/corrupt",
     "commit/kill-source-daemon",
     "commit/kill-destination-daemon",
     "commit/kill-destination-vmm",
-    "commit/reset",
     "running/kill-source-daemon",
 )
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,21 +20,25 @@ from typing import Any
 import pytest
 
 from migrated.control.client import CommandError
+from migrated.vmm.qemu.agent import set_wall_clock
 from scripts.qemu_rig.agent import RIGHT, scripted_agent
 from scripts.qemu_rig.console import Console
 from scripts.qemu_rig.definition import console_paths, write_definition
 from scripts.qemu_rig.disk import make_disk
-from scripts.qemu_rig.image import GuestImage
+from scripts.qemu_rig.guest_agent import AGENT_PACKAGE, download_agent, find_agent
+from scripts.qemu_rig.image import GuestImage, guest_image
 from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Disk, QemuSpec, running_qemu
 from scripts.qemu_rig.workload import Workload
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
-from scripts.rig.waiting import until
+from scripts.rig.waiting import RigError, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 HELD_UP_NS = 500_000_000
 """How long a busy host may keep a daemon from what it would do at once."""
+HELD_S = 3.0
+"""How long a guest is held at its stop whose clock shall be visibly behind."""
 ROOMY = {"downtime_limit": 10_000}
 BUSY = QemuSpec(workload=Workload.hot_cold(64, 20))
 
@@ -51,9 +57,9 @@ class World:
             if host in (None, one):
                 write_definition(self.definitions[one], "web", spec, self.image, number)
 
-    async def console(self, host: Host) -> Console:
+    async def console(self, host: Host, place: str = "web") -> Console:
         """The guest's console on a host; beats are read from now on."""
-        return await asyncio.to_thread(Console, *console_paths(host.directory / "guests", "web"))
+        return await asyncio.to_thread(Console, *console_paths(host.directory / "guests", place))
 
     async def create(self, spec: QemuSpec, **options: Any) -> Console:
         """Define the guest on both hosts, start it on the first, and wait until it is up."""
@@ -106,6 +112,28 @@ async def move(world: World, source: Host, target: Host, console: Console, **par
     assert not arrived.complaints()
     console.close()
     return arrived
+
+
+@pytest.mark.parametrize(("backing", "places"), [("private", ("web~", "web")), ("memfd", ("web~",))])
+async def test_a_linux_guest_gets_another_qemu(world: World, backing: Any, places: tuple[str, ...]) -> None:
+    """Private memory is copied once, into a file; from then on, and where it was shared from the first, nothing is."""
+    console = await world.create(replace(BUSY, backing=backing))
+    host, shared = world.pair.a, backing != "private"
+    for place in places:
+        record = await host.replace("web", **ROOMY)
+        assert record["outcome"] == "completed", record["reason"]
+        assert (record["ram"]["shared"], bool(record["rounds"])) == (shared, not shared)
+        shared = True
+        arrived = await world.console(host, place)
+        before = console.beats()[-1]
+        await asyncio.to_thread(arrived.wait_for_beats, 20, 60.0)
+        assert arrived.beats()[0].sequence > before.sequence
+        assert await asyncio.to_thread(arrived.check) == 0
+        assert not arrived.complaints()
+        console.close()
+        console = arrived
+    console.close()
+    assert list(host.vmm_pids()) == [(await host.guest("web"))["pid"]]
 
 
 @pytest.mark.parametrize("backing", ["private", "file", "memfd"])
@@ -282,12 +310,59 @@ async def test_a_qemu_that_ends_at_the_destination_aborts(world: World) -> None:
     console.close()
 
 
-async def test_a_guest_without_an_agent_moves_and_the_record_says_that_its_clock_was_not_set(world: World) -> None:
-    a, b = world.pair.hosts
-    world.define(BUSY)
+def let_the_agent_set_the_clock(world: World, spec: QemuSpec) -> None:
+    """Define ``web`` on both hosts, with a port for its agent, which shall set its clock."""
+    world.define(spec)
     for path in world.definitions.values():
         definition = path / "web.toml"
         definition.write_text(f"guest_agent = true\nset_guest_time = true\n{definition.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def agent_image(image: GuestImage) -> GuestImage:
+    """A guest with the distribution's own agent in it."""
+    if find_agent() is None:
+        with contextlib.suppress(RigError):
+            download_agent()
+    if find_agent() is None:
+        pytest.skip(f"a guest with an agent needs {AGENT_PACKAGE}")
+    return guest_image(agent=True)
+
+
+async def test_the_guests_own_agent_sets_its_clock_when_it_has_moved(world: World, agent_image: GuestImage) -> None:
+    """Held for so long at the stop that nothing else could make up for it."""
+    a, b = world.pair.hosts
+    world.image = agent_image
+    # An emulated guest with more to do would not answer within the two seconds that it has.
+    let_the_agent_set_the_clock(world, replace(BUSY, workload=Workload(16, check_mib_per_s=1, beat_us=20_000)))
+    await a.create_guest("web", BUSY.memory_mib)
+    console = await world.console(a)
+    await asyncio.to_thread(console.wait_for, "READY", BOOT_TIMEOUT_S)
+    await set_wall_clock(a.directory / "guests" / "qemu" / "web.agent", BOOT_TIMEOUT_S)  # it runs, and is warm
+    assert await clock_behind_s(console) < HELD_S / 2
+    migration = await a.begin_migration("web", b, pause_before_switchover=True, **ROOMY)
+    await a.until_status("web", "pre-switchover")
+    await asyncio.sleep(HELD_S)
+    await a.command("migrate-continue", {"guest": "web", "state": "pre-switchover"})
+    record = await a.wait(migration)
+    assert record["outcome"] == "completed", record["reason"]
+    said = next(line["event"] for line in record["events"] if "The guest agent set" in line["event"])
+    assert int(re.findall(r"which was (\d+)ms behind", said)[0]) > HELD_S * 1000
+    arrived = await world.console(b)
+    assert await clock_behind_s(arrived) < HELD_S / 2
+    arrived.close()
+    console.close()
+
+
+async def clock_behind_s(console: Console) -> float:
+    """By how much the guest's wall clock is behind this host's, at most."""
+    answer = await asyncio.to_thread(console.ask, "clock", r"CLOCK (\d+)")
+    return time.time() - int(answer[1]) / 1e9
+
+
+async def test_a_guest_without_an_agent_moves_and_the_record_says_that_its_clock_was_not_set(world: World) -> None:
+    a, b = world.pair.hosts
+    let_the_agent_set_the_clock(world, BUSY)
     await a.create_guest("web", BUSY.memory_mib)
     console = await world.console(a)
     await asyncio.to_thread(console.wait_for, "READY", BOOT_TIMEOUT_S)

@@ -16,9 +16,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from migrated.kernel.tracking import WriteTracking, why_no_tracking
+from migrated.kernel.userfault import open_userfaultfd
 from migrated.vmm.dirty_log import ByteMapLog, DirtyLog, PagemapScanLog
 from migrated.vmm.memory import Span
 from protocol.pages import Runs, indices_of
+from scripts.rig.huge_pages import HUGE_BYTES, aligned_memory, collapse
 from vmm_sim.errors import VmmError
 from vmm_sim.memory import GuestMemory
 from vmm_sim.tracking import LoggedTracking, PagemapTracking, start_tracking
@@ -168,3 +171,22 @@ def test_spans_anywhere_in_the_vmm_are_one_log_of_page_numbers() -> None:
     finally:
         log.close()
         tracking.close()
+
+
+@pytest.mark.skipif(why_no_tracking() is not None, reason="this kernel cannot track the writes of another process")
+def test_tracking_from_outside_reports_single_pages_of_huge_ones() -> None:
+    """As for a guest in QEMU, which goes on having huge pages where it has some: of 512 pages only one is written."""
+    memory = aligned_memory(2 * HUGE_BYTES)
+    memory.words[:512] = 1
+    collapse(memory, HUGE_BYTES)
+    tracking = WriteTracking(open_userfaultfd(), 0)
+    tracking.register(os.getpid(), [(memory.address, memory.bytes)])
+    log = PagemapScanLog(
+        os.open("/proc/self/pagemap", os.O_RDONLY), [Span(memory.address, memory.pages, 0)], present_only=True
+    )
+    log.collect()
+    for page in (7, 300, 300, 900):  # the last is a hole
+        memory.write_bytes(page * 4096, b"x")
+        assert log.collect().tolist() == [[page, 1]]
+    log.close()
+    tracking.close()

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from migrated.kernel import memory as kernel_memory
+from scripts.rig.huge_pages import HUGE_BYTES, aligned_memory, collapse
 from vmm_sim.config import GuestConfig, build_config
 from vmm_sim.content import PAGE_SIZE, WORDS
 from vmm_sim.errors import VmmError
@@ -150,6 +152,32 @@ def test_every_round_reports_exactly_what_was_written(mode: str, rounds: list[li
         truth = set().union(*(perform(memory, write) for write in batch))
         assert tracked.collect() == truth
     tracked.tracking.close()
+
+
+@needs_pagemap_scan
+@pytest.mark.parametrize("mode", ["pagemap-scan", PRESENT_ONLY])
+@settings(max_examples=12, deadline=None)
+@given(moves=st.lists(st.lists(st.lists(writes, max_size=12), min_size=1, max_size=3), min_size=1, max_size=3))
+def test_huge_pages_are_reported_page_by_page_every_time(mode: str, moves: list[list[list[tuple[str, int]]]]) -> None:
+    """Nothing is missed and nothing is reported that was not written, however often tracking begins anew and the kernel
+    puts the huge page together in between."""
+    memory = aligned_memory(MEMORY_BYTES)
+    memory.words[:512] = 1
+    for rounds in moves:
+        collapse(memory, HUGE_BYTES)
+        tracked = Tracked(mode, memory)
+        for batch in rounds:
+            truth = set().union(*(perform(memory, write) for write in batch))
+            assert tracked.collect() == truth
+        tracked.tracking.close()
+
+
+@needs_pagemap_scan
+def test_huge_pages_are_allowed_again_when_tracking_ends(memory: GuestMemory) -> None:
+    tracked = Tracked("pagemap-scan", memory)
+    assert not kernel_memory.huge_pages_allowed()
+    tracked.tracking.close()
+    assert kernel_memory.huge_pages_allowed()
 
 
 @pytest.mark.parametrize("mode", MODES)

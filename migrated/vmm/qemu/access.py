@@ -51,20 +51,35 @@ def _part(name: str, pid: int, kind: str, blocks: Sequence[Carried]) -> GuestMem
 
 
 def _mapped(pid: int, blocks: Sequence[Carried]) -> MappedMemory:
+    try:
+        return MappedMemory(open_mapped(pid, blocks))
+    except (OSError, ValueError) as error:
+        raise _unmapped(pid, error) from error
+
+
+def open_mapped(pid: int, blocks: Sequence[Carried]) -> list[FileRegion]:
+    """Open the files that are mapped where blocks are, by the mapping and not by a path: a file may have been removed,
+    or never had a name. The descriptors are the caller's.
+
+    Raises:
+        VmmError: one cannot be opened.
+    """
     regions: list[FileRegion] = []
     maps = read_maps(pid)  # mappings may have been split or joined since
     try:
         for carried in blocks:
             mapping = next(one for one in maps if one.begin <= carried.address < one.end)
-            # By the mapping, not by the path: the file may have been removed, or never had a name.
             link = f"/proc/{pid}/map_files/{mapping.begin:x}-{mapping.end:x}"
             fd = os.open(link, os.O_RDWR | os.O_CLOEXEC)
             regions.append(FileRegion(fd, carried.block.pages, mapping.offset + carried.address - mapping.begin))
-        return MappedMemory(regions)
-    except (OSError, ValueError, StopIteration) as error:
+    except (OSError, StopIteration) as error:
         for region in regions:
             os.close(region.fd)
-        raise VmmError(
-            f"the file behind guest memory of QEMU (process {pid}) cannot be mapped here: {error}; run the daemon as "
-            "root"
-        ) from error
+        raise _unmapped(pid, error) from error
+    return regions
+
+
+def _unmapped(pid: int, error: Exception) -> VmmError:
+    return VmmError(
+        f"the file behind guest memory of QEMU (process {pid}) cannot be mapped here: {error}; run the daemon as root"
+    )

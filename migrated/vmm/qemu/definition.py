@@ -3,6 +3,7 @@
 A source can name a definition, by the guest's name, and nothing else: every path and argument is this host's.
 
     {name}        in ``extra``, ``file`` and ``serial``: the guest's name
+    {place}       likewise: the name of its place, by which two processes of one guest on a host differ
     {directory}   [qemu] definitions, where the file lies
     {run}         where sockets and logs of the guest lie
 """
@@ -129,8 +130,13 @@ class CommandLine:
         name: of the guest.
         program: QEMU and fixed arguments.
         definitions: the directory of definitions.
-        api_socket: where QMP shall listen; logs lie beside it.
+        api_socket: where QMP shall listen, named after the guest's place; logs lie beside it.
         ram_directory: where memory files are made.
+        memory: descriptors of memory that is handed over, one for each backend, which QEMU inherits; empty for fresh
+            memory.
+
+    Raises:
+        VmmError: there are not as many as the definition makes backends.
     """
 
     def __init__(
@@ -141,11 +147,23 @@ class CommandLine:
         definitions: Path,
         api_socket: Path,
         ram_directory: Path,
+        memory: tuple[int, ...] = (),
     ) -> None:
+        backends = len(definition.numa) or 1
+        if len(memory) not in (0, backends):
+            raise VmmError(
+                f"the memory of guest {name!r} came in {len(memory)} files, and its definition has {backends} here"
+            )
         self._definition = definition
         self._name = name
         self._program = program
-        self._words = {"{name}": name, "{directory}": str(definitions), "{run}": str(api_socket.parent)}
+        self._memory = memory
+        self._words = {
+            "{name}": name,
+            "{place}": api_socket.stem,
+            "{directory}": str(definitions),
+            "{run}": str(api_socket.parent),
+        }
         self._api_socket = api_socket
         self._ram_directory = ram_directory
 
@@ -160,9 +178,11 @@ class CommandLine:
         return agent_path(self._api_socket) if self._definition.set_guest_time else None
 
     def ram_files(self) -> list[Path]:
-        """The files that memory of kind ``file`` is made in, one for each backend."""
+        """The files that memory of kind ``file`` is made in, one for each backend; none where it is handed over."""
+        if self._memory:
+            return []
         count = len(self._definition.numa) or 1
-        return [self._ram_directory / f"{self._name}.{number}.ram" for number in range(count)]
+        return [self._ram_directory / f"{self._api_socket.stem}.{number}.ram" for number in range(count)]
 
     def running(self, *, paused: bool) -> list[str]:
         """Of a guest that begins to run, unless it shall wait."""
@@ -206,7 +226,8 @@ class CommandLine:
             case "memfd":
                 return ["-object", f"memory-backend-memfd,{common},share=on"]
             case "file":
-                path = _escape(str(self.ram_files()[number]))
+                handed_over = f"/proc/self/fd/{self._memory[number]}" if self._memory else None
+                path = handed_over or _escape(str(self.ram_files()[number]))
                 return ["-object", f"memory-backend-file,{common},mem-path={path},share=on,prealloc=off"]
 
     def _plain(self, kind: MemoryKind) -> list[str]:

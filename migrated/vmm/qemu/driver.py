@@ -52,6 +52,7 @@ class QemuDriver(Driver):
     """Stock QEMU, 7.2 or newer."""
 
     name = "qemu"
+    takes_memory = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -83,8 +84,10 @@ class QemuDriver(Driver):
         self._directory.mkdir(parents=True, exist_ok=True)
         if options.qmp is not None:
             return await self._adopt(request.name, options.qmp, options)
-        line = self._command_line(request.name, options.definition or request.name)
-        guest = await self._start(request.name, line, line.running(paused=request.paused), incoming=False)
+        line = self._command_line(request.name, options.definition or request.name, Incoming(request.name))
+        guest = await self._start(
+            request.name, line, line.running(paused=request.paused), Incoming(request.name), False
+        )
         if guest.lock is not None and not request.paused:
             await guest.lock.take()
         return guest
@@ -92,11 +95,13 @@ class QemuDriver(Driver):
     async def create_incoming(self, description: GuestDescription, incoming: Incoming) -> QemuGuest:
         try:
             Blueprint.unpack(description.vmm_config)  # nothing is started for what is no description of a machine
-            line = self._command_line(description.name, description.name)
+            line = self._command_line(description.name, incoming.replacement.definition or description.name, incoming)
         except VmmError as error:
             raise RefusedError(f"the destination cannot take guest {description.name!r}: {error}") from error
-        guest = await self._start(description.name, line, line.incoming(), incoming=True)
+        guest = await self._start(description.name, line, line.incoming(), incoming, True)
         try:
+            if incoming.memory:
+                await guest.keep_memory_private()
             if found := unfit(description, await guest.describe()):
                 raise RefusedError(
                     f"the destination's definition of guest {description.name!r} makes another machine: "
@@ -118,15 +123,16 @@ class QemuDriver(Driver):
             return None
         return known.epoch == epoch and places.ran_after(known.run_log, known.run_log_bytes)
 
-    def _command_line(self, name: str, definition: str) -> CommandLine:
+    def _command_line(self, name: str, definition: str, incoming: Incoming) -> CommandLine:
         qemu = self.config.qemu
         return CommandLine(
             load_definition(qemu.definitions, definition),
             name,
-            qemu.command or _DEFAULT_COMMAND,
+            incoming.replacement.command or qemu.command or _DEFAULT_COMMAND,
             qemu.definitions,
-            self._directory / f"{name}.sock",
+            self._directory / f"{incoming.place}.sock",
             qemu.ram_directory,
+            incoming.memory,
         )
 
     async def _adopt(self, name: str, qmp: Path, options: _Options) -> QemuGuest:
@@ -156,16 +162,18 @@ class QemuDriver(Driver):
             raise
         return guest
 
-    async def _start(self, name: str, line: CommandLine, command: list[str], *, incoming: bool) -> QemuGuest:
+    async def _start(
+        self, name: str, line: CommandLine, command: list[str], started: Incoming, incoming: bool
+    ) -> QemuGuest:
         """Start QEMU and connect to it."""
         self._directory.mkdir(parents=True, exist_ok=True)
         self.config.qemu.ram_directory.mkdir(parents=True, exist_ok=True)
-        api_socket = self._directory / f"{name}.sock"
+        api_socket = self._directory / f"{started.place}.sock"
         log_path = api_socket.with_suffix(".log")
         line.run_log.unlink(missing_ok=True)
         place = Place(name=name, started_here=True, run_log=line.run_log, agent=line.clock_setter, incoming=incoming)
         places.write_place(api_socket, place)
-        pid = spawn.start_process(command, log_path)
+        pid = spawn.start_process(command, log_path, started.memory)
         timeout_s = self.config.vmm.start_timeout_s
         deadline = time.monotonic() + timeout_s
         try:

@@ -26,12 +26,13 @@ from migrated.kernel.tracking import WriteTracking, start_tracking
 from migrated.vmm import spawn
 from migrated.vmm.dirty_log import DirtyLog, PagemapScanLog
 from migrated.vmm.memory import GuestMemory, Span
-from migrated.vmm.qemu import access, places
+from migrated.vmm.qemu import access, handed_over, places
 from migrated.vmm.qemu.agent import set_wall_clock
 from migrated.vmm.qemu.blueprint import Blueprint, draw, unfit
 from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
 from migrated.vmm.qemu.costs import STEPS, Step, SwitchoverCosts, keys_of
 from migrated.vmm.qemu.findings import Row, refusals
+from migrated.vmm.qemu.handed_over import PrivateView
 from migrated.vmm.qemu.lock import QemuLock
 from migrated.vmm.qemu.places import Place
 from migrated.vmm.qemu.qmp import QUICK_S, Qmp, QmpCommandError, stamp_ns
@@ -77,6 +78,8 @@ class QemuGuest(VmmGuest):
         self._stop_timeout_s = stop_timeout_s
         self._tracking: WriteTracking | None = None
         self._fenced = False
+        self._hands_over = False
+        self._private_view: PrivateView | None = None
         self._costs = costs
         self._blueprint: Blueprint | None = None
         self._save = StateSave(qmp)
@@ -147,7 +150,7 @@ class QemuGuest(VmmGuest):
                 DeviceDescription(
                     name=DEVICES,
                     kind="non-iterable",
-                    state_bytes=self._place.state_bytes or _PRIOR_STATE_BYTES,
+                    state_bytes=(self._place.state_bytes or _PRIOR_STATE_BYTES) + handed_over.own_bytes(self._ram),
                     expected_save_ns=expected["save"],
                     expected_load_ns=expected["load"],
                 ),
@@ -188,6 +191,17 @@ class QemuGuest(VmmGuest):
     async def why_not_migrate(self) -> str | None:
         return refusals(await self.check())
 
+    async def memory_files(self) -> Sequence[int]:
+        files = await asyncio.to_thread(handed_over.main_files, self.pid, self._ram)
+        self._hands_over = bool(files)
+        return files
+
+    async def keep_memory_private(self) -> None:
+        """Keep memory that was handed over from what QEMU writes to it, until it is resumed."""
+        self._private_view = await asyncio.to_thread(PrivateView, self.pid, self._ram)
+        await asyncio.to_thread(self._private_view.begin)
+        self._remember(private_view=True)
+
     async def memory(self) -> GuestMemory:
         return await asyncio.to_thread(access.open_memory, self.name, self.pid, self._ram)
 
@@ -195,6 +209,7 @@ class QemuGuest(VmmGuest):
         if mode == "logged":
             raise VmmError(f"QEMU keeps no dirty log that guest {self.name!r} could be followed by: use pagemap-scan")
         await self.stop_dirty_log()
+        self._hands_over = False  # what is tracked is copied
         self._fenced = drives_bypass_page_tables(await self._qmp.call("query-named-block-nodes"))
         ranges = [carried.range for carried in self._ram.carried]
         try:
@@ -241,7 +256,8 @@ class QemuGuest(VmmGuest):
                 stopped.cancel()
         self._note("stop", end_ns - begin_ns)
         if self._place.incoming:
-            self._remember(incoming=False)
+            await self._publish()
+            self._remember(incoming=False, private_view=False)
         return PauseTime(end_ns - begin_ns, drain_ns)
 
     def _note(self, step: Step, took_ns: int) -> None:
@@ -254,6 +270,7 @@ class QemuGuest(VmmGuest):
             await self.lock.take()
         arriving = self._place.incoming
         self._remember(epoch=epoch, run_log_bytes=places.log_size(self._place.run_log))
+        await self._publish()
         async with self._qmp.listen("RESUME") as next_event:
             resumed = asyncio.ensure_future(next_event())
             try:
@@ -267,10 +284,20 @@ class QemuGuest(VmmGuest):
         self._note("resume", running_at_ns - begin_ns)
         await self._save.release()
         if arriving:
-            self._remember(incoming=False)
+            self._remember(incoming=False, private_view=False)
             with contextlib.suppress(QmpCommandError):  # a guest without a network has nobody to tell
                 await self._qmp.call("announce-self", initial=50, max=550, rounds=5, step=100)
         return running_at_ns
+
+    async def _publish(self) -> None:
+        """Let what QEMU writes reach memory that was handed over, with what it has written already."""
+        if not self._place.private_view:
+            return
+        if self._private_view is None:  # a daemon before this one began it
+            self._private_view = await asyncio.to_thread(PrivateView, self.pid, self._ram)
+        await asyncio.to_thread(self._private_view.end)
+        self._private_view.close()
+        self._private_view = None
 
     async def settle(self) -> str | None:
         if self._place.agent is None:
@@ -290,15 +317,23 @@ class QemuGuest(VmmGuest):
         if kind == "iterable":
             return
         data, took_ns = await self._save.save((self._blueprint or await self._draw()).machine)
-        self._note("save", took_ns)
         self._place = self._place.model_copy(update={"state_bytes": len(data)})
+        if self._hands_over:
+            begin_ns = time.monotonic_ns()
+            data = handed_over.read_own(self.name, self.pid, self._ram) + data
+            took_ns += time.monotonic_ns() - begin_ns
+        self._note("save", took_ns)
         yield [StatePart(DEVICES, "non-iterable", data, took_ns)]
 
     async def state_in(self, parts: Sequence[StatePart]) -> Sequence[int]:
         if [part.name for part in parts] != [DEVICES]:
             names = ", ".join(part.name for part in parts)
             raise VmmError(f"a QEMU guest takes its state as one part named {DEVICES!r}, not as: {names}")
-        took_ns = await self._load.load(parts[0].data)
+        state, begin_ns = parts[0].data, time.monotonic_ns()
+        if self._place.private_view:
+            state = handed_over.write_own(self.name, self.pid, self._ram, state)
+        written_ns = time.monotonic_ns() - begin_ns
+        took_ns = written_ns + await self._load.load(state)
         self._note("load", took_ns)
         return [took_ns]
 
@@ -349,6 +384,8 @@ class QemuGuest(VmmGuest):
     async def close(self) -> None:
         self._save.close()
         self._load.close()
+        if self._private_view is not None:
+            self._private_view.close()
         self._costs.keep()
         with contextlib.suppress(VmmGoneError):
             await self.stop_dirty_log()

@@ -33,6 +33,7 @@ class Place(BaseModel):
         incoming: it was started empty and has not been resumed since.
         epoch: that of the last resume that was asked for; 0 before the first.
         run_log_bytes: how long the run log was before that.
+        private_view: its memory was handed over by another QEMU and is mapped privately until it is resumed.
         state_bytes: what its device state weighed when it was last saved; 0 before.
     """
 
@@ -45,6 +46,7 @@ class Place(BaseModel):
     incoming: bool = False
     epoch: int = 0
     run_log_bytes: int = 0
+    private_view: bool = False
     state_bytes: int = 0
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from migrated.fleet.etcd import EtcdStore
 from migrated.fleet.store import (
     PAGE_ENTRIES,
     Change,
@@ -22,12 +24,28 @@ from migrated.fleet.store import (
     put,
     read_all,
 )
+from scripts.fleet.etcd_cluster import EtcdCluster, why_no_etcd
 from scripts.fleet.fake_store import FakeStore, FakeStoreClient
 
 
-@pytest.fixture
-async def store() -> Store:
-    return FakeStoreClient(FakeStore(time.monotonic_ns))
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    if (reason := why_no_etcd()) is not None:
+        pytest.skip(reason)
+    with EtcdCluster(1) as cluster:
+        yield cluster.endpoints[0]
+
+
+@pytest.fixture(params=["fake", "etcd"])
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    if request.param == "fake":
+        yield FakeStoreClient(FakeStore(time.monotonic_ns))
+        return
+    client = EtcdStore([request.getfixturevalue("endpoint")], 10.0)
+    for entry in (await read_all(client, "/t/"))[0]:
+        await client.transact(Transaction((), (Delete(entry.key),)))
+    yield client
+    await client.close()
 
 
 async def test_what_is_put_is_there_until_it_is_deleted(store: Store) -> None:
@@ -114,7 +132,7 @@ async def test_a_watch_tells_every_change_since_its_revision_one_revision_at_a_t
     await store.transact(Transaction((), (Delete("/t/w/a"),)))
     await store.revoke(lease)
     seen += [await asyncio.wait_for(anext(watch), 5) for _ in range(2)]
-    await watch.aclose()  # type: ignore[attr-defined]  # an asynchronous generator
+    await watch.aclose()
     assert [[(change.key, change.entry and change.entry.value) for change in changes] for changes in seen] == [
         [("/t/w/a", b"1")],
         [("/t/w/a", b"2"), ("/t/w/b", b"2")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
 from migrated.vmm.qemu.findings import Row, refusals
 from migrated.vmm.qemu.qmp import Qmp
 from migrated.vmm.qemu.ram import Ram, RamBlock, find_ram
-from tests.migrated.qemu.conftest import BareQemu
+from scripts.rig.waiting import until
+from tests.migrated.qemu.conftest import START_S, BareQemu
 
 SHARED = ("-object", "memory-backend-memfd,id=mine,size=64M,share=on")
 SHARED_MACHINE = "q35,accel=tcg,memory-backend=mine"
@@ -66,6 +68,32 @@ async def test_another_process_that_maps_the_memory_is_named(bare_qemu: BareQemu
     assert row.verdict == "refused"
     assert f"process {other.pid}" in row.sentence
     assert "is not tracked and would be lost" in row.sentence
+
+
+async def test_a_vhost_user_back_end_is_named(bare_qemu: BareQemu, place: Path) -> None:
+    """A real one, which writes what it reads from its disk into the guest's memory."""
+    if (daemon := shutil.which("qemu-storage-daemon")) is None:
+        pytest.skip("qemu-storage-daemon is not installed (Debian: qemu-system-common)")
+    (place / "disk").write_bytes(bytes(1 << 20))
+
+    async def listening() -> bool:
+        return (place / "vhost").exists()
+
+    back_end = await asyncio.create_subprocess_exec(
+        daemon, "--blockdev", f"file,filename={place}/disk,node-name=d",
+        "--export", f"vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={place}/vhost",
+    )  # fmt: skip
+    try:
+        await until("the back end listens", listening, START_S)
+        qmp = await bare_qemu(
+            *SHARED, "-chardev", f"socket,id=v,path={place}/vhost", "-device", "vhost-user-blk-pci,id=blk,chardev=v",
+            machine=SHARED_MACHINE,
+        )  # fmt: skip
+        refused = {name: row for name, row in (await rows_of(qmp)).items() if row.verdict == "refused"}
+        assert any("vhost-user-blk" in row.sentence for row in refused.values())
+    finally:
+        back_end.kill()
+        await back_end.wait()
 
 
 async def test_a_tracer_is_named(bare_qemu: BareQemu) -> None:

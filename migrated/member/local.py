@@ -1,0 +1,67 @@
+"""What a member of a fleet needs of its own host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from migrated.environment import DaemonRole
+from migrated.record.model import Record
+from migrated.settings.parameters import MigrationParameters
+
+
+@dataclass(frozen=True, slots=True)
+class LocalGuest:
+    """A guest of this host. ``arriving``: it is on its way here and does not run yet."""
+
+    name: str
+    vmm: str
+    memory_bytes: int
+    arriving: bool
+
+
+class LocalHost(Protocol):
+    """This host, as its membership in a fleet uses it. Calls raise OperationError when they are refused."""
+
+    @property
+    def role(self) -> DaemonRole:
+        """Which directions of migration it serves."""
+        ...
+
+    def local_guests(self) -> list[LocalGuest]:
+        """Guests that are here or on their way here, retired ones left out."""
+        ...
+
+    def attempts(self) -> tuple[int, int]:
+        """How many attempts run into this host, and out of it."""
+        ...
+
+    def parameters(self, guest: str | None) -> MigrationParameters:
+        """The parameters of a guest's next migration."""
+        ...
+
+    async def begin_migration(self, guest: str, uri: str, overrides: dict[str, object], migration_id: str) -> None:
+        """Begin an attempt under an id that was written down before."""
+        ...
+
+    async def outcome(self, migration_id: str) -> dict[str, Any] | None:
+        """The record of an attempt once it has ended, or is in doubt; None when there is none (yet)."""
+        ...
+
+    def is_open(self, migration_id: str) -> bool:
+        """Whether an attempt to move a guest away is under way, or waits to be taken up after a restart."""
+        ...
+
+    async def cancel(self, guest: str) -> None:
+        """Cancel the attempt of a guest."""
+        ...
+
+    async def load(self) -> None:
+        """Read the records of the last attempts. Before ``recent``, once."""
+        ...
+
+    @property
+    def recent(self) -> Sequence[Record]:
+        """Records of the last attempts, newest first."""
+        ...

@@ -1,0 +1,242 @@
+"""The owner keys of this host's guests (``migrated.fleet.ownership``): claimed when a guest begins here, carried over
+in a hand-over, settled when it runs at its new host, let go of when it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, NamedTuple
+
+import structlog
+
+from migrated.base.tasks import TaskSet
+from migrated.control.operations import OperationError
+from migrated.fleet.model import Ownership, parse
+from migrated.fleet.ownership import (
+    NotTheOwnerError,
+    change_owner,
+    reclaimed,
+    refusal_of,
+    settled,
+    taken,
+    transferred,
+)
+from migrated.fleet.store import Delete, Exists, StoreError, Transaction
+from migrated.member.follower import Follower
+from migrated.source.target import HERE
+from protocol.effects import DONE, Outcome, Result, failed
+
+log = structlog.get_logger()
+
+_MIGRATIONS_KEPT: Final = 256
+
+
+class _Begun(NamedTuple):
+    """A hand-over that may come: the owner key as this host wrote it last, and the host that shall be next."""
+
+    destination: str
+    known: Ownership
+    revision: int
+
+
+class Owners:
+    """Who owns the guests of this host (``migrated.fleet.ownership.Keeper``).
+
+    Args:
+        follower: the mirror.
+        host: this host's name in the fleet.
+
+    Attributes:
+        strangers: for each guest that is here and belongs to another host, a sentence.
+    """
+
+    def __init__(self, follower: Follower, host: str) -> None:
+        self.strangers: dict[str, str] = {}
+        self._follower = follower
+        self._host: Final = host
+        self._begun: dict[str, _Begun] = {}
+        """By migration id."""
+        self._tasks = TaskSet()
+
+    async def close(self) -> None:
+        """Stop what still waits for the store."""
+        await self._tasks.stop()
+
+    # Section: guests that begin and end here
+
+    async def claim_new(self, guest: str) -> None:
+        """Become the owner of a guest before it is started here.
+
+        Raises:
+            OperationError: it may run elsewhere, or nobody can say.
+        """
+        try:
+            refusal = await self._claim(guest)
+        except StoreError as error:
+            raise OperationError(
+                f"Guest {guest!r} is not started: only the fleet's store can say that no other host has it. {error}"
+            ) from error
+        if refusal is not None:
+            raise OperationError(f"Guest {guest!r} is not started here. {refusal}")
+
+    async def claim_found(self, guest: str) -> bool:
+        """Become the owner of a guest that is here and has no owner, or settle that it came here. Returns whether this
+        host owns it.
+
+        Raises:
+            StoreError: the store did not say.
+        """
+        known = self._follower.mirror.owners.get(guest)
+        if known is not None and known.owner == self._host:
+            self.strangers.pop(guest, None)
+            if known.previous is not None:
+                await self._write(guest, settled(known, self._host), by=None)
+            return True
+        refusal = await self._claim(guest)
+        if refusal is None:
+            self.strangers.pop(guest, None)
+        elif guest not in self.strangers:
+            log.error("a guest runs here that belongs to another host", guest=guest, reason=refusal)
+            self.strangers[guest] = refusal
+        return refusal is None
+
+    def release(self, guest: str) -> None:
+        """Forget a guest that has ended here, as soon as the store can be told."""
+        self.strangers.pop(guest, None)
+        self._tasks.start(self._release(guest))
+
+    async def _release(self, guest: str) -> None:
+        def forget() -> Transaction | None:
+            mirror = self._follower.mirror
+            known, key = mirror.owners.get(guest), mirror.keys.owner(guest)
+            if known is None or known.owner != self._host or known.previous is not None:
+                return None
+            return Transaction((mirror.unchanged(key),), (Delete(key), Delete(mirror.keys.guest(guest))))
+
+        await self._follower.insist(forget)
+
+    async def _claim(self, guest: str) -> str | None:
+        """Own a guest that has no owner, or whose hosts are fenced. Returns why that cannot be, None when it is so."""
+        mirror = self._follower.mirror
+        known, revision = await self._look(guest)
+        compares: tuple[Exists, ...] = ()
+        if known is None:
+            wanted = Ownership(owner=self._host, epoch=1)
+        elif known.owner == self._host:
+            wanted = reclaimed(known, self._host)
+        else:
+            try:
+                wanted = taken(known, self._host, mirror.fences)
+            except NotTheOwnerError as error:
+                return str(error)
+            compares = tuple(Exists(mirror.keys.fence(host)) for host in (known.owner, known.previous) if host)
+        change = change_owner(mirror.keys, guest, revision, wanted, by=self._host)
+        answer = await self._follower.transact(
+            Transaction((*change.compares, *compares), change.then, change.otherwise)
+        )
+        return None if answer.succeeded else refusal_of(answer, guest, self._host)
+
+    # Section: hand-overs
+
+    async def begin(self, guest: str, uri: str, migration_id: str) -> str | None:
+        """Make ready to hand a guest over. Returns why that cannot be, a sentence; None when it can."""
+        destination = self._host if uri == HERE else self._host_at(uri)
+        if destination is None:
+            return f"No host of the fleet takes guests at {uri}; `migratectl hosts` shows where they do."
+        try:
+            known, revision = await self._look(guest)
+            wanted = self._own(known)
+            change = change_owner(self._follower.mirror.keys, guest, revision, wanted, by=self._host)
+            answer = await self._follower.transact(change)
+        except (StoreError, NotTheOwnerError) as error:
+            return str(error)
+        if not answer.succeeded:
+            return refusal_of(answer, guest, self._host)
+        self._begun[migration_id] = _Begun(destination, wanted, answer.revision)
+        while len(self._begun) > _MIGRATIONS_KEPT:
+            del self._begun[next(iter(self._begun))]
+        return None
+
+    async def transfer(self, guest: str, migration_id: str, within_ns: int) -> Outcome:
+        """As ``Keeper.transfer``."""
+        begun = self._begun.pop(migration_id, None)
+        if begun is None:
+            return failed("this daemon has not begun the migration in the fleet's store")
+        if begun.destination == self._host:
+            return DONE
+        wanted = transferred(begun.known, begun.destination, migration_id)
+        change = change_owner(self._follower.mirror.keys, guest, begun.revision, wanted, by=self._host)
+        return await self._change(guest, change, within_ns / 1e9)
+
+    async def confirm(self, guest: str) -> Outcome:
+        """As ``Keeper.confirm``."""
+        try:
+            known, revision = await self._look(guest)
+            wanted = self._own(known)
+        except NotTheOwnerError as error:
+            return Outcome(Result.REFUSED, str(error))
+        except StoreError as error:
+            return failed(error)
+        if known is not None and known.owner == self._host and known.previous is not None:
+            wanted = wanted.model_copy(update={"previous": known.previous})
+        return await self._change(
+            guest, change_owner(self._follower.mirror.keys, guest, revision, wanted, by=self._host), None
+        )
+
+    def reclaim(self, guest: str) -> None:
+        """As ``Keeper.reclaim``."""
+        self._tasks.start(self._reclaim(guest))
+
+    async def _reclaim(self, guest: str) -> None:
+        while True:
+            try:
+                known, revision = await self._look(guest)
+                wanted = self._own(known)
+                change = change_owner(self._follower.mirror.keys, guest, revision, wanted, by=None)
+                if (await self._follower.transact(change)).succeeded:
+                    return
+            except NotTheOwnerError as error:
+                log.error("the guest was taken back here, and the store gave it away", guest=guest, reason=str(error))
+                return
+            except StoreError as error:
+                self._follower.failed(error)
+            await self._follower.change(0.5)
+
+    # Section: the store
+
+    async def _look(self, guest: str) -> tuple[Ownership | None, int]:
+        """The owner of a guest as the store has it now, and the revision of that."""
+        key = self._follower.mirror.keys.owner(guest)
+        entry = await self._follower.look(key)
+        return (None, 0) if entry is None else (parse(Ownership, key, entry.value), entry.revision)
+
+    async def _write(self, guest: str, wanted: Ownership, *, by: str | None) -> None:
+        """Write a change that was decided on what the mirror has; somebody else's change makes it void."""
+        mirror = self._follower.mirror
+        revision = mirror.unchanged(mirror.keys.owner(guest)).revision
+        await self._follower.transact(change_owner(mirror.keys, guest, revision, wanted, by=by))
+
+    async def _change(self, guest: str, change: Transaction, within_s: float | None) -> Outcome:
+        try:
+            async with asyncio.timeout(within_s):
+                answer = await self._follower.transact(change)
+        except TimeoutError:
+            return failed("the fleet's store did not say in time who owns the guest")
+        except StoreError as error:
+            return failed(error)
+        if answer.succeeded:
+            return DONE
+        return Outcome(Result.REFUSED, refusal_of(answer, guest, self._host))
+
+    def _own(self, known: Ownership | None) -> Ownership:
+        """The owner key that says, or says again, that a guest is this host's.
+
+        Raises:
+            NotTheOwnerError: it belongs to another host.
+        """
+        return Ownership(owner=self._host, epoch=1) if known is None else reclaimed(known, self._host)
+
+    def _host_at(self, uri: str) -> str | None:
+        """The name of the host that takes guests at an address."""
+        hosts = self._follower.mirror.hosts.values()
+        return next((host.name for host in hosts if host.address == uri and host.name != self._host), None)

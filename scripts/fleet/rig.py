@@ -1,0 +1,185 @@
+"""A fleet on one machine: real daemons, real guests, a real etcd.
+
+with Fleet("abc") as fleet:
+    await fleet.a.create_guest("g1")
+    job = await fleet.evacuate("a")
+    assert await fleet.wait("b", job) ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from migrated.control.client import CommandError, DaemonUnreachableError
+from scripts.fleet.etcd_cluster import EtcdCluster
+from scripts.rig.host import Host
+from scripts.rig.pair import QUICK_LIMITS
+from scripts.rig.runs import check_runs
+from scripts.rig.waiting import until
+
+LEASE_S: Final = 2
+
+
+class Fleet:
+    """Hosts that share an etcd, in a directory that goes with them.
+
+    Args:
+        names: of the hosts.
+        members: of etcd.
+        etcd: an etcd that runs already, which the fleet then only uses; None for one of its own.
+        prefix: of the fleet's keys.
+        fleet: further ``[fleet]`` of all hosts.
+        sections: further configuration of all hosts, section by section.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        members: int = 1,
+        etcd: EtcdCluster | None = None,
+        prefix: str = "/migrated/",
+        fleet: dict[str, Any] | None = None,
+        **sections: dict[str, Any],
+    ) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="fleet-"))
+        self.etcd = EtcdCluster(members) if etcd is None else etcd
+        self._own_etcd = etcd is None
+        common: dict[str, Any] = {
+            "endpoints": self.etcd.endpoints,
+            "prefix": prefix,
+            "lease_s": LEASE_S,
+            "timeout_s": 2.0,
+            "memory_bytes": 2 << 30,
+            **(fleet or {}),
+        }
+        limits = {**QUICK_LIMITS, **sections.pop("limits", {})}
+        self.hosts = {name: Host(self.directory / name, name, role="host") for name in names}
+        for name, host in self.hosts.items():
+            host.configure(fleet={"name": name, **common}, limits=limits, **sections)
+
+    def __getitem__(self, name: str) -> Host:
+        return self.hosts[name]
+
+    def start(self) -> None:
+        """Start etcd and every daemon."""
+        if self._own_etcd:
+            self.etcd.start()
+        for host in self.hosts.values():
+            self.start_host(host)
+
+    def start_host(self, host: Host) -> None:
+        """Start one daemon, for the first time or again. Others reach it at the port that it got the first time."""
+        host.start()
+
+    async def joined(self) -> None:
+        """Wait until every host that runs sees every other one."""
+        running = [host for host in self.hosts.values() if host.running]
+
+        async def seen() -> bool:
+            for host in running:
+                try:
+                    known = await host.command("x-migrated-fleet-hosts")
+                except (CommandError, DaemonUnreachableError):
+                    return False
+                if {one["name"] for one in known if one["lease"]} != {one.name for one in running}:
+                    return False
+            return True
+
+        await until("all hosts in the fleet", seen)
+
+    async def evacuate(self, host: str, asked: str | None = None, **wishes: Any) -> str:
+        """Begin to empty a host, asking its own daemon or another; returns the job."""
+        given = {key.replace("_", "-"): value for key, value in wishes.items()}
+        answer = await self[asked or host].command("x-migrated-fleet-evacuate", {"host": host, **given})
+        return str(answer["job"])
+
+    async def job(self, asked: str, job: str) -> dict[str, Any]:
+        """A job as one host sees it."""
+        return dict((await self[asked].command("x-migrated-fleet-jobs", {"job": job}))[0])
+
+    async def wait(self, asked: str, job: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        """A job once it is over, as one host sees it."""
+
+        async def over() -> dict[str, Any] | None:
+            try:
+                found = await self.job(asked, job)
+            except (CommandError, DaemonUnreachableError):
+                return None
+            return found if found["ended_utc_ns"] is not None else None
+
+        return await until(f"job {job} over", over, timeout_s)
+
+    async def where(self) -> dict[str, list[str]]:
+        """The hosts that have each guest in a state of rest."""
+        found: dict[str, list[str]] = {}
+        for host in self.hosts.values():
+            for name, guest in (await host.guests()).items():
+                if guest["state"] in ("running", "paused"):
+                    found.setdefault(name, []).append(host.name)
+        return found
+
+    def double_runs(self, guest: str) -> list[str]:
+        """Every instant at which two processes of a guest ran, by what they wrote themselves."""
+        deaths = {pid: at for host in self.hosts.values() for pid, at in host.deaths.items()}
+        return check_runs({host.name: host.run_log(guest) for host in self.hosts.values()}, deaths)
+
+    async def remove_guests(self) -> None:
+        """Cancel every job, destroy every guest once its migrations have ended, and take every cordon away."""
+        first = next(iter(self.hosts.values()))
+        for job in await first.command("x-migrated-fleet-jobs"):
+            if job["ended_utc_ns"] is None:
+                with contextlib.suppress(CommandError):
+                    await first.command("x-migrated-fleet-cancel", {"job": job["job"]})
+                await self.wait(first.name, job["job"])
+        for host in self.hosts.values():
+
+            async def empty(host: Host = host) -> bool:
+                for name in await host.guests():
+                    with contextlib.suppress(CommandError):
+                        await host.command("x-migrated-guest-destroy", {"guest": name})
+                return not await host.guests()
+
+            await until(f"host {host.name} without guests", empty)
+            for path in (host.directory / "guests").glob("*.runlog"):
+                path.unlink()
+        for one in await first.command("x-migrated-fleet-hosts"):
+            if one["cordoned"]:
+                await first.command("x-migrated-fleet-uncordon", {"host": one["name"]})
+
+    def bugs(self) -> list[str]:
+        """A sentence for each unexpected exception, of all hosts."""
+        return [bug for host in self.hosts.values() for bug in host.bugs()]
+
+    def log_tail(self, count: int = 40) -> str:
+        """The end of all logs, for people."""
+        return "\n".join(host.log_tail(count) for host in self.hosts.values())
+
+    def close(self) -> None:
+        """End everything and remove the directory."""
+        try:
+            for host in self.hosts.values():
+                host.close()
+        finally:
+            if self._own_etcd:
+                self.etcd.close()
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
