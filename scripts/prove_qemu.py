@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
+from migrated.vmm.qemu.definition import MemoryKind
 from protocol.messages import FrameType
 from protocol.units import parse_duration_ns, parse_size
 from scripts import prove_aborts, prove_matrix, soak
@@ -35,7 +36,7 @@ from scripts.qemu_rig.beside import side_by_side
 from scripts.qemu_rig.campaign import WORKLOADS, Campaign
 from scripts.qemu_rig.image import GuestImage, guest_image
 from scripts.qemu_rig.kernel import missing_packages
-from scripts.qemu_rig.launcher import Backing, Disk, Machine, QemuSpec
+from scripts.qemu_rig.launcher import Disk, Machine, QemuSpec
 from scripts.qemu_rig.pair import GUEST, QemuPair
 from scripts.qemu_rig.workload import Workload
 from scripts.rig.faults import AtFrame, Stall
@@ -44,6 +45,7 @@ from scripts.rig.matrix import ALL_CELLS, LOCAL_CELLS, action_of, run_matrix
 MISSING: Final = 3
 QEMU_CELLS: Final = tuple(cell for cell in ALL_CELLS if not cell.step.name.startswith("time-"))
 """QEMU carries the guest's clocks in its device state: nothing is asked about them on the way."""
+BACKINGS: Final[tuple[MemoryKind, ...]] = get_args(MemoryKind)
 QEMU_LOCAL_CELLS: Final = tuple(cell for cell in LOCAL_CELLS if not cell.step.name.startswith("time-"))
 _MEMORY_MIB: Final = 128
 _WORKLOAD: Final = Workload.hot_cold(16, 5)
@@ -108,13 +110,12 @@ def _kinds(directory: Path) -> dict[str, QemuSpec]:
     """Guests of every kind that it can matter to, by name: where memory is, the machine, its devices."""
     plain = QemuSpec(workload=Workload.hot_cold(64, 20))
     disk = Disk(directory / "disk", "none", log_ms=_LOG_MS, read_mib=8)
-    backings: tuple[Backing, ...] = get_args(Backing)
     kinds = {
         f"{machine}-{backing}": replace(plain, machine=machine, backing=backing)
         for machine in get_args(Machine)
-        for backing in backings
+        for backing in BACKINGS
     }
-    kinds |= {f"numa-{backing}": replace(plain, numa=True, backing=backing) for backing in backings}
+    kinds |= {f"numa-{backing}": replace(plain, numa=True, backing=backing) for backing in BACKINGS}
     return kinds | {
         "without-virtio": replace(plain, network=False, rng=False),
         "disk-none": replace(plain, disk=disk),
@@ -182,9 +183,7 @@ def main() -> int:
     beside.set_defaults(prove=prove_beside)
     for part, limit in ((moves, "100ms"), (beside, "300ms")):
         part.add_argument("--memory", type=parse_size, default="1GiB", help="of the guest (default %(default)s)")
-        part.add_argument(
-            "--backing", choices=get_args(Backing), default="private", help="of its memory (default %(default)s)"
-        )
+        part.add_argument("--backing", choices=BACKINGS, default="private", help="of its memory (default %(default)s)")
         part.add_argument(
             "--downtime-limit", type=parse_duration_ns, default=limit, help="of every move (default %(default)s)"
         )

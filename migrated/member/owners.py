@@ -141,6 +141,10 @@ class Owners:
     async def begin(self, guest: str, uri: str, migration_id: str) -> str | None:
         """Make ready to hand a guest over. Returns why that cannot be, a sentence; None when it can."""
         destination = self._host if uri == HERE else self._host_at(uri)
+        if destination in self._follower.mirror.fences:
+            return f"The host {destination} is fenced: no guest is handed to it."
+        if destination != self._host and destination in self._follower.mirror.cordons:
+            return f"The host {destination} is cordoned: it takes no guests in until `migratectl uncordon`."
         if destination is None:
             return f"No host of the fleet takes guests at {uri}; `migratectl hosts` shows where they do."
         try:
@@ -177,8 +181,6 @@ class Owners:
             return Outcome(Result.REFUSED, str(error))
         except StoreError as error:
             return failed(error)
-        if known is not None and known.owner == self._host and known.previous is not None:
-            wanted = wanted.model_copy(update={"previous": known.previous})
         return await self._change(
             guest, change_owner(self._follower.mirror.keys, guest, revision, wanted, by=self._host), None
         )

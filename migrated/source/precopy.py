@@ -17,7 +17,7 @@ import xxhash
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, may_take_precedence, threads_of
-from migrated.link.control import ControlChannel
+from migrated.link.reply import Reply
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
 from migrated.prediction.model import Prediction
@@ -56,7 +56,8 @@ class Transfer:
     memory: GuestMemory
     dirty_log: DirtyLog
     sender: PageSender
-    control: ControlChannel
+    control: Reply
+    """Is told of each round."""
     ledger: OutgoingLedger
     shared: bool = False
     beside_bytes: int = 0

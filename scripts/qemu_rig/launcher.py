@@ -29,7 +29,7 @@ from scripts.qemu_rig.kernel import QEMU
 from scripts.qemu_rig.workload import Workload
 from scripts.rig.waiting import RigError, until
 
-Backing: TypeAlias = Literal["private", "file", "memfd"]
+Backing: TypeAlias = Literal["private", "file", "memfd", "hugetlb"]
 Cache: TypeAlias = Literal["none", "writeback"]
 Machine: TypeAlias = Literal["q35", "pc"]
 
@@ -58,7 +58,8 @@ class QemuSpec:
     """The kind of guest to start. Source and destination of a move are started from equal ones.
 
     Attributes:
-        backing: ``private`` is what QEMU does when it is told nothing; ``file`` is shared memory on tmpfs.
+        backing: ``private`` is what QEMU does when it is told nothing; ``file`` is shared memory on tmpfs; ``hugetlb``
+            takes huge pages that the host has set aside, and is not known to definitions.
         numa: memory in two halves, each with a backend and a node of its own.
         video_mib: memory of a VGA card; 0 is no card.
         network: a virtio card on QEMU's user network, which lets nothing out.
@@ -124,6 +125,7 @@ def _memory_options(spec: QemuSpec, directory: Path) -> tuple[str, list[str]]:
             "private": "memory-backend-ram",
             "file": f"memory-backend-file,share=on,mem-path={_ram_file(directory, name)}",
             "memfd": "memory-backend-memfd,share=on",
+            "hugetlb": "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M",
         }[spec.backing]
         options += ["-object", f"{kind},id={name},size={size}"]
         if spec.numa:

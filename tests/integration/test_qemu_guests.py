@@ -27,7 +27,7 @@ from scripts.qemu_rig.definition import console_paths, write_definition
 from scripts.qemu_rig.disk import make_disk
 from scripts.qemu_rig.guest_agent import AGENT_PACKAGE, download_agent, find_agent
 from scripts.qemu_rig.image import GuestImage, guest_image
-from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Disk, QemuSpec, running_qemu
+from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Backing, Disk, QemuSpec, running_qemu
 from scripts.qemu_rig.workload import Workload
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
@@ -150,8 +150,8 @@ async def test_a_linux_guest_goes_there_and_back(world: World, backing: Any) -> 
 @pytest.mark.parametrize(
     "spec",
     [
-        replace(BUSY, numa=True),
-        replace(BUSY, machine="pc", network=False, rng=False),
+        replace(BUSY, numa=True, backing="memfd"),
+        replace(BUSY, machine="pc", backing="file", network=False, rng=False),
         replace(BUSY, cpus=2),
         replace(BUSY, memory_mib=4096),
     ],
@@ -196,10 +196,15 @@ async def test_a_destination_without_a_definition_refuses(world: World) -> None:
     console.close()
 
 
-async def test_a_qemu_that_somebody_else_started_is_adopted_as_it_runs(world: World, directory: Path) -> None:
+@pytest.mark.parametrize("backing", ["private", "hugetlb"])
+async def test_a_qemu_that_somebody_else_started_is_adopted_as_it_runs(
+    world: World, directory: Path, backing: Backing
+) -> None:
     """Started like any other, private memory and all; the destination builds it from its own definition."""
+    if backing == "hugetlb" and free_huge_pages_mib() < BUSY.memory_mib:
+        pytest.skip(f"this host has set no {BUSY.memory_mib} MiB of huge pages aside (vm.nr_hugepages)")
     a, b = world.pair.hosts
-    async with running_qemu(BUSY, world.image, directory / "theirs") as qemu:
+    async with running_qemu(replace(BUSY, backing=backing), world.image, directory / "theirs") as qemu:
         await asyncio.to_thread(qemu.console.wait_for, "READY", BOOT_TIMEOUT_S)
         await qemu.release_monitor()
         adopted = await a.command("x-migrated-guest-adopt", {"guest": "web", "qmp": str(qemu.qmp_socket)})
@@ -216,6 +221,12 @@ async def test_a_qemu_that_somebody_else_started_is_adopted_as_it_runs(world: Wo
         assert await asyncio.to_thread(arrived.check) == 0
         arrived.close()
         assert await qemu.ended(20.0) == 0
+
+
+def free_huge_pages_mib() -> int:
+    """Huge pages of 2 MiB that nobody has taken (MiB)."""
+    path = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    return 2 * int(path.read_text()) if path.exists() else 0
 
 
 async def test_an_orchestrators_incoming_qemu_takes_the_guest(world: World, directory: Path) -> None:
