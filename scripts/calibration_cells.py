@@ -20,6 +20,11 @@ from typing import Any, Final
 from scripts.basics import MIB, ROOT
 from scripts.calibration_figures import by_cell
 from scripts.calibration_records import Outcome, Part, RecordsFile, load_now
+from scripts.qemu_rig.image import guest_image
+from scripts.qemu_rig.kernel import missing_packages
+from scripts.qemu_rig.launcher import QemuSpec
+from scripts.qemu_rig.pair import GUEST, QemuPair
+from scripts.qemu_rig.workload import Workload
 from scripts.rig.host import Host
 from scripts.rig.network import Network
 from scripts.rig.pair import Pair
@@ -42,6 +47,7 @@ class Cell:
         limit_ms: downtime limit.
         share: of the attempts of the other cells; a large guest takes long.
         goals: values of ``downtime_goal``, attempt after attempt.
+        qemu: a Linux guest in stock QEMU instead of a simulated one; it fills half of its memory.
     """
 
     name: str
@@ -57,6 +63,14 @@ class Cell:
     limit_ms: float = 300.0
     share: float = 1.0
     goals: tuple[str, ...] = ("least",)
+    qemu: bool = False
+
+    def why_not(self) -> str | None:
+        """Why its attempts cannot be made on this machine, None when they can."""
+        if self.qemu:
+            missing = missing_packages()
+            return f"it needs these packages of the distribution: {', '.join(missing)}" if missing else None
+        return Network.why_not() if self.rate is not None else None
 
 
 BOTH_GOALS: Final = ("least", "first-fit")
@@ -94,6 +108,8 @@ CHECKS: Final = (
     Cell("check-1gbit", 384, "random", 15, rate="1gbit"),
     Cell("check-5gbit", 512, "random", 40, rate="5gbit"),
     Cell("check-devices-600-ms", 1024, "random", 5, "propolis-lab", limit_ms=600, fresh=True),
+    Cell("check-qemu-256-fresh", 256, "hot-cold", 20, limit_ms=100, fresh=True, qemu=True),
+    Cell("check-qemu-1024", 1024, "hot-cold", 20, limit_ms=100, qemu=True),
 )
 
 
@@ -101,7 +117,11 @@ CHECKS: Final = (
 def hosts(cell: Cell) -> Iterator[Pair]:
     """Two new daemons on the cell's link."""
     with contextlib.ExitStack() as stack:
-        if cell.rate is None:
+        if cell.qemu:
+            memory_mib, rate_mib = cell.memory_mib, int(cell.dirty_mib)
+            spec = QemuSpec(memory_mib, Workload.hot_cold(memory_mib // 2, rate_mib))
+            yield stack.enter_context(QemuPair(spec, guest_image(), quick=False))
+        elif cell.rate is None:
             yield stack.enter_context(Pair())
         else:
             # Nobody else is in these namespaces, so nobody can listen.
@@ -112,6 +132,11 @@ def hosts(cell: Cell) -> Iterator[Pair]:
 @contextlib.asynccontextmanager
 async def guest(cell: Cell, pair: Pair, seed: int) -> AsyncIterator[str]:
     """The cell's guest and its neighbours, on host a; gone at the end, wherever they are."""
+    if isinstance(pair, QemuPair):
+        await pair.new_guest(pair.a, GUEST)
+        yield GUEST
+        await pair.remove_guests()
+        return
     arguments: dict[str, Any] = {"workload": cell.workload, "seed": seed}
     if cell.dirty_mib:
         arguments["dirty_rate_bytes_per_s"] = int(cell.dirty_mib * MIB)
@@ -212,7 +237,7 @@ async def run_cells(
     for part, cell in ((part, cell) for part, cells in parts for cell in cells):
         if wanted and cell.name not in wanted:
             continue
-        if cell.rate is not None and (reason := Network.why_not()) is not None:
+        if (reason := cell.why_not()) is not None:
             say(f"cell left out: {cell.name}: {reason}")
             continue
         make = demos if cell.name == DEMO else attempts

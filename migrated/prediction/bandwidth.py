@@ -18,15 +18,19 @@ class Bandwidth:
     """Acknowledged bandwidth under load (bytes per second), from the rounds of one attempt."""
 
     def __init__(self) -> None:
-        self._rounds: deque[tuple[int, int]] = deque(maxlen=_ROUNDS_KEPT)
+        self._rounds: deque[tuple[int, int, bool]] = deque(maxlen=_ROUNDS_KEPT)
         self._costs = RoundCosts()
 
-    def add(self, pages: int, acknowledged_bytes: int, ns: int) -> None:
+    def add(self, pages: int, acknowledged_bytes: int, ns: int, *, as_the_blackout: bool = False) -> None:
         """A round of ``pages`` and ``acknowledged_bytes``, device states counted, took ``ns`` from its first byte to
-        its acknowledgement."""
+        its acknowledgement.
+
+        Args:
+            as_the_blackout: whether its threads went before others, as in the blackout. Such rounds tell most of it.
+        """
         if acknowledged_bytes > 0 and ns > 0:
-            self._rounds.append((acknowledged_bytes, ns))
-            self._costs.add(pages, acknowledged_bytes, ns)
+            self._rounds.append((acknowledged_bytes, ns, as_the_blackout))
+            self._costs.add(pages, acknowledged_bytes, ns, as_the_blackout=as_the_blackout)
 
     def forget(self) -> None:
         """Forget all rounds, because the cap on the bandwidth changed."""
@@ -41,13 +45,14 @@ class Bandwidth:
 
     def for_bytes(self, remaining_bytes: int) -> float:
         """Return the rate at which ``remaining_bytes`` would move (bytes per second): the median of the last three
-        rounds that were not much smaller. 0 before anything was acknowledged. While no round was large enough, the
-        fastest there was: it is low, never high."""
-        telling = max(_TELLING_BYTES, remaining_bytes // 4)
-        rates = [size * 1e9 / ns for size, ns in self._rounds if size >= telling]
+        rounds that were not much smaller, and that went as the blackout will if any of them did. 0 before anything was
+        acknowledged. While no round was large enough, the fastest there was: it is low, never high."""
+        least_bytes = max(_TELLING_BYTES, remaining_bytes // 4)
+        telling = [(size * 1e9 / ns, alike) for size, ns, alike in self._rounds if size >= least_bytes]
+        rates = [rate for rate, alike in telling if alike] or [rate for rate, _ in telling]
         if rates:
             return float(median(rates[-3:]))
-        return max((size * 1e9 / ns for size, ns in self._rounds), default=0.0)
+        return max((size * 1e9 / ns for size, ns, _ in self._rounds), default=0.0)
 
     @property
     def bytes_per_s(self) -> float:

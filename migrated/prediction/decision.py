@@ -47,7 +47,10 @@ _EXTRA_BYTES: Final = 0.25
 _EXTRA_ROUNDS: Final = 8
 """Rounds after the first stop that would have fitted: so much more time and bytes than the attempt took until then."""
 _REHEARSAL_NS: Final = 25_000_000
-"""A round that takes longer tells enough of the next one."""
+"""A round that takes longer tells enough of the next one, ..."""
+_REHEARSAL_AHEAD_NS: Final = 50_000_000
+"""... or twice as long where no round has gone before others yet, as the blackout will."""
+_REHEARSALS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class Observation:
     elapsed_s: float
     bandwidth_bytes_per_s: float
     sent_bytes: int = 0
+    unlike: bool = False
+    """No round has gone before others on the host yet, as the blackout will, and the next one would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,7 @@ class Decider:
         """The observation after the first round at which a stop fitted the budget, None before."""
         self._without_pause = 0
         """Rounds that were sent without a pause after the one before."""
+        self._rehearsals = 0
 
     def hopeless(self, parameters: MigrationParameters, prediction: Prediction) -> str | None:
         """Return a sentence on why no stop can fit the limit even without memory to send; None when one may fit.
@@ -148,12 +154,21 @@ class Decider:
         elif falling and self._waits < _MAX_WAITS and seen.elapsed_s < parameters.timeout_s / 2:
             self._waits += 1
             return Verdict("wait", f"fits, but less remains after every round: {explained}", self._throttle)
-        if not self._without_pause and outlook.round_ns(seen.dirty_pages) <= _REHEARSAL_NS:
+        if self._rehearsal_due(outlook.round_ns(seen.dirty_pages), seen):
             self._without_pause += 1
+            self._rehearsals += 1
             return Verdict(
                 "rehearse", f"fits; the next round is sent as the blackout would, to see: {explained}", self._throttle
             )
         return Verdict("switch", f"switching over: {explained}", self._throttle)
+
+    def _rehearsal_due(self, round_ns: int, seen: Observation) -> bool:
+        """Whether a round is to show first what the blackout will cost, and is short enough for that."""
+        if self._rehearsals >= _REHEARSALS:
+            return False
+        if seen.unlike:
+            return round_ns <= _REHEARSAL_AHEAD_NS
+        return not self._without_pause and round_ns <= _REHEARSAL_NS
 
     def _shorter(self, outlook: Outlook, curve: DirtyCurve, seen: Observation, first: Observation) -> str | None:
         """Why another round is worth its time although a stop fits, a phrase; None when it is not."""

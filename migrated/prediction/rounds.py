@@ -20,6 +20,8 @@ _AGEING: Final = 0.85
 """Weight of a round in the fit, relative to the next later one."""
 _ALIKE: Final = 1.5
 """By how many powers of e two rounds differ in size until one weighs a third of what it would."""
+_UNLIKE: Final = 0.1
+"""Weight of a round that went otherwise than the blackout will, once there is one that went so."""
 _NOTHING_BYTES: Final = 64 << 10
 _NOISE, _NOISE_NS = 0.08, 200_000.0
 """How far a round lies from its usual time: a share of it, and wake-ups."""
@@ -50,12 +52,16 @@ class RoundCosts:
     """The rounds of one attempt."""
 
     def __init__(self) -> None:
-        self._rounds: deque[tuple[int, int, int]] = deque(maxlen=_ROUNDS_KEPT)
+        self._rounds: deque[tuple[int, int, int, bool]] = deque(maxlen=_ROUNDS_KEPT)
 
-    def add(self, pages: int, size_bytes: int, ns: int) -> None:
-        """A round of ``pages`` and ``size_bytes``, device states counted, took ``ns`` to its acknowledgement."""
+    def add(self, pages: int, size_bytes: int, ns: int, *, as_the_blackout: bool) -> None:
+        """A round of ``pages`` and ``size_bytes``, device states counted, took ``ns`` to its acknowledgement.
+
+        Args:
+            as_the_blackout: whether its threads went before others, as in the blackout.
+        """
         if ns > 0:
-            self._rounds.append((pages, size_bytes, ns))
+            self._rounds.append((pages, size_bytes, ns, as_the_blackout))
 
     def forget(self) -> None:
         """The link changed."""
@@ -75,6 +81,8 @@ class RoundCosts:
         ages = np.arange(len(table))[::-1]
         unlike = np.abs(np.log((table[:, 1] + _NOTHING_BYTES) / (size_bytes + _NOTHING_BYTES)))
         weights = np.asarray(_AGEING**ages * np.exp(-unlike / _ALIKE), np.float64)
+        if (alike := table[:, 3] > 0).any():
+            weights *= np.where(alike, 1.0, _UNLIKE)
         costs = _fit(features, ns, weights, 1e9 / bytes_per_s)
         fitted = features @ costs
         fastest = float((table[:, 1] / ns).max()) * _FASTER  # bytes per ns

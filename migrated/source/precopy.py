@@ -16,7 +16,7 @@ import structlog
 import xxhash
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
-from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, threads_of
+from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, may_take_precedence, threads_of
 from migrated.link.reply import Reply
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
@@ -208,6 +208,7 @@ class Precopy:
         self.dirty_pages_per_s = 0.0
         self.throttle_percent = 0
         self._collected_ns = 0
+        self._went_ahead = False
 
     async def run(self) -> Runs:
         """Run rounds until a stop fits. Returns the pages that are dirty and not sent, shape (n, 2).
@@ -233,9 +234,11 @@ class Precopy:
         transfer.ledger.memory.sparse_pages = transfer.memory.pages - count_pages(runs)
         while True:
             scanned = transfer.memory.pages if transfer.round else count_pages(runs)
-            with Precedence(self._as_in_the_blackout(runs)):
-                row = await self._round(runs, scanned)
+            ahead = self._goes_ahead(count_pages(runs)) and may_take_precedence()
+            with Precedence(threads_of(os.getpid()) if ahead else ()):
+                row = await self._round(runs, scanned, as_the_blackout=ahead)
                 runs = await transfer.collect()
+            self._went_ahead |= ahead
             verdict = await self._judge(row, count_pages(runs), (time.monotonic_ns() - began_ns) / 1e9)
             if verdict.step == "switch":
                 return runs
@@ -246,11 +249,10 @@ class Precopy:
             if row.ns < _IDLE_PAUSE_S * 1e9 and not as_the_blackout:
                 await asyncio.sleep(_IDLE_PAUSE_S if transfer.round < _EAGER_ROUNDS else _LONG_PAUSE_S)
 
-    def _as_in_the_blackout(self, runs: Runs) -> list[int]:
-        """Threads that shall run before others in a round, as all do in the blackout, so that small rounds show what it
-        will cost; none for a large one, which would keep others waiting for long."""
-        small = self._transfer.round > 0 and count_pages(runs) * PAGE_SIZE <= SMALL_ROUND_BYTES
-        return threads_of(os.getpid()) if small else []
+    def _goes_ahead(self, pages: int) -> bool:
+        """Whether the threads of a round run before others, as all do in the blackout, so that small rounds show what
+        it will cost; not in a large one, which would keep others waiting for long."""
+        return self._transfer.round > 0 and pages * PAGE_SIZE <= SMALL_ROUND_BYTES
 
     async def _run_without_memory(self) -> Runs:
         """What is left of the rounds where memory is handed over: iterable devices send their state for as long as it
@@ -279,6 +281,7 @@ class Precopy:
             elapsed_s,
             self.bandwidth.for_bytes(dirty_pages * PAGE_SIZE),
             self._transfer.ledger.memory.precopy_bytes,
+            unlike=not self._went_ahead and self._goes_ahead(dirty_pages) and may_take_precedence(),
         )
         outlook = Outlook(lambda pages: self._predict(pages, self.bandwidth), self._round_ns)
         prediction = outlook.stop(dirty_pages)
@@ -323,8 +326,12 @@ class Precopy:
         if reason is not None:
             raise RefusedError(reason)
 
-    async def _round(self, runs: Runs, scanned_pages: int) -> RoundRow:
-        """Send one round and wait for its acknowledgement."""
+    async def _round(self, runs: Runs, scanned_pages: int, *, as_the_blackout: bool) -> RoundRow:
+        """Send one round and wait for its acknowledgement.
+
+        Args:
+            as_the_blackout: its threads run before others.
+        """
         transfer = self._transfer
         begin_ns = time.monotonic_ns()
         scan_ns, fence_ns = transfer.scan_ns, transfer.fence_ns
@@ -342,7 +349,10 @@ class Precopy:
         acknowledged_bytes = sent.wire_bytes + device_bytes
         # What is left is counted in pages: where encodings gain, they move faster than their bytes.
         self.bandwidth.add(
-            sent.normal_pages, max(sent.wire_bytes, sent.normal_pages * PAGE_SIZE) + device_bytes, sending_ns
+            sent.normal_pages,
+            max(sent.wire_bytes, sent.normal_pages * PAGE_SIZE) + device_bytes,
+            sending_ns,
+            as_the_blackout=as_the_blackout,
         )
         ledger = transfer.ledger
         ledger.memory.precopy_bytes += acknowledged_bytes

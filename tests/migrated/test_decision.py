@@ -192,3 +192,20 @@ def test_the_last_small_round_is_a_rehearsal() -> None:
     outlook = Outlook(lambda _: prediction_of(20, 30), lambda _: 2 * MS)
     steps = [decider.after_round(parameters, outlook, DirtyCurve(), seen(100)).step for _ in range(2)]
     assert steps == ["rehearse", "switch"]
+
+
+@pytest.mark.parametrize(("round_ms", "expected"), [(40, ["rehearse", "switch"]), (80, ["switch"])])
+def test_where_the_blackout_goes_before_others_a_round_does_too_before_the_stop(
+    round_ms: int, expected: list[str]
+) -> None:
+    """However many rounds there were that waited for others; unless it takes long."""
+    parameters = MigrationParameters(downtime_limit_ms=300)
+    decider = Decider()
+    outlook = Outlook(lambda _: prediction_of(20, 30), lambda _: round_ms * MS)
+    steps: list[str] = []
+    unlike = True
+    while not steps or steps[-1] != "switch":
+        observed = dataclasses.replace(seen(100), unlike=unlike)
+        steps.append(decider.after_round(parameters, outlook, DirtyCurve(), observed).step)
+        unlike = False
+    assert steps == expected

@@ -94,3 +94,16 @@ def test_no_rounds_make_a_nonsense_of_the_next(rounds: list[tuple[int, int, int]
     assert expected.spread_ns >= 0
     fastest = max(size / ns for _, size, ns in rounds)
     assert expected.ns >= pages * 4096 / fastest / 1.2 - 1
+
+
+def test_a_round_that_went_as_the_blackout_will_tells_more_of_it_than_those_that_waited_for_others() -> None:
+    """On a busy host large rounds wait for processors; the blackout does not, nor do small rounds."""
+    waited = Bandwidth()
+    for _ in range(3):
+        waited.add(5000, 5000 * 4096, 120 * MS)
+    ahead = Bandwidth()
+    for _ in range(3):
+        ahead.add(5000, 5000 * 4096, 120 * MS)
+    ahead.add(900, 900 * 4096, 6 * MS, as_the_blackout=True)
+    assert waited.expect(800, 0).ns > 15 * MS
+    assert ahead.expect(800, 0).ns == pytest.approx(5.5 * MS, rel=0.35)
