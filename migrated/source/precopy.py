@@ -16,7 +16,7 @@ import structlog
 import xxhash
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
-from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, threads_of
+from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, may_take_precedence, threads_of
 from migrated.link.control import ControlChannel
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
@@ -232,9 +232,12 @@ class Precopy:
         transfer.ledger.memory.sparse_pages = transfer.memory.pages - count_pages(runs)
         while True:
             scanned = transfer.memory.pages if transfer.round else count_pages(runs)
-            with Precedence(self._as_in_the_blackout(runs)):
+            first = self._as_in_the_blackout(runs)
+            with Precedence(first):
                 row = await self._round(runs, scanned)
                 runs = await transfer.collect()
+            if not first and may_take_precedence():
+                await self._measure_legs_anew()
             verdict = await self._judge(row, count_pages(runs), (time.monotonic_ns() - began_ns) / 1e9)
             if verdict.step == "switch":
                 return runs
@@ -244,6 +247,13 @@ class Precopy:
             as_the_blackout = verdict.step in ("shorten", "rehearse")
             if row.ns < _IDLE_PAUSE_S * 1e9 and not as_the_blackout:
                 await asyncio.sleep(_IDLE_PAUSE_S if transfer.round < _EAGER_ROUNDS else _LONG_PAUSE_S)
+
+    async def _measure_legs_anew(self) -> None:
+        """After a large round, in which what decides waited for threads that others kept waiting."""
+        try:
+            await self._transfer.control.measure_anew(self._round_timeout_s)
+        except TimeoutError as error:
+            raise LinkLostError(f"the destination answered no clocks within {self._round_timeout_s:g} s") from error
 
     def _as_in_the_blackout(self, runs: Runs) -> list[int]:
         """Threads that shall run before others in a round, as all do in the blackout, so that small rounds show what it
