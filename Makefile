@@ -1,6 +1,7 @@
 # Every target makes its own environment in .venv first; nothing has to be installed by hand but Python 3.11 or newer.
 #   make demo        a running guest moves to another daemon and back, verified, with its downtime breakdown
 #   make demo-qemu   the same with a Linux guest in stock QEMU, beside QEMU's own migration of it
+#   make demo-fleet  three hosts and etcd on this machine; one host is emptied
 #   make test lint   what CI runs
 # Sizes of bench, prove and calibrate come from the environment: see docs/operators.md, "Measuring on your own hosts".
 
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 # What standard output is for (JSON) must stay clean of what an installation says.
 INSTALL_LOG := $(VENV)/install.log
 
-.PHONY: demo demo-qemu test lint bench prove calibrate clean
+.PHONY: demo demo-qemu demo-fleet test lint bench prove calibrate clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -19,6 +20,9 @@ demo: $(INSTALLED)
 
 demo-qemu: $(INSTALLED)
 	@$(BIN)/python -m scripts.demo_qemu $(DEMO_OPTIONS)
+
+demo-fleet: $(INSTALLED)
+	@$(BIN)/python -m scripts.demo_fleet $(DEMO_OPTIONS)
 
 test: $(INSTALLED)
 	@echo "Running all tests; this takes some minutes (make test PYTEST_OPTIONS='-m \"not slow\"' for fewer)." >&2

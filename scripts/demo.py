@@ -219,18 +219,19 @@ async def run(story: Story) -> dict[str, Any]:
         return await story(Path(directory))
 
 
-def perform(story: Story, output: Path) -> int:
+def perform(story: Story, output: Path, achieved: str = "moved there and back, intact both times") -> int:
     """Tell a story and print its document as the last line, or why it failed. Returns the exit status.
 
     Args:
         output: where logs are left; made if need be.
+        achieved: what a story that came to its end has shown.
     """
     output.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     reason = ""
     try:
         document = asyncio.run(run(story))
-        say(f"Done in {time.monotonic() - begin:.1f} s: moved there and back, intact both times.")
+        say(f"Done in {time.monotonic() - begin:.1f} s: {achieved}.")
         print(json.dumps(document))
         return 0
     except (DemoError, RigError, CommandError, DaemonUnreachableError, OSError) as error:

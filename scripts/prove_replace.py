@@ -38,8 +38,6 @@ ALLOWED_MS: Final = 4.0
 ALLOWED_RATIO: Final = 1.3
 LIMIT_MS: Final = 1000
 WAYS: Final = ("new VMM killed", "daemon killed", "limit", "cancelled")
-_LONGEST_S: Final = 0.6
-"""A replacement of the guest whose devices write takes about so long, with the start of its VMM."""
 
 
 def quantile(sorted_values: Sequence[float], share: float) -> float:
@@ -76,10 +74,11 @@ def memory_digest(pid: int) -> str:
     raise RigError(f"process {pid} has no guest memory")
 
 
-async def fail_once(pair: FaultyPair, way: str, after_s: float) -> str:
-    """Let one replacement fail in a way, so long after it began. Returns how it ended."""
+async def fail_once(pair: FaultyPair, way: str, after_s: float, share: float) -> str:
+    """Let one replacement fail in a way, so long after it began, or with so large a share of the limit that it needs.
+    Returns how it ended."""
     host = pair.a
-    limit_ms = max(1, int(after_s / _LONGEST_S * 150)) if way == "limit" else LIMIT_MS
+    limit_ms = max(1, int(share * 150)) if way == "limit" else LIMIT_MS
     begun = await host.begin_replacement("g1", downtime_limit=limit_ms, timeout_s=0.1, on_timeout="force")
     before = set(host.vmm_pids()) if way == "new VMM killed" else set()
     if way != "limit":
@@ -108,6 +107,7 @@ async def abort(pair: FaultyPair, aborts: int, seed: int) -> tuple[int, int, lis
     violations: list[str] = []
     await host.create_guest("g1", 64, profile="load-writes")
     await host.verify()  # waits until it has booted
+    whole_s = (await host.replace("g1"))["total_ns"] / 1e9
     for number, way in enumerate(itertools.cycle(WAYS)):
         if aborted >= aborts:
             break
@@ -115,8 +115,9 @@ async def abort(pair: FaultyPair, aborts: int, seed: int) -> tuple[int, int, lis
         await host.command("x-migrated-guest-pause" if still else "x-migrated-guest-resume", {"guest": "g1"})
         owner = (await host.guest())["pid"]
         before = memory_digest(owner) if still else ""
-        after_s = chance.uniform(0, _LONGEST_S)
-        outcome = await fail_once(pair, way, after_s)
+        share = chance.random()
+        after_s = share * whole_s
+        outcome = await fail_once(pair, way, after_s, share)
         guest = await host.guest()
         if outcome == "completed":
             completed += 1

@@ -56,13 +56,14 @@ def read_description(path: Path) -> tuple[GuestConfig, int]:
         version, fields, cost_seed = msgpack.unpackb(description.vmm_config, use_list=False, strict_map_key=True)
         if version != _VERSION or not isinstance(cost_seed, int):
             raise ConfigError(f"The description {path} is from another version of the VMM.")
-        config = GuestConfig.model_validate(fields)
+        # The name is the host's affair: a guest may be restored under another one.
+        config = GuestConfig.model_validate({**fields, "name": description.name})
     except ValidationError as error:
         raise ConfigError(f"The description {path} is not usable: {explain(error)}.") from error
     except (OSError, ValueError, TypeError, msgpack.exceptions.StackError) as error:
         raise ConfigError(f"The description {path} cannot be read: {error}.") from error
-    described = (description.name, description.uuid, description.vcpus, description.guest_freq, description.machine)
-    configured = (config.name, config.uuid, config.vcpus, config.guest_freq, MACHINE)
+    described = (description.uuid, description.vcpus, description.guest_freq, description.machine)
+    configured = (config.uuid, config.vcpus, config.guest_freq, MACHINE)
     if described != configured or description.memory != memory_regions(config.memory_bytes):
         raise ConfigError(f"The description {path} contradicts the configuration that it carries.")
     return config, cost_seed

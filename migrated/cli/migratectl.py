@@ -287,8 +287,51 @@ def replace(
     _migrate(session, name, "x-migrated-replace", arguments, no_wait)
 
 
-def _migrate(session: Session, name: str, command: str, arguments: dict[str, Any], no_wait: bool) -> None:
-    """Begin an attempt by a command of the control socket, and wait for its outcome unless told not to."""
+@main.command(cls=ParameterCommand)
+@guest_argument
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE")
+@click.option(
+    "--stop",
+    "mode",
+    flag_value="stop",
+    default=True,
+    help="Stop the guest, and end it once the file is safe (default).",
+)
+@click.option("--running", "mode", flag_value="running", help="Let it run meanwhile, and go on after it.")
+@click.option("--force", is_flag=True, help="Replace a saved guest that is there; any other file is left alone.")
+@no_wait_option
+@with_session
+def save(session: Session, name: str, file: Path, mode: str, force: bool, no_wait: bool, **parameters: Any) -> None:
+    """Save a guest in a file on the daemon's host: memory, devices and time.
+
+    FILE comes into being complete or not at all; when a save fails, the guest goes on as before. With --running the
+    guest stands still only for the end of it, within its downtime limit.
+    """
+    given = {"guest": name, "file": str(file.absolute()), "mode": mode, "force": force}
+    _migrate(session, name, "x-migrated-save", {**given, **qmp_parameters(parameters)}, no_wait)
+
+
+@main.command(cls=ParameterCommand)
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE")
+@click.option("--name", metavar="NAME", help="The name that the guest gets [default: its own].")
+@no_wait_option
+@with_session
+def restore(session: Session, file: Path, name: str | None, no_wait: bool, **parameters: Any) -> None:
+    """Restore a guest from a file on the daemon's host.
+
+    Every byte is checked before the guest runs; FILE stays as it is. Of the migration parameters only those of guest
+    time count here: the guest's clocks go on by the time that it lay in the file, unless --time-policy says otherwise.
+    """
+    arguments = {"file": str(file.absolute()), **({"guest": name} if name else {}), **qmp_parameters(parameters)}
+    _migrate(session, name, "x-migrated-restore", arguments, no_wait)
+
+
+def _migrate(session: Session, name: str | None, command: str, arguments: dict[str, Any], no_wait: bool) -> None:
+    """Begin an attempt by a command of the control socket, and wait for its outcome unless told not to.
+
+    Args:
+        name: of the guest; None where the daemon tells it.
+    """
 
     async def work(client: ControlClient) -> Any:
         from migrated.cli.watch import attend, display
@@ -296,12 +339,14 @@ def _migrate(session: Session, name: str, command: str, arguments: dict[str, Any
         begun = await client.command(command, arguments)
         if no_wait:
             return begun
+        guest = begun.get("guest", name)
         if session.json:
-            return await attend(client, name, begun["migration-id"], None)
+            return await attend(client, guest, begun["migration-id"], None)
         with display(as_json=False, stderr=True, rounds=0) as update:
-            return await attend(client, name, begun["migration-id"], update)
+            return await attend(client, guest, begun["migration-id"], update)
 
-    result = session.run(work, f"The migration goes on; 'migratectl cancel {name}' cancels it.")
+    cancel = f"'migratectl cancel {name}' cancels it" if name else "'migratectl status' shows it"
+    result = session.run(work, f"The migration goes on; {cancel}.")
     if no_wait:
         session.say({"migration_id": result["migration-id"]}, result["migration-id"])
         return

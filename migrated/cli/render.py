@@ -155,6 +155,8 @@ def _memory(ram: Ram, digest: Digest) -> Table:
     add_fact(table, "guest memory", f"{format_size(ram.total_bytes)} in pages of {format_size(ram.page_size)}")
     moved = f"{format_size(ram.transferred_bytes)} over {ram.channels} channels"
     add_fact(table, "moved", f"{moved}: {format_size(ram.downtime_bytes)} of it while the guest was stopped")
+    if ram.shared:
+        add_fact(table, "memory", "handed over on the same host, not copied")
     add_fact(table, "pages", f"{ram.normal_pages} normal, {ram.zero_pages} zero, {ram.sparse_pages} never touched")
     add_fact(table, "dirty tracking", ram.dirty_tracking or "-")
     for row in ram.encodings:

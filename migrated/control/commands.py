@@ -36,7 +36,7 @@ GUEST: Final = Argument("guest", "string", "Name of the guest; may be left out w
 ONE_GUEST: Final = Argument("guest", "string", "Name of the guest.", required=True)
 DEFAULTS_GUEST: Final = Argument("guest", "string", "Name of the guest; left out: the daemon's defaults.")
 MIGRATION_ID: Final = Argument("migration-id", "string", "Migration id, or a unique beginning of it.", required=True)
-URI: Final = Argument("uri", "string", "The destination: tcp:HOST:PORT, or unix:PATH on this host.")
+URI: Final = Argument("uri", "string", "The destination: tcp:HOST:PORT, unix:PATH on this host, or file:PATH.")
 
 
 def _named(operations: Operations, arguments: Arguments) -> str:
@@ -75,6 +75,33 @@ async def _replace(operations: Operations, arguments: Arguments) -> Any:
     guest = arguments["guest"]
     overrides = parameter_values(arguments, operations.parameters(guest))
     return {"migration-id": await operations.replace(guest, replacement, overrides)}
+
+
+async def _save(operations: Operations, arguments: Arguments) -> Any:
+    guest = arguments["guest"]
+    migration_id = await operations.save(
+        guest,
+        arguments["file"],
+        ends_guest=arguments.get("mode", "stop") == "stop",
+        force=arguments.get("force", False),
+        overrides=parameter_values(arguments, operations.parameters(guest)),
+    )
+    return {"migration-id": migration_id}
+
+
+async def _restore(operations: Operations, arguments: Arguments) -> Any:
+    return await _restored(operations, arguments["file"], arguments)
+
+
+async def _migrate_incoming(operations: Operations, arguments: Arguments) -> Any:
+    return await _restored(operations, qemu.file_of(qemu.uri_of(arguments)), arguments)
+
+
+async def _restored(operations: Operations, path: str, arguments: Arguments) -> Any:
+    name = arguments.get("guest")
+    overrides = parameter_values(arguments, operations.parameters(None))
+    migration_id, guest = await operations.restore(path, name, overrides)
+    return {"migration-id": migration_id, "guest": guest}
 
 
 async def _migrate_cancel(operations: Operations, arguments: Arguments) -> Any:
@@ -283,6 +310,7 @@ async def _metrics(operations: Operations, _arguments: Arguments) -> Any:
     return {"text": (await asyncio.to_thread(operations.metrics_text)).decode()}
 
 
+RESTORED_GUEST: Final = Argument("guest", "string", "The name that the guest gets; left out: its own.")
 HISTORY_QUERY: Final = ("last", "guest", "outcome", "since", "until")
 CHANNELS: Final = Argument(
     "channels", "array", "QEMU's other form of the destination: one 'main' channel, inet or unix."
@@ -460,6 +488,46 @@ _TABLE: Final = (
         ),
         _status,
         large=True,
+    ),
+    Command(
+        "migrate-incoming",
+        "Start to restore a guest from a file ('file:' and its path). Guests that come over the network need no "
+        "command.",
+        "The migration id, and the name of the guest.",
+        (RESTORED_GUEST, URI, CHANNELS, *PARAMETER_ARGUMENTS),
+        _migrate_incoming,
+        changes=True,
+    ),
+    Command(
+        "x-migrated-save",
+        "Start to save a guest in a file. It has its name only once it is complete and safe.",
+        "The migration id.",
+        (
+            ONE_GUEST,
+            Argument("file", "string", "The file's whole path on the daemon's host.", required=True),
+            Argument(
+                "mode",
+                "string",
+                "Stop the guest, and end it once the file is safe (the default); or let it run, and go on after it.",
+                values=("stop", "running"),
+            ),
+            Argument("force", "boolean", "Replace a saved guest of that name."),
+            *PARAMETER_ARGUMENTS,
+        ),
+        _save,
+        changes=True,
+    ),
+    Command(
+        "x-migrated-restore",
+        "Start to restore a guest from a file. It runs once every byte was checked.",
+        "The migration id, and the name of the guest.",
+        (
+            Argument("file", "string", "The file's whole path on the daemon's host.", required=True),
+            RESTORED_GUEST,
+            *PARAMETER_ARGUMENTS,
+        ),
+        _restore,
+        changes=True,
     ),
     Command(
         "x-migrated-replace",

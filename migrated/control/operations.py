@@ -338,6 +338,23 @@ class Operations(Protocol):
     async def replace(self, guest: str, replacement: Replacement, overrides: dict[str, object]) -> str:
         """Start to give a guest another VMM on this host; otherwise as ``migrate``."""
 
+    async def save(self, guest: str, path: str, *, ends_guest: bool, force: bool, overrides: dict[str, object]) -> str:
+        """Start to save a guest in a file and return the attempt's id.
+
+        Args:
+            path: absolute.
+            ends_guest: end the guest once the file is safe; else it goes on.
+            force: replace a saved guest that is there.
+        """
+
+    async def restore(self, path: str, name: str | None, overrides: dict[str, object]) -> tuple[str, str]:
+        """Start to restore a guest from a file and return the attempt's id, and the guest's name.
+
+        Args:
+            path: absolute.
+            name: that the guest gets; None for its own.
+        """
+
     async def wait(self, migration_id: str) -> dict[str, Any]:
         """Wait for the end of an attempt (or for its being in doubt) and return its record document."""
 

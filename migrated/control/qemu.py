@@ -12,6 +12,8 @@ from migrated.record.terms import FINISHED, STATUS_OF
 from migrated.settings.parameters import MigrationParameters
 from protocol.guest import PAGE_SIZE
 
+FILE_SCHEME: Final = "file:"
+
 RUN_STATES: Final = {
     "running": "running",
     "paused": "paused",
@@ -87,10 +89,23 @@ def uri_of(arguments: Mapping[str, Any]) -> str:
             return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
         case [{"channel-type": "main", "addr": {"transport": "socket", "type": "unix", "path": str(path)}}]:
             return f"unix:{path}"
+        case [{"channel-type": "main", "addr": {"transport": "file", "filename": str(path), "offset": 0}}]:
+            return f"{FILE_SCHEME}{path}"
     raise OperationError(
         "Parameter 'channels' expects one channel of type 'main' with a socket address of type 'inet', "
-        "whose host and port are strings, or of type 'unix' with its path"
+        "whose host and port are strings, or of type 'unix' with its path, or a file with its name and offset 0"
     )
+
+
+def file_of(uri: str) -> str:
+    """The path in a ``file:`` URI.
+
+    Raises:
+        OperationError: it is of another kind.
+    """
+    if not uri.startswith(FILE_SCHEME):
+        raise OperationError(f"{uri!r} is no file: give it as file:PATH; guests from other hosts come by themselves")
+    return uri.removeprefix(FILE_SCHEME)
 
 
 def migration_info(progress: Progress, record: Record | None) -> dict[str, Any]:

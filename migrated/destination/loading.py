@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import structlog
 
@@ -20,8 +21,9 @@ from migrated.destination.states import ArrivedState, ArrivingStates
 from migrated.record.model import TimeSummary
 from migrated.vmm.seam import StatePart, VmmGuest
 from protocol import messages
-from protocol.clock import ExportExchange, OffsetEstimate
+from protocol.clock import ElapsedInterval, ExportExchange, OffsetEstimate
 from protocol.guest_time import (
+    VmTimeData,
     adjust_time_data,
     check_limits,
     choose_elapsed,
@@ -41,6 +43,48 @@ class ArrivedTime:
     data: messages.TimeData
     asked_at_ns: int
     read_at_ns: int
+    offset: OffsetEstimate | None = None
+    """Bounds of the difference of the two hosts' clocks from earlier exchanges, None where there are none."""
+
+    @property
+    def time(self) -> VmTimeData:
+        """The guest's time at its export."""
+        return self.data.time
+
+    @property
+    def round_trip_ns(self) -> int:
+        """The round trip of the exchange, which decides how well the elapsed time is known."""
+        return self._exchange(self.read_at_ns).delta_ns
+
+    def elapsed(self, imported_at_ns: int, _wall: tuple[int, int]) -> ElapsedInterval:
+        """Bounds of the time from the export to an instant of this host's raw clock."""
+        return self._exchange(imported_at_ns).elapsed(offset=self.offset)
+
+    def _exchange(self, imported_at_ns: int) -> ExportExchange:
+        data = self.data
+        return ExportExchange(
+            self.asked_at_ns, data.t2_ns, data.time.hrtime, data.t3_ns, self.read_at_ns, imported_at_ns
+        )
+
+
+class ExportedTime(Protocol):
+    """A guest's time that has come from somewhere, and what is known of how long ago it was read."""
+
+    @property
+    def time(self) -> VmTimeData:
+        """The guest's time at its export."""
+
+    @property
+    def round_trip_ns(self) -> int:
+        """The round trip of the exchange that brought it, 0 where there was none."""
+
+    def elapsed(self, imported_at_ns: int, wall: tuple[int, int]) -> ElapsedInterval:
+        """Bounds of the time from the export to an instant of this host's clocks, raw (ns) and wall (seconds,
+        nanoseconds).
+
+        Raises:
+            ClockError, TimeAdjustError: the clocks give none.
+        """
 
 
 @dataclass(slots=True)
@@ -81,9 +125,7 @@ class Loading:
         self._arriving = arriving
         self._states: dict[int, ArrivedState] = {}
         self._arrived = asyncio.Event()
-        self._time: asyncio.Future[tuple[ArrivedTime, OffsetEstimate | None]] = (
-            asyncio.get_running_loop().create_future()
-        )
+        self._time: asyncio.Future[ExportedTime] = asyncio.get_running_loop().create_future()
         self._complete: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def add_state(self, state: ArrivedState) -> None:
@@ -91,10 +133,10 @@ class Loading:
         self._states[state.meta.order] = state
         self._arrived.set()
 
-    def add_time(self, arrived: ArrivedTime, offset: OffsetEstimate | None) -> None:
+    def add_time(self, exported: ExportedTime) -> None:
         """The guest's time arrived."""
         if not self._time.done():
-            self._time.set_result((arrived, offset))
+            self._time.set_result(exported)
             self._arrived.set()
 
     def all_arrived(self, states: int) -> None:
@@ -168,22 +210,19 @@ class Loading:
         guest_time = self._vmm.time
         if guest_time is None or self.done.time is not None:
             return
-        arrived, offset = await asyncio.shield(self._time)
-        data, rules = arrived.data, self._rules
+        exported, rules = await asyncio.shield(self._time), self._rules
+        before = exported.time
         imported_at_ns, wall = self._clock.hrtime_ns(), self._clock.wall()
-        exchange = ExportExchange(
-            arrived.asked_at_ns, data.t2_ns, data.time.hrtime, data.t3_ns, arrived.read_at_ns, imported_at_ns
-        )
-        interval = exchange.elapsed(offset=offset)
+        interval = exported.elapsed(imported_at_ns, wall)
         check_limits(interval, max_time_jump_ns=rules.max_time_jump_ns, max_time_error_ns=rules.max_time_error_ns)
         elapsed_ns = choose_elapsed(interval, rules.policy)
         adjustment = adjust_time_data(
-            data.time, destination_hrtime=imported_at_ns, destination_wall=wall, elapsed_ns=elapsed_ns
+            before, destination_hrtime=imported_at_ns, destination_wall=wall, elapsed_ns=elapsed_ns
         )
         daemon_ns = self._clock.hrtime_ns() - imported_at_ns
         error_ns = interval.error_ns(elapsed_ns) if rules.policy != "freeze" else interval.upper_ns
         imported = await guest_time.import_time(adjustment.adjusted, error_ns)
-        skew = wall_clock_skew(data.time, adjustment.adjusted, interval)
+        skew = wall_clock_skew(before, adjustment.adjusted, interval)
         if certain_ns := provable_skew(skew):
             log.warning("the hosts' wall clocks disagree", at_least_ms=round(abs(certain_ns) / 1e6, 3))
         self.done.time_imported_ns = time.monotonic_ns()
@@ -192,15 +231,15 @@ class Loading:
             elapsed_lower_ns=interval.lower_ns,
             elapsed_upper_ns=interval.upper_ns,
             elapsed_ns=elapsed_ns,
-            before=data.time,
+            before=before,
             after=adjustment.adjusted,
             guest_uptime_ns=adjustment.guest_uptime_ns,
             tsc_delta=adjustment.tsc_delta,
             boot_hrtime_delta=adjustment.boot_hrtime_delta,
             wall_clock_skew_ns=skew,
-            round_trip_ns=exchange.delta_ns,
+            round_trip_ns=exported.round_trip_ns,
             stages=time_account(
-                data.time,
+                before,
                 adjustment,
                 elapsed_ns=elapsed_ns,
                 daemon_ns=daemon_ns,

@@ -354,8 +354,8 @@ class IncomingMigration:
         asked_at_ns = self._asked.pop(data.nonce, None)
         if asked_at_ns is None:
             raise RemoteProtocolError("time data answers no ask of ours", ErrorCode.TIME)
-        arrived = ArrivedTime(data, asked_at_ns, received.read_at_hrtime_ns)
-        self._equipment.loading.add_time(arrived, self._control.offset())
+        arrived = ArrivedTime(data, asked_at_ns, received.read_at_hrtime_ns, self._control.offset())
+        self._equipment.loading.add_time(arrived)
 
     def _hear_state(self, meta: messages.DeviceState, payload: bytes) -> None:
         """Take a device state that came beside the data channels."""

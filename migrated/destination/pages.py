@@ -25,7 +25,7 @@ from migrated.base.errors import LinkLostError
 from migrated.destination.ahead import Mapper, Populator
 from migrated.destination.decoding import check_encoding, decode
 from migrated.destination.states import ArrivedState, ArrivingStates
-from migrated.link.data import DataChannel
+from migrated.link.data import FrameSource
 from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, Words, drop_views
 from protocol import messages
 from protocol.digest import MemoryDigest
@@ -102,10 +102,10 @@ class PageReceiver:
         self.populator = Populator(memory)
         self._mapper = Mapper(memory, self.present)
         self._threads: dict[int, threading.Thread] = {}
-        self._channels: dict[int, DataChannel] = {}
+        self._channels: dict[int, FrameSource] = {}
         self._stopping = False
 
-    def add_channel(self, channel: DataChannel) -> None:
+    def add_channel(self, channel: FrameSource) -> None:
         """Begin to receive from a joined channel, owned from here on.
 
         Raises:
@@ -141,7 +141,7 @@ class PageReceiver:
         self._threads.clear()
         self.states.end()
 
-    def _run(self, channel: DataChannel) -> None:
+    def _run(self, channel: FrameSource) -> None:
         receiver = _ChannelReceiver(self, channel)
         try:
             receiver.receive()
@@ -206,7 +206,7 @@ class PageReceiver:
 class _ChannelReceiver:
     """One channel's thread and its staging memory."""
 
-    def __init__(self, owner: PageReceiver, channel: DataChannel) -> None:
+    def __init__(self, owner: PageReceiver, channel: FrameSource) -> None:
         self._owner = owner
         self._channel = channel
         self._stage: Words = np.empty((MAX_PAYLOAD_BYTES // PAGE_SIZE, WORDS_PER_PAGE), np.uint64)

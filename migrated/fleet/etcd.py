@@ -202,11 +202,13 @@ class EtcdStore:
             StoreError: etcd refused it.
         """
         why = "nothing answers"
+        share_s = self._timeout_s / len(self._endpoints) if again else None
         try:
             async with asyncio.timeout(self._timeout_s):
                 for endpoint in self._in_turn():
                     try:
-                        return await self._ask(endpoint, path, wanted)
+                        async with asyncio.timeout(share_s):
+                            return await self._ask(endpoint, path, wanted)
                     except _UnreachableError as error:
                         why = str(error)
                     except _RefusedError as error:

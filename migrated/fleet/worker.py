@@ -110,6 +110,8 @@ def _next_of_step(mirror: Mirror, spec: JobSpec, step: JobStep, now_utc_ns: int,
     if cancelling:
         return work(StepEvent.CANCEL, "The job was cancelled.")
     owner = mirror.owners.get(step.guest)
+    if owner is not None and owner.previous == step.source:
+        return Wait(None)  # the source has the guest too, and runs it unless the owner shows that it does
     if owner is None or owner.owner != step.source:
         where = "it has no owner any more" if owner is None else f"{owner.owner} owns it"
         return work(StepEvent.GONE, f"The guest is not on {step.source} any more: {where}.")

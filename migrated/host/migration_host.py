@@ -3,7 +3,7 @@ the listener hands new connections to it.
 
     guests      the operator's commands on guests           outgoing    attempts to move a guest away, parameters
     recovery    attempts left by the last daemon                incoming    attempts to take one in, late questions
-    records     history and metrics
+    records     history and metrics                         files       guests saved in files, and restored
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migrated.base.clock import HostClock
@@ -19,7 +20,8 @@ from migrated.base.tasks import TaskSet
 from migrated.control.operations import AdoptSpec, EventBus, FleetOperations, GuestSpec, OperationError
 from migrated.environment import DaemonRole, Environment, host_name
 from migrated.guests.registry import Guest, GuestRegistry
-from migrated.host.commands import target_of
+from migrated.host.commands import target_of, with_values
+from migrated.host.files import FileAttempts
 from migrated.host.fleet_side import FleetSide
 from migrated.host.guests import GuestCommands
 from migrated.host.incoming import IncomingAttempts
@@ -33,6 +35,7 @@ from migrated.observe.logs import LogCollector
 from migrated.observe.metrics import Metrics
 from migrated.observe.progress import Progress
 from migrated.record.model import Record
+from migrated.savefile.desk import SCHEME, SaveOrder
 from migrated.settings.config import Address, Config
 from migrated.settings.parameters import MigrationParameters
 from migrated.source.target import target_here
@@ -96,10 +99,11 @@ class MigrationHost:
         self._guests = GuestCommands(self._env, self._recovery)
         self._outgoing = OutgoingAttempts(self._env, self._tasks)
         self._incoming = IncomingAttempts(self._env, role, self._recovery, self._tasks, self.metrics.offer_refused)
+        self._files = FileAttempts(self._env, self._tasks, self._claim, self._let_go_of)
         self._own = OwnConnections(self._incoming, self._tasks)
         self._fleet = self._join() if config.fleet.endpoints else None
         self._env.guests.on_gone = self._guest_gone
-        self._env.guests.on_settled = self._recovery.guest_settled
+        self._env.guests.on_settled = self._guest_settled
 
     def _join(self) -> FleetMember:
         """Make this host a member of its fleet."""
@@ -124,11 +128,13 @@ class MigrationHost:
         if self._fleet is not None:
             self._fleet.start()
         await self._recovery.start()
+        await self._files.recover()
 
     async def stop(self) -> None:
         """Cancel the attempts that can be cancelled, disconnect from every guest, close every file."""
         ending = await self._outgoing.cancel_all("the daemon is stopping")
         self._incoming.cancel_all("the destination's daemon is stopping")
+        await self._files.cancel_all("the daemon is stopping", _STOP_S)
         if ending:
             await asyncio.wait({asyncio.ensure_future(m.decided.wait()) for m in ending}, timeout=_STOP_S)
         for migration in ending:
@@ -163,6 +169,10 @@ class MigrationHost:
     async def quit(self) -> None:
         self.stopping.set()
 
+    def _guest_settled(self, name: str) -> None:
+        self._recovery.guest_settled(name)
+        self._files.guest_settled(name)
+
     @property
     def fleet(self) -> FleetOperations | None:
         return None if self._fleet is None else self._fleet.operator
@@ -170,7 +180,10 @@ class MigrationHost:
     def _guest_gone(self, guest: Guest) -> None:
         self.events.publish("X_MIGRATED_GUEST_GONE", {"guest": guest.name, "pid": guest.vmm.pid})
         (self._incoming if guest.overlay == "incoming" else self._outgoing).guest_gone(guest)
+        self._files.guest_gone(guest)
         if self._fleet is not None:
+            if guest.overlay is None and guest.migration_id is None:
+                self._fleet.owners.release(guest.name)  # it runs nowhere now
             self._fleet.look_again()
 
     # Section: guests
@@ -191,6 +204,17 @@ class MigrationHost:
                 self._fleet.owners.release(name)
             raise
         self._fleet.look_again()
+
+    async def _claim(self, name: str) -> None:
+        """Own a guest that is about to be restored here."""
+        if self._fleet is not None:
+            await self._fleet.owners.claim_new(name)
+
+    def _let_go_of(self, name: str) -> None:
+        """A guest was put away, or could not be restored: it is not here any more."""
+        if self._fleet is not None:
+            self._fleet.owners.release(name)
+            self._fleet.look_again()
 
     async def guest_create(self, spec: GuestSpec) -> dict[str, Any]:
         async with self._owned(spec.name):
@@ -214,9 +238,7 @@ class MigrationHost:
     async def guest_destroy(self, name: str) -> dict[str, Any]:
         destroyed = await self._guests.destroy(name)
         self._outgoing.forget_parameters(name)
-        if self._fleet is not None:
-            self._fleet.owners.release(name)
-            self._fleet.look_again()
+        self._let_go_of(name)
         return destroyed
 
     async def guest_adopt(self, spec: AdoptSpec) -> dict[str, Any]:
@@ -234,7 +256,19 @@ class MigrationHost:
     async def migrate(self, guest: str, uri: str, overrides: dict[str, object]) -> str:
         if self._role == "destination":
             raise OperationError("this daemon is a destination only; run `migrated host` to migrate guests away too")
+        if uri.startswith(SCHEME):
+            return await self.save(guest, uri.removeprefix(SCHEME), ends_guest=True, force=False, overrides=overrides)
         return await self._outgoing.begin(self._guests.idle(guest), target_of(uri), overrides)
+
+    async def save(self, guest: str, path: str, *, ends_guest: bool, force: bool, overrides: dict[str, object]) -> str:
+        parameters = with_values(self._outgoing.parameters(guest), overrides)
+        order = SaveOrder(Path(path), ends_guest, force)
+        return await self._files.save(self._guests.idle(guest), order, parameters)
+
+    async def restore(self, path: str, name: str | None, overrides: dict[str, object]) -> tuple[str, str]:
+        return await self._files.restore(
+            Path(path), name, lambda guest: with_values(self._outgoing.parameters(guest), overrides)
+        )
 
     async def replace(self, guest: str, replacement: Replacement, overrides: dict[str, object]) -> str:
         if self._role != "host":
@@ -243,13 +277,14 @@ class MigrationHost:
 
     async def wait(self, migration_id: str) -> dict[str, Any]:
         await self._incoming.ended(migration_id)
-        document = await self._outgoing.ended(migration_id)
+        document = await self._outgoing.ended(migration_id) or await self._files.ended(migration_id)
         return document if document is not None else await asyncio.to_thread(self.record, migration_id)
 
     async def cancel(self, guest: str) -> None:
         self._refuse_unheard_of(guest)
         await self._outgoing.cancel(guest)
         self._incoming.cancel(guest)
+        self._files.cancel(guest)
 
     async def continue_switchover(self, guest: str) -> None:
         self._outgoing.continue_switchover(guest)
@@ -273,9 +308,10 @@ class MigrationHost:
             self._outgoing.set_default_values(values)
         else:
             self._outgoing.set_parameters(self._guests.get(guest).name, values)
+            self._files.set_parameters(guest, self._outgoing.parameters(guest))
 
     def progress(self, guest: str | None) -> list[Progress]:
-        known = [*self._recovery.progress(), *self._outgoing.progress()]
+        known = [*self._recovery.progress(), *self._outgoing.progress(), *self._files.progress()]
         # Where this daemon is source and destination, the source's view is of both.
         told = {progress.migration_id for progress in known}
         known += [progress for progress in self._incoming.progress() if progress.migration_id not in told]
@@ -285,7 +321,7 @@ class MigrationHost:
     def _refuse_unheard_of(self, guest: str) -> None:
         """Refuse the name of a guest that this host never had."""
         here = self._env.guests.find(guest) is not None
-        if not (here or self._outgoing.knows(guest) or self._incoming.knows(guest)):
+        if not (here or any(one.knows(guest) for one in (self._outgoing, self._incoming, self._files))):
             self._guests.get(guest)
 
     # Section: finished records

@@ -7,7 +7,7 @@ import itertools
 import socket
 import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from migrated.base.errors import LinkLostError
 from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Connection, tune_data
@@ -20,8 +20,58 @@ SO_MAX_PACING_RATE: Final = 47
 _NO_PACING: Final = (1 << 64) - 1
 
 
+class FrameSink(Protocol):
+    """Where one thread sends its frames: a data channel, or a file."""
+
+    number: int
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """The largest payload that it takes."""
+
+    def pace(self, bytes_per_s: int) -> None:
+        """Cap the rate; 0 lifts the cap."""
+
+    def send(self, message: Message, payload: Sequence[memoryview] = (), round_number: int = 0) -> int:
+        """Send one frame whose payload is the concatenation of byte views. Returns its size in bytes.
+
+        Raises:
+            MigrationError: it cannot be sent.
+        """
+
+    def interrupt(self) -> None:
+        """End every call under way, from any thread."""
+
+    def close(self) -> None:
+        """Let go of it, when its thread has ended."""
+
+
+class FrameSource(Protocol):
+    """Where one thread reads its frames: a data channel, or a file."""
+
+    number: int
+    received_bytes: int
+
+    def read_header(self) -> tuple[Header, Message]:
+        """Read the header and meta of the next frame; its payload must be read next with ``read_into``.
+
+        Raises:
+            MigrationError: nothing more can be read.
+            RemoteProtocolError: the frame is damaged or out of order.
+        """
+
+    def read_into(self, views: list[memoryview]) -> None:
+        """Fill byte views with the payload, in order."""
+
+    def interrupt(self) -> None:
+        """End every call under way, from any thread."""
+
+    def close(self) -> None:
+        """Let go of it, when its thread has ended."""
+
+
 class DataChannel:
-    """Blocking frame I/O over an owned socket.
+    """Blocking frame I/O over an owned socket: a ``FrameSink`` and a ``FrameSource``.
 
     ``interrupt`` may be called from any thread; the calls under way then raise ``LinkLostError``. Everything else
     belongs to the channel's thread.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Final
 
 from migrated.fleet.model import MAX_CURVE_POINTS, CurvePoint, Forecast, GuestDocument
@@ -18,15 +19,28 @@ MEASURED: Final = frozenset({"completed", "aborted"})
 
 
 def link_bytes_per_s(newest_first: Sequence[Record]) -> int:
-    """What a host's link moves, by the rounds of its migrations (bytes per second); 0 while none has shown it. One
-    whose bandwidth was capped can only show that the link is faster than was thought."""
+    """What a host's link moves, by the rounds of its migrations (bytes per second); 0 while none has shown it. Those
+    that ran at the same time shared it. One whose bandwidth was capped can only show that the link is faster than was
+    thought."""
+    rates = [(record, _fastest_round(record)) for record in reversed(newest_first)]
     speed = 0
-    for record in reversed(newest_first):
-        rates = [row.bandwidth_bytes_per_s for row in record.rounds if row.bytes >= _TELLING_BYTES]
-        if rates:
+    for record, rate in rates:
+        if rate:
+            together = int(sum(other_rate for other, other_rate in rates if _ran_together(record, other)))
             capped = record.parameters.max_bandwidth_bytes_per_s > 0
-            speed = max(speed, int(max(rates))) if capped else int(max(rates))
+            speed = max(speed, together) if capped else together
     return speed
+
+
+def _fastest_round(record: Record) -> float:
+    return max((row.bandwidth_bytes_per_s for row in record.rounds if row.bytes >= _TELLING_BYTES), default=0.0)
+
+
+def _ran_together(one: Record, other: Record) -> bool:
+    """Whether two attempts overlapped for most of the shorter one; each overlaps itself."""
+    begins = [datetime.fromisoformat(record.started_at).timestamp() for record in (one, other)]
+    ends = [begin + record.total_ns / 1e9 for begin, record in zip(begins, (one, other), strict=True)]
+    return 2 * (min(ends) - max(begins)) >= min(one.total_ns, other.total_ns) / 1e9
 
 
 def forecast(record: Record) -> Forecast | None:

@@ -5,6 +5,7 @@ in a hand-over, settled when it runs at its new host, let go of when it ends.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Final, NamedTuple
 
 import structlog
@@ -21,7 +22,7 @@ from migrated.fleet.ownership import (
     taken,
     transferred,
 )
-from migrated.fleet.store import Delete, Exists, StoreError, Transaction
+from migrated.fleet.store import Delete, Exists, StoreError, Transaction, Unchanged
 from migrated.member.follower import Follower
 from migrated.source.target import HERE
 from protocol.effects import DONE, Outcome, Result, failed
@@ -29,6 +30,7 @@ from protocol.effects import DONE, Outcome, Result, failed
 log = structlog.get_logger()
 
 _MIGRATIONS_KEPT: Final = 256
+_AGAIN_S: Final = 0.5
 
 
 class _Begun(NamedTuple):
@@ -56,6 +58,7 @@ class Owners:
         self._host: Final = host
         self._begun: dict[str, _Begun] = {}
         """By migration id."""
+        self._releasing: dict[str, asyncio.Task[None]] = {}
         self._tasks = TaskSet()
 
     async def close(self) -> None:
@@ -70,8 +73,11 @@ class Owners:
         Raises:
             OperationError: it may run elsewhere, or nobody can say.
         """
+        if (releasing := self._releasing.pop(guest, None)) is not None:
+            releasing.cancel()  # what it has sent is void once the claim is there, and no hindrance before
+            await asyncio.wait([releasing])
         try:
-            refusal = await self._claim(guest)
+            refusal = await self._claim(guest) and await self._claim(guest)
         except StoreError as error:
             raise OperationError(
                 f"Guest {guest!r} is not started: only the fleet's store can say that no other host has it. {error}"
@@ -101,19 +107,29 @@ class Owners:
         return refusal is None
 
     def release(self, guest: str) -> None:
-        """Forget a guest that has ended here, as soon as the store can be told."""
+        """Forget a guest that was this host's and has ended here, as soon as the store can be told."""
         self.strangers.pop(guest, None)
-        self._tasks.start(self._release(guest))
+        task = self._releasing[guest] = self._tasks.start(self._release(guest))
+        task.add_done_callback(partial(self._released, guest))
+
+    def _released(self, guest: str, task: asyncio.Task[None]) -> None:
+        if self._releasing.get(guest) is task:
+            del self._releasing[guest]
 
     async def _release(self, guest: str) -> None:
-        def forget() -> Transaction | None:
-            mirror = self._follower.mirror
-            known, key = mirror.owners.get(guest), mirror.keys.owner(guest)
-            if known is None or known.owner != self._host or known.previous is not None:
-                return None
-            return Transaction((mirror.unchanged(key),), (Delete(key), Delete(mirror.keys.guest(guest))))
-
-        await self._follower.insist(forget)
+        keys = self._follower.mirror.keys
+        while True:
+            try:
+                known, revision = await self._look(guest)
+                if known is None or self._host not in (known.owner, known.previous):
+                    return
+                deletes = (Delete(keys.owner(guest)), Delete(keys.guest(guest)))
+                unchanged = Unchanged(keys.owner(guest), revision)
+                if (await self._follower.transact(Transaction((unchanged,), deletes))).succeeded:
+                    return
+            except StoreError as error:
+                self._follower.failed(error)
+            await self._follower.change(_AGAIN_S)
 
     async def _claim(self, guest: str) -> str | None:
         """Own a guest that has no owner, or whose hosts are fenced. Returns why that cannot be, None when it is so."""
@@ -141,6 +157,10 @@ class Owners:
     async def begin(self, guest: str, uri: str, migration_id: str) -> str | None:
         """Make ready to hand a guest over. Returns why that cannot be, a sentence; None when it can."""
         destination = self._host if uri == HERE else self._host_at(uri)
+        if destination in self._follower.mirror.fences:
+            return f"The host {destination} is fenced: no guest is handed to it."
+        if destination != self._host and destination in self._follower.mirror.cordons:
+            return f"The host {destination} is cordoned: it takes no guests in until `migratectl uncordon`."
         if destination is None:
             return f"No host of the fleet takes guests at {uri}; `migratectl hosts` shows where they do."
         try:
@@ -177,8 +197,6 @@ class Owners:
             return Outcome(Result.REFUSED, str(error))
         except StoreError as error:
             return failed(error)
-        if known is not None and known.owner == self._host and known.previous is not None:
-            wanted = wanted.model_copy(update={"previous": known.previous})
         return await self._change(
             guest, change_owner(self._follower.mirror.keys, guest, revision, wanted, by=self._host), None
         )
@@ -191,8 +209,9 @@ class Owners:
         while True:
             try:
                 known, revision = await self._look(guest)
-                wanted = self._own(known)
-                change = change_owner(self._follower.mirror.keys, guest, revision, wanted, by=None)
+                if known is None:
+                    return  # the guest has ended meanwhile
+                change = change_owner(self._follower.mirror.keys, guest, revision, self._own(known), by=None)
                 if (await self._follower.transact(change)).succeeded:
                     return
             except NotTheOwnerError as error:
@@ -200,7 +219,7 @@ class Owners:
                 return
             except StoreError as error:
                 self._follower.failed(error)
-            await self._follower.change(0.5)
+            await self._follower.change(_AGAIN_S)
 
     # Section: the store
 

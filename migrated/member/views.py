@@ -53,8 +53,8 @@ def _problems(mirror: Mirror, name: str) -> list[str]:
     if host is None:
         owned = len(mirror.by_owner.get(name, ()))
         found.append(
-            f"It holds no lease: its daemon has ended or cannot reach the store. It owns {owned} guests, which run on "
-            "as far as anybody knows."
+            "It holds no lease: its daemon has ended or cannot reach the store. Guests that it owns, and that run on "
+            f"as far as anybody knows: {owned}."
         )
         return found
     versions = [one.version for one in mirror.hosts.values()]

@@ -20,7 +20,7 @@ from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
 from migrated.fleet.ownership import Keeper
 from migrated.guests.registry import Guest
-from migrated.link.control import ControlChannel
+from migrated.link.reply import Reply
 from migrated.observe.transitions import Transitions
 from migrated.source.outcome import OutcomeAsker
 from migrated.state.journal import JournalError
@@ -130,7 +130,7 @@ class SourceHandover:
         """True while COMMIT was sent and is not answered, or while the guest is held."""
         return self._executor.in_doubt or self.state is SourceState.HELD
 
-    async def take(self, event: SourceEvent, reply: ControlChannel | None, reason: str | None = None) -> bool:
+    async def take(self, event: SourceEvent, reply: Reply | None, reason: str | None = None) -> bool:
         """Take one event and carry out all effects that it asks for.
 
         Args:
@@ -175,7 +175,7 @@ class SourceHandover:
             self._asking.cancel()
         self._asking = None
 
-    async def _carry_out(self, effect: SourceEffect, reply: ControlChannel | None) -> Outcome:
+    async def _carry_out(self, effect: SourceEffect, reply: Reply | None) -> Outcome:
         match effect:
             case effects.StopGuest():
                 return await self._stop()
@@ -286,7 +286,7 @@ class SourceHandover:
                 log.error("the retired guest's process does not end; it stays stopped", reason=str(error))
         return DONE
 
-    def _send_commit(self, reply: ControlChannel | None) -> Outcome:
+    def _send_commit(self, reply: Reply | None) -> Outcome:
         # Stamped before the write: the destination cannot have read it earlier.
         self.times.committed_at_ns = self.times.committed_at_ns or time.monotonic_ns()
         if reply is not None:
@@ -294,7 +294,7 @@ class SourceHandover:
                 reply.send(messages.Commit(epoch=self.epoch))
         return DONE
 
-    def _send_abort(self, reply: ControlChannel | None, reason: str) -> Outcome:
+    def _send_abort(self, reply: Reply | None, reason: str) -> Outcome:
         if reply is not None:
             with contextlib.suppress(LinkLostError):
                 reply.send(messages.Abort(epoch=self.epoch, reason=reason[:2000]))

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import xxhash
 
 from migrated.base.errors import LinkLostError
-from migrated.link.data import DataChannel
+from migrated.link.data import FrameSink
 from migrated.source.encoding import BatchEncoder, EncodedBatch, EncodingTotals
 from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, Words, drop_views
 from protocol import messages
@@ -115,7 +115,7 @@ class PageSender:
     def __init__(
         self,
         memory: GuestMemory,
-        channels: list[DataChannel],
+        channels: Sequence[FrameSink],
         digest: MemoryDigest | None,
         encoder_of: Callable[[], BatchEncoder],
         clear_dirty: Callable[[int, int], int] | None,
@@ -126,7 +126,7 @@ class PageSender:
         self.memory = memory
         self._announce = announce
         self.batch_pages = min(BATCH_PAGES, *(channel.max_payload_bytes // PAGE_SIZE for channel in channels))
-        self._channels = channels
+        self._channels = list(channels)
         self._digest = digest
         self._loop = asyncio.get_running_loop()
         self._workers = [_Worker(self, channel, encoder_of()) for channel in channels]
@@ -233,7 +233,7 @@ def _fail(future: asyncio.Future[Sent], error: Exception) -> None:
 class _Worker:
     """One channel's thread and its staging memory, reused for every batch."""
 
-    def __init__(self, owner: PageSender, channel: DataChannel, encoder: BatchEncoder) -> None:
+    def __init__(self, owner: PageSender, channel: FrameSink, encoder: BatchEncoder) -> None:
         self.owner = owner
         self.channel = channel
         self.encoder = encoder

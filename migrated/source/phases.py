@@ -51,6 +51,18 @@ class Figures:
     throttle_percent: int = 0
 
 
+def figures_of(ledger: OutgoingLedger, precopy: Precopy, sent_bytes: int) -> Figures:
+    """The figures of rounds under way.
+
+    Args:
+        sent_bytes: what has left so far; it tells what remains of the first round.
+    """
+    remaining_bytes = precopy.remaining_pages * PAGE_SIZE
+    if not ledger.rounds.rows:
+        remaining_bytes = max(0, (ledger.memory.pages - ledger.memory.sparse_pages) * PAGE_SIZE - sent_bytes)
+    return Figures(remaining_bytes, precopy.bandwidth.bytes_per_s, precopy.dirty_pages_per_s, precopy.throttle_percent)
+
+
 class Beginning:
     """Nothing exists but the attempt itself."""
 
@@ -172,13 +184,7 @@ class Prepared(Opened):
         return Phase.PRE_COPY
 
     def figures(self) -> Figures:
-        ledger, precopy = self.ledger, self.precopy
-        remaining_bytes = precopy.remaining_pages * PAGE_SIZE
-        if not ledger.rounds.rows:
-            remaining_bytes = max(0, (ledger.memory.pages - ledger.memory.sparse_pages) * PAGE_SIZE - self.sent_bytes())
-        return Figures(
-            remaining_bytes, precopy.bandwidth.bytes_per_s, precopy.dirty_pages_per_s, precopy.throttle_percent
-        )
+        return figures_of(self.ledger, self.precopy, self.sent_bytes())
 
     def pace(self, bytes_per_s: int) -> None:
         super().pace(bytes_per_s)

@@ -9,7 +9,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -17,7 +17,7 @@ import xxhash
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, may_take_precedence, threads_of
-from migrated.link.control import ControlChannel
+from migrated.link.reply import Reply
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
 from migrated.prediction.model import Prediction
@@ -56,7 +56,8 @@ class Transfer:
     memory: GuestMemory
     dirty_log: DirtyLog
     sender: PageSender
-    control: ControlChannel
+    control: Reply
+    """Is told of each round."""
     ledger: OutgoingLedger
     shared: bool = False
     beside_bytes: int = 0
@@ -183,6 +184,8 @@ class Precopy:
         acknowledged: called to wait for the acknowledgement of a round.
         round_timeout_s: bound of that wait.
         say: takes the sentence that explains the last decision, and the prediction behind it.
+        measure_legs: called to measure the legs to the destination anew, after a large round, in which what decides
+            waited for threads that others kept waiting; None where there are none, as for a file.
     """
 
     def __init__(
@@ -193,6 +196,7 @@ class Precopy:
         acknowledged: Callable[[int], asyncio.Future[messages.RoundDone]],
         round_timeout_s: float,
         say: Callable[[str, Prediction], None],
+        measure_legs: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._transfer = transfer
         self._parameters = parameters
@@ -200,6 +204,7 @@ class Precopy:
         self._acknowledged = acknowledged
         self._round_timeout_s = round_timeout_s
         self._say = say
+        self._measure_legs = measure_legs
         self._decider = Decider()
         self.bandwidth = Bandwidth()
         self.curve = DirtyCurve()
@@ -236,8 +241,8 @@ class Precopy:
             with Precedence(first):
                 row = await self._round(runs, scanned)
                 runs = await transfer.collect()
-            if not first and may_take_precedence():
-                await self._measure_legs_anew()
+            if not first and self._measure_legs is not None and may_take_precedence():
+                await self._measure_legs()
             verdict = await self._judge(row, count_pages(runs), (time.monotonic_ns() - began_ns) / 1e9)
             if verdict.step == "switch":
                 return runs
@@ -247,13 +252,6 @@ class Precopy:
             as_the_blackout = verdict.step in ("shorten", "rehearse")
             if row.ns < _IDLE_PAUSE_S * 1e9 and not as_the_blackout:
                 await asyncio.sleep(_IDLE_PAUSE_S if transfer.round < _EAGER_ROUNDS else _LONG_PAUSE_S)
-
-    async def _measure_legs_anew(self) -> None:
-        """After a large round, in which what decides waited for threads that others kept waiting."""
-        try:
-            await self._transfer.control.measure_anew(self._round_timeout_s)
-        except TimeoutError as error:
-            raise LinkLostError(f"the destination answered no clocks within {self._round_timeout_s:g} s") from error
 
     def _as_in_the_blackout(self, runs: Runs) -> list[int]:
         """Threads that shall run before others in a round, as all do in the blackout, so that small rounds show what it

@@ -37,7 +37,7 @@ from migrated.vmm.seam import ExpectedCosts, VmmGuest, total_cost
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.guest import GuestDescription
-from protocol.messages import Limits, TimeRules
+from protocol.messages import DeviceCost, Limits, TimeRules
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, SHARED
 
 _MEASURE_S = 5.0
@@ -183,32 +183,16 @@ class Session:
             scan_ns: cost of a dirty-log read, with its fence.
             bandwidth: the link.
         """
-        costs, load_costs = self.offer.costs, self.welcome.load_costs
-        memory = bandwidth.expect(dirty_pages, device_bytes)
-        save_ns, save_spread_ns = total_cost(costs.devices)
-        if costs.devices:
-            # The other states travel while the next is saved; the last one is on its way when all are saved.
-            last_bytes = max(device.state_bytes for device in self.offer.description.devices)
-            save_ns += bandwidth.expect(0, last_bytes).ns
-        load_ns, load_spread_ns = total_cost(load_costs)
-        spreads_ns = {Component.STATE: memory.spread_ns if memory.ns >= save_ns else save_spread_ns}
-        if costs.basis != "guessed":
-            spreads_ns[Component.STOP] = costs.pause_spread_ns
-        if load_spread_ns:
-            spreads_ns[Component.DEVICE_LOADS] = load_spread_ns
-        return Bases(
-            stop_ns=costs.pause_ns,
-            dirty_log_ns=2 * scan_ns,
-            memory_ns=memory.ns,
-            save_ns=save_ns,
-            load_ns=load_ns,
+        return bases_of(
+            self.offer,
+            bandwidth,
+            dirty_pages=dirty_pages,
+            device_bytes=device_bytes,
+            scan_ns=scan_ns,
+            load=self.load,
+            load_costs=self.welcome.load_costs,
             legs_ns=2 * self.connection.control.typical_round_trip_ns(),
             resume_ns=self.welcome.resume_ns,
-            devices=sum(cost.ns >= _LOADED_ALONE_NS for cost in load_costs),
-            device_bytes=device_bytes,
-            bandwidth_bytes_per_s=bandwidth.bytes_per_s,
-            load=1.0 if may_take_precedence() else min(self.load.now(), _MOST_LOAD),
-            spreads_ns=spreads_ns,
         )
 
     async def close(self, *, guest_stays: bool = True) -> None:
@@ -219,6 +203,57 @@ class Session:
         """
         self.tracking.guest_stays = guest_stays
         await self.undo.aclose()
+
+
+def bases_of(
+    offer: Offer,
+    bandwidth: Bandwidth,
+    *,
+    dirty_pages: int,
+    device_bytes: int,
+    scan_ns: int,
+    resume_ns: int,
+    load: ProcessorLoad,
+    load_costs: Sequence[DeviceCost] = (),
+    legs_ns: int = 0,
+) -> Bases:
+    """Return the bases of the prediction of a stop now.
+
+    Args:
+        offer: the guest, and its costs here.
+        bandwidth: at which memory moves.
+        dirty_pages, device_bytes: what would move while the guest stands still.
+        scan_ns: cost of a dirty-log read, with its fence.
+        resume_ns: cost of letting it run, wherever that is.
+        load: how long the event loop waits for a processor.
+        load_costs: of its devices, where they are loaded before it runs again.
+        legs_ns: what messages take, where there are any.
+    """
+    costs, memory = offer.costs, bandwidth.expect(dirty_pages, device_bytes)
+    save_ns, save_spread_ns = total_cost(costs.devices)
+    if costs.devices:
+        # The other states travel while the next is saved; the last one is on its way when all are saved.
+        save_ns += bandwidth.expect(0, max(device.state_bytes for device in offer.description.devices)).ns
+    load_ns, load_spread_ns = total_cost(load_costs)
+    spreads_ns = {Component.STATE: memory.spread_ns if memory.ns >= save_ns else save_spread_ns}
+    if costs.basis != "guessed":
+        spreads_ns[Component.STOP] = costs.pause_spread_ns
+    if load_spread_ns:
+        spreads_ns[Component.DEVICE_LOADS] = load_spread_ns
+    return Bases(
+        stop_ns=costs.pause_ns,
+        dirty_log_ns=2 * scan_ns,
+        memory_ns=memory.ns,
+        save_ns=save_ns,
+        load_ns=load_ns,
+        legs_ns=legs_ns,
+        resume_ns=resume_ns,
+        devices=sum(cost.ns >= _LOADED_ALONE_NS for cost in load_costs),
+        device_bytes=device_bytes,
+        bandwidth_bytes_per_s=bandwidth.bytes_per_s,
+        load=1.0 if may_take_precedence() else min(load.now(), _MOST_LOAD),
+        spreads_ns=spreads_ns,
+    )
 
 
 async def open_session(
@@ -251,7 +286,7 @@ async def open_session(
         try:
             files = await vmm.memory_files() if connection.control.local else ()
             try:
-                hello = _hello(env, offer, parameters, migration_id, epoch, shared=bool(files))
+                hello = hello_of(env, offer, parameters, migration_id, epoch, shared=bool(files))
                 welcome = await _negotiate(env, connection, hello, files)
             finally:
                 for fd in files:
@@ -298,9 +333,14 @@ def _limits(parameters: MigrationParameters, offer: Offer) -> Limits:
     )
 
 
-def _hello(
+def hello_of(
     env: Environment, offer: Offer, parameters: MigrationParameters, migration_id: str, epoch: int, *, shared: bool
 ) -> messages.Hello:
+    """The offer as it is sent, or stands at the begin of a file.
+
+    Args:
+        shared: whether the guest's memory can be handed over.
+    """
     required = set(REQUIRED_CAPABILITIES)
     if parameters.switchover_abort:
         required.add("switchover-abort")

@@ -4,20 +4,28 @@ last decision, and the snapshot."""
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 import structlog
 
 from migrated.environment import Environment
-from migrated.observe.progress import Moved, Progress, Standing, snapshot
+from migrated.observe.progress import Acknowledged, Moved, Progress, Standing, snapshot
 from migrated.prediction.model import Prediction
 from migrated.record.terms import Status
 from migrated.settings.parameters import limit_of
 from migrated.source.ledger import OutgoingLedger
-from migrated.source.listener import Listener
 from migrated.source.phases import Beginning
 from protocol.guest import PAGE_SIZE
 
 log = structlog.get_logger()
+
+
+class Told(Protocol):
+    """Has heard from the receiving side."""
+
+    @property
+    def acknowledged(self) -> Acknowledged | None:
+        """The figures that it reported, None where nobody can report any."""
 
 
 class View:
@@ -26,14 +34,14 @@ class View:
     Args:
         env: the daemon, which publishes events.
         ledger: the figures so far.
-        listener: has the figures that the destination reported.
+        told: has the figures that the destination reported.
     """
 
-    def __init__(self, env: Environment, ledger: OutgoingLedger, listener: Listener) -> None:
+    def __init__(self, env: Environment, ledger: OutgoingLedger, told: Told) -> None:
         self.status: Status = "setup"
         self._env = env
         self._ledger = ledger
-        self._listener = listener
+        self._told = told
         self._decision = "connecting"
         self._prediction: Prediction | None = None
         self._passes_told = 0
@@ -123,5 +131,5 @@ class View:
             moved,
             prediction=prediction,
             downtime_ns=interval.measured_ns if interval is not None else None,
-            acknowledged=self._listener.acknowledged,
+            acknowledged=self._told.acknowledged,
         )

@@ -32,11 +32,12 @@ from typing import Any, Final
 from protocol.guest import PAGE_SIZE
 from scripts.basics import MIB, say
 from scripts.bench import rivals
-from scripts.bench.cases import CASES, Bench
+from scripts.bench.cases import CASES, RSS_GUESTS, Bench
 from scripts.bench.plot import plot
-from scripts.bench.result import SHMEM_HUGE, Case, block, machine, table
+from scripts.bench.result import SHMEM_HUGE, block, machine, table
+from scripts.rig.network import Network
 
-ON_HUGE_PAGES: Final = ("raw", "qemu", "qemu-multifd", "random")
+ON_HUGE_PAGES: Final = ("raw", "qemu", "qemu-multifd", "random", "zero", "scattered", "tracking", "rss")
 
 
 def missing(name: str, size_mib: int) -> str | None:
@@ -45,13 +46,16 @@ def missing(name: str, size_mib: int) -> str | None:
         return f"{rivals.QEMU} is not installed"
     if name == "iperf3" and not rivals.installed("iperf3"):
         return "iperf3 is not installed"
+    if name.startswith("link") and (reason := Network.why_not()) is not None:
+        return reason
     free_mib = os.sysconf("SC_AVPHYS_PAGES") * PAGE_SIZE // MIB
-    if free_mib < 5 * size_mib:
-        return f"{free_mib} MiB of memory are free, at least {5 * size_mib} are needed"
+    wanted_mib = 3 * RSS_GUESTS["4GiB"][0] if name == "rss" else 5 * size_mib
+    if free_mib < wanted_mib:
+        return f"{free_mib} MiB of memory are free, at least {wanted_mib} are needed"
     return None
 
 
-async def measure(names: list[str], size_mib: int, repeats: int, skipped: dict[str, str]) -> dict[str, Case]:
+async def measure(names: list[str], size_mib: int, repeats: int, skipped: dict[str, str]) -> Bench:
     """Run the cases, interleaved. A case that fails is named in ``skipped`` and not tried again."""
     bench = Bench(size_mib, repeats)
     task = asyncio.current_task()
@@ -71,12 +75,12 @@ async def measure(names: list[str], size_mib: int, repeats: int, skipped: dict[s
                 except Exception as error:  # one case must not cost the others
                     skipped[name] = f"failed: {error}"
                     bench.cases.pop(name, None)
-                shown = f"{bench.cases[name].median:.3g}" if name in bench.cases else skipped[name]
+                shown = f"{bench.cases[name].median:.3g}" if name in bench.cases else skipped.get(name, "done")
                 say(f"  {repeat + 1}/{repeats} {name:14} {shown:>10}   {time.monotonic() - begin:.1f} s")
         await bench.drop_all()
     finally:
         bench.close()
-    return bench.cases
+    return bench
 
 
 @contextlib.contextmanager
@@ -100,16 +104,16 @@ def main() -> int:
         return 2
     result: dict[str, Any] = {"machine": machine(), "size_mib": size_mib, "repeats": repeats}
     skipped = {name: reason for name in names if (reason := missing(name, size_mib)) is not None}
-    cases = asyncio.run(measure(names, size_mib, repeats, skipped))
-    result |= block(cases) | {"skipped": skipped}
-    say("\n" + table(cases))
+    bench = asyncio.run(measure(names, size_mib, repeats, skipped))
+    result |= block(bench.cases, bench.rss_mib) | {"skipped": skipped}
+    say("\n" + table(bench.cases, bench.rss_mib))
     if os.environ.get("BENCH_HUGE_PAGES", "1") != "0":
-        huge_names: list[str] = [name for name in ON_HUGE_PAGES if name in cases]
+        huge_names: list[str] = [name for name in ON_HUGE_PAGES if name in names and name not in skipped]
         if huge_names and os.access(SHMEM_HUGE, os.W_OK):
             with huge_pages():
                 huge = asyncio.run(measure(huge_names, size_mib, repeats, {}))
-            result["with_huge_pages"] = block(huge)
-            say("\nwith huge pages for shared memory (shmem_enabled = advise):\n" + table(huge))
+            result["with_huge_pages"] = block(huge.cases, huge.rss_mib)
+            say("\nwith huge pages for shared memory (shmem_enabled = advise):\n" + table(huge.cases, huge.rss_mib))
         elif huge_names:
             skipped["with_huge_pages"] = f"{SHMEM_HUGE} cannot be written; run as root to measure with huge pages too"
     for name, reason in skipped.items():

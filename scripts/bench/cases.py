@@ -1,4 +1,5 @@
-"""The cases of the benchmark: two real daemons move simulated guests over loopback."""
+"""The cases of the benchmark: two real daemons move simulated guests over loopback. The module is longer than others
+because all cases share the daemons and guests of one run, and are best compared side by side."""
 
 from __future__ import annotations
 
@@ -7,18 +8,20 @@ import json
 import os
 import statistics
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from migrated.kernel.memory import available_bytes
 from migrated.record.parts import Part
 from protocol.guest import PAGE_SIZE
 from scripts.basics import GIB, MIB
-from scripts.bench import rivals
+from scripts.bench import rivals, tracking
 from scripts.bench.pinger import Pinger
-from scripts.bench.result import Case
+from scripts.bench.result import CPU_SIDES, Case
 from scripts.rig.host import Host
+from scripts.rig.network import Network
 from scripts.rig.pair import Pair
+from scripts.rig.processes import cpu_s
 from scripts.rig.waiting import until
 
 CHANNELS: Final = (1, 2, 3)
@@ -44,6 +47,15 @@ FINAL_PARTS: Final = frozenset(
     )
 )
 """Parts of a downtime that pass while the last pages are on their way, until the destination is known to have them."""
+TRACKED_MIB: Final = 64
+RSS_GUESTS: Final = {"256MiB": (256, "100%"), "4GiB": (4096, "25%")}
+"""Guests whose move is watched for the daemons' memory: size in MiB, and how much of it they have touched."""
+SPARSE_GIB: Final = 64
+"""Such a one beside them that has touched 256 MiB; half as large, and so on, where a host would refuse it."""
+RSS_POLL_S: Final = 0.01
+LINK_CHANNELS: Final = (1, 2)
+WIRE_PER_PAYLOAD: Final = 1514 / 1448
+"""Bytes of Ethernet, IP and TCP frames for each byte that they carry, with frames of 1500 bytes and timestamps."""
 
 
 def moving_s(record: dict[str, Any]) -> float:
@@ -59,6 +71,32 @@ def peak_rss_mib(pid: int) -> float:
     return 0.0
 
 
+def profiled_pair(network: Network | None = None) -> Pair:
+    """Two hosts that are not started yet, and take profiles of guests from the pair's directory."""
+    pair = Pair(network=network, log={"level": "info"}, tls={"insecure": network is not None})
+    for host in pair.hosts:
+        host.configure(vmm={"profiles": str(pair.directory)})
+    return pair
+
+
+async def create_guest(pair: Pair, name: str, memory_mib: int, **profile: Any) -> None:
+    """Start a guest with a profile of its own, idle if the profile does not say more, on the first host of a
+    ``profiled_pair``."""
+    values = {"workload": "idle", **profile}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    (pair.directory / f"{name}.toml").write_text("\n".join(["[guest]", *lines, ""]))
+    await pair.a.create_guest(name, memory_mib, profile=name)
+
+
+async def booted(host: Host, name: str) -> None:
+    """Wait until a guest has filled its memory."""
+
+    async def done() -> bool:
+        return not (await host.guest(name))["booting"]
+
+    await until(f"{name} booted", done, 120.0)
+
+
 class Bench:
     """The daemons, the guests that stay over all repetitions, and the cases.
 
@@ -71,11 +109,11 @@ class Bench:
         self.size_mib = size_mib
         self.repeats = repeats
         self.cases: dict[str, Case] = {}
-        self.pair = Pair(log={"level": "info"})
-        for host in self.pair.hosts:
-            host.configure(vmm={"profiles": str(self.pair.directory)})  # daemons take profiles from there only
+        self.pair = profiled_pair()
         self._where: dict[str, Host] = {}
         self._qemu: dict[str, rivals.QemuSource] = {}
+        self.rss_mib: dict[str, dict[str, float]] = {}
+        """The largest memory of their own that both daemons had while a guest of some size moved, by that size."""
 
     def close(self) -> None:
         """End everything that was started."""
@@ -94,16 +132,10 @@ class Bench:
         if name in self._where:
             await self._where[name].command("x-migrated-guest-resume", {"guest": name})
         else:
-            path = self.pair.directory / f"{name}.toml"
-            values = {"workload": "idle", **profile}
-            path.write_text("[guest]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
-            await self.pair.a.create_guest(name, memory_mib, profile=name)
+            await create_guest(self.pair, name, memory_mib, **profile)
             self._where[name] = self.pair.a
-            await until(f"{name} booted", partial(self._booted, name), 120.0)
+            await booted(self.pair.a, name)
         return self._where[name]
-
-    async def _booted(self, name: str) -> bool:
-        return not (await self.pair.a.guest(name))["booting"]
 
     async def stop(self, name: str) -> None:
         """Stop the vCPUs of a guest."""
@@ -145,15 +177,32 @@ class Bench:
             await self.guest(name, self.size_mib, touched="100%", **profile)
             await self.stop(name)
             rivals.warm(self.size_mib)
-            record = await self.move(name, multifd_channels=channels)
-            case.note(**{f"channels={channels}": self.size_mib * MIB / GIB / moving_s(record)})
+            record, spent = await self._timed_move(name, multifd_channels=channels)
+            size_gib = self.size_mib * MIB / GIB
+            case.note(**{f"channels={channels}": size_gib / moving_s(record)})
+            case.note(**{f"channels={channels} {side}": seconds / size_gib for side, seconds in spent.items()})
         best = max(CHANNELS, key=lambda channels: statistics.median(case.details[f"channels={channels}"]))
         case.samples = list(case.details[f"channels={best}"])
+        case.details |= {side: list(case.details[f"channels={best} {side}"]) for side in CPU_SIDES}
+
+    async def _timed_move(self, name: str, **parameters: Any) -> tuple[dict[str, Any], dict[str, float]]:
+        """Migrate a guest. Returns the record, and the processor time that each daemon took for it (s)."""
+        here = self._where[name]
+        hosts = (here, self.pair.other(here))
+        used = [cpu_s(host.pid) for host in hosts]
+        record = await self.move(name, **parameters)
+        spent = [cpu_s(host.pid) - before for host, before in zip(hosts, used, strict=True)]
+        return record, dict(zip(CPU_SIDES, spent, strict=True))
 
     # Section: cases. Each takes one sample (or several) into its row.
 
     async def raw(self) -> None:
-        self.case("raw", "GiB/s").samples.append(await asyncio.to_thread(rivals.raw, self.size_mib))
+        self._rival_sample("raw", await asyncio.to_thread(rivals.raw, self.size_mib))
+
+    def _rival_sample(self, name: str, moved: rivals.Moved) -> None:
+        case = self.case(name, "GiB/s")
+        case.samples.append(moved.gib_per_s)
+        case.note(**dict(zip(CPU_SIDES, (moved.source_s_per_gib, moved.destination_s_per_gib), strict=True)))
 
     async def iperf3(self) -> None:
         self.case("iperf3", "GiB/s").samples.append(await asyncio.to_thread(rivals.iperf3))
@@ -171,7 +220,7 @@ class Bench:
         if content not in self._qemu:
             self._qemu[content] = rivals.QemuSource(self.pair.directory, self.size_mib, content)
         rivals.warm(self.size_mib)
-        self.case(name, "GiB/s").samples.append(await self._qemu[content].migrate(channels))
+        self._rival_sample(name, await self._qemu[content].migrate(channels))
 
     async def random(self) -> None:
         await self._bulk(self.case("random", "GiB/s"), "random")
@@ -205,12 +254,16 @@ class Bench:
             dirty_rate=f"{rate}/s",
         )  # fmt: skip
         rivals.warm(self.size_mib)
-        record = await self.move(
+        record, spent = await self._timed_move(
             "scattered", downtime_limit=10, timeout_s=2, on_timeout="force", switchover_abort=False
         )
         took_ns = sum(part["ns"] for part in record["downtime"]["parts"] if part["name"] in MOVING_PARTS)
         self.case("scattered", "GiB/s").samples.append(record["ram"]["downtime_bytes"] / GIB / (took_ns / 1e9))
-        self.case("scattered", "GiB/s").note(pages=record["ram"]["downtime_pages"], rounds=len(record["rounds"]))
+        sent_gib = record["ram"]["transferred_bytes"] / GIB
+        self.case("scattered", "GiB/s").note(
+            pages=record["ram"]["downtime_pages"], rounds=len(record["rounds"]),
+            **{side: seconds / sent_gib for side, seconds in spent.items()},
+        )  # fmt: skip
 
     async def final_round(self) -> None:
         """2,000 scattered pages are left when the guest stops: from the collect to the vote that they are in place."""
@@ -280,6 +333,71 @@ class Bench:
         self.case("loop-lag", "ms").samples += pinger.answers_ms
         self.case("bare-wake", "ms").samples += pinger.wakes_ms
 
+    async def track(self) -> None:
+        """Pages that the dirty log reports for each page that the guest wrote, before a move and after it."""
+        name = "tracking"
+        await self.guest(name, TRACKED_MIB, touched="100%", **tracking.PROFILE)
+        case = self.case(name, "ratio")
+        for move in range(2):
+            if move:
+                await self.move(name)
+            case.samples.append(await tracking.reported_per_written(self._where[name], name, TRACKED_MIB))
+
+    async def rss(self) -> None:
+        """The daemons' own memory while guests of several sizes move; once in a run, since it hardly varies."""
+        if self.rss_mib:
+            return
+        sparse_gib = SPARSE_GIB
+        while sparse_gib * GIB > available_bytes() - GIB:
+            sparse_gib //= 2
+        for name, (memory_mib, touched) in {
+            **RSS_GUESTS,
+            f"{sparse_gib}GiB-sparse": (1024 * sparse_gib, "256MiB"),
+        }.items():
+            here = await self.guest(name, memory_mib, touched=touched)
+            await self.stop(name)
+            hosts = {"source": here, "destination": self.pair.other(here)}
+            peak = dict.fromkeys(hosts, 0.0)
+            moving = asyncio.ensure_future(self.move(name))
+            while not moving.done():
+                peak = {side: max(peak[side], host.anonymous_bytes() / MIB) for side, host in hosts.items()}
+                await asyncio.sleep(RSS_POLL_S)
+            try:
+                await moving
+            except BaseException:
+                del self._where[name]  # nobody knows where it is
+                raise
+            self.rss_mib[name] = peak
+            await self.drop(name)
+
+    async def link_1gbit(self) -> None:
+        await self._link("link-1gbit", 1_000_000_000, 256)
+
+    async def link_5gbit(self) -> None:
+        await self._link("link-5gbit", 5_000_000_000, 1024)
+
+    async def _link(self, name: str, bits_per_s: int, memory_mib: int) -> None:
+        """Which share of a shaped link the first round of a stopped guest uses, headers of its frames included."""
+        case = self.case(name, "%")
+        with Network(f"{bits_per_s // 1_000_000}mbit") as network, profiled_pair(network) as pair:
+            await create_guest(pair, "g1", memory_mib, touched="100%")
+            await booted(pair.a, "g1")
+            await pair.a.command("x-migrated-guest-pause", {"guest": "g1"})
+            here = pair.a
+            for channels in LINK_CHANNELS:
+                there = pair.other(here)
+                used = sum(cpu_s(host.pid) for host in pair.hosts)
+                record = await here.migrate("g1", there, multifd_channels=channels, downtime_limit=GENEROUS_MS)
+                used = sum(cpu_s(host.pid) for host in pair.hosts) - used
+                if record["outcome"] != "completed":
+                    raise rivals.RivalError(f"over {name} a migration was {record['outcome']}: {record['reason']}")
+                first = record["rounds"][0]
+                sent_share = first["bytes"] * WIRE_PER_PAYLOAD * 8 / (first["ns"] / 1e9) / bits_per_s
+                case.note(**{f"channels={channels}": 100 * sent_share, "daemons_cpu_share": used / (first["ns"] / 1e9)})
+                here = there
+        shares = (case.details[f"channels={channels}"] for channels in LINK_CHANNELS)
+        case.samples = [max(both) for both in zip(*shares, strict=True)]
+
 
 CASES: Final[dict[str, Callable[[Bench], Awaitable[None]]]] = {
     "raw": Bench.raw,
@@ -298,4 +416,8 @@ CASES: Final[dict[str, Callable[[Bench], Awaitable[None]]]] = {
     "downtime-idle": Bench.downtime_idle,
     "downtime-busy": Bench.downtime_busy,
     "loop-lag": Bench.loop_lag,
+    "tracking": Bench.track,
+    "rss": Bench.rss,
+    "link-1gbit": Bench.link_1gbit,
+    "link-5gbit": Bench.link_5gbit,
 }

@@ -43,19 +43,13 @@ from scripts.bench import rivals
 from scripts.bench.cases import Bench, moving_s
 from scripts.bench.result import machine
 from scripts.rig.host import Host
+from scripts.rig.processes import cpu_s
 
 CLIENTS: Final = 20
 SCRAPE_S: Final = 1.0
 ATTACH_TIMEOUT_S: Final = 20.0
 DRAWS: Final = 2000
 COVERAGE: Final = 0.9
-TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
-
-
-def cpu_s(pid: int) -> float:
-    """Processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 
 def free_port() -> int:

@@ -27,6 +27,10 @@ RATIOS: Final = (
     ("plain-capped", "delta-capped"),
 )
 
+CPU_CASES: Final = ("raw", "random", "qemu", "zero", "scattered")
+"""Cases whose processor time is shown."""
+CPU_SIDES: Final = ("source_s_per_gib", "destination_s_per_gib")
+
 
 @dataclass(slots=True)
 class Case:
@@ -80,12 +84,30 @@ def ratios_of(cases: dict[str, Case]) -> dict[str, float]:
     }
 
 
-def block(cases: dict[str, Case]) -> dict[str, Any]:
-    """Cases and ratios as the result shows them."""
-    return {"cases": [case.document() for case in cases.values()], "ratios": ratios_of(cases)}
+def cpu_of(cases: dict[str, Case]) -> dict[str, dict[str, float]]:
+    """Processor time (user and system, s/GiB) of each side, medians, by case."""
+    return {
+        name: {side: round(statistics.median(cases[name].details[side]), 3) for side in CPU_SIDES}
+        for name in CPU_CASES
+        if name in cases
+    }
 
 
-def table(cases: dict[str, Case]) -> str:
+def block(cases: dict[str, Case], rss_mib: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Cases, ratios, processor time, tracking and memory as the result shows them."""
+    found: dict[str, Any] = {
+        "cases": [case.document() for case in cases.values()], "ratios": ratios_of(cases), "cpu": cpu_of(cases)
+    }  # fmt: skip
+    if "tracking" in cases:
+        found["tracking"] = {"reported_per_written": round(cases["tracking"].median, 4)}
+    if rss_mib:
+        found["rss_mib"] = {
+            guest: {side: round(mib, 1) for side, mib in peak.items()} for guest, peak in rss_mib.items()
+        }
+    return found
+
+
+def table(cases: dict[str, Case], rss_mib: dict[str, dict[str, float]]) -> str:
     """For people."""
     rows = [f"{'case':15} {'median':>10} {'min':>10} {'max':>10}  unit"]
     for case in cases.values():
@@ -93,7 +115,18 @@ def table(cases: dict[str, Case]) -> str:
         low, high = min(case.samples), max(case.samples)
         rows.append(f"{case.name:15} {case.median:10.3g} {low:10.3g} {high:10.3g}  {case.unit}{tail}")
     rows += [f"{name:31} {value:.3g}" for name, value in ratios_of(cases).items()]
+    if cpu := cpu_of(cases):
+        rows.append(f"{'CPU s/GiB':15} {'source':>10} {'dest.':>10} {'sum':>10}")
+        rows += [f"{name:15} {a:10.3f} {b:10.3f} {a + b:10.3f}" for name, (a, b) in _sides(cpu)]
+    if rss_mib:
+        rows.append(f"{'own MiB, peak':15} {'source':>10} {'dest.':>10}")
+        rows += [f"{name:15} {a:10.1f} {b:10.1f}" for name, (a, b) in _sides(rss_mib)]
     return "\n".join(rows)
+
+
+def _sides(figures: dict[str, dict[str, float]]) -> list[tuple[str, list[float]]]:
+    """Both sides' figures, the source's first, by name."""
+    return [(name, list(sides.values())) for name, sides in figures.items()]
 
 
 def machine() -> dict[str, Any]:

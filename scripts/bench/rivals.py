@@ -1,7 +1,8 @@
 """The rivals of the benchmark: the bare socket, iperf3 and stock QEMU, each on the same machine in the same run.
 
-As a program it is one bare pair: ``python -m scripts.bench.rivals SIZE_MIB`` prints GiB/s of ``sendall`` in one process
-to ``recv_into`` in another, into fresh shared memory that asks for huge pages as the daemons' does.
+As a program it is one bare pair: ``python -m scripts.bench.rivals SIZE_MIB`` prints, as JSON, GiB/s of ``sendall`` in
+one process to ``recv_into`` in another, into fresh shared memory that asks for huge pages as the daemons' does, and the
+processor time of both.
 """
 
 from __future__ import annotations
@@ -14,26 +15,40 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from scripts.basics import GIB, MIB, ROOT
+from scripts.rig.processes import cpu_s
 
 PIECE_BYTES: Final = MIB
 BUFFER_BYTES: Final = 4 * MIB
 QEMU: Final = "qemu-system-x86_64"
 QEMU_TIMEOUT_S: Final = 120.0
 POLL_S: Final = 0.002
+_SPENT: Final = struct.Struct("=d")
+"""How the receiving process of the bare pair says that it has everything: by its processor time (s)."""
 
 
 class RivalError(Exception):
     """A rival could not be measured; the sentence says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What moving some memory took: its rate, and the processor time (user and system) of the two processes."""
+
+    gib_per_s: float
+    source_s_per_gib: float
+    destination_s_per_gib: float
 
 
 def shared_memory(size_bytes: int) -> mmap.mmap:
@@ -68,8 +83,8 @@ def warm(size_mib: int) -> None:
 # Section: the bare pair
 
 
-def raw_pair(size_bytes: int) -> float:
-    """GiB/s of one bare connection, from the first byte sent to the last one read."""
+def raw_pair(size_bytes: int) -> Moved:
+    """One bare connection, from the first byte sent to the last one read."""
     source = shared_memory(size_bytes)
     fill_random(source, size_bytes)
     warm(size_bytes // MIB)  # for the receiver; what was warm before went to the source
@@ -83,35 +98,39 @@ def raw_pair(size_bytes: int) -> float:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     connection.recv(1)  # its memory is there
     view = memoryview(source)
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     for offset in range(0, size_bytes, PIECE_BYTES):
         connection.sendall(view[offset : offset + PIECE_BYTES])
-    if connection.recv(1) != b"e":
+    used = time.process_time() - used
+    answer = connection.recv(_SPENT.size, socket.MSG_WAITALL)
+    if len(answer) != _SPENT.size:
         raise RivalError("the receiving process of the bare pair failed")
     seconds = time.perf_counter() - begin
     os.waitpid(child, 0)
-    return size_bytes / GIB / seconds
+    size_gib = size_bytes / GIB
+    return Moved(size_gib / seconds, used / size_gib, _SPENT.unpack(answer)[0] / size_gib)
 
 
 def _receive(connection: socket.socket, size_bytes: int) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
     view = memoryview(shared_memory(size_bytes))
     connection.sendall(b"b")
+    used = time.process_time()
     for offset in range(0, size_bytes, PIECE_BYTES):
         piece = view[offset : offset + PIECE_BYTES]
         filled = 0
         while filled < len(piece):
             filled += connection.recv_into(piece[filled:], 0, socket.MSG_WAITALL)
-    connection.sendall(b"e")
+    connection.sendall(_SPENT.pack(time.process_time() - used))
 
 
-def raw(size_mib: int) -> float:
-    """GiB/s of a bare pair in processes of its own."""
+def raw(size_mib: int) -> Moved:
+    """A bare pair in processes of its own."""
     command = [sys.executable, "-m", __name__, str(size_mib)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RivalError(f"the bare pair failed: {done.stderr.strip()[-500:]}")
-    return float(done.stdout)
+    return Moved(**json.loads(done.stdout))
 
 
 # Section: iperf3
@@ -162,8 +181,8 @@ class QemuSource:
         """Give the RAM file back."""
         self._file.unlink(missing_ok=True)
 
-    async def migrate(self, channels: int) -> float:
-        """One migration (multifd with more than one channel). Returns GiB/s of guest RAM, from the command to the end
+    async def migrate(self, channels: int) -> Moved:
+        """One migration (multifd with more than one channel), of guest RAM, from the command to the end
         on the destination: the source alone is done while the destination still works off what sockets hold."""
         async with contextlib.AsyncExitStack() as stack:
             file = f"memory-backend-file,mem-path={self._file},share=on"
@@ -178,12 +197,15 @@ class QemuSource:
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 uri = f"tcp:127.0.0.1:{probe.getsockname()[1]}"
             await fresh.set("migrate-incoming", {"uri": uri})
-            begin = time.perf_counter()
+            sides = (source.pid, fresh.pid)
+            begin, used = time.perf_counter(), [cpu_s(pid) for pid in sides]
             await source.set("migrate", {"uri": uri})
             await source.migrated()
             await fresh.migrated()
             seconds = time.perf_counter() - begin
-        return self._size_mib * MIB / GIB / seconds
+            size_gib = self._size_mib * MIB / GIB
+            spent = [(cpu_s(pid) - before) / size_gib for pid, before in zip(sides, used, strict=True)]
+        return Moved(size_gib / seconds, *spent)
 
     @contextlib.asynccontextmanager
     async def _qemu(self, name: str, backend: str, incoming: str | None = None) -> AsyncIterator[_Qmp]:
@@ -207,7 +229,8 @@ class QemuSource:
 class _Qmp:
     """As much of QMP as a migration needs."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.pid = pid
         self._reader = reader
         self._writer = writer
 
@@ -216,7 +239,7 @@ class _Qmp:
         deadline = time.monotonic() + QEMU_TIMEOUT_S
         while True:
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                qmp = cls(*await asyncio.open_unix_connection(path))
+                qmp = cls(process.pid, *await asyncio.open_unix_connection(path))
                 await qmp.set("qmp_capabilities", {})
                 return qmp
             if process.returncode is not None or time.monotonic() > deadline:
@@ -252,4 +275,4 @@ def installed(program: str) -> bool:
 
 
 if __name__ == "__main__":
-    print(raw_pair(int(sys.argv[1]) * MIB))
+    print(json.dumps(asdict(raw_pair(int(sys.argv[1]) * MIB))))

@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 
 from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.fleet.etcd_cluster import EtcdCluster
+from scripts.fleet.network import Switch
 from scripts.rig.host import Host
 from scripts.rig.pair import QUICK_LIMITS
 from scripts.rig.runs import check_runs
@@ -35,6 +36,8 @@ class Fleet:
         etcd: an etcd that runs already, which the fleet then only uses; None for one of its own.
         prefix: of the fleet's keys.
         fleet: further ``[fleet]`` of all hosts.
+        switch: where the hosts stand; on this machine's loopback without it. Members of etcd stand with the first
+            hosts then.
         sections: further configuration of all hosts, section by section.
     """
 
@@ -46,10 +49,11 @@ class Fleet:
         etcd: EtcdCluster | None = None,
         prefix: str = "/migrated/",
         fleet: dict[str, Any] | None = None,
+        switch: Switch | None = None,
         **sections: dict[str, Any],
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="fleet-"))
-        self.etcd = EtcdCluster(members) if etcd is None else etcd
+        self.etcd = etcd or _etcd(names, members, switch)
         self._own_etcd = etcd is None
         common: dict[str, Any] = {
             "endpoints": self.etcd.endpoints,
@@ -60,9 +64,16 @@ class Fleet:
             **(fleet or {}),
         }
         limits = {**QUICK_LIMITS, **sections.pop("limits", {})}
-        self.hosts = {name: Host(self.directory / name, name, role="host") for name in names}
+        self.hosts = {name: self._host(name, switch) for name in names}
         for name, host in self.hosts.items():
             host.configure(fleet={"name": name, **common}, limits=limits, **sections)
+
+    def _host(self, name: str, switch: Switch | None) -> Host:
+        if switch is None:
+            return Host(self.directory / name, name, role="host")
+        return Host(
+            self.directory / name, name, role="host", namespace=switch.namespace(name), address=switch.address(name)
+        )
 
     def __getitem__(self, name: str) -> Host:
         return self.hosts[name]
@@ -95,10 +106,19 @@ class Fleet:
         await until("all hosts in the fleet", seen)
 
     async def evacuate(self, host: str, asked: str | None = None, **wishes: Any) -> str:
-        """Begin to empty a host, asking its own daemon or another; returns the job."""
+        """Begin to empty a host, asking its own daemon or another; returns the job once every daemon has seen it."""
         given = {key.replace("_", "-"): value for key, value in wishes.items()}
         answer = await self[asked or host].command("x-migrated-fleet-evacuate", {"host": host, **given})
-        return str(answer["job"])
+        job = str(answer["job"])
+
+        async def seen() -> bool:
+            for one in self.hosts.values():
+                if one.running and job not in [known["job"] for known in await one.command("x-migrated-fleet-jobs")]:
+                    return False
+            return True
+
+        await until(f"job {job} seen by all", seen)
+        return job
 
     async def job(self, asked: str, job: str) -> dict[str, Any]:
         """A job as one host sees it."""
@@ -183,3 +203,14 @@ class Fleet:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _etcd(names: Sequence[str], members: int, switch: Switch | None) -> EtcdCluster:
+    if switch is None:
+        return EtcdCluster(members)
+    places = [names[number % len(names)] for number in range(members)]
+    return EtcdCluster(
+        members,
+        addresses=[switch.address(place) for place in places],
+        enter=[switch.enter(place) for place in places],
+    )

@@ -7,6 +7,9 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,12 @@ def footprint(pid: int) -> Footprint:
             kinds[target.partition(":")[0] if target.startswith(("socket:", "pipe:")) else target] += 1
     mapped = sum("/memfd:" in line for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
     return Footprint(kinds, mapped, len(os.listdir(f"/proc/{pid}/task")))
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has used, user and system, in steps of a clock tick (10 ms)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
 def is_alive(pid: int) -> bool:

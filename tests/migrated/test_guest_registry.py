@@ -16,10 +16,11 @@ import pytest
 
 from migrated.base.errors import NoRoomError, RefusedError, VmmError
 from migrated.guests.registry import GuestRegistry, UnknownGuestError
+from migrated.guests.reservation import Reservation
 from migrated.settings.config import Config, LimitsConfig, VmmConfig
 from migrated.vmm import spawn
 from migrated.vmm.drivers import load_drivers
-from migrated.vmm.seam import GuestRequest
+from migrated.vmm.seam import GuestRequest, Replacement
 from scripts.rig.processes import is_alive
 from scripts.rig.waiting import until
 from tests.tiny_vmm.hosts import TINY
@@ -176,3 +177,23 @@ async def test_a_guest_that_comes_in_needs_a_name_a_uuid_and_a_driver_of_its_own
     assert guests.names() == ["g1"]
     came = await guests.create_incoming(here.model_copy(update={"name": "g2", "uuid": OTHER}))
     assert came.summary("paused")["state"] == "incoming"
+
+
+async def test_a_name_stands_for_two_processes_while_one_takes_over_from_the_other(guests: GuestRegistry) -> None:
+    first = await guests.create(G1)
+    description = await first.vmm.describe()
+    Reservation(first, "a" * 32)
+    second = await guests.create_incoming(description, replacement=Replacement())
+    assert (first.place, second.place, second.name, guests.names()) == ("g1", "g1~", "g1", ["g1"])
+    assert guests.find("g1") is first
+    assert (guests.find_at("g1~"), guests.all()) == (second, [first, second])
+    with pytest.raises(RefusedError, match="already on this host"):
+        await guests.create_incoming(description, replacement=Replacement())
+    second.overlay = None  # it runs now
+    assert guests.find("g1") is second
+    await guests.destroy(first)
+    third = await guests.create_incoming(description, replacement=Replacement())
+    assert (third.place, guests.find("g1")) == ("g1", second)
+    await guests.destroy(third)
+    with pytest.raises(RefusedError, match="a guest named 'g1' is already on this host"):
+        await guests.create(G1)

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from migrated.link import sockets
 from migrated.link.listener import Listener
+from migrated.link.security import THIS_HOST
 from migrated.link.sockets import Connection
 from migrated.settings.config import Address, LimitsConfig
 from protocol import messages
@@ -188,3 +192,25 @@ async def test_strangers_of_one_address_do_not_push_out_those_of_another() -> No
         assert taken == ASK
         assert connection.wire.peer.startswith("127.0.0.1:")
         connection.wire.close()
+
+
+async def test_descriptors_come_with_a_first_frame_over_a_unix_socket(short_directory: Path) -> None:
+    server, path = Server(PLAIN), short_directory / "listen.sock"
+    server.listener.start_unix(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(OSError, match="in use"):
+        Server(PLAIN).listener.start_unix(path)
+    connection = await sockets.connect(path, WAIT_S, 5.0, PLAIN)
+    reading, writing = os.pipe()
+    connection.wire.send_with_descriptors(first(ASK), [writing])
+    os.close(writing)
+    asked, accepted = await asyncio.wait_for(server.taken.get(), WAIT_S)
+    assert (asked, accepted.wire.names, len(accepted.wire.descriptors)) == (ASK, THIS_HOST, 1)
+    os.write(accepted.wire.descriptors[0], b"through")
+    assert os.read(reading, 7) == b"through"
+    accepted.wire.close()
+    assert os.read(reading, 1) == b""  # the last descriptor for writing went with the connection
+    os.close(reading)
+    connection.wire.close()
+    await server.listener.stop()
+    assert not path.exists()

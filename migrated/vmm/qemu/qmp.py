@@ -24,6 +24,9 @@ from migrated.base.errors import VmmError, VmmGoneError, VmmSilentError
 QUICK_S: Final = 5.0
 """Bound of a call that QEMU answers at once."""
 Event = Mapping[str, Any]
+_ODD: Final = (LookupError, TypeError, ValueError, AttributeError, AssertionError)
+"""Errors of reading an answer that has another shape than QEMU's. The library asserts that the session still stands
+after the negotiation, which QEMU may answer and end at once."""
 
 # What it says of lost connections reaches our callers as errors.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -94,6 +97,9 @@ class Qmp:
         except (QMPError, OSError, EOFError) as error:
             await _hang_up(client, stream)
             raise VmmError(f"{path} cannot be used as a QEMU monitor: {error}") from error
+        except _ODD as error:
+            await _hang_up(client, stream)
+            raise VmmError(f"{path} cannot be used as a QEMU monitor: its answers are not those of QEMU") from error
         except BaseException:
             await _hang_up(client, stream)
             raise
@@ -191,6 +197,7 @@ def _peer(stream: socket.socket) -> int:
 
 
 async def _hang_up(client: QMPClient, stream: socket.socket) -> None:
-    with contextlib.suppress(QMPError, OSError, EOFError):
+    # The library tells once more here what ended the session: bytes that are no UTF-8 are a ValueError.
+    with contextlib.suppress(QMPError, OSError, EOFError, ValueError):
         await client.disconnect()
     stream.close()

@@ -53,6 +53,8 @@ class Calls:
                 raise VmmSilentError(f"the VMM on {api_socket} (pid {pid}) hung up: {error}", pid) from error
             if isinstance(error, ClientError):
                 raise VmmError(f"the VMM on {api_socket} (pid {pid}) refused its status: {error}") from error
+            if isinstance(error, KeyError):
+                raise VmmError(f"the VMM on {api_socket} (pid {pid}) gives a status without {error}") from error
             raise
 
     async def call(self, op: str, timeout_s: float = QUICK_S, payload: Any = b"", **arguments: Any) -> Reply:

@@ -128,20 +128,23 @@ class SimGuest(VmmGuest):
         reply = await self._calls.call("describe")
         try:
             self._description = GuestDescription.model_validate(reply.meta["description"])
-        except ValidationError as error:
+        except (KeyError, ValidationError) as error:
             raise VmmError(f"the VMM of guest {self.name} describes it in a way we cannot use: {error}") from error
         return self._description
 
     async def status(self) -> GuestStatus:
         meta = (await self._calls.call("status")).meta
         gap = meta.get("stop_gap")
-        return GuestStatus(
-            state=meta["state"],
-            pid=meta["pid"],
-            epoch=meta["epoch"],
-            detail=dict(meta),
-            observed_gap=ObservedGap(gap["guest_ns"], gap["host_ns"]) if gap else None,
-        )
+        try:
+            return GuestStatus(
+                state=meta["state"],
+                pid=meta["pid"],
+                epoch=meta["epoch"],
+                detail=dict(meta),
+                observed_gap=ObservedGap(gap["guest_ns"], gap["host_ns"]) if gap else None,
+            )
+        except (LookupError, TypeError) as error:
+            raise VmmError(f"the VMM of guest {self.name} gives a status that we cannot use: {error!r}") from error
 
     async def memory(self) -> GuestMemory:
         reply = await self._calls.call("memory")

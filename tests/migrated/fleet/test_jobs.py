@@ -112,6 +112,24 @@ def test_a_host_is_emptied_and_nothing_stays_reserved() -> None:
     assert "a" in fleet.mirror.cordons, "what is emptied takes nothing in until somebody says so"
 
 
+def test_a_guest_whose_hand_over_is_not_settled_is_not_gone() -> None:
+    """The store was too late with its yes: the source keeps the guest, and the owner's key follows a moment later."""
+    fleet = Fleet([host("a"), host("b")], guests=1)
+    fleet.start()
+    fleet.work()
+    fleet.begin()
+    unsettled = Ownership(owner="b", epoch=3, previous="a", migration_id="m-g0")
+    fleet.must(Transaction((), (Put(KEYS.owner("g0"), unsettled.to_bytes()),)))
+    fleet.end("g0", StepEvent.FAILED, "the store did not answer in time")
+    fleet.now_ns += 10 * S
+    fleet.work()
+    assert fleet.step("g0").state is StepState.PLANNED
+    fleet.must(Transaction((), (_owned("g0", "a"),)))
+    fleet.run()
+    assert fleet.mirror.owners["g0"].owner == "b"
+    assert fleet.phase() is JobPhase.DONE
+
+
 def test_memory_stays_promised_until_the_destination_counts_the_guest() -> None:
     fleet = Fleet([host("a"), host("b", memory_bytes=8 * GIB)], guests=1)
     fleet.start()
