@@ -49,6 +49,11 @@ class PeerClock:
         self._exchanges.append(exchange)
         return True
 
+    def forget_but(self, count: int) -> None:
+        """Keep only the last ``count`` exchanges: those before were made under other circumstances."""
+        while len(self._exchanges) > count:
+            self._exchanges.popleft()
+
     def round_trip_ns(self) -> int:
         """Return the longest round trip of the recent exchanges (ns), 0 before the first: for reserves."""
         return max((exchange.delta_ns for exchange in self._exchanges), default=0)

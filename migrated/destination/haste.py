@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 from migrated.base.collector import QuietCollector
-from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, threads_of
+from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, may_take_precedence, threads_of
 
 _LOOK_S: Final = 0.02
 
@@ -37,17 +37,22 @@ class Haste:
         self._moving = contextlib.ExitStack()
         self._begun_at_bytes = 0
         self._stopped = False
+        self._small = False
 
     def begin(self) -> None:
         """What decides goes first until the end: it hardly uses a processor."""
         self._deciding.enter_context(Precedence([threading.get_native_id()]))
 
-    def round_over(self) -> None:
-        """A round was acknowledged: the next one goes first."""
-        if not self._stopped:
-            self._moving.close()
-            self._begun_at_bytes = self._received_bytes()
-            self._moving.enter_context(Precedence(threads_of(os.getpid())))
+    def round_over(self) -> bool:
+        """A round was acknowledged: the next one goes first. Returns whether that one went like others, although this
+        process may go before them: what was measured in it does not hold for the blackout."""
+        if self._stopped:
+            return False
+        went_like_others, self._small = not self._small, True
+        self._moving.close()
+        self._begun_at_bytes = self._received_bytes()
+        self._moving.enter_context(Precedence(threads_of(os.getpid())))
+        return went_like_others and may_take_precedence()
 
     def guest_stopped(self) -> None:
         """The blackout has begun."""
@@ -60,6 +65,7 @@ class Haste:
         while not self._stopped:
             await asyncio.sleep(_LOOK_S)
             if not self._stopped and self._received_bytes() - self._begun_at_bytes > SMALL_ROUND_BYTES:
+                self._small = False
                 self._moving.close()
 
     def end(self) -> None:

@@ -312,8 +312,14 @@ class IncomingMigration:
         """Acknowledge a round that is in place."""
         if done is not None:
             self._tell(done)
-            self._haste.round_over()
+            if self._haste.round_over():
+                self._tasks.start(self._measure_legs_anew())
             self._check_complete()
+
+    async def _measure_legs_anew(self) -> None:
+        """After a large round, in which what decides waited for threads that others kept waiting."""
+        with contextlib.suppress(TimeoutError, LinkLostError):
+            await self._control.measure_anew(self._env.config.limits.handshake_timeout_s)
 
     def _check_complete(self) -> None:
         """Tell loading that all state has arrived, once STATE_END and the last round are both here."""

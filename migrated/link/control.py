@@ -180,6 +180,12 @@ class ControlChannel:
                 if self._failure is not None:
                     raise LinkLostError(str(self._failure)) from self._failure
 
+    async def measure_anew(self, timeout_s: float) -> None:
+        """``measure``, and forget all exchanges before: those of a time in which others kept this process waiting say
+        nothing of one in which it goes before them."""
+        await self.measure(timeout_s)
+        self._peer_clock.forget_but(_OPENING_EXCHANGES)
+
     def round_trip_ns(self) -> int:
         """Return the longest round trip of the recent exchanges (ns), 0 before the first: for reserves."""
         return self._peer_clock.round_trip_ns()

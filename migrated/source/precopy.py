@@ -9,7 +9,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -184,6 +184,8 @@ class Precopy:
         acknowledged: called to wait for the acknowledgement of a round.
         round_timeout_s: bound of that wait.
         say: takes the sentence that explains the last decision, and the prediction behind it.
+        measure_legs: called to measure the legs to the destination anew, after a large round, in which what decides
+            waited for threads that others kept waiting; None where there are none, as for a file.
     """
 
     def __init__(
@@ -194,6 +196,7 @@ class Precopy:
         acknowledged: Callable[[int], asyncio.Future[messages.RoundDone]],
         round_timeout_s: float,
         say: Callable[[str, Prediction], None],
+        measure_legs: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._transfer = transfer
         self._parameters = parameters
@@ -201,6 +204,7 @@ class Precopy:
         self._acknowledged = acknowledged
         self._round_timeout_s = round_timeout_s
         self._say = say
+        self._measure_legs = measure_legs
         self._decider = Decider()
         self.bandwidth = Bandwidth()
         self.curve = DirtyCurve()
@@ -239,6 +243,8 @@ class Precopy:
                 row = await self._round(runs, scanned, as_the_blackout=ahead)
                 runs = await transfer.collect()
             self._went_ahead |= ahead
+            if not ahead and self._measure_legs is not None and may_take_precedence():
+                await self._measure_legs()
             verdict = await self._judge(row, count_pages(runs), (time.monotonic_ns() - began_ns) / 1e9)
             if verdict.step == "switch":
                 return runs

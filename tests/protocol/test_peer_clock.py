@@ -43,6 +43,17 @@ def test_old_exchanges_are_forgotten() -> None:
     assert clock.round_trip_ns() == 2 * MS
 
 
+def test_exchanges_of_other_circumstances_can_be_forgotten() -> None:
+    clock = PeerClock()
+    exchange(clock, 0, 0, 400 * MS, 300 * MS, 0)
+    for number in range(1, 4):
+        exchange(clock, number, number * 1000 * MS, MS, number * MS, 0)
+    clock.forget_but(3)
+    assert (clock.round_trip_ns(), clock.typical_round_trip_ns()) == (4 * MS, 3 * MS)
+    clock.forget_but(3)
+    assert clock.round_trip_ns() == 4 * MS
+
+
 def test_an_answer_to_a_forgotten_ask_counts_for_nothing() -> None:
     clock = PeerClock()
     for nonce in range(KEPT_EXCHANGES + 2):

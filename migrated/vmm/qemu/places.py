@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from migrated.base.errors import VmmError
 
+_ROOM_BYTES: Final = 4096
 _RUNS: Final = re.compile(rb"\bvm_state_notify running 1\b")
 
 
@@ -78,10 +79,20 @@ def read_place(api_socket: Path) -> Place:
 
 
 def write_place(api_socket: Path, place: Place) -> None:
-    """Replace the record, whole or not at all."""
+    """Replace the record, whole or not at all, whenever this process is killed.
+
+    In place where it fits: a guest stands still while this is written, and a busy file system may take its time for a
+    new name. One write of a page is not cut short by a kill; white space fills it up.
+    """
     path = place_path(api_socket)
+    text = place.model_dump_json().encode()
+    text += b" " * (-len(text) % _ROOM_BYTES)
+    if len(text) == _ROOM_BYTES and path.exists() and path.stat().st_size == _ROOM_BYTES:
+        with path.open("r+b", buffering=0) as file:
+            file.write(text)
+        return
     fresh = path.with_suffix(".place.new")
-    fresh.write_text(place.model_dump_json())
+    fresh.write_bytes(text)
     os.replace(fresh, path)
 
 

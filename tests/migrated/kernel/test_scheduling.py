@@ -27,14 +27,15 @@ def other() -> Iterator[int]:
 
 def test_all_threads_of_the_processes_go_first_and_are_given_back(other: int) -> None:
     over = threading.Event()
-    waiting = threading.Thread(target=over.wait)
+    waiting = threading.Thread(target=over.wait, daemon=True)
     waiting.start()
     threads = threads_of(os.getpid(), other)
+    niceness = os.getpriority(os.PRIO_PROCESS, other)
     assert {waiting.native_id, threading.get_native_id(), other} <= set(threads)
     with Precedence(threads):
         assert {os.sched_getscheduler(thread) for thread in threads} == {FIRST}
     assert {os.sched_getscheduler(thread) for thread in threads} == {USUAL}
-    assert os.getpriority(os.PRIO_PROCESS, other) == 3
+    assert os.getpriority(os.PRIO_PROCESS, other) == niceness
     over.set()
     waiting.join()
 
