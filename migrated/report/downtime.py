@@ -67,11 +67,12 @@ def prediction(fields: Fields) -> Section | None:
 
 
 def _bound(fields: Fields) -> list[tuple[Node, Node]]:
-    """The kind of attempt that the bound was learned from, and the scale of the error; a record of an older version
-    says neither."""
+    """The kind of attempt that the bound was learned from, the scale of the error, and how busy the source host was; a
+    record of an older version says nothing, or 0 for the load."""
     return [
         ("bound learned for attempts of the kind", fields.show("downtime.predicted_regime")),
         ("usual error of such a prediction", join_unit(fields.ms("downtime.predicted_scale_ns"), "ms")),
+        ("things took longer on the busy source host, times", fields.show("downtime.predicted_load")),
     ]
 
 
