@@ -175,7 +175,7 @@ async def test_a_peer_that_writes_on_after_its_damage_hears_why_the_channel_ende
 
 async def test_a_peer_that_answers_no_clocks_is_named() -> None:
     async with facing() as (channel, _):
-        with pytest.raises(LinkLostError, match="did not answer exchanges of clocks within 0.05 s"):
+        with pytest.raises(LinkLostError, match=r"did not answer exchanges of clocks within 0\.05 s"):
             await channel.measure(0.05)
 
 
