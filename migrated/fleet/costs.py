@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from migrated.fleet.model import Forecast, GuestDocument
@@ -54,3 +55,14 @@ def move_cost(guest: GuestDocument, limit_ns: int, bytes_per_s: int) -> MoveCost
     )
     stop_ns = downtime_ns(played.dirty_pages)
     return MoveCost(forecast.setup_ns + played.elapsed_ns + stop_ns, stop_ns, stop_ns + forecast.margin_ns, played.fits)
+
+
+def narrowest_share(fits: Callable[[int], bool], link: int, lanes: int) -> int:
+    """The smallest share of a link with which a guest converges, not below a lane's; the whole link if none does.
+
+    Args:
+        fits: whether the guest converges at a rate (bytes per second).
+        link: what the link moves (bytes per second).
+        lanes: into how many equal shares it is divided at most.
+    """
+    return next((link // lane for lane in range(lanes, 0, -1) if fits(link // lane)), link)

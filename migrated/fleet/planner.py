@@ -64,10 +64,16 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The moves in the order of their begin, and a sentence for each guest that cannot move."""
+    """The moves in the order of their begin.
+
+    Attributes:
+        refusals: a sentence for each guest that cannot move.
+        lanes: into how many shares the source's link is divided.
+    """
 
     moves: tuple[Move, ...]
     refusals: dict[str, str]
+    lanes: int = 1
 
     @property
     def total_ns(self) -> int:
@@ -106,12 +112,12 @@ def plan(mirror: Mirror, spec: JobSpec) -> Plan:
             tasks.append(_task(mirror, guest, source, hosts, spec, max(_HOSTS_CONSIDERED, len(names))))
         else:
             refusals[name] = refusal
-    best = _best(_ends(mirror, source, spec, tasks), tasks) if tasks else Schedule((), (), 0, 0.0)
+    best = _best(_ends(mirror, source, spec, tasks), tasks) if tasks else Schedule()
     for task in best.left:
         refusals[task.guest.name] = (
             f"The hosts that could take {task.guest.name} have no memory left for it once the other guests are there."
         )
-    return Plan(tuple(_move(one) for one in best.placed), refusals)
+    return Plan(tuple(_move(one) for one in best.placed), refusals, best.lanes)
 
 
 def guests_of(mirror: Mirror, spec: JobSpec) -> list[str]:
@@ -158,13 +164,13 @@ def _ends(mirror: Mirror, source: HostDocument, spec: JobSpec, tasks: list[Task]
         inbound = _free_inbound(mirror, host)
         destinations[name] = Destination(
             inbound if inbound > 0 else host.max_inbound,
-            _room(link_of(host), mirror.slots_of(name).link_bytes_per_s),
+            _room(link_of(host), mirror.slots_of(name).inbound_bytes_per_s),
             mirror.free_bytes(host),
             host.memory_bytes,
         )
     return Ends(
         min(outbound, spec.max_parallel) if spec.max_parallel else outbound,
-        _room(link_of(source), held.link_bytes_per_s),
+        _room(link_of(source), held.outbound_bytes_per_s),
         destinations,
     )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import deque
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Final
+from typing import Final, NamedTuple
 
+from migrated.fleet.mirror import UNKNOWN_LINK_BYTES_PER_S
 from migrated.fleet.model import MAX_CURVE_POINTS, CurvePoint, Forecast, GuestDocument
 from migrated.member.local import LocalGuest
 from migrated.record.model import Record
@@ -14,33 +16,69 @@ from protocol.guest import PAGE_SIZE
 
 _TELLING_BYTES: Final = 8 << 20
 """A round smaller than this measures the round trip, not the link."""
+_AS_FAST_AS_CAPPED: Final = 0.9
+"""A round that reached this part of its cap was held back by it and not by the link."""
+_ATTEMPTS_COUNTED: Final = 4
 MEASURED: Final = frozenset({"completed", "aborted"})
 """Outcomes of attempts whose rounds say something."""
 
 
 def link_bytes_per_s(newest_first: Sequence[Record]) -> int:
-    """What a host's link moves, by the rounds of its migrations (bytes per second); 0 while none has shown it. Those
-    that ran at the same time shared it. One whose bandwidth was capped can only show that the link is faster than was
-    thought."""
-    rates = [(record, _fastest_round(record)) for record in reversed(newest_first)]
-    speed = 0
-    for record, rate in rates:
-        if rate:
-            together = int(sum(other_rate for other, other_rate in rates if _ran_together(record, other)))
-            capped = record.parameters.max_bandwidth_bytes_per_s > 0
-            speed = max(speed, together) if capped else together
+    """What a host's link moves, by the rounds of its migrations (bytes per second); 0 while none has shown it.
+
+    What counts is what all migrations together moved while a round ran, the most of the newest attempts: one that ran
+    while the hosts were busy shows less than the link moves. A round that was as fast as its cap can only show that the
+    link is faster than was thought.
+    """
+    attempts = [(record, _rounds_of(record)) for record in reversed(newest_first)]
+    speed, shown = 0, deque[int](maxlen=_ATTEMPTS_COUNTED)
+    for record, rounds in attempts:
+        telling = [one for one in rounds if one.bytes >= _TELLING_BYTES]
+        if not telling:
+            continue
+        together = max(_carried(one, attempts) for one in telling)
+        cap = record.parameters.max_bandwidth_bytes_per_s
+        if cap and max(one.rate for one in telling) >= _AS_FAST_AS_CAPPED * cap:
+            speed = together if together > (speed or UNKNOWN_LINK_BYTES_PER_S) else speed
+        else:
+            shown.append(together)
+            speed = max(shown)
     return speed
 
 
-def _fastest_round(record: Record) -> float:
-    return max((row.bandwidth_bytes_per_s for row in record.rounds if row.bytes >= _TELLING_BYTES), default=0.0)
+class _Round(NamedTuple):
+    """A round on the wall clock of its source (s)."""
+
+    begin: float
+    end: float
+    bytes: int
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second."""
+        return self.bytes / (self.end - self.begin)
 
 
-def _ran_together(one: Record, other: Record) -> bool:
-    """Whether two attempts overlapped for most of the shorter one; each overlaps itself."""
-    begins = [datetime.fromisoformat(record.started_at).timestamp() for record in (one, other)]
-    ends = [begin + record.total_ns / 1e9 for begin, record in zip(begins, (one, other), strict=True)]
-    return 2 * (min(ends) - max(begins)) >= min(one.total_ns, other.total_ns) / 1e9
+def _rounds_of(record: Record) -> list[_Round]:
+    """The rounds of an attempt, one after the other from the end of its setting up on."""
+    begin = datetime.fromisoformat(record.started_at).timestamp() + record.setup_ns / 1e9
+    rounds = []
+    for row in record.rounds:
+        begin += row.scan_ns / 1e9
+        if row.ns > 0:
+            rounds.append(_Round(begin, begin + row.ns / 1e9, row.bytes))
+            begin = rounds[-1].end
+    return rounds
+
+
+def _carried(one: _Round, attempts: Sequence[tuple[Record, Sequence[_Round]]]) -> int:
+    """What all attempts together moved while a round ran (bytes per second)."""
+    moved = 0.0
+    for _, rounds in attempts:
+        if rounds and rounds[0].begin < one.end and rounds[-1].end > one.begin:
+            for other in rounds:
+                moved += other.rate * max(0.0, min(one.end, other.end) - max(one.begin, other.begin))
+    return int(moved / (one.end - one.begin))
 
 
 def forecast(record: Record) -> Forecast | None:

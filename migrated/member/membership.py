@@ -10,7 +10,7 @@ import asyncio
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,7 @@ from migrated.member.facts import forecast, guest_document, link_bytes_per_s
 from migrated.member.follower import Follower
 from migrated.member.local import LocalHost
 from migrated.member.owners import Owners
+from migrated.record.model import Record
 from migrated.settings.config import Address
 from protocol.versions import CAPABILITIES
 
@@ -69,6 +70,7 @@ class Membership:
         self._address = env.config.fleet.address or env.config.listen.address
         self._kept_ns = 0
         self._told: HostDocument | None = None
+        self._link = _Link()
         self._new = asyncio.Event()
         self._total_bytes = env.config.fleet.memory_bytes or max(
             1, _total_bytes() - env.config.limits.spare_memory_bytes
@@ -133,7 +135,7 @@ class Membership:
             outbound=outbound,
             max_inbound=fleet.max_inbound if self._local.role != "source" else 0,
             max_outbound=fleet.max_outbound if self._local.role != "destination" else 0,
-            link_bytes_per_s=fleet.link_bytes_per_s or link_bytes_per_s(records),
+            link_bytes_per_s=fleet.link_bytes_per_s or self._link.speed(records),
             clock_offset_ns=self._clock_offset_ns(),
         )
         mirror = self._follower.mirror
@@ -161,6 +163,20 @@ class Membership:
         elif time.monotonic_ns() - self._kept_ns > lease_s * 1e9 / 4:
             await self._store.keep_alive(self.lease)
             self._kept_ns = time.monotonic_ns()
+
+
+class _Link:
+    """What this host's link moves, computed anew when another attempt has ended."""
+
+    def __init__(self) -> None:
+        self._newest: Record | None = None
+        self._bytes_per_s = 0
+
+    def speed(self, newest_first: Sequence[Record]) -> int:
+        """As ``link_bytes_per_s``."""
+        if newest_first and newest_first[0] is not self._newest:
+            self._newest, self._bytes_per_s = newest_first[0], link_bytes_per_s(newest_first)
+        return self._bytes_per_s
 
 
 def _cpu_features() -> tuple[str, ...]:

@@ -46,12 +46,27 @@ def attempt(rate: float, begin_s: int, *, capped: bool = False) -> Record:
     [
         ([], 0),
         ([attempt(100 * MIB, 0)], 100 * MIB),
-        ([attempt(100 * MIB, 0), attempt(60 * MIB, 60)], 60 * MIB),
+        ([attempt(100 * MIB, 0), attempt(60 * MIB, 60)], 100 * MIB),
+        ([attempt(100 * MIB, 0), *(attempt(60 * MIB, at) for at in (60, 80, 100, 120))], 60 * MIB),
         ([attempt(100 * MIB, 0), attempt(50 * MIB, 60, capped=True)], 100 * MIB),
         ([attempt(40 * MIB, 0), attempt(50 * MIB, 60, capped=True)], 50 * MIB),
-        ([attempt(40 * MIB, 0), attempt(50 * MIB, 2)], 90 * MIB),
+        ([attempt(200 * MIB, 0, capped=True)], 200 * MIB),
+        ([attempt(40 * MIB, 0, capped=True)], 0),
+        ([attempt(40 * MIB, 0), attempt(50 * MIB, 0)], 90 * MIB),
+        ([attempt(40 * MIB, 0), attempt(50 * MIB, 2)], 50 * MIB),
     ],
-    ids=["nothing", "one", "the newest counts", "a cap is no limit of the link", "a cap shows more", "together"],
+    ids=[
+        "nothing",
+        "one",
+        "a busy host shows less",
+        "the newest count",
+        "a cap is no limit of the link",
+        "a cap shows more",
+        "a fast cap alone",
+        "a cap alone shows nothing",
+        "together",
+        "one after the other",
+    ],
 )
 def test_the_speed_of_a_link_is_what_migrations_have_shown(oldest_first: list[Record], expected: int) -> None:
     assert link_bytes_per_s(oldest_first[::-1]) == expected
