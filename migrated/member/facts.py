@@ -12,6 +12,7 @@ from migrated.fleet.mirror import UNKNOWN_LINK_BYTES_PER_S
 from migrated.fleet.model import MAX_CURVE_POINTS, CurvePoint, Forecast, GuestDocument
 from migrated.member.local import LocalGuest
 from migrated.record.model import Record
+from migrated.vmm.seam import KVM
 from protocol.guest import PAGE_SIZE
 
 _TELLING_BYTES: Final = 8 << 20
@@ -106,6 +107,7 @@ def guest_document(
     downtime_limit_ns: int,
     last: Record | None,
     groups: Sequence[str],
+    needs: frozenset[str],
     cpu_features: tuple[str, ...],
 ) -> GuestDocument:
     """What a guest needs of a host.
@@ -113,7 +115,8 @@ def guest_document(
     Args:
         last: the record of its last migration.
         groups: patterns of names; guests of one are kept apart.
-        cpu_features: of this host: a QEMU guest may use each, so its next host must have them all.
+        needs: what its next host must have of what not every host has.
+        cpu_features: of this host: a guest under KVM may use each, so its next host must have them all.
     """
     return GuestDocument(
         name=guest.name,
@@ -121,6 +124,7 @@ def guest_document(
         memory_bytes=guest.memory_bytes,
         downtime_limit_ns=downtime_limit_ns,
         group=next((pattern for pattern in groups if fnmatch.fnmatchcase(guest.name, pattern)), None),
-        cpu_features=cpu_features if guest.vmm == "qemu" else (),
+        devices=tuple(sorted(needs)),
+        cpu_features=cpu_features if KVM in needs else (),
         forecast=forecast(last) if last is not None else None,
     )

@@ -2,6 +2,7 @@
 
 every third of the lease, and when something here changed:
 lease alive? -> no: a new one -> host's key, if it changed -> owner and document of each guest here, if they did
+             -> owner keys of guests that are not here (migrated.member.leftovers)
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Final
 
 import structlog
 
+from migrated.control.operations import OperationError
 from migrated.environment import Environment, fleet_name
 from migrated.fleet.changes import publish
-from migrated.fleet.model import HostDocument
+from migrated.fleet.model import MAX_NAMES, GuestDocument, HostDocument
 from migrated.fleet.store import LeaseEndedError, Put, Store, StoreError, Transaction
 from migrated.member.facts import forecast, guest_document, link_bytes_per_s
 from migrated.member.follower import Follower
+from migrated.member.leftovers import Leftovers
 from migrated.member.local import LocalHost
 from migrated.member.owners import Owners
 from migrated.record.model import Record
@@ -67,10 +70,14 @@ class Membership:
         self._clock_offset_ns = clock_offset_ns
         self._name = fleet_name(env.config)
         self._cpu_features = _cpu_features()
+        self._devices: tuple[str, ...] = ()
+        self._needs: dict[str, frozenset[str]] = {}
+        """What each guest here needs of a host."""
         self._address = env.config.fleet.address or env.config.listen.address
         self._kept_ns = 0
         self._told: HostDocument | None = None
         self._link = _Link()
+        self._leftovers = Leftovers(follower, local, owners, self._name, env.config.state.directory)
         self._new = asyncio.Event()
         self._total_bytes = env.config.fleet.memory_bytes or max(
             1, _total_bytes() - env.config.limits.spare_memory_bytes
@@ -88,6 +95,7 @@ class Membership:
     async def run(self) -> None:
         """Keep the keys up to date until cancelled."""
         await self._local.load()
+        self._devices = tuple(sorted(await self._local.offers()))[:MAX_NAMES]
         await self._follower.ready.wait()
         beat_s = self._env.config.fleet.lease_s / 3
         while True:
@@ -127,6 +135,7 @@ class Membership:
             version=_VERSION,
             capabilities=tuple(sorted(CAPABILITIES)),
             vmms=tuple(sorted(self._env.guests.driver_names())),
+            devices=self._devices,
             cpu_features=self._cpu_features,
             memory_bytes=self._total_bytes,
             used_bytes=used,
@@ -145,15 +154,43 @@ class Membership:
                 self._told = document
             else:
                 self._new.set()
+        await self._leftovers.see_to()
         last = {record.guest: record for record in reversed(records) if forecast(record) is not None}
         for guest in guests:
             if not guest.arriving and await self._owners.claim_found(guest.name):
                 limit_ns = int(self._local.parameters(guest.name).downtime_limit_ms * 1e6)
-                wanted = guest_document(guest, limit_ns, last.get(guest.name), fleet.groups, self._cpu_features)
-                if self._follower.mirror.guests.get(guest.name) != wanted:
-                    key = self._follower.mirror.keys.guest(guest.name)
-                    await self._follower.transact(Transaction((), (Put(key, wanted.to_bytes()),)))
+                needs = await self._needs_of(guest.name)
+                if needs is not None:
+                    await self._describe(
+                        guest_document(guest, limit_ns, last.get(guest.name), fleet.groups, needs, self._cpu_features)
+                    )
+                await self._fence(guest.name)
+        self._needs = {guest: needs for guest, needs in self._needs.items() if guest in here}
         self._follower.reached()
+
+    async def _needs_of(self, guest: str) -> frozenset[str] | None:
+        """What a guest needs of a host, asked once; None while its VMM does not answer."""
+        needs = self._needs.get(guest)
+        if needs is None:
+            needs = await self._local.needs(guest)
+            if needs is not None:
+                self._needs[guest] = needs
+        return needs
+
+    async def _describe(self, wanted: GuestDocument) -> None:
+        """Write what is known of a guest, if the store has something else."""
+        if self._follower.mirror.guests.get(wanted.name) != wanted:
+            key = self._follower.mirror.keys.guest(wanted.name)
+            await self._follower.transact(Transaction((), (Put(key, wanted.to_bytes()),)))
+
+    async def _fence(self, guest: str) -> None:
+        """Let the lock of a guest that is this host's carry the revision at which that was last written."""
+        token = await self._owners.token(guest, arriving=False)
+        if token is not None:
+            try:
+                await self._local.fence(guest, token)
+            except OperationError as error:
+                log.error("a guest's lock does not carry its fencing token", guest=guest, reason=str(error))
 
     async def _keep_lease(self) -> None:
         lease_s = self._env.config.fleet.lease_s

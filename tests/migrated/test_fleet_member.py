@@ -81,10 +81,12 @@ def test_a_forecast_is_the_last_migration() -> None:
 
 
 def test_a_guest_is_described_with_its_group_and_what_its_vmm_may_use() -> None:
-    qemu = guest_document(LocalGuest("db-1", "qemu", GIB, False), 300 * MS, None, ["web-*", "db-*"], ("avx2",))
+    needs = frozenset({"kvm", "qemu machine q35"})
+    qemu = guest_document(LocalGuest("db-1", "qemu", GIB, False), 300 * MS, None, ["web-*", "db-*"], needs, ("avx2",))
     assert (qemu.group, qemu.cpu_features, qemu.forecast) == ("db-*", ("avx2",), None)
-    sim = guest_document(LocalGuest("x", "sim", GIB, False), 300 * MS, None, ["db-*"], ("avx2",))
-    assert (sim.group, sim.cpu_features) == (None, ())
+    assert set(qemu.devices) == needs
+    emulated = guest_document(LocalGuest("x", "qemu", GIB, False), 300 * MS, None, ["db-*"], frozenset(), ("avx2",))
+    assert (emulated.group, emulated.cpu_features, emulated.devices) == (None, (), ())
 
 
 def seen(hosts: list[HostDocument], **extra: Any) -> dict[str, list[str]]:
