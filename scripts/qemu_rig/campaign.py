@@ -146,4 +146,6 @@ def figures_of(record: Mapping[str, Any], before: Sequence[Beat], after: Sequenc
         total_ms=record["total_ns"] / _NS_PER_MS,
         ram_mib_per_s=record["ram"]["total_bytes"] / MIB / moving_s,
         parts_ms={part["name"]: part["ns"] / _NS_PER_MS for part in downtime["parts"]},
+        predicted_parts_ms={name: ns / _NS_PER_MS for name, ns in downtime["predicted_parts_ns"].items()},
+        scale_ms=downtime["predicted_scale_ns"] / _NS_PER_MS,
     )

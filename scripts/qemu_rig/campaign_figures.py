@@ -31,6 +31,8 @@ class MoveFigures:
         total_ms: from the command to the end.
         ram_mib_per_s: the guest's memory as a whole, over the time from the first round to the end.
         parts_ms: of the downtime, by name.
+        predicted_parts_ms: the prediction behind the bound, by component; empty where there was none.
+        scale_ms: how far such a prediction was expected to be off.
     """
 
     downtime_ms: float
@@ -42,6 +44,8 @@ class MoveFigures:
     total_ms: float
     ram_mib_per_s: float
     parts_ms: dict[str, float]
+    predicted_parts_ms: dict[str, float]
+    scale_ms: float
 
     def line(self) -> str:
         """The move for people."""
@@ -119,7 +123,9 @@ def summary(runs: Iterable[RunFigures]) -> dict[str, Any]:
         "beyond_record_ms": spread([move.beyond_ms for move in moves]),
         "total_ms": spread([move.total_ms for move in moves]),
         "ram_mib_per_s": _median([move.ram_mib_per_s for move in moves]),
-        "parts_ms": _parts(moves),
+        "parts_ms": _medians([move.parts_ms for move in moves]),
+        "predicted_parts_ms": _medians([move.predicted_parts_ms for move in moves]),
+        "scale_ms": spread([move.scale_ms for move in moves]),
         "load": spread([run.load for run in known]),
         "cut_short": sum(not run.finished for run in known),
         "violations": sum(len(run.violations) for run in known),
@@ -143,10 +149,10 @@ def spread(values: list[float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in chosen.items()}
 
 
-def _parts(moves: list[MoveFigures]) -> dict[str, float]:
-    """The median of each part of the downtime, 0 in a move that lacks it."""
-    names = {name: None for move in moves for name in move.parts_ms}
-    return {name: round(statistics.median(move.parts_ms.get(name, 0.0) for move in moves), 3) for name in names}
+def _medians(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each part, 0 in a move that lacks it."""
+    names = {name: None for of_move in parts for name in of_move}
+    return {name: round(statistics.median(of_move.get(name, 0.0) for of_move in parts), 3) for name in names}
 
 
 def _median(values: list[float]) -> float | None:

@@ -19,6 +19,8 @@ MOVE = MoveFigures(
     total_ms=1000.0,
     ram_mib_per_s=900.0,
     parts_ms={"stop": 1.0, "resume": 2.0},
+    predicted_parts_ms={"stop": 1.5, "resume": 2.5},
+    scale_ms=3.0,
 )
 RUN = RunFigures("idle", 100.0, load=0.5, attempts=2, moves=[MOVE], violations=["move 1: it is aborted"], finished=True)
 
