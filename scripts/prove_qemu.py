@@ -97,7 +97,8 @@ async def measure_aborts(aborts: int, pair: QemuPair) -> prove_aborts.Measured:
 
 def prove_qemu_aborts(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
     """Force the aborts."""
-    return prove_aborts.judge(asyncio.run(measure_aborts(options.aborts, QemuPair(small_guest(directory), image))))
+    measured = asyncio.run(measure_aborts(options.aborts, QemuPair(small_guest(directory), image)))
+    return prove_aborts.judge(prove_aborts.together(measured, options.records))
 
 
 def prove_moves(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
@@ -177,6 +178,7 @@ def main() -> int:
     moves_and_faults.set_defaults(prove=prove_qemu_soak, migrations=100)
     aborts = parts.add_parser("aborts", help="how precisely an abort gives the guest back")
     aborts.add_argument("--aborts", type=int, default=50, help="how many (default %(default)s)")
+    prove_aborts.add_records_argument(aborts)
     aborts.set_defaults(prove=prove_qemu_aborts)
     moves = parts.add_parser("moves", help="there and back without faults, every figure of every move")
     moves.add_argument("--moves", type=int, default=100, help="how many (default %(default)s)")
