@@ -1,4 +1,4 @@
-"""What a host knows of itself and of its guests, as documents of the fleet: computed from what they are given."""
+"""Documents of the fleet about this host and its guests: computed from what they are given."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ MEASURED: Final = frozenset({"completed", "aborted"})
 
 
 def link_bytes_per_s(newest_first: Sequence[Record]) -> int:
-    """What a host's link moves, by the rounds of its migrations (bytes per second); 0 while none has shown it.
+    """Return the throughput of a host's link, by the rounds of its migrations (bytes per second); 0 while none has
+    shown it.
 
     What counts is what all migrations together moved while a round ran, the most of the newest attempts: one that ran
     while the hosts were busy shows less than the link moves. A round that was as fast as its cap can only show that the
@@ -83,7 +84,7 @@ def _carried(one: _Round, attempts: Sequence[tuple[Record, Sequence[_Round]]]) -
 
 
 def forecast(record: Record) -> Forecast | None:
-    """What moving a guest will cost, by its last migration; None when that shows nothing."""
+    """Return the expected cost of moving a guest, by its last migration; None when that shows nothing."""
     if record.outcome not in MEASURED or not record.rounds:
         return None
     first, *later = record.rounds
@@ -110,7 +111,7 @@ def guest_document(
     needs: frozenset[str],
     cpu_features: tuple[str, ...],
 ) -> GuestDocument:
-    """What a guest needs of a host.
+    """Return a guest's requirements of a host.
 
     Args:
         last: the record of its last migration.

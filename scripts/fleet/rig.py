@@ -14,8 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from migrated.control.client import CommandError, DaemonUnreachableError
 from migrated.fleet.etcd import Login
@@ -25,13 +24,14 @@ from scripts.fleet.network import Switch
 from scripts.rig.host import Host
 from scripts.rig.pair import QUICK_LIMITS
 from scripts.rig.runs import check_runs
+from scripts.rig.started import Started
 from scripts.rig.waiting import until
 
 LEASE_S: Final = 2
 _LOGIN: Final = Login("fleet", "of hosts")
 
 
-class Fleet:
+class Fleet(Started):
     """Hosts that share an etcd, in a directory that goes with them.
 
     Args:
@@ -204,19 +204,6 @@ class Fleet:
             if self._own_etcd:
                 self.etcd.close()
             shutil.rmtree(self.directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _access(authority: Authority, host: str) -> dict[str, Any]:
