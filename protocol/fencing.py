@@ -21,7 +21,7 @@ class StaleTokenError(Exception):
 
 
 def advance(content: bytes, token: int) -> bytes | None:
-    """What the file must hold once its lock is held with a token; None when it holds that already.
+    """Return the content that the file must have once its lock is held with a token; None when it has that already.
 
     Args:
         content: of the file now, up to one byte more than FILE_BYTES.

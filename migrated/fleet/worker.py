@@ -18,7 +18,7 @@ from migrated.fleet.costs import limit_of, move_cost, narrowest_share
 from migrated.fleet.jobs import ACTIVE, FINAL, JobEvent, StepEvent, failure, is_over, job_after
 from migrated.fleet.mirror import Mirror, link_of
 from migrated.fleet.model import HostDocument, JobPhase, JobSpec, JobStep, StepState
-from migrated.fleet.placement import group_at, possible_hosts, why_not
+from migrated.fleet.placement import PossibleHosts, why_not
 from migrated.fleet.planner import guests_of, plan
 from migrated.fleet.store import Transaction
 
@@ -184,20 +184,12 @@ def choose_host(mirror: Mirror, spec: JobSpec, step: JobStep) -> tuple[HostDocum
         rate = _rate_to(mirror, planned, fits, share)
         if rate:
             return planned, rate
-    hosts, refusal = possible_hosts(mirror, guest, step.source, spec.to)
+    hosts, refusal = PossibleHosts(mirror, step.source, spec.to).of(guest)
     if not hosts:
         return refusal
     untried = [host for host in hosts if host.name not in step.tried]
-
-    def rank(host: HostDocument) -> tuple[int, float, str]:
-        used = 1 - mirror.free_bytes(host) / max(1, host.memory_bytes)
-        return group_at(mirror, guest, host.name), used, host.name
-
-    for host in sorted(untried or hosts, key=rank):
-        rate = _rate_to(mirror, host, fits, share)
-        if rate:
-            return host, rate
-    return None
+    able = ((host, _rate_to(mirror, host, fits, share)) for host in untried or hosts)
+    return next(((host, rate) for host, rate in able if rate), None)
 
 
 def _active(mirror: Mirror, spec: JobSpec) -> int:

@@ -74,7 +74,7 @@ def _rounds_of(record: Record) -> list[_Round]:
 
 
 def _carried(one: _Round, attempts: Sequence[tuple[Record, Sequence[_Round]]]) -> int:
-    """What all attempts together moved while a round ran (bytes per second)."""
+    """Return the throughput of all attempts together while a round ran (bytes per second)."""
     moved = 0.0
     for _, rounds in attempts:
         if rounds and rounds[0].begin < one.end and rounds[-1].end > one.begin:

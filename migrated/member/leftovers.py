@@ -76,5 +76,5 @@ class Leftovers:
 
 
 def boot_id() -> str:
-    """What the kernel calls this boot of the host."""
+    """Return the kernel's name of this boot of the host."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -46,11 +46,11 @@ class LocalHost(GuestsHere, Protocol):
         ...
 
     async def offers(self) -> frozenset[str]:
-        """What this host has that not every host has and a guest may need."""
+        """Return words for things of this host that not every host has and a guest may need."""
         ...
 
     async def needs(self, guest: str) -> frozenset[str] | None:
-        """What a guest needs of ``offers``; None while it does not say."""
+        """Return the words of ``offers`` that a guest needs; None while it does not say."""
         ...
 
     def attempts(self) -> tuple[int, int]:

@@ -72,7 +72,7 @@ class Membership:
         self._cpu_features = _cpu_features()
         self._devices: tuple[str, ...] = ()
         self._needs: dict[str, frozenset[str]] = {}
-        """What each guest here needs of a host."""
+        """The needs of each guest here."""
         self._address = env.config.fleet.address or env.config.listen.address
         self._kept_ns = 0
         self._told: HostDocument | None = None
@@ -169,7 +169,7 @@ class Membership:
         self._follower.reached()
 
     async def _needs_of(self, guest: str) -> frozenset[str] | None:
-        """What a guest needs of a host, asked once; None while its VMM does not answer."""
+        """Return a guest's needs of a host, asked once; None while its VMM does not answer."""
         needs = self._needs.get(guest)
         if needs is None:
             needs = await self._local.needs(guest)
@@ -203,7 +203,7 @@ class Membership:
 
 
 class _Link:
-    """What this host's link moves, computed anew when another attempt has ended."""
+    """The throughput of this host's link, computed anew when another attempt has ended."""
 
     def __init__(self) -> None:
         self._newest: Record | None = None

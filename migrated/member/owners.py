@@ -34,7 +34,7 @@ log = structlog.get_logger()
 _MIGRATIONS_KEPT: Final = 256
 _AGAIN_S: Final = 0.5
 _TOKEN_S: Final = 0.05
-"""How long the token of a guest that stands still is waited for."""
+"""Longest wait for the token of a guest that stands still."""
 
 
 class _Begun(NamedTuple):

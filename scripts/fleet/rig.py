@@ -207,7 +207,7 @@ class Fleet(Started):
 
 
 def _access(authority: Authority, host: str) -> dict[str, Any]:
-    """How a host proves itself to etcd: ``[fleet]`` keys."""
+    """Return the keys of ``[fleet]`` with which a host proves itself to etcd."""
     password = authority.directory / "password"
     password.write_text(f"{_LOGIN.password}\n", encoding="utf-8")
     return {

@@ -1,4 +1,4 @@
-"""What this host has for QEMU guests that another host may lack: versions of machines, and KVM."""
+"""Properties of this host that a QEMU guest may need and another host may lack: versions of machines, and KVM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ANSWER_S: Final = 10.0
 
 
 def words(machines: Iterable[str], *, kvm: bool) -> frozenset[str]:
-    """The same words for what a guest needs and what a host has.
+    """Return the same words for the needs of a guest and the properties of a host.
 
     Args:
         machines: types of machines with their versions, as QEMU names them.
@@ -29,7 +29,7 @@ def words(machines: Iterable[str], *, kvm: bool) -> frozenset[str]:
 
 
 async def offers(command: Sequence[str]) -> frozenset[str]:
-    """What a QEMU on this host can be; nothing but KVM where it cannot be asked.
+    """Return the machines that QEMU on this host can be, and KVM; no machines where it cannot be asked.
 
     Args:
         command: QEMU and its fixed arguments.

@@ -76,7 +76,7 @@ def test_the_limit_of_a_job_counts_where_it_is_lower() -> None:
     ("there", "needs", "says"),
     [
         ({"memory_bytes": 2 * GIB}, {}, "1 with less than 4GiB free"),
-        ({}, {"devices": ("gpu0",)}, "1 without the device gpu0"),
+        ({}, {"devices": ("gpu0",)}, "1 without gpu0"),
         ({"cpu_features": ("avx2",)}, {"cpu_features": ("avx2", "amx")}, "1 without the processor feature amx"),
         ({}, {"vmm": "qemu"}, "1 without the driver qemu"),
         ({"max_inbound": 0}, {}, "1 set to take none"),
