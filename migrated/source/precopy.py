@@ -6,6 +6,7 @@ collect -> send -> barrier on every channel -> acknowledged -> collect -> would 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
 import time
@@ -65,15 +66,18 @@ class Transfer:
     round: int = 0
     state_order: int = 0
     scan_ns: int = 0
+    """Duration of the last read of the dirty log."""
+    scan_cost_ns: int = 0
+    """What that read would have cost in the blackout."""
     fence_ns: int = 0
     """Duration of the fence after the last collect."""
     iterations: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     """Bytes that each iterable device had new in the last two rounds, the older first."""
 
     @property
-    def collect_ns(self) -> int:
-        """Duration of the last collect, with its fence."""
-        return self.scan_ns + self.fence_ns
+    def collect_cost_ns(self) -> int:
+        """What a collect would cost in the blackout, with its fence: by the last one."""
+        return self.scan_cost_ns + self.fence_ns
 
     async def collect(self) -> Runs:
         """Read and clear the dirty log, off the event loop, and wait for what writes around it: from then until the
@@ -81,10 +85,10 @@ class Transfer:
         if self.shared:
             return NO_RUNS
         begin_ns = time.monotonic_ns()
-        if 0 < self.scan_ns < _QUICK_SCAN_NS:
-            runs = self.dirty_log.collect()  # shorter than the way to a thread and back
+        if 0 < self.scan_cost_ns < _QUICK_SCAN_NS:
+            runs, self.scan_cost_ns = self.dirty_log.collect_with_cost()  # shorter than the way to a thread and back
         else:
-            runs = await asyncio.to_thread(self.dirty_log.collect)
+            runs, self.scan_cost_ns = await asyncio.to_thread(self.dirty_log.collect_with_cost)
         self.scan_ns = time.monotonic_ns() - begin_ns
         self.ledger.memory.dirty_syncs += 1
         self.fence_ns = await self.vmm.fence()
@@ -232,7 +236,7 @@ class Precopy:
         # The first collect arms the tracking; everything that holds data travels anyway.
         await transfer.collect()
         self._collected_ns = time.monotonic_ns()
-        transfer.scan_ns = 0  # arming walks everything once: it tells nothing about what a scan costs
+        transfer.scan_ns = transfer.scan_cost_ns = 0  # arming walks everything: it tells nothing of what a scan costs
         self._refuse_hopeless()
         runs = await asyncio.to_thread(transfer.memory.data_runs)  # the kernel walks all of it: 16 ms per GiB
         transfer.ledger.memory.sparse_pages = transfer.memory.pages - count_pages(runs)
@@ -289,7 +293,10 @@ class Precopy:
             self._transfer.ledger.memory.precopy_bytes,
             unlike=not self._went_ahead and self._goes_ahead(dirty_pages) and may_take_precedence(),
         )
-        outlook = Outlook(lambda pages: self._predict(pages, self.bandwidth), self._round_ns)
+        # A verdict asks the same several times, and whatever it takes the guest goes on writing meanwhile.
+        outlook = Outlook(
+            functools.cache(lambda pages: self._predict(pages, self.bandwidth)), functools.cache(self._round_ns)
+        )
         prediction = outlook.stop(dirty_pages)
         verdict = self._decider.after_round(self._parameters(), outlook, self.curve, seen)
         ledger = self._transfer.ledger
@@ -315,7 +322,7 @@ class Precopy:
 
     def _round_ns(self, pages: int) -> int:
         """Return the expected duration of a round of so many pages, with the read of the dirty log at its end (ns)."""
-        return self.bandwidth.expect(pages, 0).ns + self._transfer.collect_ns
+        return self.bandwidth.expect(pages, 0).ns + self._transfer.collect_cost_ns
 
     async def end_throttle(self) -> None:
         """Let the vCPUs run as before."""

@@ -223,7 +223,7 @@ class Story:
         return self._env.knowledge.predict(
             self._ledger.guest,
             self.guest_class,
-            session.bases(dirty_pages, transfer.final_device_bytes(), transfer.collect_ns, bandwidth),
+            session.bases(dirty_pages, transfer.final_device_bytes(), transfer.collect_cost_ns, bandwidth),
             coverage=self._parameters().prediction_coverage_pct / 100,
             bandwidth_known=bandwidth.bytes_per_s > 0 or not dirty_pages,
         )
