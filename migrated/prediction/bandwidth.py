@@ -43,6 +43,11 @@ class Bandwidth:
         size_bytes = pages * PAGE_SIZE + device_bytes
         return self._costs.expect(pages, size_bytes, self.for_bytes(size_bytes))
 
+    @property
+    def rehearsed(self) -> bool:
+        """Whether any of the rounds went as the blackout will."""
+        return any(alike for _, _, alike in self._rounds)
+
     def for_bytes(self, remaining_bytes: int) -> float:
         """Return the rate at which ``remaining_bytes`` would move (bytes per second): the median of the last three
         rounds that were not much smaller, and that went as the blackout will if any of them did. 0 before anything was
