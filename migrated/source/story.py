@@ -27,10 +27,11 @@ from migrated.source.ledger import DeviceFigures, OutgoingLedger
 from migrated.source.listener import Listener
 from migrated.source.outcome import OutcomeAsker
 from migrated.source.phases import Beginning, Blackout, Connected, Opened, Prepared
-from migrated.source.precopy import Precopy, Transfer
+from migrated.source.precopy import Precopy
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.switchover import Item, Switchover
 from migrated.source.target import HERE, Target
+from migrated.source.transfer import Transfer
 from migrated.source.view import View
 from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
