@@ -109,7 +109,7 @@ class ResumeCosts:
         return committed_ns + over_ns
 
     def document(self) -> dict[str, Any]:
-        """What was measured, as JSON values (ns)."""
+        """Return the measured costs as JSON values (ns)."""
         return {
             "version": _VERSION,
             "over": list(self._over_ns),
