@@ -90,6 +90,7 @@ class Mirror:
             "worker": (WorkerClaim, self.workers),
         }
         self._revisions: dict[str, int] = {}
+        self._features: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._free: dict[str, int] = {}
         """Memory that each host can still promise, as far as it was asked for."""
 
@@ -110,10 +111,42 @@ class Mirror:
         if place is None:
             return
         try:
-            document = place.documents[place.name] = parse(place.model, entry.key, entry.value)
+            document = parse(place.model, entry.key, entry.value)
         except DocumentError as error:
             self.problems[entry.key] = str(error)
             return
+        if isinstance(document, HostDocument | GuestDocument) and document.cpu_features:
+            # The same hundred words for nearly every host and guest: one copy is kept of them.
+            features = self._features.setdefault(document.cpu_features, document.cpu_features)
+            document = document.model_copy(update={"cpu_features": features})
+        self._keep(place, document)
+
+    def part(self, host: str, job: str | None = None) -> Mirror:
+        """Return a mirror of what the plan for one host needs, small enough to be handed to another process: all hosts,
+        the guests that ``host`` owns, those of their groups, and the job."""
+        keys, guests = self.keys, set(self.by_owner.get(host, ()))
+        groups = {self.guests[guest].group for guest in guests if guest in self.guests}
+        guests.update(*(self.by_group.get(group, ()) for group in groups if group is not None))
+        wanted = [*map(keys.host, self.hosts), *map(keys.cordon, self.cordons), *map(keys.fence, self.fences)]
+        wanted += [*map(keys.slots_of, self.slots), *map(keys.owner, guests), *map(keys.guest, guests)]
+        if job is not None:
+            wanted += [keys.job_spec(job), keys.job_state(job), keys.job_worker(job)]
+            wanted += [keys.job_step(job, guest) for guest in self.steps[job]]
+        found = Mirror(keys)
+        for key in wanted:
+            place = self._place_of(key)
+            if place is not None and place.name in place.documents:
+                found._take(key, place.documents[place.name], self._revisions[key])
+        return found
+
+    def _take(self, key: str, document: Document, revision: int) -> None:
+        self._revisions[key] = revision
+        place = self._place_of(key)
+        if place is not None:
+            self._keep(place, document)
+
+    def _keep(self, place: _Place, document: Document) -> None:
+        place.documents[place.name] = document
         self._index(place.name, document)
 
     def unchanged(self, key: str) -> Unchanged:

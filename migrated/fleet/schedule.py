@@ -58,7 +58,7 @@ class Task:
 
     def share(self, link: int, lanes: int) -> int:
         """Its share of a link that is divided into lanes, as ``narrowest_share``."""
-        return narrowest_share(lambda rate: self.cost(rate).fits, link, lanes)
+        return narrowest_share(self.cost, link, lanes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from migrated.fleet.changes import change_job, change_step, create_steps
-from migrated.fleet.costs import limit_of, move_cost, narrowest_share
+from migrated.fleet.costs import MoveCost, limit_of, move_cost, narrowest_share
 from migrated.fleet.jobs import ACTIVE, FINAL, JobEvent, StepEvent, failure, is_over, job_after
 from migrated.fleet.mirror import Mirror, link_of
 from migrated.fleet.model import HostDocument, JobPhase, JobSpec, JobStep, StepState
@@ -172,23 +172,23 @@ def choose_host(mirror: Mirror, spec: JobSpec, step: JobStep) -> tuple[HostDocum
         return None
     link, limit_ns = link_of(source), limit_of(guest, spec.downtime_limit_ns)
 
-    def fits(rate: int) -> bool:
-        return move_cost(guest, limit_ns, rate).fits
+    def cost(rate: int) -> MoveCost:
+        return move_cost(guest, limit_ns, rate)
 
-    share = narrowest_share(fits, link, step.lanes or max(1, source.max_outbound))
-    share = _granted(fits, share, link - held.outbound_bytes_per_s)
+    share = narrowest_share(cost, link, step.lanes or max(1, source.max_outbound))
+    share = _granted(cost, share, link - held.outbound_bytes_per_s)
     if not share:
         return None
     planned = mirror.hosts.get(step.destination or "")
     if planned is not None and planned.name not in step.tried and why_not(mirror, guest, planned) is None:
-        rate = _rate_to(mirror, planned, fits, share)
+        rate = _rate_to(mirror, planned, cost, share)
         if rate:
             return planned, rate
     hosts, refusal = PossibleHosts(mirror, step.source, spec.to).of(guest)
     if not hosts:
         return refusal
     untried = [host for host in hosts if host.name not in step.tried]
-    able = ((host, _rate_to(mirror, host, fits, share)) for host in untried or hosts)
+    able = ((host, _rate_to(mirror, host, cost, share)) for host in untried or hosts)
     return next(((host, rate) for host, rate in able if rate), None)
 
 
@@ -197,22 +197,22 @@ def _active(mirror: Mirror, spec: JobSpec) -> int:
     return sum(other.state in ACTIVE for other in mirror.steps[spec.job].values())
 
 
-def _granted(fits: Callable[[int], bool], wanted: int, left: int) -> int:
+def _granted(cost: Callable[[int], MoveCost], wanted: int, left: int) -> int:
     """The share of a link that a migration gets now, 0 for none: what it wants, or what is left of the link if that is
     at least half of it and no reason not to converge. What is left falls short by a little whenever the speed of the
     link was measured anew."""
     rate = min(wanted, left)
-    if 2 * rate < wanted or (rate < wanted and fits(wanted) and not fits(rate)):
+    if 2 * rate < wanted or (rate < wanted and cost(wanted).fits and not cost(rate).fits):
         return 0
     return rate
 
 
-def _rate_to(mirror: Mirror, host: HostDocument, fits: Callable[[int], bool], share: int) -> int:
+def _rate_to(mirror: Mirror, host: HostDocument, cost: Callable[[int], MoveCost], share: int) -> int:
     """The share of a destination's link that a migration gets now, 0 for none."""
     held = mirror.slots_of(host.name)
     if len(held.arriving) >= host.max_inbound:
         return 0
-    return _granted(fits, min(share, link_of(host)), link_of(host) - held.inbound_bytes_per_s)
+    return _granted(cost, min(share, link_of(host)), link_of(host) - held.inbound_bytes_per_s)
 
 
 def steps_here(mirror: Mirror, host: str) -> Iterator[tuple[JobSpec, JobStep]]:

@@ -6,6 +6,7 @@ import fnmatch
 from collections import deque
 from collections.abc import Sequence
 from datetime import datetime
+from statistics import median
 from typing import Final, NamedTuple
 
 from migrated.fleet.mirror import UNKNOWN_LINK_BYTES_PER_S
@@ -20,6 +21,7 @@ _TELLING_BYTES: Final = 8 << 20
 _AS_FAST_AS_CAPPED: Final = 0.9
 """A round that reached this part of its cap was held back by it and not by the link."""
 _ATTEMPTS_COUNTED: Final = 4
+_ATTEMPTS_USUAL: Final = 9
 MEASURED: Final = frozenset({"completed", "aborted"})
 """Outcomes of attempts whose rounds say something."""
 
@@ -103,10 +105,23 @@ def forecast(record: Record) -> Forecast | None:
     )
 
 
+def usual_forecast(newest_first: Sequence[Record]) -> Forecast | None:
+    """Return the setup and the downtime of this host's last migrations, the median of each; None while there were none.
+    It stands for guests that have not moved yet, without the memory that they will have to move."""
+    found = [known for record in newest_first if (known := forecast(record)) is not None][:_ATTEMPTS_USUAL]
+    if not found:
+        return None
+    setup_ns, fixed_ns, margin_ns = (
+        int(median(values))
+        for values in zip(*((one.setup_ns, one.fixed_ns, one.margin_ns) for one in found), strict=True)
+    )
+    return Forecast(data_bytes=0, setup_ns=setup_ns, fixed_ns=fixed_ns, margin_ns=margin_ns)
+
+
 def guest_document(
     guest: LocalGuest,
     downtime_limit_ns: int,
-    last: Record | None,
+    expected: Forecast | None,
     groups: Sequence[str],
     needs: frozenset[str],
     cpu_features: tuple[str, ...],
@@ -114,7 +129,7 @@ def guest_document(
     """Return a guest's requirements of a host.
 
     Args:
-        last: the record of its last migration.
+        expected: the expected cost of moving it, None while nothing shows it.
         groups: patterns of names; guests of one are kept apart.
         needs: what its next host must have of what not every host has.
         cpu_features: of this host: a guest under KVM may use each, so its next host must have them all.
@@ -127,5 +142,5 @@ def guest_document(
         group=next((pattern for pattern in groups if fnmatch.fnmatchcase(guest.name, pattern)), None),
         devices=tuple(sorted(needs)),
         cpu_features=cpu_features if KVM in needs else (),
-        forecast=forecast(last) if last is not None else None,
+        forecast=expected,
     )

@@ -20,12 +20,12 @@ import structlog
 from migrated.control.operations import OperationError
 from migrated.environment import Environment, fleet_name
 from migrated.fleet.changes import publish
-from migrated.fleet.model import MAX_NAMES, GuestDocument, HostDocument
+from migrated.fleet.model import MAX_NAMES, Forecast, GuestDocument, HostDocument
 from migrated.fleet.store import LeaseEndedError, Put, Store, StoreError, Transaction
-from migrated.member.facts import forecast, guest_document, link_bytes_per_s
+from migrated.member.facts import forecast, guest_document, link_bytes_per_s, usual_forecast
 from migrated.member.follower import Follower
 from migrated.member.leftovers import Leftovers
-from migrated.member.local import LocalHost
+from migrated.member.local import LocalGuest, LocalHost
 from migrated.member.owners import Owners
 from migrated.record.model import Record
 from migrated.settings.config import Address
@@ -155,18 +155,28 @@ class Membership:
             else:
                 self._new.set()
         await self._leftovers.see_to()
-        last = {record.guest: record for record in reversed(records) if forecast(record) is not None}
+        last = {record.guest: known for record in reversed(records) if (known := forecast(record)) is not None}
+        usual = usual_forecast(records)
         for guest in guests:
             if not guest.arriving and await self._owners.claim_found(guest.name):
                 limit_ns = int(self._local.parameters(guest.name).downtime_limit_ms * 1e6)
                 needs = await self._needs_of(guest.name)
                 if needs is not None:
+                    expected = last.get(guest.name) or self._guessed(guest, usual)
                     await self._describe(
-                        guest_document(guest, limit_ns, last.get(guest.name), fleet.groups, needs, self._cpu_features)
+                        guest_document(guest, limit_ns, expected, fleet.groups, needs, self._cpu_features)
                     )
                 await self._fence(guest.name)
         self._needs = {guest: needs for guest, needs in self._needs.items() if guest in here}
         self._follower.reached()
+
+    def _guessed(self, guest: LocalGuest, usual: Forecast | None) -> Forecast | None:
+        """Return the forecast of a guest that has not moved from here: the one that it has, or what is usual. It is
+        not told anew with every migration of another guest."""
+        known = self._follower.mirror.guests.get(guest.name)
+        if known is not None and known.forecast is not None:
+            return known.forecast
+        return None if usual is None else usual.model_copy(update={"data_bytes": guest.memory_bytes})
 
     async def _needs_of(self, guest: str) -> frozenset[str] | None:
         """Return a guest's needs of a host, asked once; None while its VMM does not answer."""

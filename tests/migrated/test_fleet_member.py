@@ -10,7 +10,7 @@ import pytest
 from migrated.fleet.mirror import Mirror
 from migrated.fleet.model import Fence, HostDocument, JobState, JobStep, StepState
 from migrated.fleet.store import Entry
-from migrated.member.facts import forecast, guest_document, link_bytes_per_s
+from migrated.member.facts import forecast, guest_document, link_bytes_per_s, usual_forecast
 from migrated.member.local import LocalGuest
 from migrated.member.views import hosts_view, job_view
 from migrated.prediction.knowledge import Knowledge
@@ -78,6 +78,14 @@ def test_a_forecast_is_the_last_migration() -> None:
     assert found.data_bytes == 100 * MIB
     assert [(point.ns, point.pages) for point in found.dirty] == [(S // 4, 50)]
     assert forecast(attempt(100 * MIB, 0).model_copy(update={"outcome": "refused"})) is None
+
+
+def test_the_usual_costs_are_those_in_the_middle_of_the_last_migrations() -> None:
+    assert usual_forecast([]) is None
+    attempts = [attempt(100 * MIB, 0).model_copy(update={"setup_ns": setup_ns}) for setup_ns in (S, 9 * S, 2 * S)]
+    usual = usual_forecast([*attempts, attempt(MIB, 0).model_copy(update={"outcome": "refused"})])
+    assert usual is not None
+    assert (usual.setup_ns, usual.data_bytes, usual.dirty) == (2 * S, 0, ())
 
 
 def test_a_guest_is_described_with_its_group_and_what_its_vmm_may_use() -> None:
