@@ -93,6 +93,17 @@ class Member:
             ]  # fmt: skip
         return found
 
+    @property
+    def pid(self) -> int:
+        """Its process.
+
+        Raises:
+            RigError: it does not run.
+        """
+        if self._process is None:
+            raise RigError(f"the member {self.name} of etcd does not run")
+        return self._process.pid
+
     def signal(self, number: int) -> None:
         """Send its process a signal (SIGSTOP, SIGCONT)."""
         if self._process is not None:
