@@ -121,7 +121,7 @@ class QemuDriver(Driver):
             return None
         if known.run_log is None:
             return None
-        return known.epoch == epoch and places.ran_after(known.run_log, known.run_log_bytes)
+        return known.epoch == epoch and (known.published or places.ran_after(known.run_log, known.run_log_bytes))
 
     def _command_line(self, name: str, definition: str, incoming: Incoming) -> CommandLine:
         qemu = self.config.qemu
