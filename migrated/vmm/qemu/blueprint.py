@@ -36,6 +36,7 @@ class Blueprint(WireModel):
         accelerator: ``kvm`` or ``tcg``.
         features: of the guest's processor: the bits of each word, by "CPUID leaf.subleaf register". A type such
             as ``host`` stands for other features on another host, and a guest that runs goes on using what it found.
+            None in what daemons before this described.
         blocks: every block of memory, "name size role", those too that do not travel.
         devices: every device, "type: properties", in QEMU's order. Not its id: that is a name of the host's, the guest
             never sees it, and QEMU's state goes by the place on the bus.
@@ -45,7 +46,7 @@ class Blueprint(WireModel):
     machine: Text
     cpu: Text
     accelerator: Text
-    features: Annotated[dict[Text, Annotated[int, Field(ge=0, lt=1 << 64)]], Field(max_length=256)]
+    features: dict[Text, Annotated[int, Field(ge=0, lt=1 << 64)]] = Field(default_factory=dict, max_length=256)
     vcpus: Annotated[int, Field(ge=1, le=4096)]
     uuid: Text
     blocks: tuple[Text, ...]
