@@ -26,6 +26,10 @@ from protocol.savefile import CLOSING_BYTES, GAP_MAGIC, PREAMBLE_BYTES, Closing,
 
 _MAX_VECTORS: Final = 1024
 _READ_BYTES: Final = 1 << 20
+_LET_GO_BYTES: Final = 32 << 20
+"""What was read is taken out of the page cache so much at a time."""
+_BEHIND_BYTES: Final = 64 << 20
+"""What was dealt out so far back has been read."""
 _OF_CHANNELS: Final = (messages.Pages, messages.ZeroPages, messages.Barrier, messages.DeviceState)
 
 
@@ -114,6 +118,10 @@ class SavedFile:
             if got:
                 pending[0] = pending[0][got:]
 
+    def let_go(self, begin: int, end: int) -> None:
+        """Take a part that was read out of the page cache: it is the guest's memory now, and would be there twice."""
+        os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Let go of the file."""
         if self._fd >= 0:
@@ -165,6 +173,7 @@ class FileFrames:
         self.readers = tuple(FileReader(self, number) for number in range(readers))
         self._hash_of = hash_of
         self._offset = file.frames_begin
+        self._let_go = 0
         self._begin, self._part = file.frames_begin, "the first round"
         self._sequence = SequenceCheck(1)
         self._turn = threading.Condition()
@@ -250,6 +259,9 @@ class FileFrames:
             raise RemoteProtocolError("a frame reaches beyond the last one")
         if message is None or isinstance(message, _OF_CHANNELS):
             self._offset += header.payload_bytes
+            if (end := self._offset - _BEHIND_BYTES) - self._let_go >= _LET_GO_BYTES:
+                self.file.let_go(self._let_go, end)
+                self._let_go = end
             return _Frame(self._part, begin, header, message, payload_begin)
         self._keep(message, self._take(header.payload_bytes))
         return None

@@ -242,6 +242,7 @@ class Restore:
         )  # fmt: skip
         load = asyncio.create_task(loading.run())
         try:
+            receiver.guest_stopped()  # it never ran: no page is prepared for later rounds
             for reader in frames.readers:
                 receiver.add_channel(reader)
             await asyncio.wait({load, read_to_end}, return_when=asyncio.FIRST_COMPLETED)

@@ -287,6 +287,7 @@ class Save:
         env, vmm = self._env, self._guest.vmm
         limit_ns = limit_of(parameters)
         reserve_ns = env.resume_costs.reserve_ns(vmm.driver, desk.offer.costs, limit_ns)
+        desk.writer.lets_go = False
         await vmm.prepare_stop()
         env.hold_events(self.migration_id)
         with QuietCollector(), Precedence(threads_of(os.getpid(), vmm.pid)):

@@ -24,6 +24,9 @@ from migrated.base.errors import LinkLostError, MigrationError, RefusedError
 from migrated.destination.decoding import allowed_encodings
 from migrated.destination.pages import PageReceiver, RoundReceived
 from migrated.destination.states import ArrivingStates
+from migrated.kernel import files
+from migrated.savefile import reader as reading
+from migrated.savefile import writer as writing
 from migrated.savefile.desk import RoundBook
 from migrated.savefile.errors import SaveFileError
 from migrated.savefile.reader import FileEndedError, FileFrames, SavedFile
@@ -212,6 +215,54 @@ async def test_batches_that_come_again_whole_become_gaps(tmp_path: Path, memory:
     assert freed_bytes > 500 * PAGE_SIZE
     assert path.stat().st_blocks * 512 < path.stat().st_size - freed_bytes // 2
     assert await read(path) == memory.words.tobytes()
+
+
+async def test_what_the_disk_has_is_let_go_of_piece_by_piece(
+    tmp_path: Path, memory: MappedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Piece follows piece, none of them near the end, where threads still write; and nobody waits in a blackout."""
+    let_go: list[tuple[int, int]] = []
+
+    def watched(fd: int, offset: int, size: int) -> None:
+        let_go.append((offset, size))
+        files.let_go(fd, offset, size)
+
+    for name, value in (("let_go", watched), ("_WRITEBACK_BYTES", 1 << 16), ("_BEHIND_BYTES", 1 << 19)):
+        monkeypatch.setattr(writing, name, value)
+    monkeypatch.setattr(reading, "_BEHIND_BYTES", 1 << 19)
+    monkeypatch.setattr(reading, "_LET_GO_BYTES", 1 << 16)
+    path = tmp_path / "g1.saved"
+    writer = SaveWriter(path, SAVE_ID, "x86_64", PAGES)
+    async with Rounds(writer, memory) as rounds:
+        await rounds.send(memory.data_runs())
+        before = writer.written_bytes
+        pieces = sorted(let_go)
+        writer.lets_go = False
+        await rounds.send(memory.data_runs())
+        await rounds.publish()
+    assert sorted(let_go) == pieces
+    ends = [offset + size for offset, size in pieces]
+    assert [offset for offset, _ in pieces] == [0, *ends[:-1]]
+    assert (1 << 20) < ends[-1] <= before - (1 << 19)
+    assert await read(path) == memory.words.tobytes()
+
+
+async def test_a_disk_that_fails_while_pieces_are_let_go_of_fails_the_save(
+    tmp_path: Path, memory: MappedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells an error of the disk once: a later fsync would find nothing wrong."""
+
+    def failing(_fd: int, _offset: int, _size: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for name, value in (("let_go", failing), ("_WRITEBACK_BYTES", 1 << 16), ("_BEHIND_BYTES", 1 << 16)):
+        monkeypatch.setattr(writing, name, value)
+    writer = SaveWriter(tmp_path / "g1.saved", SAVE_ID, "x86_64", PAGES)
+    async with Rounds(writer, memory) as rounds:
+        with pytest.raises(SaveFileError, match="Input/output error"):
+            await rounds.send(memory.data_runs())
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_every_damaged_byte_is_named(tmp_path: Path, memory: MappedMemory) -> None:
