@@ -99,6 +99,11 @@ class DirtyCurve:
         higher = [point for point in self._least if point[1] > _on_the_curve(points, point[0])]
         return _on_the_curve(sorted(points + higher), ns)
 
+    def pages_beyond(self, found: int, ns: int) -> int:
+        """Return how many pages the guest will have dirtied ``ns`` after the last round began, beside those that were
+        ``found`` dirty at its end. If that round kept it from writing, it makes up for it as soon as it can."""
+        return max(0, int(self.pages_within(ns)) - found)
+
     def reachable(self, memory_budget_ns: int, bandwidth_bytes_per_s: float, page_bytes: int, margin: float) -> bool:
         """Return whether rounds can get the remaining memory inside a budget: the guest dirties less within the budget
         than moves within it. "Dirty rate above bandwidth" is the wrong test: a bounded working set converges anyway."""
