@@ -271,6 +271,8 @@ class LimitsConfig(Section):
     stall_timeout_s: PositiveSeconds = 300.0
     """An incoming migration that sends less than 1 MiB in this time before its guest is handed over is given up; a
     switchover that its operator holds (pause-before-switchover) sends nothing."""
+    incoming_timeout_s: PositiveSeconds = 86_400.0
+    """An incoming migration whose guest has not been handed over after this long is given up, however much it sends."""
     stop_timeout_s: PositiveSeconds = 5.0
     """How long the VMM may take to stop or resume its vCPUs."""
     heartbeat_interval_s: PositiveSeconds = 0.5
