@@ -329,7 +329,7 @@ class IncomingMigration:
 
     async def _measure_legs_anew(self) -> None:
         """After a large round, in which what decides waited for threads that others kept waiting."""
-        with contextlib.suppress(TimeoutError, LinkLostError):
+        with contextlib.suppress(LinkLostError):
             await self._control.measure_anew(self._env.config.limits.handshake_timeout_s)
 
     def _check_complete(self) -> None:

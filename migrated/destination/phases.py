@@ -1,4 +1,4 @@
-"""How far an incoming attempt has come, as types, and what of its budget is known by then.
+"""The phases of an incoming attempt, as types, each with the part of its budget that is known by then.
 
 Arriving -> Blackout -> Final
             DOWNTIME    STATE_END

@@ -12,7 +12,6 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from migrated.base.errors import LinkLostError
 from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
@@ -179,7 +178,7 @@ class Story:
             self._listener.round_done,
             limits.round_timeout_s,
             self._view.say_round,
-            lambda: _measure_legs(session, limits.round_timeout_s),
+            lambda: session.connection.control.measure_anew(limits.round_timeout_s),
         )
         return Prepared(opened, handover, transfer, precopy)
 
@@ -227,15 +226,3 @@ class Story:
             coverage=self._parameters().prediction_coverage_pct / 100,
             bandwidth_known=bandwidth.bytes_per_s > 0 or not dirty_pages,
         )
-
-
-async def _measure_legs(session: Session, timeout_s: float) -> None:
-    """Measure the legs anew.
-
-    Raises:
-        LinkLostError: the destination does not answer.
-    """
-    try:
-        await session.connection.control.measure_anew(timeout_s)
-    except TimeoutError as error:
-        raise LinkLostError(f"the destination answered no clocks within {timeout_s:g} s") from error

@@ -100,7 +100,7 @@ class ResumeCosts:
         return expected_ns + min(over_ns, limit_ns // _MOST_OF_LIMIT)
 
     def document(self) -> dict[str, Any]:
-        """What was measured, as JSON values (ns)."""
+        """Return the measured costs as JSON values (ns)."""
         return {
             "version": _VERSION,
             "over": list(self._over_ns),
