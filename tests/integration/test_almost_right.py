@@ -1,4 +1,4 @@
-"""A few sequences of frames that are almost right against a real daemon; ``python -m scripts.almost_right`` has many."""
+"""A few sequences of frames that are almost right, to a real daemon; ``python -m scripts.almost_right`` has many."""
 
 from __future__ import annotations
 
