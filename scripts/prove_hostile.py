@@ -35,7 +35,7 @@ GROUPS: Final = {
     "crowds": crowds.CASES,
     "faults": faults.CASES,
 }
-_WARM_UP: Final = 80
+_WARM_UP: Final = 30
 _UNDISTURBED: Final = 12
 
 
