@@ -226,6 +226,7 @@ _AGES: Final = say(FrameType.RUNNING, {"resumed_after_ns": _I64, "sent_after_ns"
 _OTHER_ROUND: Final = say(FrameType.ROUND_DONE, {"round": 1 << 31, "bytes": 0, "digest": 0})
 _SLOW_LOAD: Final = {"name": "disk0", "kind": "non-iterable", "ns": _I64, "spread_ns": _I64}
 _STRANGE: Final = ["shared-memory", "no-such-thing", "zero-runs", "switchover-abort"]
+_EARLY: Final = in_turn(say(FrameType.READY, _READY), _round_done)
 _RUNS: Final = say(FrameType.RUNNING, _RUNNING)
 _BOMB: Final = in_turn(_RUNS, say(FrameType.REPORT, {}, b"[" * (4 * MIB)))
 _NONSENSE: Final = in_turn(_RUNS, say(FrameType.REPORT, {}, json.dumps(_ABSURD).encode()))
@@ -239,7 +240,7 @@ def _case(name: str, at: FrameType, lie: Hook, outcomes: set[str], *, kept: bool
 
 
 CASES: Final = (
-    _case("READY before there is anything to load", FrameType.DOWNTIME, say(FrameType.READY, _READY), _GIVEN_UP),
+    _case("READY before the guest has stopped", FrameType.ROUND_END, _EARLY, _GIVEN_UP),
     _case("READY after the limit", FrameType.STATE_END, in_turn(_too_long, _ready), {"aborted"}),
     _case("READY with figures of 292 years", FrameType.STATE_END, _BEYOND, {"completed"}, kept=False),
     _case("READY again and again", FrameType.STATE_END, in_turn(_ready, _ready, _ready), {"completed"}, kept=False),

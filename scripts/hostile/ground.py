@@ -33,6 +33,7 @@ VICTIM: Final = "victim"
 STALL_S: Final = 4.0
 HANDSHAKE_S: Final = 6.0
 INCOMING_S: Final = 12.0
+ROUND_S: Final = 10.0
 MAX_GUESTS: Final = 12
 """More than all that a case needs."""
 LIMITS: Final = {
@@ -41,6 +42,7 @@ LIMITS: Final = {
     "incoming_timeout_s": INCOMING_S,
     "max_guests": MAX_GUESTS,
     "max_incoming": 8,
+    "round_timeout_s": ROUND_S,
 }
 """The daemons of a case lose patience soon, so that a case is short."""
 _ANSWER_S: Final = 20.0

@@ -73,6 +73,7 @@ async def watching(hosts: Sequence[Host]) -> AsyncIterator[dict[Host, Watched]]:
         async with asyncio.timeout(_END_S):
             for host in hosts:
                 found[host] = Watched(**json.loads(await process.stdout.readline()))
+            await process.wait()
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
