@@ -32,7 +32,7 @@ def arena() -> Iterator[Arena]:
     """A daemon to talk to, for as long as the block runs."""
     with asyncio.Runner() as runner:
         stack = contextlib.AsyncExitStack()
-        ground = runner.run(stack.enter_async_context(prepared()))
+        ground = runner.run(stack.enter_async_context(prepared(patient=True)))
         try:
             runner.run(create_honest(ground))
             runner.run(migrate_honest(ground))

@@ -23,8 +23,8 @@ from typing import Any, Final
 
 from scripts.basics import MIB, say
 from scripts.hostile import crowds, destinations, faults, sources, strangers
-from scripts.hostile.beside import LIMIT_MS, Found, create_honest, migrate_honest, run_case, undisturbed
-from scripts.hostile.ground import Case, prepared
+from scripts.hostile.beside import Found, create_honest, migrate_honest, run_case, undisturbed
+from scripts.hostile.ground import LIMIT_MS, Case, prepared
 
 MOST_LAG_MS: Final = 50.0
 MOST_MEMORY: Final = 1.3

@@ -14,12 +14,11 @@ from typing import Any, Final
 
 from migrated.control.client import CommandError
 from scripts.basics import MIB
-from scripts.hostile.ground import Case, Ground, NotHeldError
+from scripts.hostile.ground import LIMIT_MS, Case, Ground, NotHeldError
 from scripts.hostile.watch import Watched, watching
 from scripts.rig.waiting import RigError
 
 HONEST: Final = "honest"
-LIMIT_MS: Final = 300
 HONEST_MIB: Final = 32
 _DIRTY_BYTES_PER_S: Final = 10 * MIB
 _TIMEOUT_S: Final = 30

@@ -28,10 +28,7 @@ from scripts.rig.hostile import Hostile
 from scripts.rig.waiting import until
 
 _I64: Final = (1 << 63) - 1
-_LIMIT_MS: Final = 300
-_OVER_S: Final = 0.6
-"""Longer than the limit."""
-_PARAMETERS: Final = {"downtime_limit": _LIMIT_MS, "timeout_s": 4, "digest": False}
+_PARAMETERS: Final = {"timeout_s": 10, "digest": False}
 """Without a digest a liar need not know what it was sent."""
 _FLOOD: Final = 20_000
 
@@ -47,7 +44,7 @@ class Liar:
     """
 
     def __init__(self, ground: Ground, hooks: Mapping[FrameType, Hook]) -> None:
-        self._security = ground.security
+        self.ground = ground
         self.hooks: dict[FrameType, Hook] = {**_HONEST, **hooks}
         self._tasks = TaskSet()
         self.epoch = 0
@@ -71,7 +68,7 @@ class Liar:
         while True:
             sock, _ = await loop.sock_accept(self._socket)
             sock.setblocking(False)
-            self._tasks.start(self._serve(sockets.Wire(sock, self._security.accepting("host a"))))
+            self._tasks.start(self._serve(sockets.Wire(sock, self.ground.security.accepting("host a"))))
 
     async def _serve(self, wire: sockets.Wire) -> None:
         try:
@@ -119,8 +116,9 @@ async def nothing(_: Liar, __: Hostile, ___: Message) -> None:
     """Say nothing."""
 
 
-async def _too_long(_: Liar, __: Hostile, ___: Message) -> None:
-    await asyncio.sleep(_OVER_S)
+async def _too_long(liar: Liar, _: Hostile, __: Message) -> None:
+    """Twice as long as the guest may stand still."""
+    await asyncio.sleep(2 * liar.ground.limit_ms / 1e3)
 
 
 def _welcome(**lies: Any) -> Hook:
@@ -146,12 +144,14 @@ async def _ready(_: Liar, peer: Hostile, end: messages.StateEnd) -> None:
     await peer.send(FrameType.READY, ready)
 
 
+_NO_REPORT: Final = say(FrameType.REPORT, {}, b"{}")
+"""The source waits for a report and takes none for an answer."""
 _RUNNING: Final = {"resumed_after_ns": 0, "sent_after_ns": 0}
 _HONEST: Final[dict[FrameType, Hook]] = {
     FrameType.HELLO: _welcome(),
     FrameType.ROUND_END: _round_done,
     FrameType.STATE_END: _ready,
-    FrameType.COMMIT: say(FrameType.RUNNING, _RUNNING),
+    FrameType.COMMIT: in_turn(say(FrameType.RUNNING, _RUNNING), _NO_REPORT),
     FrameType.OUTCOME_ASK: say(FrameType.OUTCOME_OPEN, {"reason": "who knows"}),
 }
 
@@ -171,7 +171,7 @@ def _must(
     async def attack(ground: Ground) -> None:
         here = ground.pair.a
         async with ground.victim(here), Liar(ground, hooks) as liar:
-            record = await here.migrate(VICTIM, liar.uri, **_PARAMETERS)
+            record = await here.migrate(VICTIM, liar.uri, downtime_limit=ground.limit_ms, **_PARAMETERS)
             guest = (await here.guests()).get(VICTIM)
         if record["outcome"] not in outcomes:
             raise NotHeldError(f"the attempt is {record['outcome']}: {record['reason']}")
@@ -207,7 +207,7 @@ async def _doubt(ground: Ground) -> None:
     """COMMIT is not answered, and every question for the outcome with nothing; then with the truth."""
     here = ground.pair.a
     async with ground.victim(here), Liar(ground, {FrameType.COMMIT: nothing}) as liar:
-        record = await here.migrate(VICTIM, liar.uri, **_PARAMETERS)
+        record = await here.migrate(VICTIM, liar.uri, downtime_limit=ground.limit_ms, **_PARAMETERS)
         if record["outcome"] != "in-doubt":
             raise NotHeldError(f"an attempt whose end nobody knows is {record['outcome']}")
         if (state := (await here.guest(VICTIM))["state"]) == "running":
@@ -222,7 +222,7 @@ async def _doubt(ground: Ground) -> None:
 
 _DISCARDED: Final = say(FrameType.DISCARDED, {"reason": "no"})
 _BEYOND: Final = say(FrameType.READY, {"digest": 1, "elapsed_ns": _I64, "completing_ns": _I64})
-_AGES: Final = say(FrameType.RUNNING, {"resumed_after_ns": _I64, "sent_after_ns": 0})
+_AGES: Final = in_turn(say(FrameType.RUNNING, {"resumed_after_ns": _I64, "sent_after_ns": 0}), _NO_REPORT)
 _OTHER_ROUND: Final = say(FrameType.ROUND_DONE, {"round": 1 << 31, "bytes": 0, "digest": 0})
 _SLOW_LOAD: Final = {"name": "disk0", "kind": "non-iterable", "ns": _I64, "spread_ns": _I64}
 _STRANGE: Final = ["shared-memory", "no-such-thing", "zero-runs", "switchover-abort"]

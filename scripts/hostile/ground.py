@@ -45,7 +45,12 @@ LIMITS: Final = {
     "round_timeout_s": ROUND_S,
 }
 """The daemons of a case lose patience soon, so that a case is short."""
+LIMIT_MS: Final = 300
+PATIENT: Final = {"handshake_timeout_s": 30.0, "connect_timeout_s": 30.0, "heartbeat_timeout_s": 20.0, "max_guests": 4}
+PATIENT_LIMIT_MS: Final = 1500
+"""The same where the machine is busy with other things, and what must be seen is not how soon."""
 _ANSWER_S: Final = 20.0
+_START_S: Final = 60.0
 _STATE_BYTES: Final = 16 << 20
 
 
@@ -62,12 +67,14 @@ class Ground:
         description: a guest of c.example's, as a real VMM describes it.
         authority: the authority of all three.
         security: c.example's certificate and rules.
+        limit_ms: of the downtime of guests that are sent to a lying destination.
     """
 
     pair: Pair
     description: dict[str, Any]
     authority: Authority
     security: LinkSecurity
+    limit_ms: int
 
     async def connect(self, address: str = ADDRESS) -> Hostile:
         """A fresh connection of c.example to host b."""
@@ -186,15 +193,17 @@ async def never_ran(ground: Ground) -> None:
 
 
 @contextlib.asynccontextmanager
-async def prepared(*, disks: bool = False) -> AsyncIterator[Ground]:
+async def prepared(*, patient: bool = False, disks: bool = False) -> AsyncIterator[Ground]:
     """Two hosts with certificates, started, and a third certificate for attackers.
 
     Args:
+        patient: whether they wait long, for a machine that is busy with other things; cases that are not brief need
+            hosts that do not.
         disks: whether the daemons' state is on small file systems of its own, which faults need and only root can have.
     """
     with tempfile.TemporaryDirectory(prefix="pki-") as place:
         authority = Authority(Path(place))
-        pair = Pair(limits=LIMITS)
+        pair = Pair(limits=PATIENT if patient else LIMITS, vmm={"start_timeout_s": _START_S})
         for host in pair.hosts:
             host.configure(
                 tls=authority.host(f"{host.name}.example", host.address).section(),
@@ -208,7 +217,8 @@ async def prepared(*, disks: bool = False) -> AsyncIterator[Ground]:
             pair.start()
             own = authority.host("c.example", "127.0.0.1")
             security = LinkSecurity(TlsConfig(**own.section()), AuthorisationConfig())
-            yield Ground(pair, await describe(pair), authority, security)
+            limit_ms = PATIENT_LIMIT_MS if patient else LIMIT_MS
+            yield Ground(pair, await describe(pair), authority, security, limit_ms)
 
 
 @contextlib.contextmanager

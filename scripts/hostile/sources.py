@@ -133,6 +133,15 @@ async def _many_states(ground: Ground, data: Hostile) -> None:
         await data.send(FrameType.DEVICE_STATE, {**state, "order": order}, payload=b"x")
 
 
+async def _whole_states(ground: Ground, data: Hostile) -> None:
+    """States of the largest size that is allowed, with all their content but the last piece, as many as get through."""
+    content = bytes(4 * MIB)
+    state = {**_state_of(ground), "final": False, "total_bytes": 4 * len(content)}
+    for order in range(1024):
+        for offset in range(0, 3 * len(content), len(content)):
+            await data.send(FrameType.DEVICE_STATE, {**state, "order": order, "offset": offset}, payload=content)
+
+
 async def _announcements(ground: Ground, data: Hostile) -> None:
     """Announced memory that was not agreed on."""
     await data.send(FrameType.EXTENTS, {"runs": _runs(0, _pages(ground))}, round_number=2)
@@ -250,7 +259,7 @@ async def out_of_turn(ground: Ground) -> None:
 
 
 _SHORT: Final = {"downtime_limit_ns": 300 * 10**6, "switchover_limit_ns": 0, "switchover_abort": True}
-_AT_MOST_S: Final = 3.0
+_AT_MOST_S: Final = 6.0
 DOWNTIME_LIES: Final[dict[str, list[tuple[FrameType, dict[str, Any]]]]] = {
     "it took nothing, and never ends": [(FrameType.DOWNTIME, {})],
     "it will only be sent tomorrow": [(FrameType.DOWNTIME, {"sent_at_ns": I64})],
@@ -404,6 +413,11 @@ async def many_offers(ground: Ground) -> None:
 CASES: Final = (
     Case("device states of 2 GiB", _on_data(_huge_states, r"has 2147483647 bytes, at most \d+ were announced")),
     Case("1,024 device states of 16 MiB", _on_data(_many_states, r"wait to be loaded, at most \d+ may")),
+    Case(
+        "device states with all their content",
+        _on_data(_whole_states, r"wait to be loaded, at most \d+ may"),
+        brief=False,
+    ),
     Case("announcements without agreement", _on_data(_announcements, "which was not agreed on")),
     Case("zero pages without end", _on_data(_zeros, "zero pages on one channel")),
     Case("pages outside of the guest", _on_data(_pages_outside, "are outside the guest's memory")),

@@ -19,6 +19,7 @@ from protocol.frames import HEADER_BYTES, check_meta, pack_header, unpack_header
 from protocol.guest import GuestDescription
 from protocol.messages import FrameType
 from scripts.rig.pair import Pair
+from scripts.rig.waiting import RigError
 from vmm_sim.client import VmmClient
 
 PLAIN: Final = LinkSecurity(TlsConfig(), AuthorisationConfig())
@@ -128,17 +129,35 @@ async def open_session(
     pair: Pair, description: dict[str, Any], security: LinkSecurity = PLAIN
 ) -> tuple[Hostile, Hostile, messages.Welcome]:
     """As an honest source would, up to an acknowledged empty round: control channel, data channel, and the answer to
-    the offer, which has the token."""
+    the offer, which has the token.
+
+    Raises:
+        RigError: something of it is refused.
+    """
     migration_id = secrets.token_hex(16)
     control = await connect(pair, security)
     control.migration_id = migration_id
-    await control.send(FrameType.HELLO, hello_of(description, migration_id))
-    welcome = await control.receive()
-    assert isinstance(welcome, messages.Welcome), welcome
-    data = await connect(pair, security)
-    await data.send(FrameType.JOIN, {"migration_id": migration_id, "token": welcome.token, "channel": 0})
-    assert isinstance(await data.receive(), messages.Joined)
-    await data.send(FrameType.BARRIER, {"round": 1}, round_number=1)
-    await control.send(FrameType.ROUND_END, {"round": 1, "pages": 0, "zero_pages": 0})
-    assert isinstance(await control.receive(), messages.RoundDone)
+    try:
+        await control.send(FrameType.HELLO, hello_of(description, migration_id))
+        welcome = await control.receive()
+        if not isinstance(welcome, messages.Welcome):
+            raise RigError(f"an honest offer is answered with {welcome!r}")
+        data = await connect(pair, security)
+        try:
+            await data.send(FrameType.JOIN, {"migration_id": migration_id, "token": welcome.token, "channel": 0})
+            await _expect(data, messages.Joined)
+            await data.send(FrameType.BARRIER, {"round": 1}, round_number=1)
+            await control.send(FrameType.ROUND_END, {"round": 1, "pages": 0, "zero_pages": 0})
+            await _expect(control, messages.RoundDone)
+        except BaseException:
+            data.wire.close()
+            raise
+    except BaseException:
+        control.wire.close()
+        raise
     return control, data, welcome
+
+
+async def _expect(peer: Hostile, kind: type[messages.Message]) -> None:
+    if not isinstance(answer := await peer.receive(), kind):
+        raise RigError(f"{kind.TYPE.name} was expected, and {answer!r} came")
