@@ -90,7 +90,7 @@ class Liar:
             wire.close()
 
 
-def say(kind: FrameType, meta: Mapping[str, Any], payload: bytes = b"", times: int = 1) -> Hook:
+def tell(kind: FrameType, meta: Mapping[str, Any], payload: bytes = b"", times: int = 1) -> Hook:
     """Answer with a message, so many times; with the epoch of the offer where it has one."""
     has_epoch = "epoch" in messages.CATALOGUE[kind].model_fields
 
@@ -144,15 +144,15 @@ async def _ready(_: Liar, peer: Hostile, end: messages.StateEnd) -> None:
     await peer.send(FrameType.READY, ready)
 
 
-_NO_REPORT: Final = say(FrameType.REPORT, {}, b"{}")
+_NO_REPORT: Final = tell(FrameType.REPORT, {}, b"{}")
 """The source waits for a report and takes none for an answer."""
 _RUNNING: Final = {"resumed_after_ns": 0, "sent_after_ns": 0}
 _HONEST: Final[dict[FrameType, Hook]] = {
     FrameType.HELLO: _welcome(),
     FrameType.ROUND_END: _round_done,
     FrameType.STATE_END: _ready,
-    FrameType.COMMIT: in_turn(say(FrameType.RUNNING, _RUNNING), _NO_REPORT),
-    FrameType.OUTCOME_ASK: say(FrameType.OUTCOME_OPEN, {"reason": "who knows"}),
+    FrameType.COMMIT: in_turn(tell(FrameType.RUNNING, _RUNNING), _NO_REPORT),
+    FrameType.OUTCOME_ASK: tell(FrameType.OUTCOME_OPEN, {"reason": "who knows"}),
 }
 
 
@@ -212,7 +212,7 @@ async def _doubt(ground: Ground) -> None:
             raise NotHeldError(f"an attempt whose end nobody knows is {record['outcome']}")
         if (state := (await here.guest(VICTIM))["state"]) == "running":
             raise NotHeldError(f"a guest in doubt is {state}")
-        liar.hooks[FrameType.OUTCOME_ASK] = say(FrameType.DISCARDED, {"reason": "it was never taken in"})
+        liar.hooks[FrameType.OUTCOME_ASK] = tell(FrameType.DISCARDED, {"reason": "it was never taken in"})
 
         async def runs() -> bool:
             return bool((await here.guest(VICTIM))["state"] == "running")
@@ -220,18 +220,18 @@ async def _doubt(ground: Ground) -> None:
         await until("the guest runs again", runs)
 
 
-_DISCARDED: Final = say(FrameType.DISCARDED, {"reason": "no"})
-_BEYOND: Final = say(FrameType.READY, {"digest": 1, "elapsed_ns": _I64, "completing_ns": _I64})
-_AGES: Final = in_turn(say(FrameType.RUNNING, {"resumed_after_ns": _I64, "sent_after_ns": 0}), _NO_REPORT)
-_OTHER_ROUND: Final = say(FrameType.ROUND_DONE, {"round": 1 << 31, "bytes": 0, "digest": 0})
+_DISCARDED: Final = tell(FrameType.DISCARDED, {"reason": "no"})
+_BEYOND: Final = tell(FrameType.READY, {"digest": 1, "elapsed_ns": _I64, "completing_ns": _I64})
+_AGES: Final = in_turn(tell(FrameType.RUNNING, {"resumed_after_ns": _I64, "sent_after_ns": 0}), _NO_REPORT)
+_OTHER_ROUND: Final = tell(FrameType.ROUND_DONE, {"round": 1 << 31, "bytes": 0, "digest": 0})
 _SLOW_LOAD: Final = {"name": "disk0", "kind": "non-iterable", "ns": _I64, "spread_ns": _I64}
 _STRANGE: Final = ["shared-memory", "no-such-thing", "zero-runs", "switchover-abort"]
-_EARLY: Final = in_turn(say(FrameType.READY, _READY), _round_done)
-_RUNS: Final = say(FrameType.RUNNING, _RUNNING)
-_BOMB: Final = in_turn(_RUNS, say(FrameType.REPORT, {}, b"[" * (4 * MIB)))
-_NONSENSE: Final = in_turn(_RUNS, say(FrameType.REPORT, {}, json.dumps(_ABSURD).encode()))
-_TIME_FLOOD: Final = say(FrameType.TIME_ASK, {"nonce": 1}, times=_FLOOD)
-_CLOCK_FLOOD: Final = say(FrameType.CLOCK_ASK, {"nonce": 1}, times=_FLOOD)
+_EARLY: Final = in_turn(tell(FrameType.READY, _READY), _round_done)
+_RUNS: Final = tell(FrameType.RUNNING, _RUNNING)
+_BOMB: Final = in_turn(_RUNS, tell(FrameType.REPORT, {}, b"[" * (4 * MIB)))
+_NONSENSE: Final = in_turn(_RUNS, tell(FrameType.REPORT, {}, json.dumps(_ABSURD).encode()))
+_TIME_FLOOD: Final = tell(FrameType.TIME_ASK, {"nonce": 1}, times=_FLOOD)
+_CLOCK_FLOOD: Final = tell(FrameType.CLOCK_ASK, {"nonce": 1}, times=_FLOOD)
 
 
 def _case(name: str, at: FrameType, lie: Hook, outcomes: set[str], *, kept: bool = True, brief: bool = True) -> Case:

@@ -50,6 +50,8 @@ PATIENT: Final = {"handshake_timeout_s": 30.0, "connect_timeout_s": 30.0, "heart
 PATIENT_LIMIT_MS: Final = 1500
 """The same where the machine is busy with other things, and what must be seen is not how soon."""
 _ANSWER_S: Final = 20.0
+_HONEST_CONNECTIONS: Final = 8
+"""What the migrations beside a case have open at most."""
 _START_S: Final = 60.0
 _STATE_BYTES: Final = 16 << 20
 
@@ -238,7 +240,7 @@ def _end(pair: Pair) -> None:
         host.close()
 
 
-async def refused_or_gone(ground: Ground, deadline_s: float) -> None:
+async def connections_gone(ground: Ground, deadline_s: float) -> None:
     """Wait until host b holds no connection of an attack: only what two idle daemons hold is left.
 
     Raises:
@@ -248,7 +250,7 @@ async def refused_or_gone(ground: Ground, deadline_s: float) -> None:
     async def idle() -> bool:
         metrics = (await ground.pair.b.command("x-migrated-metrics"))["text"]
         found = re.search(r"^migrated_connections (\S+)$", metrics, re.M)
-        return found is not None and float(found[1]) <= 8
+        return found is not None and float(found[1]) <= _HONEST_CONNECTIONS
 
     try:
         await until("few connections", idle, deadline_s)

@@ -28,10 +28,10 @@ from scripts.hostile.ground import (
     Case,
     Ground,
     NotHeldError,
+    connections_gone,
     end_of,
     must_end,
     never_ran,
-    refused_or_gone,
 )
 from scripts.rig.hostile import LIMITS, Hostile, hello_of
 
@@ -386,7 +386,7 @@ async def slow_everywhere(ground: Ground) -> None:
             must_end(control, rf"the source sent \d+ bytes in {STALL_S:g} s"),
         )
     first.wire.close()
-    await refused_or_gone(ground, 15.0)
+    await connections_gone(ground, 15.0)
 
 
 async def many_offers(ground: Ground) -> None:

@@ -22,7 +22,7 @@ from migrated.settings.config import AuthorisationConfig, TlsConfig
 from protocol import messages
 from protocol.messages import FrameType
 from scripts.authority import Authority, HostFiles
-from scripts.hostile.ground import Case, Ground, NotHeldError, addresses, refused_or_gone
+from scripts.hostile.ground import Case, Ground, NotHeldError, addresses, connections_gone
 from scripts.rig.hostile import ADDRESS, PLAIN, connect, hello_of, reach
 
 _FLOOD: Final = 400
@@ -50,7 +50,7 @@ async def _hold(ground: Ground, places: Sequence[str], hold_s: float = _HOLD_S) 
     finally:
         for sock in held:
             sock.close()
-    await refused_or_gone(ground, _GONE_S)
+    await connections_gone(ground, _GONE_S)
 
 
 async def half_open_from_one(ground: Ground) -> None:
@@ -70,7 +70,7 @@ async def garbage(ground: Ground) -> None:
         sock = await reach(ground.pair)
         with sock, contextlib.suppress(OSError):
             await loop.sock_sendall(sock, draw.randbytes(_GARBAGE_BYTES))
-    await refused_or_gone(ground, _GONE_S)
+    await connections_gone(ground, _GONE_S)
 
 
 async def slow_handshakes(ground: Ground) -> None:
@@ -85,7 +85,7 @@ async def slow_handshakes(ground: Ground) -> None:
                 await asyncio.sleep(0.1)
 
     await asyncio.gather(*(drip() for _ in range(24)))
-    await refused_or_gone(ground, _GONE_S)
+    await connections_gone(ground, _GONE_S)
 
 
 def _client_hello() -> bytes:
@@ -104,7 +104,7 @@ async def handshakes_cut_short(ground: Ground) -> None:
         sock = await reach(ground.pair)
         with sock, contextlib.suppress(OSError):
             await loop.sock_sendall(sock, hello)
-    await refused_or_gone(ground, _GONE_S)
+    await connections_gone(ground, _GONE_S)
 
 
 def _security(files: HostFiles, ground: Ground) -> LinkSecurity:
