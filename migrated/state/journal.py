@@ -32,6 +32,8 @@ KEPT_ATTEMPTS: Final = 2000
 """Closed attempts kept when the journal is rewritten; a late COMMIT for an older one is answered as unknown."""
 KEPT_UNDECIDED: Final = 100
 """Of those in which nothing was decided but to give up, so many: a peer can make any number of them."""
+_FACTS_KEPT: Final = ("peer_names",)
+"""Facts of a closed attempt that stay: who may ask for its outcome."""
 _MORE_LINES: Final = 10_000
 """Lines after which the journal is rewritten while the daemon runs."""
 
@@ -66,6 +68,12 @@ class Attempt:
     def place(self) -> str:
         """The place of the guest's process on this host."""
         return str(self.facts.get("place", self.guest))
+
+    def close(self) -> None:
+        """Nothing of it is left to do. Thousands of closed attempts are kept: of their facts no more stays than a late
+        question needs."""
+        self.closed = True
+        self.facts = {name: self.facts[name] for name in _FACTS_KEPT if name in self.facts}
 
 
 class Journal:
@@ -211,7 +219,7 @@ class Journal:
             self._epochs[entry["guest"]] = max(self._epochs.get(entry["guest"], 0), entry["epoch"])
         elif (attempt := self._attempts.get(key)) is not None:
             if decision == "closed":
-                attempt.closed = True
+                attempt.close()
             else:
                 attempt.decisions.append(Decision(decision))
 
