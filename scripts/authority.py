@@ -76,13 +76,20 @@ class Authority:
         _write_certificate(self.path, self._certificate)
 
     def host(
-        self, name: str, *addresses: str, not_before: datetime | None = None, not_after: datetime | None = None
+        self,
+        name: str,
+        *addresses: str,
+        common_name: bool = True,
+        not_before: datetime | None = None,
+        not_after: datetime | None = None,
     ) -> HostFiles:
         """Certify a host, in place of what it had.
 
         Args:
             name: its DNS name, which also names its files.
             addresses: IP addresses at which it is reached.
+            common_name: whether the certificate has the name as its subject too, and not only among the alternatives:
+                etcd takes no user from a client whose certificate has one.
             not_before, not_after: when the certificate is valid; left out: from now on for a year.
         """
         now = datetime.now(UTC)
@@ -90,7 +97,7 @@ class Authority:
         alternatives: list[x509.GeneralName] = [x509.DNSName(name)]
         alternatives += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
         builder = _begin(
-            _common_name(name),
+            _common_name(name) if common_name else x509.Name([]),
             self._certificate.subject,
             key.public_key(),
             not_before or now - CLOCK_SKEW,
@@ -102,7 +109,7 @@ class Authority:
         builder = builder.add_extension(_key_usage(certificates=False), critical=True)
         builder = builder.add_extension(own, critical=False)
         builder = builder.add_extension(uses, critical=False)  # a host is client and server
-        builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=not common_name)
         files = self.files(name)
         _write_key(files.key, key)
         _write_certificate(files.certificate, builder.sign(self._key, hashes.SHA256()))

@@ -204,6 +204,10 @@ class GuestRegistry:
         """Names of the drivers whose guests this host can run."""
         return sorted(self._drivers)
 
+    async def offers(self) -> frozenset[str]:
+        """What this host has for guests of its drivers that not every host has."""
+        return frozenset[str]().union(*[await driver.offers() for driver in self._drivers.values()])
+
     def names(self) -> list[str]:
         """Names of all guests."""
         return sorted({guest.name for guest in self._guests.values()})

@@ -131,7 +131,7 @@ class Workers:
         planned = mirror.steps[job]
         if spec is None or state.phase is not JobPhase.RUNNING or not set(guests_of(mirror, spec)) - planned.keys():
             return next_work(mirror, job, time.time_ns())
-        return await elsewhere(next_work, mirror, job, time.time_ns())
+        return await elsewhere(next_work, mirror.part(spec.host, job), job, time.time_ns())
 
     async def _forget_old(self) -> None:
         """Delete the oldest jobs that are over, so that they do not grow for ever."""
