@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import structlog
@@ -20,7 +21,7 @@ from migrated.environment import Environment
 from migrated.guests.registry import Guest, name_at
 from migrated.link.reply import Reply
 from migrated.observe.transitions import Transitions
-from migrated.state.journal import JournalError
+from migrated.state.carrying_out import carry_out_all, journal_decision
 from migrated.state.run_marks import RunMarkError
 from protocol import effects, messages
 from protocol.effects import DONE, DestinationEffect, Outcome, Result, failed
@@ -180,17 +181,14 @@ class Takeover:
                 self._commit_read_ns = read_at_ns or time.monotonic_ns()
             accepted = self._executor.take(event, reason, cause)
             self._transitions.note(before, event, self.state)
-            while (effect := self._executor.effect) is not None:
-                before = self.state
-                self._executor.done(await self._carry_out(effect, reply))
-                self._transitions.note(before, effect, self.state)
+            await carry_out_all(self._executor, partial(self._carry_out, reply), self._transitions)
             if not accepted:
                 log.warning("too late to give up: the source decides now", state=self.state)
             if self._executor.final:
                 self._transitions.log()
                 self.finished.set()
 
-    async def _carry_out(self, effect: DestinationEffect, reply: Reply | None) -> Outcome:
+    async def _carry_out(self, reply: Reply | None, effect: DestinationEffect) -> Outcome:
         match effect:
             case effects.Journal(decision=decision):
                 return self._journal(decision)
@@ -221,14 +219,10 @@ class Takeover:
                 return self._send(reply, answer_message(effect, self.epoch, self.resume_times))
 
     def _journal(self, decision: Decision) -> Outcome:
-        try:
-            self._env.journal.decide(self._migration_id, "destination", decision)
-        except JournalError as error:
-            log.error("a decision could not be journaled", decision=decision, reason=str(error))
-            return failed(error)
-        if decision is Decision.COMMIT:
+        outcome = journal_decision(self._env.journal, self._migration_id, "destination", decision)
+        if outcome == DONE and decision is Decision.COMMIT:
             self._commit_journaled_ns = time.monotonic_ns()
-        return DONE
+        return outcome
 
     def _send(self, reply: Reply | None, message: Message) -> Outcome:
         """Send an answer if the peer can still be reached: it asks again on a fresh connection if it gets none."""

@@ -171,14 +171,21 @@ class ControlChannel:
         return self._failure
 
     async def measure(self, timeout_s: float) -> None:
-        """Exchange clocks a few times now, so that legs and offset are known before they are needed."""
-        async with asyncio.timeout(timeout_s):
-            for _ in range(_OPENING_EXCHANGES):
-                self._answered.clear()
-                self._ask()
-                await self._answered.wait()
-                if self._failure is not None:
-                    raise LinkLostError(str(self._failure)) from self._failure
+        """Exchange clocks a few times now, so that legs and offset are known before they are needed.
+
+        Raises:
+            LinkLostError: the channel is gone, or the peer does not answer in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                for _ in range(_OPENING_EXCHANGES):
+                    self._answered.clear()
+                    self._ask()
+                    await self._answered.wait()
+                    if self._failure is not None:
+                        raise LinkLostError(str(self._failure)) from self._failure
+        except TimeoutError as error:
+            raise LinkLostError(f"{self.peer} did not answer exchanges of clocks within {timeout_s:g} s") from error
 
     async def measure_anew(self, timeout_s: float) -> None:
         """``measure``, and forget all exchanges before: those of a time in which others kept this process waiting say
@@ -209,13 +216,6 @@ class ControlChannel:
         except ClockError:
             return self.round_trip_ns()
 
-    async def fail(self, error: RemoteProtocolError) -> None:
-        """Tell the peer what it did wrong and give the channel up."""
-        with contextlib.suppress(LinkLostError):
-            self.send(messages.Error.about(error))
-            await self.flush(1.0)
-        self._lose(error)
-
     async def flush(self, timeout_s: float) -> None:
         """Wait until what was sent is in the kernel's hands, at most ``timeout_s``."""
         if self._writer is None:
@@ -231,7 +231,7 @@ class ControlChannel:
         self._closed = True
         self.on_lost = None
         await self.flush(1.0)
-        if self._writer is not None and self._failure is None:
+        if self._writer is not None and not self._writer.transport.is_closing():
             await self._take_leave(self._writer)
         for task in self._tasks:
             task.cancel()
@@ -251,14 +251,33 @@ class ControlChannel:
         await asyncio.wait(self._tasks[:1], timeout=_LEAVE_S)
 
     def _lose(self, error: Exception) -> None:
+        """Give the channel up at once."""
         if self._failure is None:
-            self._failure = error
-            self._inbox.put_nowait(error)
-            self._answered.set()
+            self._fail(error)
             if self._writer is not None:
                 self._writer.transport.abort()
-            if self.on_lost is not None:
-                self.on_lost(error)
+
+    def _fail(self, error: Exception) -> None:
+        """From here on the channel takes no message, and everybody here knows why."""
+        self._failure = error
+        self._inbox.put_nowait(error)
+        self._answered.set()
+        if self.on_lost is not None:
+            self.on_lost(error)
+
+    async def _end_by(self, error: RemoteProtocolError, reader: asyncio.StreamReader) -> None:
+        """Tell the peer what it did wrong, give the channel up, and wait for a moment until the peer has heard it."""
+        with contextlib.suppress(LinkLostError):
+            self.send(messages.Error.about(error))
+            await self.flush(1.0)
+        if self._failure is None and self._writer is not None:
+            self._fail(error)
+            with contextlib.suppress(OSError, TimeoutError):
+                self._writer.write_eof()
+                async with asyncio.timeout(_LEAVE_S):
+                    while await reader.read(READ_BYTES):
+                        pass
+            self._writer.transport.abort()
 
     def _ask(self) -> None:
         self.send(self._peer_clock.ask(secrets.randbits(63), self._clock.hrtime_ns()))
@@ -288,7 +307,7 @@ class ControlChannel:
             self._parser.receive_eof()
             self._lose(LinkLostError(f"{self.peer} closed the control channel"))
         except RemoteProtocolError as error:
-            await self.fail(error)
+            await self._end_by(error, reader)
         except LinkLostError as error:
             self._lose(error)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What one save writes with: the unfinished file, the guest's memory, the threads that bring the one into the other."""
+"""The tools of one save: the unfinished file, the guest's memory, the threads that bring the one into the other."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from migrated.settings.parameters import MigrationParameters
 from migrated.source.encoding import encoder_factory
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.pages import PageSender, Sent
-from migrated.source.precopy import Transfer
 from migrated.source.session import Offer, Tracking, hello_of
+from migrated.source.transfer import Transfer
 from migrated.vmm.handed_over import NoDirtyLog
 from migrated.vmm.memory import GuestMemory
 from migrated.vmm.seam import VmmGuest
@@ -31,7 +31,7 @@ SCHEME = "file:"
 
 @dataclass(frozen=True, slots=True)
 class SaveOrder:
-    """What an operator wants.
+    """An operator's request to save a guest.
 
     Attributes:
         path: the file.

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import structlog
@@ -23,7 +24,7 @@ from migrated.guests.registry import Guest
 from migrated.link.reply import Reply
 from migrated.observe.transitions import Transitions
 from migrated.source.outcome import OutcomeAsker
-from migrated.state.journal import JournalError
+from migrated.state.carrying_out import carry_out_all, journal_decision
 from migrated.state.run_marks import RunMarkError
 from protocol import effects, messages
 from protocol.effects import DONE, Outcome, SourceEffect, failed
@@ -149,10 +150,7 @@ class SourceHandover:
                 self.times.decided_at_ns = time.monotonic_ns()
             accepted = self._executor.take(event, reason)
             self._transitions.note(before, event, self.state)
-            while (effect := self._executor.effect) is not None:
-                before = self.state
-                self._executor.done(await self._carry_out(effect, reply))
-                self._transitions.note(before, effect, self.state)
+            await carry_out_all(self._executor, partial(self._carry_out, reply), self._transitions)
             if not accepted:
                 log.warning("too late: COMMIT was sent and the destination may run the guest", state=self.state)
             if self.state is SourceState.HELD:
@@ -175,7 +173,7 @@ class SourceHandover:
             self._asking.cancel()
         self._asking = None
 
-    async def _carry_out(self, effect: SourceEffect, reply: Reply | None) -> Outcome:
+    async def _carry_out(self, reply: Reply | None, effect: SourceEffect) -> Outcome:
         match effect:
             case effects.StopGuest():
                 return await self._stop()
@@ -214,14 +212,10 @@ class SourceHandover:
         return DONE
 
     def _journal(self, decision: Decision) -> Outcome:
-        try:
-            self._env.journal.decide(self._migration_id, "source", decision)
-        except JournalError as error:
-            log.error("a decision could not be journaled", decision=decision, reason=str(error))
-            return failed(error)
-        if decision is Decision.COMMIT:
+        outcome = journal_decision(self._env.journal, self._migration_id, "source", decision)
+        if outcome == DONE and decision is Decision.COMMIT:
             self.times.journaled_at_ns = time.monotonic_ns()
-        return DONE
+        return outcome
 
     async def _release_lock(self) -> Outcome:
         if self._guest is not None and (lock := self._guest.vmm.lock) is not None:

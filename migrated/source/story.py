@@ -12,7 +12,6 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from migrated.base.errors import LinkLostError
 from migrated.base.tasks import TaskSet
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
@@ -27,10 +26,11 @@ from migrated.source.ledger import DeviceFigures, OutgoingLedger
 from migrated.source.listener import Listener
 from migrated.source.outcome import OutcomeAsker
 from migrated.source.phases import Beginning, Blackout, Connected, Opened, Prepared
-from migrated.source.precopy import Precopy, Transfer
+from migrated.source.precopy import Precopy
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.switchover import Item, Switchover
 from migrated.source.target import HERE, Target
+from migrated.source.transfer import Transfer
 from migrated.source.view import View
 from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
@@ -179,7 +179,7 @@ class Story:
             self._listener.round_done,
             limits.round_timeout_s,
             self._view.say_round,
-            lambda: _measure_legs(session, limits.round_timeout_s),
+            lambda: session.connection.control.measure_anew(limits.round_timeout_s),
         )
         return Prepared(opened, handover, transfer, precopy)
 
@@ -196,7 +196,7 @@ class Story:
             handover,
             limits,
             SourceReserves(
-                commit_ns=env.resume_costs.commit_reserve_ns(committed_ns, costs.call_ns, abort_limit_ns(limits)),
+                commit_ns=env.resume_costs.commit_reserve_ns(driver, costs, committed_ns, abort_limit_ns(limits)),
                 own_resume_ns=env.resume_costs.reserve_ns(driver, costs, abort_limit_ns(limits)),
             ),
             pending,
@@ -223,19 +223,7 @@ class Story:
         return self._env.knowledge.predict(
             self._ledger.guest,
             self.guest_class,
-            session.bases(dirty_pages, transfer.final_device_bytes(), transfer.collect_ns, bandwidth),
+            session.bases(dirty_pages, transfer.final_device_bytes(), transfer.collect_cost_ns, bandwidth),
             coverage=self._parameters().prediction_coverage_pct / 100,
             bandwidth_known=bandwidth.bytes_per_s > 0 or not dirty_pages,
         )
-
-
-async def _measure_legs(session: Session, timeout_s: float) -> None:
-    """Measure the legs anew.
-
-    Raises:
-        LinkLostError: the destination does not answer.
-    """
-    try:
-        await session.connection.control.measure_anew(timeout_s)
-    except TimeoutError as error:
-        raise LinkLostError(f"the destination answered no clocks within {timeout_s:g} s") from error

@@ -17,9 +17,9 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
+from scripts.rig.started import Started
 from scripts.rig.waiting import RigError
 
 ETCD_PACKAGE: Final = "etcd-server"
@@ -102,7 +102,7 @@ class Member:
         return ""
 
 
-class EtcdCluster:
+class EtcdCluster(Started):
     """Members of one cluster on this machine.
 
     Args:
@@ -169,16 +169,3 @@ class EtcdCluster:
         for member in self.members:
             member.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -13,8 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.fleet.etcd_cluster import EtcdCluster
@@ -22,12 +21,13 @@ from scripts.fleet.network import Switch
 from scripts.rig.host import Host
 from scripts.rig.pair import QUICK_LIMITS
 from scripts.rig.runs import check_runs
+from scripts.rig.started import Started
 from scripts.rig.waiting import until
 
 LEASE_S: Final = 2
 
 
-class Fleet:
+class Fleet(Started):
     """Hosts that share an etcd, in a directory that goes with them.
 
     Args:
@@ -190,19 +190,6 @@ class Fleet:
             if self._own_etcd:
                 self.etcd.close()
             shutil.rmtree(self.directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _etcd(names: Sequence[str], members: int, switch: Switch | None) -> EtcdCluster:

@@ -13,13 +13,13 @@ import contextlib
 import shutil
 import tempfile
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final
 
 from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.rig.host import Host
 from scripts.rig.network import Network
 from scripts.rig.runs import check_runs
+from scripts.rig.started import Started
 from scripts.rig.waiting import SETTLE_TIMEOUT_S, until
 
 QUICK_LIMITS: Final = {
@@ -36,7 +36,7 @@ QUICK_LIMITS: Final = {
 """Bounds of waits for tests that cut and kill."""
 
 
-class Pair:
+class Pair(Started):
     """Two hosts that migrate to each other, in a directory that goes with them.
 
     Args:
@@ -157,16 +157,3 @@ class Pair:
                 host.close()
         finally:
             shutil.rmtree(self.directory, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

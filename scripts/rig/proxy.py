@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 import struct
@@ -98,7 +99,7 @@ class Proxy:
         self._rate: dict[Way, float] = dict.fromkeys(BOTH, 0.0)
         self._flows: dict[int, tuple[_Flow, _Flow]] = {}
         self._connections = 0
-        self._open = 0
+        self._tasks: set[asyncio.Task[None]] = set()
         self._changed = threading.Condition()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
@@ -182,47 +183,57 @@ class Proxy:
         self._end = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        stop_listening = await self._listen()
-        self._started.set()
-        await self._end.wait()
-        stop_listening()
+        with self._listen() as listening:
+            # By callback, not by a task: a task that is cancelled as it accepts would lose the connection, open.
+            self._loop.add_reader(listening, self._accept, listening)
+            self._started.set()
+            await self._end.wait()
+            self._loop.remove_reader(listening)
         self._lift()
         self._reset_all()
+        for task in self._tasks:
+            task.cancel()
         await self._idle.wait()
 
-    async def _listen(self) -> Callable[[], None]:
-        """Begin to listen. Returns the call that ends it."""
-        server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
-        self.port = server.sockets[0].getsockname()[1]
-        return server.close
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with self._counted() as number:
-            await self._serve_connection(number, reader, writer)
-
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[int]:
-        """Count a connection for as long as it lasts. Yields its number; faults at a time count from the first one."""
+    def _listen(self) -> Iterator[socket.socket]:
+        """Listen until the end."""
+        with socket.create_server(("127.0.0.1", self.port)) as listening:
+            self.port = listening.getsockname()[1]
+            yield listening
+
+    def _accept(self, listening: socket.socket) -> None:
+        """Take a connection; faults at a time count from the first one."""
+        sock, _ = listening.accept()
+        sock.setblocking(False)
         number, self._connections = self._connections, self._connections + 1
-        self._open += 1
-        self._idle.clear()
         if not number:
             for fault in self._faults:
                 if isinstance(fault.at, AtTime) and not fault.fired_at_ns:
                     self._loop.call_later(fault.at.seconds, self._strike, fault)
-        try:
-            yield number
-        finally:
-            self._open -= 1
-            if not self._open:
-                self._idle.set()
+        self._idle.clear()
+        task = self._loop.create_task(self._take(number, sock))
+        self._tasks.add(task)
+        task.add_done_callback(functools.partial(self._over, sock))
 
-    async def _serve_connection(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _over(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            sock.close()  # a task that had not begun could not do it
+        self._tasks.discard(task)
+        if not self._tasks:
+            self._idle.set()
+
+    async def _take(self, number: int, sock: socket.socket) -> None:
+        """Connect to the target and forward until the end."""
+        reader, writer = await asyncio.open_connection(sock=sock)
         try:
             onward_reader, onward_writer = await asyncio.open_connection(*self.target)
         except OSError:
             _reset(writer)
             return
+        except asyncio.CancelledError:
+            _reset(writer)
+            raise
         for one in (writer, onward_writer):
             one.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         there = _Flow(Way.TO_DESTINATION, number, reader, onward_writer)
@@ -428,29 +439,18 @@ class UnixProxy(Proxy):
     def uri(self) -> str:
         return f"unix:{self._path}"
 
-    async def _listen(self) -> Callable[[], None]:
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        listening.bind(str(self._path))
-        listening.listen()
-        accepting = self._loop.create_task(self._accept(listening))
+    @contextlib.contextmanager
+    def _listen(self) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+            listening.bind(str(self._path))
+            listening.listen()
+            yield listening
+        self._path.unlink()
 
-        def stop() -> None:
-            accepting.cancel()
-            listening.close()
-            self._path.unlink()
-
-        return stop
-
-    async def _accept(self, listening: socket.socket) -> None:
-        async with asyncio.TaskGroup() as group:
-            while True:
-                sock, _ = await self._loop.sock_accept(listening)
-                group.create_task(self._take(sock))
-
-    async def _take(self, sock: socket.socket) -> None:
+    async def _take(self, number: int, sock: socket.socket) -> None:
         """Forward the prefaces and read the first header, which descriptors come with; then go on as on TCP."""
         onward = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        with self._counted() as number, contextlib.ExitStack() as undo:
+        with contextlib.ExitStack() as undo:
             undo.callback(sock.close)
             undo.callback(onward.close)
             try:

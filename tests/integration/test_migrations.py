@@ -74,13 +74,13 @@ async def test_a_guest_arrives_whole(pair: Pair, workload: str, options: dict[st
     assert pair.double_runs() == []
 
 
-async def test_there_and_back_twenty_times(pair: Pair) -> None:
+async def test_there_and_back_ten_times(pair: Pair) -> None:
     """Every hop completes, adds up, agrees with the gap that the guest itself saw, and loses no step."""
     await pair.a.create_guest("g1", 16, workload="hot-cold", profile="small")
     shares: list[float] = []
     above: list[float] = []
     ids: set[str] = set()
-    for _ in range(20):
+    for _ in range(10):
         for source in pair.hosts:
             destination = pair.other(source)
             record = await source.migrate("g1", destination, **ROOMY)
@@ -97,7 +97,7 @@ async def test_there_and_back_twenty_times(pair: Pair) -> None:
             above.append((gap_ns - downtime["upper_ns"]) / MS)
             # Its last beat lies within the stop, its first within the resume.
             assert gap_ns >= downtime["lower_ns"] - part_ns["stop"] - part_ns["resume"] - 2 * MS
-    assert len(ids) == 40
+    assert len(ids) == 20
     assert (await pair.a.verify())["ok"]
     assert pair.double_runs() == []
     # One hop may meet the scheduler at a bad moment; the middle one may not.

@@ -162,6 +162,23 @@ async def test_damage_ends_the_channel_and_the_peer_is_told_why(sent: bytes, rea
         assert last.text == str(channel.lost)
 
 
+async def test_a_peer_that_writes_on_after_its_damage_hears_why_the_channel_ended() -> None:
+    async with facing() as (channel, peer):
+        await peer.send(frame(DONE, 7))
+        why = await why_lost(channel)
+        for number in range(1, 4):
+            await peer.send(frame(DONE, number))  # fails where the connection is reset
+        (said,) = await peer.hear_all()
+        assert isinstance(said, messages.Error)
+        assert said.text == why
+
+
+async def test_a_peer_that_answers_no_clocks_is_named() -> None:
+    async with facing() as (channel, _):
+        with pytest.raises(LinkLostError, match=r"did not answer exchanges of clocks within 0\.05 s"):
+            await channel.measure(0.05)
+
+
 async def test_a_connection_that_ends_inside_a_frame_is_damage_and_between_two_it_is_not() -> None:
     async with facing() as (channel, peer):
         await peer.send(frame(DONE, 0)[:-1])

@@ -1,0 +1,44 @@
+"""The part that both sides of the hand-over share when they carry out the effects of protocol/executor.py."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from migrated.observe.transitions import Transitions
+from migrated.record.terms import Role
+from migrated.state.journal import Journal, JournalError
+from protocol.effects import DONE, Outcome, failed
+from protocol.executor import EffectT, EventT, Executor, StateT
+from protocol.handover import Decision
+
+log = structlog.get_logger()
+
+
+async def carry_out_all(
+    executor: Executor[StateT, EventT, EffectT],
+    carry_out: Callable[[EffectT], Awaitable[Outcome]],
+    transitions: Transitions,
+) -> None:
+    """Carry out the effects of an event, one after the other, until the executor has none left.
+
+    Args:
+        executor: has taken the event.
+        carry_out: called with each effect; returns what came of it.
+        transitions: notes what each effect changed.
+    """
+    while (effect := executor.effect) is not None:
+        before = executor.state
+        executor.done(await carry_out(effect))
+        transitions.note(before, effect, executor.state)
+
+
+def journal_decision(journal: Journal, migration_id: str, role: Role, decision: Decision) -> Outcome:
+    """Write a decision into the journal. Nobody may be told of one that could not be written."""
+    try:
+        journal.decide(migration_id, role, decision)
+    except JournalError as error:
+        log.error("a decision could not be journaled", decision=decision, reason=str(error))
+        return failed(error)
+    return DONE
