@@ -23,6 +23,7 @@ from migrated.link.reply import Reply
 from migrated.observe.transitions import Transitions
 from migrated.state.carrying_out import carry_out_all, journal_decision
 from migrated.state.run_marks import RunMarkError
+from migrated.vmm.spawn import has_ended
 from protocol import effects, messages
 from protocol.effects import DONE, DestinationEffect, Outcome, Result, failed
 from protocol.executor import DestinationExecutor
@@ -31,8 +32,9 @@ from protocol.messages import Message, NoCause
 
 log = structlog.get_logger()
 
-_LOOK_COUNTS_NS: Final = 100_000_000
-"""An answer of the VMM counts for so long after it was asked: nobody but this hand-over can let the guest run."""
+_LOOK_COUNTS_NS: Final = 10_000_000
+"""What the VMM answered counts for so long after it was asked, if its process is still there: nobody but this hand-over
+can let the guest run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,14 +248,16 @@ class Takeover:
 
     async def _look(self) -> Outcome:
         looked, self._looked = self._looked, None
-        if looked is not None and time.monotonic_ns() - looked[0] < _LOOK_COUNTS_NS:
-            outcome = await looked[1]
-        else:
-            outcome = await self._ask_state()
+        outcome = await (self._ask_state() if looked is None or self._outdated(looked[0]) else looked[1])
         if outcome.result is Result.RUNS and self._guest is not None:
             # The VMM's answer to a resume was lost, but the guest may run.
             self._is_ours(self._guest, time.monotonic_ns())
         return outcome
+
+    def _outdated(self, asked_ns: int) -> bool:
+        """Whether what the VMM answered to a question at that instant tells nothing of it now."""
+        guest = self._guest
+        return guest is None or time.monotonic_ns() - asked_ns > _LOOK_COUNTS_NS or has_ended(guest.vmm.pid)
 
     async def _ask_state(self) -> Outcome:
         """Ask the VMM whether the guest waits, stands or runs."""
