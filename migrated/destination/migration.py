@@ -348,11 +348,11 @@ class IncomingMigration:
         first = not isinstance(self._phase, Blackout)
         blackout = self._phase = self._phase.hear(told, received)
         if first:
+            if self._offer.hello.guest.guest_time:
+                self._ask_time()  # first of all: its answer takes longer than what is done here meanwhile
             self._haste.guest_stopped()
             self._equipment.receiver.guest_stopped()
             self._view.set_status("device")
-            if self._offer.hello.guest.guest_time:
-                self._ask_time()
         return blackout
 
     def _hear_end(self, end: messages.StateEnd, received: Received) -> None:
