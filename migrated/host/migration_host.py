@@ -194,14 +194,12 @@ class MigrationHost:
         if self._fleet is None or expected:
             yield
             return
-        new = self._env.guests.find(name) is None
-        if new:
+        if not self._env.guests.holds(name):
             await self._fleet.owners.claim_new(name)
         try:
             yield
         except BaseException:
-            if new:
-                self._fleet.owners.release(name)
+            self._let_go_of(name)
             raise
         self._fleet.look_again()
 
@@ -211,9 +209,10 @@ class MigrationHost:
             await self._fleet.owners.claim_new(name)
 
     def _let_go_of(self, name: str) -> None:
-        """A guest was put away, or could not be restored: it is not here any more."""
+        """A guest was ended or put away, or could not be started: unless another one has its name, it is not here."""
         if self._fleet is not None:
-            self._fleet.owners.release(name)
+            if not self._env.guests.holds(name):
+                self._fleet.owners.release(name)
             self._fleet.look_again()
 
     async def guest_create(self, spec: GuestSpec) -> dict[str, Any]:
