@@ -21,6 +21,7 @@ from tests.tiny_vmm.hosts import TinyHost, standing_still
 
 pytestmark = pytest.mark.skipif(why_no_etcd() is not None, reason=why_no_etcd() or "")
 
+
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     with EtcdCluster(1) as cluster:
@@ -82,7 +83,7 @@ async def test_the_second_of_two_that_start_one_guest_leaves_the_owner_of_the_fi
         await host.add_guest("g2")
         known = await owner_of(store, keys.owner("g1"))
         assert known is not None
-        assert known.owner == "b"
+        assert (known.owner, known.epoch) == ("b", 2), "the key was claimed twice and was there all the time"
 
 
 async def test_a_guest_that_may_run_again_where_it_came_from_is_not_started_anew(
