@@ -24,7 +24,6 @@ from migrated.state.journal import JournalError
 from migrated.vmm.handed_over import HandedOverMemory
 from migrated.vmm.memory import shared_huge_pages
 from protocol import messages
-from protocol.budget import abort_limit_ns
 from protocol.digest import MemoryDigest
 from protocol.errors import ProtocolError
 from protocol.guest_time import TimeAdjustError
@@ -141,7 +140,7 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
         token=secrets.token_bytes(16),
         capabilities=tuple(sorted(agreed)),
         load_costs=costs.devices,
-        resume_ns=env.resume_costs.expected_ns(guest.vmm.driver, costs, abort_limit_ns(hello.limits)),
+        resume_ns=env.resume_costs.expected_ns(guest.vmm.driver, costs),
         ready_timeout_ns=int(env.config.limits.ready_timeout_s * 1e9),
         host=env.host,
     )

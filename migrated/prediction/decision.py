@@ -171,7 +171,7 @@ class Decider:
         return not self._without_pause and round_ns <= _REHEARSAL_NS
 
     def _shorter(self, outlook: Outlook, curve: DirtyCurve, seen: Observation, first: Observation) -> str | None:
-        """Why another round is worth its time although a stop fits, a phrase; None when it is not."""
+        """Return the reason why another round is worth its time although a stop fits, a phrase; None when it is not."""
         round_ns = outlook.round_ns(seen.dirty_pages)
         spent_ns = (seen.elapsed_s - first.elapsed_s) * 1e9 + round_ns
         spent_bytes = seen.sent_bytes - first.sent_bytes + seen.dirty_pages * PAGE_SIZE
@@ -189,8 +189,8 @@ class Decider:
         return f"a round of {round_ns / 1e6:.1f} ms is expected to shorten the downtime by {gain_ns / 1e6:.1f} ms"
 
     def _below_the_floor(self, parameters: MigrationParameters, floor: Prediction, limit_ns: int) -> str | None:
-        """Why rounds cannot bring the bound under the limit, once several in a row have found so; None while they
-        may. ``floor`` is the prediction of a stop with nothing left to send."""
+        """Return the reason why rounds cannot bring the bound under the limit, once several in a row have found so;
+        None while they may. ``floor`` is the prediction of a stop with nothing left to send."""
         if not _enforced(parameters) or floor.upper_ns < limit_ns:
             self._floor_misses = 0
             return None

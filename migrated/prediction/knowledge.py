@@ -243,8 +243,8 @@ class Knowledge:
 
 
 def _spread(values: list[float], centre: float, *, most: float) -> float:
-    """How far values usually lie from their centre: the distance that two thirds of them stay within, so that outliers
-    do not stretch the scale; they are what the scores tell of.
+    """Return the usual distance of values from their centre: the one that two thirds of them stay within, so that
+    outliers do not stretch the scale; they are what the scores tell of.
 
     Args:
         most: no distance counts as more while there are few values, since few have no middle.

@@ -1,4 +1,4 @@
-"""What one save writes with: the unfinished file, the guest's memory, the threads that bring the one into the other."""
+"""The tools of one save: the unfinished file, the guest's memory, the threads that bring the one into the other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCHEME = "file:"
 
 @dataclass(frozen=True, slots=True)
 class SaveOrder:
-    """What an operator wants.
+    """An operator's request to save a guest.
 
     Attributes:
         path: the file.

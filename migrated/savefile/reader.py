@@ -90,7 +90,7 @@ class SavedFile:
         self.frames_begin = PREAMBLE_BYTES + HEADER_BYTES + header.meta_bytes
 
     def damaged(self, part: str, offset: int, error: Exception) -> SaveFileError:
-        """What is told of a damage."""
+        """Return the error that names a damage."""
         return SaveFileError(f"{self.path} is damaged in {part}, which begins at byte {offset}: {error}")
 
     def read(self, views: list[memoryview], offset: int) -> None:
@@ -121,7 +121,8 @@ class SavedFile:
 
 
 class FileEnd:
-    """What a file says beside pages and device states: guest time, what must be complete at the end, the record."""
+    """The content of a file beside pages and device states: guest time, what must be complete at the end, the
+    record."""
 
     def __init__(self) -> None:
         self.time: messages.TimeData | None = None
@@ -130,7 +131,8 @@ class FileEnd:
 
 
 class FileFrames:
-    """What the receiver of pages reads in place of a data channel (``link.data.FrameSource``). One thread uses it.
+    """The frames of a file, which the receiver of pages reads in place of a data channel (``link.data.FrameSource``).
+    One thread uses it.
 
     Args:
         file: opened; whoever opened it closes it.

@@ -302,8 +302,7 @@ class Save:
     ) -> ReadTime:
         """Write a guest that runs, until it can be stopped for the rest within its limit."""
         env, ledger, vmm = self._env, self._ledger, self._guest.vmm
-        limit_ns = limit_of(parameters)
-        resume_ns = env.resume_costs.expected_ns(vmm.driver, desk.offer.costs, limit_ns)
+        resume_ns = env.resume_costs.expected_ns(vmm.driver, desk.offer.costs)
         load = ProcessorLoad()
         kind = f"file|{class_key(desk.offer.description)}"
 

@@ -248,7 +248,7 @@ def sync_directory(directory: Path) -> None:
 
 
 class FileSink:
-    """What one thread of the page sender writes to in place of a data channel (``link.data.FrameSink``).
+    """A file that one thread of the page sender writes to in place of a data channel (``link.data.FrameSink``).
 
     Barriers are left out: the file has one for each round, written when all threads are done with it.
     """

@@ -261,7 +261,7 @@ class Precopy:
         return self._transfer.round > 0 and pages * PAGE_SIZE <= SMALL_ROUND_BYTES
 
     async def _run_without_memory(self) -> Runs:
-        """What is left of the rounds where memory is handed over: iterable devices send their state for as long as it
+        """The rounds where memory is handed over and not sent: iterable devices send their state for as long as it
         gets less, and costs that cannot fit the limit are refused."""
         transfer, number = self._transfer, 0
         iterable = [device for device in transfer.guest.devices if device.kind == "iterable"]

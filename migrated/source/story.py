@@ -195,7 +195,7 @@ class Story:
             handover,
             limits,
             SourceReserves(
-                commit_ns=env.resume_costs.commit_reserve_ns(committed_ns, costs.call_ns, abort_limit_ns(limits)),
+                commit_ns=env.resume_costs.commit_reserve_ns(driver, costs, committed_ns, abort_limit_ns(limits)),
                 own_resume_ns=env.resume_costs.reserve_ns(driver, costs, abort_limit_ns(limits)),
             ),
             pending,

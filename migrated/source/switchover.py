@@ -303,7 +303,7 @@ class Switchover:
             await self._hear(item)
 
     def _patience_s(self) -> float | None:
-        """How long to wait for the next event (s); None while nothing limits the wait."""
+        """Return the longest wait for the next event (s); None while nothing limits the wait."""
         if self._handover.state is SourceState.COMMITTED:
             return self._bounds.stop_timeout_s + self._bounds.heartbeat_timeout_s
         patience_ns = self._budget.patience_ns(time.monotonic_ns())

@@ -57,7 +57,7 @@ def place_path(api_socket: Path) -> Path:
 
 
 def agent_path(api_socket: Path) -> Path:
-    """Where the port of its guest agent listens, if its definition gives it one."""
+    """The socket at which the port of its guest agent listens, if its definition gives it one."""
     return api_socket.with_suffix(".agent")
 
 
