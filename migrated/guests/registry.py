@@ -368,6 +368,11 @@ class GuestRegistry:
             raise
 
     def _adopt(self, vmm: VmmGuest, description: GuestDescription) -> Guest:
+        if description.name != name_at(vmm.api_socket.stem):
+            raise VmmError(
+                f"the VMM behind {vmm.api_socket} calls its guest {description.name!r}: commands for that name would "
+                "reach this one"
+            )
         guest = Guest(description.name, description.uuid, description.memory_bytes, vmm, vmm.api_socket)
         try:
             guest.pidfd = os.pidfd_open(vmm.pid)
