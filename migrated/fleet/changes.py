@@ -26,16 +26,32 @@ from migrated.fleet.store import Compare, Delete, Exists, Missing, Operation, Pu
 # Section: hosts
 
 
-def publish(mirror: Mirror, document: HostDocument, lease: int, counted: Collection[str]) -> Transaction:
-    """Publish what a host says of itself, under its lease.
+def over_here(
+    slots: HostSlots, counted: Collection[str], arriving: Collection[str]
+) -> tuple[tuple[Reservation, ...], tuple[Reservation, ...]]:
+    """The reservations of migrations to a host that are over, and those that stand.
 
     Args:
-        counted: guests here whose memory ``used_bytes`` counts: their reservations end with this.
+        counted: guests that run there, whose memory the host counts itself.
+        arriving: guests on their way there. One that has landed and is neither came and has ended or gone on since.
+    """
+    over = tuple(one for one in slots.inbound if one.guest in counted or (one.landed and one.guest not in arriving))
+    return over, tuple(one for one in slots.inbound if one not in over)
+
+
+def publish(
+    mirror: Mirror, document: HostDocument, lease: int, counted: Collection[str], arriving: Collection[str] = ()
+) -> Transaction:
+    """Publish what a host says of itself, under its lease; reservations that are over end with this.
+
+    Args:
+        counted: guests here whose memory ``used_bytes`` counts.
+        arriving: guests on their way here.
     """
     keys, slots = mirror.keys, mirror.slots_of(document.name)
     write = Put(keys.host(document.name), document.to_bytes(), lease)
-    left = tuple(one for one in slots.inbound if one.guest not in counted)
-    if len(left) == len(slots.inbound):
+    over, left = over_here(slots, counted, arriving)
+    if not over:
         return Transaction((), (write,))
     key = keys.slots_of(document.name)
     after = slots.model_copy(update={"inbound": left})

@@ -173,7 +173,13 @@ class Owners:
 
     async def begin(self, guest: str, uri: str, migration_id: str) -> str | None:
         """Make ready to hand a guest over. Returns why that cannot be, a sentence; None when it can."""
-        destination = self._host if uri == HERE else self._host_at(uri)
+        hosts = [self._host] if uri == HERE else self._hosts_at(uri)
+        if len(hosts) > 1:
+            return (
+                f"Several hosts say that they take guests at {uri}: {', '.join(hosts)}. Nobody can say which of them "
+                "would get the guest; set [fleet] address to where each is reached."
+            )
+        destination = hosts[0] if hosts and (uri == HERE or hosts[0] != self._host) else None
         if destination in self._follower.mirror.fences:
             return f"The host {destination} is fenced: no guest is handed to it."
         if destination != self._host and destination in self._follower.mirror.cordons:
@@ -280,7 +286,6 @@ class Owners:
         """
         return Ownership(owner=self._host, epoch=1) if known is None else reclaimed(known, self._host)
 
-    def _host_at(self, uri: str) -> str | None:
-        """The name of the host that takes guests at an address."""
-        hosts = self._follower.mirror.hosts.values()
-        return next((host.name for host in hosts if host.address == uri and host.name != self._host), None)
+    def _hosts_at(self, uri: str) -> list[str]:
+        """The names of the hosts that say that they take guests at an address."""
+        return sorted(host.name for host in self._follower.mirror.hosts.values() if host.address == uri)
