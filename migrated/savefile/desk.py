@@ -14,8 +14,8 @@ from migrated.settings.parameters import MigrationParameters
 from migrated.source.encoding import encoder_factory
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.pages import PageSender, Sent
-from migrated.source.precopy import Transfer
 from migrated.source.session import Offer, Tracking, hello_of
+from migrated.source.transfer import Transfer
 from migrated.vmm.handed_over import NoDirtyLog
 from migrated.vmm.memory import GuestMemory
 from migrated.vmm.seam import VmmGuest

@@ -312,7 +312,7 @@ class Save:
                 bandwidth,
                 dirty_pages=dirty_pages,
                 device_bytes=desk.transfer.final_device_bytes(),
-                scan_ns=desk.transfer.collect_ns,
+                scan_ns=desk.transfer.collect_cost_ns,
                 resume_ns=resume_ns,
                 load=load,
             )

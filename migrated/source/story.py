@@ -26,10 +26,11 @@ from migrated.source.ledger import DeviceFigures, OutgoingLedger
 from migrated.source.listener import Listener
 from migrated.source.outcome import OutcomeAsker
 from migrated.source.phases import Beginning, Blackout, Connected, Opened, Prepared
-from migrated.source.precopy import Precopy, Transfer
+from migrated.source.precopy import Precopy
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.switchover import Item, Switchover
 from migrated.source.target import HERE, Target
+from migrated.source.transfer import Transfer
 from migrated.source.view import View
 from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
@@ -222,7 +223,7 @@ class Story:
         return self._env.knowledge.predict(
             self._ledger.guest,
             self.guest_class,
-            session.bases(dirty_pages, transfer.final_device_bytes(), transfer.collect_ns, bandwidth),
+            session.bases(dirty_pages, transfer.final_device_bytes(), transfer.collect_cost_ns, bandwidth),
             coverage=self._parameters().prediction_coverage_pct / 100,
             bandwidth_known=bandwidth.bytes_per_s > 0 or not dirty_pages,
         )

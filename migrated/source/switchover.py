@@ -28,7 +28,7 @@ from migrated.record.parts import Part
 from migrated.record.terms import Phase, QemuCheckpoint
 from migrated.settings.config import LimitsConfig
 from migrated.source.handover import SourceHandover
-from migrated.source.precopy import Transfer
+from migrated.source.transfer import Transfer
 from protocol import messages
 from protocol.blackout import SourceBudget, SourceReserves
 from protocol.budget import DowntimeInterval, measured_downtime
