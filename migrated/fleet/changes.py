@@ -26,32 +26,23 @@ from migrated.fleet.store import Compare, Delete, Exists, Missing, Operation, Pu
 # Section: hosts
 
 
-def over_here(
-    slots: HostSlots, counted: Collection[str], arriving: Collection[str]
-) -> tuple[tuple[Reservation, ...], tuple[Reservation, ...]]:
-    """The reservations of migrations to a host that are over, and those that stand.
-
-    Args:
-        counted: guests that run there, whose memory the host counts itself.
-        arriving: guests on their way there. One that has landed and is neither came and has ended or gone on since.
-    """
-    over = tuple(one for one in slots.inbound if one.guest in counted or (one.landed and one.guest not in arriving))
-    return over, tuple(one for one in slots.inbound if one not in over)
-
-
 def publish(
-    mirror: Mirror, document: HostDocument, lease: int, counted: Collection[str], arriving: Collection[str] = ()
+    mirror: Mirror,
+    document: HostDocument,
+    lease: int,
+    counted: Collection[str],
+    gone: Collection[Reservation] = (),
 ) -> Transaction:
-    """Publish what a host says of itself, under its lease; reservations that are over end with this.
+    """Publish what a host says of itself, under its lease.
 
     Args:
-        counted: guests here whose memory ``used_bytes`` counts.
-        arriving: guests on their way here.
+        counted: guests here whose memory ``used_bytes`` counts: their reservations end with this.
+        gone: reservations of guests that have landed and ended, or gone on, before they were counted: they end too.
     """
     keys, slots = mirror.keys, mirror.slots_of(document.name)
     write = Put(keys.host(document.name), document.to_bytes(), lease)
-    over, left = over_here(slots, counted, arriving)
-    if not over:
+    left = tuple(one for one in slots.inbound if one.guest not in counted and one not in gone)
+    if len(left) == len(slots.inbound):
         return Transaction((), (write,))
     key = keys.slots_of(document.name)
     after = slots.model_copy(update={"inbound": left})

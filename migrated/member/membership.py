@@ -17,7 +17,7 @@ from typing import Final
 import structlog
 
 from migrated.environment import Environment, fleet_name
-from migrated.fleet.changes import over_here, publish
+from migrated.fleet.changes import publish
 from migrated.fleet.model import HostDocument
 from migrated.fleet.store import LeaseEndedError, Put, Store, StoreError, Transaction
 from migrated.member.facts import forecast, guest_document, link_bytes_per_s
@@ -115,9 +115,9 @@ class Membership:
         records = self._local.recent
         guests = self._local.local_guests()
         here = {guest.name for guest in guests if not guest.arriving}
-        coming = {guest.name for guest in guests if guest.arriving}
         slots = self._follower.mirror.slots_of(self._name)
         promised = {one.guest for one in slots.inbound}
+        gone = [one for one in slots.inbound if one.landed and not self._env.guests.holds(one.guest)]
         used = sum(guest.memory_bytes for guest in guests if not (guest.arriving and guest.name in promised))
         inbound, outbound = self._local.attempts()
         fleet = self._env.config.fleet
@@ -139,9 +139,8 @@ class Membership:
             clock_offset_ns=self._clock_offset_ns(),
         )
         mirror = self._follower.mirror
-        over, _ = over_here(slots, here, coming)
-        if document != self._told or mirror.hosts.get(self._name) != document or over:
-            answer = await self._follower.transact(publish(mirror, document, self.lease, here, coming))
+        if document != self._told or mirror.hosts.get(self._name) != document or here & promised or gone:
+            answer = await self._follower.transact(publish(mirror, document, self.lease, here, gone))
             if answer.succeeded:
                 self._told = document
             else:
