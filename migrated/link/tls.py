@@ -146,9 +146,11 @@ class TlsSession:
         return self._opening == PREFACE_MAGIC
 
     def peer_names(self) -> tuple[str, ...]:
-        """The DNS names and IP addresses in the peer's certificate, sorted; there after the handshake."""
+        """The DNS names and IP addresses in the peer's certificate, sorted; there after the handshake. What calls
+        itself a DNS name and has a colon is none: it could pass for ``link.security.THIS_HOST``."""
         alternatives = cast("tuple[tuple[str, str], ...]", (self._tls.getpeercert() or {}).get("subjectAltName", ()))
-        return tuple(sorted(name.lower() for kind, name in alternatives if kind in ("DNS", "IP Address")))
+        names = (name for kind, name in alternatives if kind == "IP Address" or (kind == "DNS" and ":" not in name))
+        return tuple(sorted(name.lower() for name in names))
 
     def to_send(self) -> bytes:
         """Return the bytes that are to be sent to the peer now."""

@@ -372,6 +372,8 @@ class FleetConfig(Section):
             raise ValueError("certificate and key go together")
         if (self.user is None) != (self.password_file is None):
             raise ValueError("user and password_file go together")
+        if self.address is not None and self.address.port == 0:
+            raise ValueError("address needs the port that other hosts connect to")
         return self
 
 
@@ -393,6 +395,16 @@ class Config(Section):
     lock: LockConfig = LockConfig()
     clock: ClockConfig = ClockConfig()
     fleet: FleetConfig = FleetConfig()
+
+    @model_validator(mode="after")
+    def _fleet_knows_where(self) -> Config:
+        """Hosts of a fleet are told apart by their addresses."""
+        where = self.fleet.address or self.listen.address
+        if self.fleet.endpoints and where.host in ("0.0.0.0", "::"):
+            raise ValueError(
+                f"[fleet] address must say where other hosts reach this one: {where} stands for all of its addresses"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rules_need_names(self) -> Config:

@@ -19,7 +19,7 @@ import structlog
 from migrated.base.errors import LinkLostError, RefusedError
 from migrated.link import sockets
 from migrated.link.data import DataChannel
-from migrated.link.security import LinkSecurity, PlainRefusedError, is_loopback
+from migrated.link.security import THIS_HOST, LinkSecurity, PlainRefusedError, is_loopback
 from migrated.link.sockets import Connection
 from migrated.link.tls import Credentials, CredentialsError
 from migrated.settings.config import AuthorisationConfig, TlsConfig
@@ -273,6 +273,14 @@ async def test_a_recorded_session_is_worth_nothing(pki: Authority) -> None:
         assert await refusal(server) == "tls"
         assert server.taken.empty()
         writer.close()
+
+
+async def test_no_certificate_makes_a_host_this_one(pki: Authority) -> None:
+    """A peer on this host is known by a name that no rule is asked about."""
+    async with listening(security_of(pki.host("b.example", "127.0.0.1"), names=("c.example",))) as server:
+        with pytest.raises(LinkLostError, match="is a host without a name in its certificate"):
+            await server.ask(security_of(pki.host(*THIS_HOST)))
+        assert await refusal(server) == "authorisation"
 
 
 async def test_names_say_who_is_talked_to_at_all(pki: Authority) -> None:
