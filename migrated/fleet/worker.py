@@ -14,12 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from migrated.fleet.changes import change_job, change_step, create_steps
-<<<<<<< HEAD
 from migrated.fleet.costs import MoveCost, limit_of, move_cost, narrowest_share
-from migrated.fleet.jobs import ACTIVE, FINAL, JobEvent, StepEvent, failure, is_over, job_after
-=======
 from migrated.fleet.jobs import ACTIVE, FINAL, LONGEST_BACK_OFF_NS, JobEvent, StepEvent, failure, is_over, job_after
->>>>>>> planner
 from migrated.fleet.mirror import Mirror, link_of
 from migrated.fleet.model import HostDocument, JobPhase, JobSpec, JobStep, StepState
 from migrated.fleet.placement import PossibleHosts, why_not

@@ -130,19 +130,11 @@ class Workers:
         """Decide what is next. Planning takes seconds for many guests: it is done in a process of its own, so that the
         migrations of this host are not held up."""
         mirror = self._follower.mirror
-<<<<<<< HEAD
-        spec, state = mirror.specs.get(job), mirror.states[job]
-        planned = mirror.steps[job]
-        if spec is None or state.phase is not JobPhase.RUNNING or not set(guests_of(mirror, spec)) - planned.keys():
-            return next_work(mirror, job, time.time_ns())
-        return await elsewhere(next_work, mirror.part(spec.host, job), job, time.time_ns())
-=======
         spec, state = mirror.specs.get(job), mirror.states.get(job)
         running = state is not None and state.phase is JobPhase.RUNNING
         if spec is not None and running and set(guests_of(mirror, spec)) - mirror.steps[job].keys():
-            return await elsewhere(next_work, mirror, job, time.time_ns())
+            return await elsewhere(next_work, mirror.part(spec.host, job), job, time.time_ns())
         return next_work(mirror, job, time.time_ns())
->>>>>>> planner
 
     async def _forget_old(self) -> None:
         """Delete the oldest jobs that are over, so that they do not grow for ever."""
