@@ -17,7 +17,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -182,7 +182,8 @@ class Journal:
         newest: dict[str, int] = {}
         for attempt in self._attempts.values():
             newest[attempt.guest] = max(newest.get(attempt.guest, 0), attempt.epoch)
-        found = [attempt for attempt in self._attempts.values() if not attempt.closed]
+        # Copies: who finishes an attempt still knows its facts when it is closed.
+        found = [replace(attempt) for attempt in self._attempts.values() if not attempt.closed]
         current = [attempt for attempt in found if attempt.epoch == newest[attempt.guest]]
         return current, [attempt for attempt in found if attempt.epoch != newest[attempt.guest]]
 
