@@ -17,7 +17,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -69,11 +69,10 @@ class Attempt:
         """The place of the guest's process on this host."""
         return str(self.facts.get("place", self.guest))
 
-    def close(self) -> None:
-        """Nothing of it is left to do. Thousands of closed attempts are kept: of their facts no more stays than a late
-        question needs."""
-        self.closed = True
-        self.facts = {name: self.facts[name] for name in _FACTS_KEPT if name in self.facts}
+    def without_facts(self) -> Attempt:
+        """The same with no more facts than a late question needs: thousands of closed attempts are kept. Whoever holds
+        this one, as an attempt that was recovered and is still shown, goes on to have them all."""
+        return replace(self, facts={name: self.facts[name] for name in _FACTS_KEPT if name in self.facts})
 
 
 class Journal:
@@ -219,7 +218,8 @@ class Journal:
             self._epochs[entry["guest"]] = max(self._epochs.get(entry["guest"], 0), entry["epoch"])
         elif (attempt := self._attempts.get(key)) is not None:
             if decision == "closed":
-                attempt.close()
+                attempt.closed = True
+                self._attempts[key] = attempt.without_facts()
             else:
                 attempt.decisions.append(Decision(decision))
 
