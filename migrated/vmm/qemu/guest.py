@@ -152,7 +152,7 @@ class QemuGuest(VmmGuest):
                 DeviceDescription(
                     name=DEVICES,
                     kind="non-iterable",
-                    state_bytes=(self._place.state_bytes or _PRIOR_STATE_BYTES) + handed_over.own_bytes(self._ram),
+                    state_bytes=self._state_bytes(),
                     expected_save_ns=expected["save"],
                     expected_load_ns=expected["load"],
                 ),
@@ -164,6 +164,12 @@ class QemuGuest(VmmGuest):
             expected_resume_ns=expected["resume"],
             vmm_config=blueprint.pack(),
         )
+
+    def _state_bytes(self) -> int:
+        """Expected size of what ``state_out`` gives. Memory that is QEMU's own is in it where main memory is handed
+        over; else it travels as pages."""
+        own = handed_over.own_bytes(self._ram) if self._hands_over or self._place.private_view else 0
+        return (self._place.state_bytes or _PRIOR_STATE_BYTES) + own
 
     async def _draw(self) -> Blueprint:
         blueprint = self._blueprint = await draw(self._qmp, self.name, self._ram)
@@ -285,6 +291,7 @@ class QemuGuest(VmmGuest):
             finally:
                 resumed.cancel()
         self._note("resume", running_at_ns - begin_ns)
+        self._hands_over = False
         await self._save.release()
         if arriving:
             self._now_ours()
