@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
-from unittest.mock import patch
 
 import structlog
 
@@ -99,8 +98,8 @@ def killed_at(directory: Path, attempts: int, at: int, midway: bool) -> tuple[li
             write(told, f"{line}\n".encode())
 
         for name in _CALLS:
-            patch.object(os, name, killer.call(name, getattr(os, name))).start()
-        patch.object(journal, "_MORE_LINES", _MORE_LINES).start()
+            setattr(os, name, killer.call(name, getattr(os, name)))
+        journal._MORE_LINES = _MORE_LINES  # type: ignore[misc]
         asyncio.run(_write(directory, attempts, acknowledge))
         os._exit(killer.made["replace"])
     os.close(told)

@@ -70,11 +70,10 @@ class Attempt:
         """The place of the guest's process on this host."""
         return str(self.facts.get("place", self.guest))
 
-    def close(self) -> None:
-        """Nothing of it is left to do. Thousands of closed attempts are kept: of their facts no more stays than a late
-        question needs."""
-        self.closed = True
-        self.facts = {name: self.facts[name] for name in _FACTS_KEPT if name in self.facts}
+    def without_facts(self) -> Attempt:
+        """The same with no more facts than a late question needs: thousands of closed attempts are kept. Whoever holds
+        this one, as an attempt that was recovered and is still shown, goes on to have them all."""
+        return replace(self, facts={name: self.facts[name] for name in _FACTS_KEPT if name in self.facts})
 
 
 class _Snapshot(NamedTuple):
@@ -182,8 +181,7 @@ class Journal:
         newest: dict[str, int] = {}
         for attempt in self._attempts.values():
             newest[attempt.guest] = max(newest.get(attempt.guest, 0), attempt.epoch)
-        # Copies: who finishes an attempt still knows its facts when it is closed.
-        found = [replace(attempt) for attempt in self._attempts.values() if not attempt.closed]
+        found = [attempt for attempt in self._attempts.values() if not attempt.closed]
         current = [attempt for attempt in found if attempt.epoch == newest[attempt.guest]]
         return current, [attempt for attempt in found if attempt.epoch != newest[attempt.guest]]
 
@@ -240,7 +238,8 @@ class Journal:
             self._epochs[entry["guest"]] = max(self._epochs.get(entry["guest"], 0), entry["epoch"])
         elif (attempt := self._attempts.get(key)) is not None:
             if decision == "closed":
-                attempt.close()
+                attempt.closed = True
+                self._attempts[key] = attempt.without_facts()
             else:
                 attempt.decisions.append(Decision(decision))
 
