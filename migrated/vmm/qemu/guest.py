@@ -34,6 +34,7 @@ from migrated.vmm.qemu.costs import STEPS, Step, SwitchoverCosts, keys_of
 from migrated.vmm.qemu.findings import Row, refusals
 from migrated.vmm.qemu.handed_over import PrivateView
 from migrated.vmm.qemu.lock import QemuLock
+from migrated.vmm.qemu.offers import words
 from migrated.vmm.qemu.places import Place
 from migrated.vmm.qemu.qmp import QUICK_S, Qmp, QmpCommandError, stamp_ns
 from migrated.vmm.qemu.ram import Ram, find_ram
@@ -195,6 +196,11 @@ class QemuGuest(VmmGuest):
     async def check(self) -> list[Row]:
         """Everything that could break the promise of a migration, each with its verdict."""
         return await check_guest(self._qmp, self._ram)
+
+    async def needs(self) -> frozenset[str]:
+        machine = await self._qmp.call("qom-get", path="/machine", property="type")
+        kvm = await self._qmp.call("query-kvm")
+        return words(machines=[str(machine).removesuffix("-machine")], kvm=bool(kvm["enabled"]))
 
     async def why_not_migrate(self) -> str | None:
         return refusals(await self.check())
