@@ -26,6 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 LIFE: Final = timedelta(days=365)
 AUTHORITY_LIFE: Final = timedelta(days=3650)
+LIST_LIFE: Final = timedelta(days=30)
 CLOCK_SKEW: Final = timedelta(minutes=5)
 """A certificate is valid from a little before now: the hosts' clocks may differ."""
 
@@ -113,6 +114,32 @@ class Authority:
         _write_key(files.key, key)
         _write_certificate(files.certificate, builder.sign(self._key, hashes.SHA256()))
         return files
+
+    def revoke(self, *names: str, next_update: datetime | None = None) -> Path:
+        """Make the list of revoked certificates: those that hosts have now, in place of what was on it.
+
+        Args:
+            names: of the hosts.
+            next_update: when the list runs out; left out: in 30 days.
+
+        Returns:
+            The file, as ``[tls] revoked`` names it.
+        """
+        now = datetime.now(UTC)
+        builder = x509.CertificateRevocationListBuilder().issuer_name(self._certificate.subject)
+        builder = builder.last_update(min(now, next_update or now) - CLOCK_SKEW)
+        builder = builder.next_update(next_update or now + LIST_LIFE)
+        own = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        builder = builder.add_extension(own, critical=False)
+        builder = builder.add_extension(x509.CRLNumber(int(now.timestamp())), critical=False)
+        for name in names:
+            certificate = x509.load_pem_x509_certificate(self.files(name).certificate.read_bytes())
+            entry = x509.RevokedCertificateBuilder().serial_number(certificate.serial_number).revocation_date(now)
+            builder = builder.add_revoked_certificate(entry.build())
+        path = self.directory / "revoked.pem"
+        signed = builder.sign(self._key, hashes.SHA256())
+        _write(path, signed.public_bytes(serialization.Encoding.PEM), 0o644)
+        return path
 
     def files(self, name: str) -> HostFiles:
         """Where the files of a host are."""

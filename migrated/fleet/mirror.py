@@ -149,6 +149,11 @@ class Mirror:
         place.documents[place.name] = document
         self._index(place.name, document)
 
+    def changed_since(self, before: Mirror) -> list[str]:
+        """The keys that are not as an earlier mirror has them."""
+        keys = self._revisions.keys() | before._revisions.keys()
+        return sorted(key for key in keys if self.unchanged(key) != before.unchanged(key))
+
     def unchanged(self, key: str) -> Unchanged:
         """The compare that holds while a key is as it was seen here."""
         return Unchanged(key, self._revisions.get(key, 0))

@@ -15,7 +15,7 @@ from typing import Final
 
 from migrated.fleet.changes import change_job, change_step, create_steps
 from migrated.fleet.costs import MoveCost, limit_of, move_cost, narrowest_share
-from migrated.fleet.jobs import ACTIVE, FINAL, JobEvent, StepEvent, failure, is_over, job_after
+from migrated.fleet.jobs import ACTIVE, FINAL, LONGEST_BACK_OFF_NS, JobEvent, StepEvent, failure, is_over, job_after
 from migrated.fleet.mirror import Mirror, link_of
 from migrated.fleet.model import HostDocument, JobPhase, JobSpec, JobStep, StepState
 from migrated.fleet.placement import PossibleHosts, why_not
@@ -125,7 +125,7 @@ def _next_of_step(mirror: Mirror, spec: JobSpec, step: JobStep, now_utc_ns: int,
         return work(StepEvent.GIVE_UP, _late(step))
     if step.attempt >= spec.max_attempts:
         return work(StepEvent.GIVE_UP, step.reason)
-    if step.not_before_utc_ns > now_utc_ns:
+    if 0 < step.not_before_utc_ns - now_utc_ns <= LONGEST_BACK_OFF_NS:  # later than that: a clock was set back
         return Wait(step.not_before_utc_ns)
     chosen = choose_host(mirror, spec, step)
     if isinstance(chosen, str):

@@ -125,7 +125,9 @@ class Membership:
         records = self._local.recent
         guests = self._local.local_guests()
         here = {guest.name for guest in guests if not guest.arriving}
-        promised = {one.guest for one in self._follower.mirror.slots_of(self._name).inbound}
+        slots = self._follower.mirror.slots_of(self._name)
+        promised = {one.guest for one in slots.inbound}
+        gone = [one for one in slots.inbound if one.landed and not self._env.guests.holds(one.guest)]
         used = sum(guest.memory_bytes for guest in guests if not (guest.arriving and guest.name in promised))
         inbound, outbound = self._local.attempts()
         fleet = self._env.config.fleet
@@ -148,8 +150,8 @@ class Membership:
             clock_offset_ns=self._clock_offset_ns(),
         )
         mirror = self._follower.mirror
-        if document != self._told or mirror.hosts.get(self._name) != document or here & promised:
-            answer = await self._follower.transact(publish(mirror, document, self.lease, here))
+        if document != self._told or mirror.hosts.get(self._name) != document or here & promised or gone:
+            answer = await self._follower.transact(publish(mirror, document, self.lease, here, gone))
             if answer.succeeded:
                 self._told = document
             else:

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 import structlog
 
+from migrated.base.errors import DocumentError
 from migrated.base.tasks import TaskSet
 from migrated.control.operations import OperationError
 from migrated.fleet.model import Ownership, parse
@@ -35,6 +36,10 @@ _MIGRATIONS_KEPT: Final = 256
 _AGAIN_S: Final = 0.5
 _TOKEN_S: Final = 0.05
 """Longest wait for the token of a guest that stands still."""
+
+
+class _OddKeyError(StoreError):
+    """What an owner key holds is no owner: nobody can say who has the guest."""
 
 
 class _Begun(NamedTuple):
@@ -86,7 +91,7 @@ class Owners:
             releasing.cancel()  # what it has sent is void once the claim is there, and no hindrance before
             await asyncio.wait([releasing])
         try:
-            refusal = await self._claim(guest) and await self._claim(guest)
+            refusal = await self._claim(guest, new=True) and await self._claim(guest, new=True)
         except StoreError as error:
             raise OperationError(
                 f"Guest {guest!r} is not started: only the fleet's store can say that no other host has it. {error}"
@@ -151,25 +156,37 @@ class Owners:
                 unchanged = Unchanged(keys.owner(guest), revision)
                 if (await self._follower.transact(Transaction((unchanged,), deletes))).succeeded:
                     return
+            except _OddKeyError as error:
+                log.error("the owner of a guest that has ended cannot be deleted", guest=guest, reason=str(error))
+                return
             except StoreError as error:
                 self._follower.failed(error)
             await self._follower.change(_AGAIN_S)
 
-    async def _claim(self, guest: str) -> str | None:
-        """Own a guest that has no owner, or whose hosts are fenced. Returns why that cannot be, None when it is so."""
+    async def _claim(self, guest: str, *, new: bool = False) -> str | None:
+        """Own a guest that has no owner, or whose hosts are fenced. Returns why that cannot be, None when it is so.
+
+        Args:
+            new: it shall be started here, and is not the one that a hand-over brought: whatever the key says, a host
+                that still has that one may run it again.
+        """
         mirror = self._follower.mirror
-        known, revision = await self._look(guest)
+        try:
+            known, revision = await self._look(guest)
+        except _OddKeyError as error:
+            return str(error)
         compares: tuple[Exists, ...] = ()
         if known is None:
             wanted = Ownership(owner=self._host, epoch=1)
-        elif known.owner == self._host:
+        elif known.owner == self._host and (known.previous is None or not new):
             wanted = reclaimed(known, self._host)
         else:
+            holders = [host for host in (known.owner, known.previous) if host and (host != self._host or not new)]
             try:
-                wanted = taken(known, self._host, mirror.fences)
+                wanted = taken(known, self._host, {*mirror.fences, *({self._host} if new else ())})
             except NotTheOwnerError as error:
                 return str(error)
-            compares = tuple(Exists(mirror.keys.fence(host)) for host in (known.owner, known.previous) if host)
+            compares = tuple(Exists(mirror.keys.fence(host)) for host in holders)
         change = change_owner(mirror.keys, guest, revision, wanted, by=self._host)
         answer = await self._follower.transact(
             Transaction((*change.compares, *compares), change.then, change.otherwise)
@@ -180,7 +197,13 @@ class Owners:
 
     async def begin(self, guest: str, uri: str, migration_id: str) -> str | None:
         """Make ready to hand a guest over. Returns why that cannot be, a sentence; None when it can."""
-        destination = self._host if uri == HERE else self._host_at(uri)
+        hosts = [self._host] if uri == HERE else self._hosts_at(uri)
+        if len(hosts) > 1:
+            return (
+                f"Several hosts say that they take guests at {uri}: {', '.join(hosts)}. Nobody can say which of them "
+                "would get the guest; set [fleet] address to where each is reached."
+            )
+        destination = hosts[0] if hosts and (uri == HERE or hosts[0] != self._host) else None
         if destination in self._follower.mirror.fences:
             return f"The host {destination} is fenced: no guest is handed to it."
         if destination != self._host and destination in self._follower.mirror.cordons:
@@ -259,7 +282,7 @@ class Owners:
                 change = change_owner(self._follower.mirror.keys, guest, revision, self._own(known), by=None)
                 if (await self._follower.transact(change)).succeeded:
                     return
-            except NotTheOwnerError as error:
+            except (NotTheOwnerError, _OddKeyError) as error:
                 log.error("the guest was taken back here, and the store gave it away", guest=guest, reason=str(error))
                 return
             except StoreError as error:
@@ -269,10 +292,18 @@ class Owners:
     # Section: the store
 
     async def _look(self, guest: str) -> tuple[Ownership | None, int]:
-        """The owner of a guest as the store has it now, and the revision of that."""
+        """The owner of a guest as the store has it now, and the revision of that.
+
+        Raises:
+            StoreError: it does not say.
+            _OddKeyError: what it holds is no owner.
+        """
         key = self._follower.mirror.keys.owner(guest)
         entry = await self._follower.look(key)
-        return (None, 0) if entry is None else (parse(Ownership, key, entry.value), entry.revision)
+        try:
+            return (None, 0) if entry is None else (parse(Ownership, key, entry.value), entry.revision)
+        except DocumentError as error:
+            raise _OddKeyError(str(error)) from error
 
     async def _write(self, guest: str, wanted: Ownership, *, by: str | None) -> None:
         """Write a change that was decided on what the mirror has; somebody else's change makes it void."""
@@ -299,7 +330,6 @@ class Owners:
         """
         return Ownership(owner=self._host, epoch=1) if known is None else reclaimed(known, self._host)
 
-    def _host_at(self, uri: str) -> str | None:
-        """The name of the host that takes guests at an address."""
-        hosts = self._follower.mirror.hosts.values()
-        return next((host.name for host in hosts if host.address == uri and host.name != self._host), None)
+    def _hosts_at(self, uri: str) -> list[str]:
+        """The names of the hosts that say that they take guests at an address."""
+        return sorted(host.name for host in self._follower.mirror.hosts.values() if host.address == uri)
