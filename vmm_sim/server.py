@@ -2,6 +2,8 @@
 
 A reply may thus overtake another; requests carry an id. ``interrupt`` and ``status`` are answered while a device is
 being saved or loaded.
+
+The module is longer than others because every request of the API has its method here.
 """
 
 from __future__ import annotations

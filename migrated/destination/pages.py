@@ -7,6 +7,8 @@ guest. A page that stays zero is never touched; many in a row that become zero a
     anything else -> staging -> decode, hash     -> long runs of new pages written as such, the rest scattered
     EXTENTS -> huge pages, populated by a thread of its own, ahead of the stream, in the first round only
     after the first round: what went through the file is mapped, by a thread of its own, until the guest stops
+
+The module is longer than others because all kinds of frames write into one memory, in order.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@
 State outside memory leaves and enters as a stream of named parts; how many calls that takes is the driver's affair.
 Memory is one or more regions (``migrated.vmm.memory``), and the dirty log covers all of them
 (``migrated.vmm.dirty_log``). Nothing above this module imports a driver.
+
+The module is longer than others because whoever writes a driver reads it in one piece.
 """
 
 from __future__ import annotations

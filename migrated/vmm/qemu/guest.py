@@ -8,6 +8,8 @@ source        start_dirty_log   a userfaultfd made inside QEMU (it stands still 
 destination   memory            RAM in a file of ours; video memory and firmware in QEMU, written from here
               state_in          the part, as a migration stream; QEMU stays stopped
               resume            cont: opens the disks, then runs; after that the network is told where it is now
+
+The module is longer than others because all that is asked of one QEMU shares its monitor and its state.
 """
 
 from __future__ import annotations
