@@ -1,4 +1,7 @@
-"""The interface between control socket and daemon: the ``Operations`` protocol, its error, and the events."""
+"""The interface between control socket and daemon: the ``Operations`` protocol, its error, and the events.
+
+The module is longer than others because every operation is declared here, with its errors.
+"""
 
 from __future__ import annotations
 

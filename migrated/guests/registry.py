@@ -7,6 +7,8 @@ A name stands for two processes for a moment when a guest gets another VMM on th
 
     g1     the process that a guest named g1 began with here
     g1~    the one that took over from it; the one after that is at g1 again
+
+The module is longer than others because adding, finding, replacing and ending share the table of places.
 """
 
 from __future__ import annotations
@@ -203,6 +205,10 @@ class GuestRegistry:
     def driver_names(self) -> list[str]:
         """Names of the drivers whose guests this host can run."""
         return sorted(self._drivers)
+
+    async def offers(self) -> frozenset[str]:
+        """What this host has for guests of its drivers that not every host has."""
+        return frozenset[str]().union(*[await driver.offers() for driver in self._drivers.values()])
 
     def names(self) -> list[str]:
         """Names of all guests."""

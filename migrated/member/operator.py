@@ -75,7 +75,7 @@ class FleetOperator:
         if not mirror.by_owner.get(request.host):
             return plan_view(mirror, spec, plan(mirror, spec))
         try:
-            return plan_view(mirror, spec, await elsewhere(plan, mirror, spec))
+            return plan_view(mirror, spec, await elsewhere(plan, mirror.part(spec.host), spec))
         except PlanningError as error:
             raise OperationError(str(error)) from error
 

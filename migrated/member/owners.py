@@ -5,6 +5,7 @@ in a hand-over, settled when it runs at its new host, let go of when it ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -17,6 +18,7 @@ from migrated.fleet.model import Ownership, parse
 from migrated.fleet.ownership import (
     NotTheOwnerError,
     change_owner,
+    given_back,
     reclaimed,
     refusal_of,
     settled,
@@ -32,6 +34,8 @@ log = structlog.get_logger()
 
 _MIGRATIONS_KEPT: Final = 256
 _AGAIN_S: Final = 0.5
+_TOKEN_S: Final = 0.05
+"""Longest wait for the token of a guest that stands still."""
 
 
 class _OddKeyError(StoreError):
@@ -55,14 +59,18 @@ class Owners:
 
     Attributes:
         strangers: for each guest that is here and belongs to another host, a sentence.
+        started: guests that were claimed because this daemon starts them.
     """
 
     def __init__(self, follower: Follower, host: str) -> None:
         self.strangers: dict[str, str] = {}
+        self.started: set[str] = set()
         self._follower = follower
         self._host: Final = host
         self._begun: dict[str, _Begun] = {}
         """By migration id."""
+        self._tokens: dict[str, int] = {}
+        """By guest: the last one that this host had, which is too old once another host is the owner."""
         self._releasing: dict[str, asyncio.Task[None]] = {}
         self._tasks = TaskSet()
 
@@ -78,6 +86,7 @@ class Owners:
         Raises:
             OperationError: it may run elsewhere, or nobody can say.
         """
+        self.started.add(guest)
         if (releasing := self._releasing.pop(guest, None)) is not None:
             releasing.cancel()  # what it has sent is void once the claim is there, and no hindrance before
             await asyncio.wait([releasing])
@@ -103,6 +112,8 @@ class Owners:
             if known.previous is not None and known.migration_id is not None:
                 await self._write(guest, settled(known, self._host, known.migration_id), by=None)
             return True
+        if known is not None and known.previous == self._host:
+            return False  # handed over, and not known yet to run there
         refusal = await self._claim(guest)
         if refusal is None:
             self.strangers.pop(guest, None)
@@ -111,9 +122,22 @@ class Owners:
             self.strangers[guest] = refusal
         return refusal is None
 
+    async def give_back(self, guest: str, migration_id: str) -> None:
+        """Make the host that a guest came from its owner again: the migration was discarded here.
+
+        Raises:
+            StoreError: the store did not answer.
+        """
+        known = self._follower.mirror.owners.get(guest)
+        if known is not None:
+            with contextlib.suppress(NotTheOwnerError):  # its source was faster
+                await self._write(guest, given_back(known, self._host, migration_id), by=None)
+
     def release(self, guest: str) -> None:
         """Forget a guest that was this host's and has ended here, as soon as the store can be told."""
         self.strangers.pop(guest, None)
+        self._tokens.pop(guest, None)
+        self.started.discard(guest)
         task = self._releasing[guest] = self._tasks.start(self._release(guest))
         task.add_done_callback(partial(self._released, guest))
 
@@ -211,6 +235,27 @@ class Owners:
         change = change_owner(self._follower.mirror.keys, guest, begun.revision, wanted, by=self._host)
         return await self._change(guest, change, within_ns / 1e9)
 
+    async def token(self, guest: str, *, arriving: bool) -> int | None:
+        """As ``Keeper.token``."""
+        if arriving and not self._is_owner(guest):
+            with contextlib.suppress(TimeoutError, StoreError):
+                async with asyncio.timeout(_TOKEN_S):
+                    await self._look(guest)
+        known, revision = self._follower.mirror.owners.get(guest), self._revision(guest)
+        if self._is_owner(guest) or (not arriving and known is not None and known.previous == self._host):
+            self._tokens[guest] = revision
+            return revision
+        return None if arriving else self._tokens.get(guest)
+
+    def _is_owner(self, guest: str) -> bool:
+        known = self._follower.mirror.owners.get(guest)
+        return known is not None and known.owner == self._host
+
+    def _revision(self, guest: str) -> int:
+        """The revision of a guest's owner key, as the mirror has it."""
+        mirror = self._follower.mirror
+        return mirror.unchanged(mirror.keys.owner(guest)).revision
+
     async def confirm(self, guest: str) -> Outcome:
         """As ``Keeper.confirm``."""
         try:
@@ -262,9 +307,8 @@ class Owners:
 
     async def _write(self, guest: str, wanted: Ownership, *, by: str | None) -> None:
         """Write a change that was decided on what the mirror has; somebody else's change makes it void."""
-        mirror = self._follower.mirror
-        revision = mirror.unchanged(mirror.keys.owner(guest)).revision
-        await self._follower.transact(change_owner(mirror.keys, guest, revision, wanted, by=by))
+        change = change_owner(self._follower.mirror.keys, guest, self._revision(guest), wanted, by=by)
+        await self._follower.transact(change)
 
     async def _change(self, guest: str, change: Transaction, within_s: float | None) -> Outcome:
         try:

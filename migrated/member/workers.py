@@ -133,7 +133,7 @@ class Workers:
         spec, state = mirror.specs.get(job), mirror.states.get(job)
         running = state is not None and state.phase is JobPhase.RUNNING
         if spec is not None and running and set(guests_of(mirror, spec)) - mirror.steps[job].keys():
-            return await elsewhere(next_work, mirror, job, time.time_ns())
+            return await elsewhere(next_work, mirror.part(spec.host, job), job, time.time_ns())
         return next_work(mirror, job, time.time_ns())
 
     async def _forget_old(self) -> None:

@@ -17,7 +17,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -32,6 +32,8 @@ KEPT_ATTEMPTS: Final = 2000
 """Closed attempts kept when the journal is rewritten; a late COMMIT for an older one is answered as unknown."""
 KEPT_UNDECIDED: Final = 100
 """Of those in which nothing was decided but to give up, so many: a peer can make any number of them."""
+_FACTS_KEPT: Final = ("peer_names",)
+"""Facts of a closed attempt that stay: who may ask for its outcome."""
 _MORE_LINES: Final = 10_000
 """Lines after which the journal is rewritten while the daemon runs, if it has twice as many as it was left with."""
 _MODE: Final = 0o640
@@ -67,6 +69,11 @@ class Attempt:
     def place(self) -> str:
         """The place of the guest's process on this host."""
         return str(self.facts.get("place", self.guest))
+
+    def without_facts(self) -> Attempt:
+        """The same with no more facts than a late question needs: thousands of closed attempts are kept. Whoever holds
+        this one, as an attempt that was recovered and is still shown, goes on to have them all."""
+        return replace(self, facts={name: self.facts[name] for name in _FACTS_KEPT if name in self.facts})
 
 
 class _Snapshot(NamedTuple):
@@ -232,6 +239,7 @@ class Journal:
         elif (attempt := self._attempts.get(key)) is not None:
             if decision == "closed":
                 attempt.closed = True
+                self._attempts[key] = attempt.without_facts()
             else:
                 attempt.decisions.append(Decision(decision))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ from migrated.state.journal import KEPT_ATTEMPTS, Journal, JournalError
 from migrated.state.learned import keep_resume_costs
 from migrated.state.run_marks import RunMarks
 from protocol.handover import Decision
+from scripts.basics import ROOT
 from scripts.rig.waiting import until
 
 LINE_BYTES = len(b'0badcafe {"migration_id":"m1","role":"source","decision":"commit"}\n')
@@ -262,3 +266,13 @@ async def test_decisions_that_come_together_are_flushed_once(tmp_path: Path, mon
         async with asyncio.timeout(20):
             await flushed.wait()
         assert count == 1
+
+
+def test_no_decision_is_lost_by_a_kill_at_any_call_while_the_journal_is_rewritten() -> None:
+    """In processes of its own, which fork without threads."""
+    command = [sys.executable, "-m", "scripts.journal_kills", "--attempts", "6"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    counts = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert counts["kills"] > 30
+    assert counts["rewrites"] > 1, "the first is that of its opening"
