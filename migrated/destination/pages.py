@@ -12,6 +12,7 @@ guest. A page that stays zero is never touched; many in a row that become zero a
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from migrated.base.errors import LinkLostError
 from migrated.destination.ahead import Mapper, Populator
 from migrated.destination.decoding import check_encoding, decode
 from migrated.destination.states import ArrivedState, ArrivingStates
+from migrated.kernel.scheduling import threads_of
 from migrated.link.data import FrameSource
 from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, Words, drop_views
 from protocol import messages
@@ -186,6 +188,10 @@ class PageReceiver:
     def received_bytes(self) -> int:
         """Bytes received over the data channels so far, headers included."""
         return sum(channel.received_bytes for channel in self._channels.values())
+
+    def urgent_threads(self) -> list[int]:
+        """The threads of this process that a blackout waits for: all but the one that maps ahead."""
+        return [thread for thread in threads_of(os.getpid()) if thread != self._mapper.thread_id]
 
     def guest_stopped(self) -> None:
         """The blackout began: nothing that can wait may take its time."""
