@@ -21,9 +21,11 @@ ErrorKind = Literal["GenericError", "CommandNotFound", "DeviceNotActive", "Devic
 """QMP's error classes (qapi/error.json)."""
 
 EVENTS_KEPT: Final = 1024
-WAKE_S: Final = 0.005
-HELD_S: Final = 0.5
 """Events kept for one subscriber that does not read."""
+WAKE_S: Final = 0.005
+"""Subscribers are woken this long after an event, so that those that come together go together."""
+HELD_S: Final = 0.5
+"""The same, while a guest is stopped for its switchover."""
 EVENTS_LOST: Final = "X_MIGRATED_EVENTS_LOST"
 
 

@@ -227,6 +227,7 @@ class IncomingMigration:
         log.info("taking a guest in", memory_mib=hello.guest.memory_bytes >> 20, source=hello.host)
         self._tasks.start(self._listen())
         self._tasks.start(self._watch_progress())
+        self._tasks.start(self._watch_age())
         self._haste.begin()
         self._tasks.start(self._haste.watch())
 
@@ -247,6 +248,16 @@ class IncomingMigration:
                     "lost",
                     f"the source sent {came_bytes} bytes in {bounds.stall_timeout_s:g} s ([limits] stall_timeout_s)",
                 )
+
+    async def _watch_age(self) -> None:
+        """Give the attempt up when it lasts: rounds that always bring something must not keep its place for ever."""
+        bound_s = self._env.config.limits.incoming_timeout_s
+        await asyncio.sleep(bound_s)
+        self._break(
+            DestinationEvent.FAULT,
+            "lost",
+            f"the source has not handed its guest over within {bound_s:g} s ([limits] incoming_timeout_s)",
+        )
 
     async def _listen(self) -> None:
         try:

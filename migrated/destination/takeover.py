@@ -241,6 +241,8 @@ class Takeover:
         if (lock := self._guest.vmm.lock) is None:
             return DONE
         try:
+            if self._env.keeper is not None:
+                lock.token = await self._env.keeper.token(name_at(self._place), arriving=True)
             await lock.take()
         except VmmError as error:
             return failed(error)

@@ -112,7 +112,7 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
     digested = "digest-xxh3-frames" in hello.required and not shared
     inbox, digest = offer.inbox, MemoryDigest(hello.guest.pages) if digested else None
 
-    def channel_failed(error: Exception) -> None:
+    def channel_failed(_number: int, error: Exception) -> None:
         # Once everything arrived the data channels have done their work, and their end means nothing.
         if takeover.state is DestinationState.LOADING:
             inbox.put_nowait(Broken(DestinationEvent.FAULT, "fault", f"a data channel failed: {error}"))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import platform
 import time
+from typing import Final
 
 import structlog
 import xxhash
@@ -42,6 +44,10 @@ from protocol.messages import TimeRules
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, agree_capabilities
 
 log = structlog.get_logger()
+
+READERS: Final = max(2, min(4, len(os.sched_getaffinity(0))))
+"""Threads that read a file: one for each processor, since checking and placing pages is work. Two at least, so that one
+reads while the other does that; more than there are processors gain nothing."""
 
 _REFUSED = (MigrationError, ProtocolError, TimeAdjustError, ClockError, RunMarkError, OSError, ValueError)
 
@@ -200,6 +206,8 @@ class Restore:
         )
         read_to_end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         read_to_end.add_done_callback(_retrieved)
+        frames = FileFrames(self._file, xxhash.xxh3_64_intdigest, READERS)
+        reading = set(range(READERS))
         digest = MemoryDigest(hello.guest.pages)
         built = await guest.vmm.describe()
         states = ArrivingStates(built.devices)
@@ -221,23 +229,25 @@ class Restore:
             arrived += 1
             loading.add_state(state)
 
-        def ended(error: Exception) -> None:
+        def ended(number: int, error: Exception) -> None:
+            reading.discard(number)
             if read_to_end.done():
                 return
-            if isinstance(error, FileEndedError):
+            if not isinstance(error, FileEndedError):
+                read_to_end.set_exception(frames.readers[number].where(error))
+            elif not reading:
                 read_to_end.set_result(None)
-            else:
-                read_to_end.set_exception(frames.where(error))
 
         memory = await guest.vmm.memory()
-        frames = FileFrames(self._file, xxhash.xxh3_64_intdigest)
         receiver = PageReceiver(
-            memory, states, digest, 1, allowed_encodings(agreed), announced=False,
+            memory, states, digest, READERS, allowed_encodings(agreed), announced=False,
             on_round=round_arrived, on_state=state_arrived, on_failure=ended,
         )  # fmt: skip
         load = asyncio.create_task(loading.run())
         try:
-            receiver.add_channel(frames)
+            receiver.guest_stopped()  # it never ran: no page is prepared for later rounds
+            for reader in frames.readers:
+                receiver.add_channel(reader)
             await asyncio.wait({load, read_to_end}, return_when=asyncio.FIRST_COMPLETED)
             if load.done():
                 await load  # a state could not be loaded

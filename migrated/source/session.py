@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.environment import Environment
@@ -287,6 +287,8 @@ async def open_session(
         try:
             files = await vmm.memory_files() if connection.control.local else ()
             try:
+                if files:  # what is in no file travels with the device states then
+                    offer = replace(offer, description=await vmm.describe())
                 hello = hello_of(env, offer, parameters, migration_id, epoch, shared=bool(files))
                 welcome = await _negotiate(env, connection, hello, files)
             finally:
@@ -374,6 +376,8 @@ async def _negotiate(
         raise RefusedError(f"the destination refused: {answer.reason}")
     if not isinstance(answer, messages.Welcome):
         raise MigrationError(f"the destination answered the offer with {answer.TYPE.name}")
+    if invented := set(answer.capabilities) - set(hello.capabilities):
+        raise MigrationError(f"the destination agreed to what was not offered: {', '.join(sorted(invented)):.200}")
     return answer
 
 

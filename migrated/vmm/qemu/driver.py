@@ -24,6 +24,7 @@ from migrated.vmm.qemu.blueprint import Blueprint, unfit
 from migrated.vmm.qemu.costs import SwitchoverCosts
 from migrated.vmm.qemu.definition import CommandLine, load_definition
 from migrated.vmm.qemu.guest import QemuGuest
+from migrated.vmm.qemu.offers import offers
 from migrated.vmm.qemu.places import Place
 from migrated.vmm.qemu.qmp import QUICK_S
 from migrated.vmm.seam import Driver, GuestRequest, Incoming
@@ -62,6 +63,9 @@ class QemuDriver(Driver):
     def places(self) -> Sequence[Path]:
         return sorted(self._directory.glob("*.sock"))
 
+    async def offers(self) -> frozenset[str]:
+        return await offers(self.config.qemu.command or _DEFAULT_COMMAND)
+
     def tidy(self, place: Path) -> None:
         places.forget(place)
 
@@ -93,9 +97,10 @@ class QemuDriver(Driver):
         return guest
 
     async def create_incoming(self, description: GuestDescription, incoming: Incoming) -> QemuGuest:
+        definition = incoming.replacement.definition or description.name
         try:
             Blueprint.unpack(description.vmm_config)  # nothing is started for what is no description of a machine
-            line = self._command_line(description.name, incoming.replacement.definition or description.name, incoming)
+            line = self._command_line(description.name, definition, incoming)
         except VmmError as error:
             raise RefusedError(f"the destination cannot take guest {description.name!r}: {error}") from error
         guest = await self._start(description.name, line, line.incoming(), incoming, True)
@@ -105,7 +110,7 @@ class QemuDriver(Driver):
             if found := unfit(description, await guest.describe()):
                 raise RefusedError(
                     f"the destination's definition of guest {description.name!r} makes another machine: "
-                    f"{'; '.join(found)}. Change {self.config.qemu.definitions / description.name}.toml there"
+                    f"{'; '.join(found)}. Change {self.config.qemu.definitions / definition}.toml there"
                 )
         except BaseException:
             with contextlib.suppress(VmmError):
@@ -121,7 +126,7 @@ class QemuDriver(Driver):
             return None
         if known.run_log is None:
             return None
-        return known.epoch == epoch and places.ran_after(known.run_log, known.run_log_bytes)
+        return known.epoch == epoch and (known.published or places.ran_after(known.run_log, known.run_log_bytes))
 
     def _command_line(self, name: str, definition: str, incoming: Incoming) -> CommandLine:
         qemu = self.config.qemu

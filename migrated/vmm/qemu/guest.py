@@ -34,6 +34,7 @@ from migrated.vmm.qemu.costs import STEPS, Step, SwitchoverCosts, keys_of
 from migrated.vmm.qemu.findings import Row, refusals
 from migrated.vmm.qemu.handed_over import PrivateView
 from migrated.vmm.qemu.lock import QemuLock
+from migrated.vmm.qemu.offers import words
 from migrated.vmm.qemu.places import Place
 from migrated.vmm.qemu.qmp import QUICK_S, Qmp, QmpCommandError, stamp_ns
 from migrated.vmm.qemu.ram import Ram, find_ram
@@ -80,6 +81,8 @@ class QemuGuest(VmmGuest):
         self._fenced = False
         self._hands_over = False
         self._private_view: PrivateView | None = None
+        self._changed_for_good = place.published
+        """An earlier daemon let what QEMU wrote into memory that was handed over, or began to: nobody can undo it."""
         self._costs = costs
         self._blueprint: Blueprint | None = None
         self._save = StateSave(qmp)
@@ -150,7 +153,7 @@ class QemuGuest(VmmGuest):
                 DeviceDescription(
                     name=DEVICES,
                     kind="non-iterable",
-                    state_bytes=(self._place.state_bytes or _PRIOR_STATE_BYTES) + handed_over.own_bytes(self._ram),
+                    state_bytes=self._state_bytes(),
                     expected_save_ns=expected["save"],
                     expected_load_ns=expected["load"],
                 ),
@@ -163,6 +166,12 @@ class QemuGuest(VmmGuest):
             vmm_config=blueprint.pack(),
         )
 
+    def _state_bytes(self) -> int:
+        """Expected size of what ``state_out`` gives. Memory that is QEMU's own is in it where main memory is handed
+        over; else it travels as pages."""
+        own = handed_over.own_bytes(self._ram) if self._hands_over or self._place.private_view else 0
+        return (self._place.state_bytes or _PRIOR_STATE_BYTES) + own
+
     async def _draw(self) -> Blueprint:
         blueprint = self._blueprint = await draw(self._qmp, self.name, self._ram)
         return blueprint
@@ -170,7 +179,7 @@ class QemuGuest(VmmGuest):
     async def status(self) -> GuestStatus:
         answer = await self._qmp.call("query-status")
         state: GuestState = "running" if answer["running"] else "paused"
-        if not answer["running"] and self._place.incoming and not self._has_run():
+        if not answer["running"] and self._place.incoming and not (self._has_run() or self._changed_for_good):
             state = "incoming"
         detail = {
             "qemu_status": answer["status"],
@@ -187,6 +196,11 @@ class QemuGuest(VmmGuest):
     async def check(self) -> list[Row]:
         """Everything that could break the promise of a migration, each with its verdict."""
         return await check_guest(self._qmp, self._ram)
+
+    async def needs(self) -> frozenset[str]:
+        machine = await self._qmp.call("qom-get", path="/machine", property="type")
+        kvm = await self._qmp.call("query-kvm")
+        return words(machines=[str(machine).removesuffix("-machine")], kvm=bool(kvm["enabled"]))
 
     async def why_not_migrate(self) -> str | None:
         return refusals(await self.check())
@@ -257,7 +271,7 @@ class QemuGuest(VmmGuest):
         self._note("stop", end_ns - begin_ns)
         if self._place.incoming:
             await self._publish()
-            self._remember(incoming=False, private_view=False)
+            self._now_ours()
         return PauseTime(end_ns - begin_ns, drain_ns)
 
     def _note(self, step: Step, took_ns: int) -> None:
@@ -269,7 +283,8 @@ class QemuGuest(VmmGuest):
         if self.lock is not None:
             await self.lock.take()
         arriving = self._place.incoming
-        self._remember(epoch=epoch, run_log_bytes=places.log_size(self._place.run_log))
+        log_bytes = places.log_size(self._place.run_log)
+        self._remember(epoch=epoch, run_log_bytes=log_bytes, published=self._place.private_view)
         await self._publish()
         async with self._qmp.listen("RESUME") as next_event:
             resumed = asyncio.ensure_future(next_event())
@@ -282,9 +297,10 @@ class QemuGuest(VmmGuest):
             finally:
                 resumed.cancel()
         self._note("resume", running_at_ns - begin_ns)
+        self._hands_over = False
         await self._save.release()
         if arriving:
-            self._remember(incoming=False, private_view=False)
+            self._now_ours()
             with contextlib.suppress(QmpCommandError):  # a guest without a network has nobody to tell
                 await self._qmp.call("announce-self", initial=50, max=550, rounds=5, step=100)
         return running_at_ns
@@ -296,8 +312,13 @@ class QemuGuest(VmmGuest):
         if self._private_view is None:  # a daemon before this one began it
             self._private_view = await asyncio.to_thread(PrivateView, self.pid, self._ram)
         await asyncio.to_thread(self._private_view.end)
-        self._private_view.close()
-        self._private_view = None
+
+    def _now_ours(self) -> None:
+        """The guest runs here, or stands here as it is to stand: memory that was handed over is this QEMU's."""
+        self._remember(incoming=False, private_view=False, published=False)
+        if self._private_view is not None:
+            self._private_view.close()
+            self._private_view = None
 
     async def settle(self) -> str | None:
         if self._place.agent is None:
@@ -374,11 +395,18 @@ class QemuGuest(VmmGuest):
         return await super().own_operation(name, arguments)
 
     async def destroy(self) -> None:
-        with contextlib.suppress(VmmError):
-            await self._qmp.call("quit", _QUIT_S)
-        await self.close()
-        if not await spawn.make_sure_gone(self.pid, _GONE_S):
-            raise VmmError(f"QEMU of guest {self.name!r} (process {self.pid}) does not end; end it by hand")
+        view, self._private_view = self._private_view, None
+        try:
+            with contextlib.suppress(VmmError):
+                await self._qmp.call("quit", _QUIT_S)
+            await self.close()
+            if not await spawn.make_sure_gone(self.pid, _GONE_S):
+                raise VmmError(f"QEMU of guest {self.name!r} (process {self.pid}) does not end; end it by hand")
+            if view is not None and not self._has_run():
+                await asyncio.to_thread(view.put_back)
+        finally:
+            if view is not None:
+                view.close()
         places.forget(self.api_socket)
 
     async def close(self) -> None:

@@ -35,6 +35,8 @@ class Place(BaseModel):
         epoch: that of the last resume that was asked for; 0 before the first.
         run_log_bytes: how long the run log was before that.
         private_view: its memory was handed over by another QEMU and is mapped privately until it is resumed.
+        published: what it wrote meanwhile goes into that memory since its last resume was asked for. The daemon that
+            began that can put everything back, a later one cannot: for it the guest counts as one that ran.
         state_bytes: what its device state weighed when it was last saved; 0 before.
     """
 
@@ -48,6 +50,7 @@ class Place(BaseModel):
     epoch: int = 0
     run_log_bytes: int = 0
     private_view: bool = False
+    published: bool = False
     state_bytes: int = 0
 
 
