@@ -17,7 +17,9 @@ from migrated.vmm.memory import GuestMemory
 from protocol.pages import Runs, runs_of
 
 _POPULATED_AT_ONCE: Final = 2048
-"""Pages that are populated or mapped between two looks at whether to go on."""
+"""Pages that are populated between two looks at whether to go on."""
+_MAPPED_AT_ONCE: Final = 256
+"""The same for pages that are mapped: a blackout may begin meanwhile, and has no 2 ms to wait for the processor."""
 _MAPPED_RUN: Final = 16
 """Shortest run that is mapped ahead."""
 
@@ -105,9 +107,14 @@ class Mapper:
         if self._thread is not None:
             self._thread.join()
 
+    @property
+    def thread_id(self) -> int | None:
+        """The thread, as the kernel numbers it; None while there is none."""
+        return self._thread.native_id if self._thread is not None else None
+
     def _run(self) -> None:
-        for begin in range(0, len(self._present), _POPULATED_AT_ONCE):
-            runs = runs_of(np.flatnonzero(self._present[begin : begin + _POPULATED_AT_ONCE]))
+        for begin in range(0, len(self._present), _MAPPED_AT_ONCE):
+            runs = runs_of(np.flatnonzero(self._present[begin : begin + _MAPPED_AT_ONCE]))
             # Many short runs would cost a call each, more than the faults that they save.
             for start, count in runs[runs[:, 1] >= _MAPPED_RUN].tolist():
                 if self._ending:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -27,11 +26,13 @@ class Haste:
 
     Args:
         received_bytes: called for what came over the data channels until now.
+        urgent: called for the threads of this process that a blackout waits for.
         vmm_pid: process of the guest's VMM.
     """
 
-    def __init__(self, received_bytes: Callable[[], int], vmm_pid: int) -> None:
+    def __init__(self, received_bytes: Callable[[], int], urgent: Callable[[], list[int]], vmm_pid: int) -> None:
         self._received_bytes = received_bytes
+        self._urgent = urgent
         self._vmm_pid = vmm_pid
         self._deciding = contextlib.ExitStack()
         self._moving = contextlib.ExitStack()
@@ -51,14 +52,14 @@ class Haste:
         went_like_others, self._small = not self._small, True
         self._moving.close()
         self._begun_at_bytes = self._received_bytes()
-        self._moving.enter_context(Precedence(threads_of(os.getpid())))
+        self._moving.enter_context(Precedence(self._urgent()))
         return went_like_others and may_take_precedence()
 
     def guest_stopped(self) -> None:
         """The blackout has begun."""
         self._stopped = True
         self._moving.enter_context(QuietCollector())
-        self._moving.enter_context(Precedence(threads_of(os.getpid(), self._vmm_pid)))
+        self._moving.enter_context(Precedence([*self._urgent(), *threads_of(self._vmm_pid)]))
 
     async def watch(self) -> None:
         """Take precedence from rounds that prove to be large."""

@@ -120,7 +120,8 @@ class IncomingMigration:
         self._ready_alarm = Alarm()
         self._tasks = TaskSet()
         self._link_gone = False
-        self._haste = Haste(lambda: equipment.receiver.received_bytes, equipment.guest.vmm.pid)
+        receiver = equipment.receiver
+        self._haste = Haste(lambda: receiver.received_bytes, receiver.urgent_threads, equipment.guest.vmm.pid)
         self.ended = asyncio.Event()
         """Set when the attempt has ended and its record is kept, if one came."""
         self._record: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()

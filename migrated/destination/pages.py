@@ -14,6 +14,7 @@ The module is longer than others because all kinds of frames write into one memo
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from migrated.base.errors import LinkLostError
 from migrated.destination.ahead import Mapper, Populator
 from migrated.destination.decoding import check_encoding, decode
 from migrated.destination.states import ArrivedState, ArrivingStates
+from migrated.kernel.scheduling import threads_of
 from migrated.link.data import FrameSource
 from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, Words, drop_views
 from protocol import messages
@@ -188,6 +190,10 @@ class PageReceiver:
     def received_bytes(self) -> int:
         """Bytes received over the data channels so far, headers included."""
         return sum(channel.received_bytes for channel in self._channels.values())
+
+    def urgent_threads(self) -> list[int]:
+        """The threads of this process that a blackout waits for: all but the one that maps ahead."""
+        return [thread for thread in threads_of(os.getpid()) if thread != self._mapper.thread_id]
 
     def guest_stopped(self) -> None:
         """The blackout began: nothing that can wait may take its time."""
