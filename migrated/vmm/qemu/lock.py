@@ -45,6 +45,8 @@ class QemuLock(OwnershipLock):
         except BlockingIOError as error:
             if not self._open_in_qemu():
                 raise VmmError(f"another VMM holds the ownership lock {self._path}: it must let go first") from error
+        except OSError as error:
+            raise VmmError(f"the ownership lock {self._path} cannot be taken: {error.strerror}") from error
         finally:
             os.close(fd)
         self._held = True
