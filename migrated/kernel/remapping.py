@@ -73,7 +73,7 @@ class Remapping:
         """Write the copies that the process has of pages into the files, and map these shared; as ``map_privately``.
 
         Raises:
-            OSError: the copies cannot be read.
+            OSError: the copies cannot be read, or the files not be written.
         """
         vector = pagemap.make_vector(_RANGES_AT_ONCE)
         for one in self._ranges:
@@ -81,7 +81,7 @@ class Remapping:
             for begin, end in copies.tolist():
                 data = np.empty(end - begin, np.uint8)
                 process_memory.read(self._pid, np.array([[begin, end - begin]], np.uint64), data)
-                os.pwrite(one.fd, data.data, begin - one.address)
+                _write_all(one.fd, data.data, begin - one.address)
         self._map("shared")
 
     def close(self) -> None:
@@ -105,6 +105,13 @@ class Remapping:
                     )
 
         run_inside(self._pid, work, self._sites)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of it: the kernel takes 2 GiB at a time, and less where a file system is nearly full."""
+    while len(data):
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _descriptor_of(pid: int, fd: int) -> int:

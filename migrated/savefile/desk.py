@@ -8,6 +8,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from migrated.base.threads import in_thread, made_in_thread
 from migrated.environment import Environment
 from migrated.savefile.writer import FileSink, SaveWriter
 from migrated.settings.parameters import MigrationParameters
@@ -73,10 +74,10 @@ class RoundBook:
         return self._closed.pop(number)
 
     async def _close(self, number: int) -> messages.RoundDone:
-        await asyncio.to_thread(self._writer.append, messages.Barrier(round=number), (), number)
+        await in_thread(self._writer.append, messages.Barrier(round=number), (), number)
         if not self.in_blackout:
             # A round counts as over when little of it is left to flush: then the last one meets an idle disk.
-            await asyncio.to_thread(self._writer.checkpoint)
+            await in_thread(self._writer.checkpoint)
         return messages.RoundDone(round=number, bytes=0, digest=self._digest.value)
 
 
@@ -120,10 +121,12 @@ async def open_desk(
         SaveFileError, VmmError: something cannot be had.
     """
     description, save_id = offer.description, bytes.fromhex(ledger.migration_id)
-    writer = await asyncio.to_thread(SaveWriter, order.path, save_id, platform.machine(), description.pages)
+    writer = await made_in_thread(
+        SaveWriter.abandon, SaveWriter, order.path, save_id, platform.machine(), description.pages
+    )
     undo.push_async_callback(asyncio.to_thread, writer.abandon)
     hello = hello_of(env, offer, parameters, ledger.migration_id, ledger.epoch, shared=False)
-    await asyncio.to_thread(writer.append, hello)
+    await in_thread(writer.append, hello)
     memory = await vmm.memory()
     undo.push_async_callback(asyncio.to_thread, memory.release)
     log = await vmm.start_dirty_log(parameters.dirty_tracking) if tracked else NoDirtyLog()

@@ -16,6 +16,7 @@ import structlog
 import xxhash
 
 from migrated.base.errors import CancelledByOperatorError, MigrationError, RefusedError, VmmError
+from migrated.base.threads import in_thread
 from migrated.destination.decoding import allowed_encodings
 from migrated.destination.loading import Loading
 from migrated.destination.pages import PageReceiver, RoundReceived
@@ -237,6 +238,7 @@ class Restore:
         )  # fmt: skip
         load = asyncio.create_task(loading.run())
         try:
+            await in_thread(memory.clear)
             receiver.add_channel(frames)
             await asyncio.wait({load, read_to_end}, return_when=asyncio.FIRST_COMPLETED)
             if load.done():
@@ -304,7 +306,7 @@ class Restore:
             return
         if (lock := guest.vmm.lock) is not None:
             await lock.take()
-        self._env.run_marks.write(guest.name, epoch)
+        self._env.run_marks.write(guest.place, epoch)
         await guest.vmm.resume(epoch)
         self._env.publish("RESUME", {"guest": guest.name})
 

@@ -16,6 +16,7 @@ import structlog
 import xxhash
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
+from migrated.base.threads import in_thread
 from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, may_take_precedence, threads_of
 from migrated.link.reply import Reply
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
@@ -84,7 +85,7 @@ class Transfer:
         if 0 < self.scan_ns < _QUICK_SCAN_NS:
             runs = self.dirty_log.collect()  # shorter than the way to a thread and back
         else:
-            runs = await asyncio.to_thread(self.dirty_log.collect)
+            runs = await in_thread(self.dirty_log.collect)
         self.scan_ns = time.monotonic_ns() - begin_ns
         self.ledger.memory.dirty_syncs += 1
         self.fence_ns = await self.vmm.fence()
@@ -234,7 +235,7 @@ class Precopy:
         self._collected_ns = time.monotonic_ns()
         transfer.scan_ns = 0  # arming walks everything once: it tells nothing about what a scan costs
         self._refuse_hopeless()
-        runs = await asyncio.to_thread(transfer.memory.data_runs)  # the kernel walks all of it: 16 ms per GiB
+        runs = await in_thread(transfer.memory.data_runs)  # the kernel walks all of it: 16 ms per GiB
         transfer.ledger.memory.sparse_pages = transfer.memory.pages - count_pages(runs)
         while True:
             scanned = transfer.memory.pages if transfer.round else count_pages(runs)
