@@ -169,7 +169,7 @@ def destination_reserve_ns(round_trip_ns: int, own_resume_ns: int, source_resume
 
     Args:
         round_trip_ns: upper bound of a round trip between the hosts, as known now.
-        own_resume_ns: time that the destination's VMM needs to resume.
+        own_resume_ns: time that the destination keeps back for its VMM's resume.
         source_resume_ns: time that the source reserves for its own resume, 0 until DOWNTIME states it.
     """
     return VOTE_NS + round_trip_ns + max(own_resume_ns, source_resume_ns)
@@ -190,7 +190,7 @@ class DestinationBudget:
 
     Attributes:
         limits: HELLO's, until DOWNTIME replaces them.
-        own_resume_ns: what the destination's VMM needs to resume.
+        own_resume_ns: what the destination keeps back for its VMM's resume.
         count: the downtime so far by the destination's count.
         source_resume_ns: what the source keeps back for its own resume, 0 until DOWNTIME says it.
     """

@@ -1,4 +1,4 @@
-"""Who may run the guest: the two state machines, as tables.
+"""The two state machines that decide who may run the guest, as tables.
 
     source       RUNNING -> STOPPED -> ABORTED            (the guest is the source's again)
                                \\-> COMMITTED -> RETIRED   (journaled, then sent; in doubt until answered)

@@ -93,7 +93,7 @@ class Limits(WireModel):
 
 
 class TimeRules(WireModel):
-    """How guest time is carried over. A limit of 0 means none (protocol/guest_time.py)."""
+    """The rules by which guest time is carried over. A limit of 0 means none (protocol/guest_time.py)."""
 
     policy: Policy
     max_time_jump_ns: NonNegativeNs
@@ -316,7 +316,7 @@ class Record(Message):
 
 
 class Error(Message):
-    """Why this side closes the connection."""
+    """The reason why this side closes the connection."""
 
     TYPE = FrameType.ERROR
     code: Annotated[int, Field(ge=1, le=255)]

@@ -1,4 +1,4 @@
-"""How two daemons agree on a version and on capabilities.
+"""Negotiation: two daemons agree on a version and on capabilities.
 
 Every connection opens with a 16-byte preface in each direction whose layout is fixed for all future versions:
 

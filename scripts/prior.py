@@ -25,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 
 from migrated.prediction.knowledge import Knowledge
-from migrated.prediction.model import Bases, Prediction
+from migrated.prediction.model import Bases, Prediction, was_unrehearsed
 from migrated.prediction.prior import VERSION, ComponentPrior, Prior
 from migrated.record.model import Downtime, Record
 from migrated.record.parts import Component
@@ -90,7 +90,9 @@ def first_prediction(prior: Prior, one: Switchover) -> Prediction:
 
 
 def _component(component: Component, seen: Sequence[Switchover], before: ComponentPrior) -> ComponentPrior:
-    rows = np.array([_row(component, one) for one in seen], np.float64)
+    # What memory took while it waited for a processor says nothing of what it takes in a blackout.
+    telling = [one for one in seen if component is not Component.STATE or not one.bases.unrehearsed]
+    rows = np.array([_row(component, one) for one in telling], np.float64)
     base, truth, devices, mib, load = rows.T
     per_device, per_mib = before.per_device_ns, before.per_mib_ns
     if component is Component.DEVICE_LOADS:
@@ -137,6 +139,7 @@ def _bases(record: Record, downtime: Downtime) -> Bases:
         device_bytes=sum(device.bytes for device in record.devices),
         bandwidth_bytes_per_s=max((row.bandwidth_bytes_per_s for row in record.rounds), default=0.0),
         load=downtime.predicted_load,
+        memory_waited=was_unrehearsed(downtime.predicted_regime),
         spreads_ns={component: spreads[component] for component in Component if component in spreads},
     )
 

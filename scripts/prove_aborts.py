@@ -1,12 +1,13 @@
 """How precisely an abort gives the guest back.
 
-    python -m scripts.prove_aborts [--aborts 100] [--busy]
+    python -m scripts.prove_aborts [--aborts 100] [--busy] [--records FILE]
 
 Half of the aborts are the destination's, in the middle of a load that is too long for the limit; half are the source's
 own, with the network cut at the stop. Each must let the guest run again within the limit plus its own resume.
 Progress goes to stderr; the last line on stdout is one JSON object: ``{"aborts", "median_over_ms", "p99_over_ms",
 "max_over_ms", "pauses_over", "max_pause_over_ms", "violations"}``: milliseconds beyond limit and resume, pauses beyond
-the limit alone, and by how much the longest. Exit code 1 when p99 is beyond 10 ms.
+the limit alone, and by how much the longest. With --records the run is added to a file, and all runs of the file are
+judged together: so a hundred aborts need not be one run. Exit code 1 when p99 is beyond 10 ms.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import signal
 import statistics
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from protocol.messages import FrameType
@@ -102,7 +104,29 @@ def prove_aborts(options: argparse.Namespace) -> tuple[dict[str, float], bool]:
     """Force the aborts. Returns the figures and whether all held."""
     # Daemons and guests must not outlive a run that is told to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    return judge(asyncio.run(measure(options.aborts, options.busy)))
+    return judge(together(asyncio.run(measure(options.aborts, options.busy)), options.records))
+
+
+def together(measured: Measured, records: Path | None) -> Measured:
+    """Add a run to a file of runs. Returns all that are in the file now; the run alone without a file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if records is None:
+        return measured
+    with records.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(measured) + "\n")
+    aborts: list[Abort] = []
+    violations: list[str] = []
+    for number, line in enumerate(records.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found, wrong = json.loads(line)
+            aborts += [Abort(float(over_ms), float(pause_over_ms)) for over_ms, pause_over_ms in found]
+            violations += map(str, wrong)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"line {number} of {records} is no run of forced aborts ({error})") from error
+    return aborts, violations
 
 
 def judge(measured: Measured) -> tuple[dict[str, float], bool]:
@@ -130,9 +154,15 @@ def judge(measured: Measured) -> tuple[dict[str, float], bool]:
     return counts, not counts["violations"]
 
 
+def add_records_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare the option that ``together`` takes."""
+    parser.add_argument("--records", type=Path, metavar="FILE", help="add the run to this file, and judge all of it")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``prove_aborts``."""
     parser.add_argument("--aborts", type=int, default=100, help="how many (default %(default)s)")
+    add_records_argument(parser)
     parser.add_argument("--busy", action="store_true", help="a busy guest runs on the destination meanwhile")
     parser.set_defaults(prove=prove_aborts)
 

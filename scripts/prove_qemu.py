@@ -4,6 +4,8 @@
     python -m scripts.prove_qemu soak --migrations 100 --seed 1            moves with random faults
     python -m scripts.prove_qemu aborts --aborts 50                        loads that hang: how soon the guest is back
     python -m scripts.prove_qemu moves --moves 100 --memory 1GiB           there and back, every figure of every move
+    python -m scripts.prove_qemu moves --moves 25 --records FILE           the same in slices, added to a file
+    python -m scripts.prove_qemu summary FILE                              what all runs of the file show
     python -m scripts.prove_qemu moves --in-place --moves 50               the same, another QEMU on the same host
     python -m scripts.prove_qemu kinds [KIND ...]                          one there and back of every kind of guest
     python -m scripts.prove_qemu beside --memory 1GiB                      the same guests moved by QEMU itself
@@ -34,6 +36,7 @@ from scripts import prove_aborts, prove_matrix, soak
 from scripts.basics import MIB, say
 from scripts.qemu_rig.beside import side_by_side
 from scripts.qemu_rig.campaign import WORKLOADS, Campaign
+from scripts.qemu_rig.campaign_figures import read_runs, summaries, summary
 from scripts.qemu_rig.image import GuestImage, guest_image
 from scripts.qemu_rig.kernel import missing_packages
 from scripts.qemu_rig.launcher import Disk, Machine, QemuSpec
@@ -94,16 +97,26 @@ async def measure_aborts(aborts: int, pair: QemuPair) -> prove_aborts.Measured:
 
 def prove_qemu_aborts(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
     """Force the aborts."""
-    return prove_aborts.judge(asyncio.run(measure_aborts(options.aborts, QemuPair(small_guest(directory), image))))
+    measured = asyncio.run(measure_aborts(options.aborts, QemuPair(small_guest(directory), image)))
+    return prove_aborts.judge(prove_aborts.together(measured, options.records))
 
 
 def prove_moves(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
     """Move a guest there and back."""
     memory_mib = options.memory // MIB
     spec = QemuSpec(memory_mib=memory_mib, workload=WORKLOADS[options.workload](memory_mib), backing=options.backing)
-    campaign = Campaign(options.moves, options.downtime_limit / _NS_PER_MS, options.in_place)
+    guest = f"{options.workload} {memory_mib} MiB {options.backing}{' in place' if options.in_place else ''}"
+    campaign = Campaign(
+        guest, options.moves, options.downtime_limit / _NS_PER_MS, in_place=options.in_place, records=options.records
+    )
     asyncio.run(campaign.run(QemuPair(spec, image, quick=False)))
-    return {"memory_mib": memory_mib, "workload": options.workload, **campaign.document()}, not campaign.violations
+    return {"guest": guest, **summary([campaign.figures])}, not campaign.figures.violations
+
+
+def sum_up(path: Path) -> tuple[Counts, bool]:
+    """Put the runs of a file together."""
+    found = summaries(read_runs(path))
+    return {"guests": found}, not any(one["violations"] for one in found.values())
 
 
 def _kinds(directory: Path) -> dict[str, QemuSpec]:
@@ -133,9 +146,9 @@ def prove_kinds(options: argparse.Namespace, image: GuestImage, directory: Path)
     done: Counts = {}
     for name, spec in kinds.items():
         say(f"{name}:")
-        campaign = Campaign(2, options.downtime_limit / _NS_PER_MS)
+        campaign = Campaign(name, 2, options.downtime_limit / _NS_PER_MS, records=options.records)
         asyncio.run(campaign.run(QemuPair(spec, image, quick=False)))
-        done[name] = campaign.document()
+        done[name] = summary([campaign.figures])
     violations = sum(one["violations"] for one in done.values())
     return {"kinds": done, "violations": violations}, not violations
 
@@ -155,7 +168,7 @@ def prove_beside(options: argparse.Namespace, image: GuestImage, directory: Path
 def main() -> int:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(required=True)
+    parts = parser.add_subparsers(required=True, dest="part")
     matrix = parts.add_parser("matrix", help="every step x every fault")
     matrix.add_argument("patterns", nargs="*", metavar="PATTERN", help="part of a cell's name, for example commit/cut")
     matrix.add_argument("--local", action="store_true", help="over unix sockets: memory is handed over, not copied")
@@ -165,6 +178,7 @@ def main() -> int:
     moves_and_faults.set_defaults(prove=prove_qemu_soak, migrations=100)
     aborts = parts.add_parser("aborts", help="how precisely an abort gives the guest back")
     aborts.add_argument("--aborts", type=int, default=50, help="how many (default %(default)s)")
+    prove_aborts.add_records_argument(aborts)
     aborts.set_defaults(prove=prove_qemu_aborts)
     moves = parts.add_parser("moves", help="there and back without faults, every figure of every move")
     moves.add_argument("--moves", type=int, default=100, help="how many (default %(default)s)")
@@ -177,6 +191,10 @@ def main() -> int:
         "--downtime-limit", type=parse_duration_ns, default="300ms", help="of every move (default %(default)s)"
     )
     kinds.set_defaults(prove=prove_kinds)
+    for part in (moves, kinds):
+        part.add_argument("--records", type=Path, metavar="FILE", help="add the run's figures to this file")
+    summed_up = parts.add_parser("summary", help="what all runs of a file show, each kind of guest for itself")
+    summed_up.add_argument("file", type=Path, metavar="FILE", help="of --records")
     beside = parts.add_parser("beside", help="the same guests moved by QEMU itself")
     beside.add_argument("--repeats", type=int, default=4, help="moves in each way (default %(default)s)")
     beside.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=[*WORKLOADS], help="(default all)")
@@ -188,6 +206,8 @@ def main() -> int:
             "--downtime-limit", type=parse_duration_ns, default=limit, help="of every move (default %(default)s)"
         )
     options = parser.parse_args()
+    if options.part == "summary":
+        return tell(*sum_up(options.file))
     if missing := missing_packages():
         say(f"Real guests need these packages of the distribution: {' '.join(missing)}.")
         return MISSING
@@ -195,9 +215,14 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     prove: Callable[[argparse.Namespace, GuestImage, Path], tuple[Counts, bool]] = options.prove
     with tempfile.TemporaryDirectory(prefix="qp-") as directory:
-        counts, held = prove(options, guest_image(), Path(directory))
+        done = prove(options, guest_image(), Path(directory))
     load = [round(average, 2) for average in os.getloadavg()]
-    print(json.dumps({**counts, "load": load}))
+    return tell({**done[0], "load": load}, done[1])
+
+
+def tell(counts: Counts, held: bool) -> int:
+    """Print the document of a run. Returns the exit code."""
+    print(json.dumps(counts))
     return 0 if held else 1
 
 

@@ -34,7 +34,7 @@ class ConfigError(Exception):
 
 
 class Costs(WireModel):
-    """How the costs of one thing vary: every real cost is a draw around its figure."""
+    """The variation of the costs of one thing: every real cost is a draw around its figure."""
 
     jitter: Fraction = 0.0
     """Standard deviation as a fraction of the figure."""

@@ -114,7 +114,8 @@ def stats_view(stats: Json) -> RenderableType:
 
 
 def _bounds_held(stats: Json) -> Iterator[RenderableType]:
-    """How often the predicted bound held, by regime and by guest; nothing when an older daemon does not tell."""
+    """Two tables of how often the predicted bound held, by regime and by guest; nothing when an older daemon does not
+    tell."""
     for key, title in (("prediction_by_regime", "regime"), ("prediction_by_guest", "guest")):
         if not (rows := stats.get(key)):
             continue

@@ -1,4 +1,4 @@
-"""Who is at the other end of the control socket, and what it may do: the kernel says, not the client."""
+"""Access to the control socket: the kernel says who the client is, and the configuration what that user may do."""
 
 from __future__ import annotations
 

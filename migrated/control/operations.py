@@ -96,7 +96,7 @@ class AdoptSpec(BaseModel):
 
 
 class JobRequest(BaseModel):
-    """What an operator asks of a fleet: guests to be moved away from a host.
+    """An operator's request to a fleet: guests to be moved away from a host.
 
     Attributes:
         host: the host to empty; empty where one guest is meant, wherever it is.

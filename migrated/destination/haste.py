@@ -40,7 +40,7 @@ class Haste:
         self._small = False
 
     def begin(self) -> None:
-        """What decides goes first until the end: it hardly uses a processor."""
+        """Give the event loop precedence until the end: it decides, and hardly uses a processor."""
         self._deciding.enter_context(Precedence([threading.get_native_id()]))
 
     def round_over(self) -> bool:

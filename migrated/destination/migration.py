@@ -46,6 +46,7 @@ from migrated.vmm.memory import GuestMemory
 from migrated.vmm.seam import ExpectedCosts
 from protocol import messages
 from protocol.blackout import Vote
+from protocol.budget import abort_limit_ns
 from protocol.clock import ClockError
 from protocol.digest import MemoryDigest
 from protocol.errors import ErrorCode, RemoteProtocolError
@@ -108,7 +109,10 @@ class IncomingMigration:
         self._view = offer.view
         self._inbox = offer.inbox
         self._rounds = Rounds(equipment.digest, offer.view.tally)
-        terms = Terms(offer.control, offer.hello.limits, equipment.welcome.resume_ns, self._late)
+        own_resume_ns = env.resume_costs.reserve_ns(
+            equipment.guest.vmm.driver, equipment.costs, abort_limit_ns(offer.hello.limits)
+        )
+        terms = Terms(offer.control, offer.hello.limits, own_resume_ns, self._late)
         self._phase: Arriving = Arriving(terms)
         self._times = VoteTimes()
         self._asked: dict[int, int] = {}

@@ -69,7 +69,7 @@ class PageReceiver:
         announced: whether it was agreed that pages are announced ahead (EXTENTS).
         on_round: called on the event loop when a round is complete on all channels.
         on_state: called on the event loop with each whole device state.
-        on_failure: called on the event loop with the first error of any channel.
+        on_failure: called on the event loop with the error that ended a channel, and the channel's number.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class PageReceiver:
         announced: bool,
         on_round: Callable[[int, RoundReceived], None],
         on_state: Callable[[ArrivedState], None],
-        on_failure: Callable[[Exception], None],
+        on_failure: Callable[[int, Exception], None],
     ) -> None:
         self._memory = memory
         self._digest = digest
@@ -154,7 +154,7 @@ class PageReceiver:
         except Exception as error:  # whatever ends this thread must end the attempt, which would wait for ever
             drop_views(error)
             if not self._stopping:
-                self._loop.call_soon_threadsafe(self._on_failure, error)
+                self._loop.call_soon_threadsafe(self._on_failure, channel.number, error)
 
     def barrier(self, number: int, received: RoundReceived) -> None:
         """A channel closed a round (called in its thread)."""

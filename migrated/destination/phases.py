@@ -1,4 +1,4 @@
-"""How far an incoming attempt has come, as types, and what of its budget is known by then.
+"""The phases of an incoming attempt, as types, each with the part of its budget that is known by then.
 
 Arriving -> Blackout -> Final
             DOWNTIME    STATE_END
@@ -46,7 +46,7 @@ class Terms:
     Attributes:
         control: its exchanges of clocks tell how long messages travel.
         limits: the budget, as the offer has it.
-        own_resume_ns: expected time that the guest's VMM on this host needs to resume (ns).
+        own_resume_ns: kept back for the resume of the guest's VMM on this host (ns).
         on_late: called when the deadline passes, with the vote that this means.
     """
 

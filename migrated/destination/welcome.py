@@ -25,7 +25,6 @@ from migrated.state.journal import JournalError
 from migrated.vmm.handed_over import HandedOverMemory
 from migrated.vmm.memory import shared_huge_pages
 from protocol import messages
-from protocol.budget import abort_limit_ns
 from protocol.digest import MemoryDigest
 from protocol.errors import ProtocolError
 from protocol.guest_time import TimeAdjustError
@@ -116,7 +115,7 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
     digested = "digest-xxh3-frames" in hello.required and not shared
     inbox, digest = offer.inbox, MemoryDigest(hello.guest.pages) if digested else None
 
-    def channel_failed(error: Exception) -> None:
+    def channel_failed(_number: int, error: Exception) -> None:
         # Once everything arrived the data channels have done their work, and their end means nothing.
         if takeover.state is DestinationState.LOADING:
             inbox.put_nowait(Broken(DestinationEvent.FAULT, "fault", f"a data channel failed: {error}"))
@@ -144,7 +143,7 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
         token=secrets.token_bytes(16),
         capabilities=tuple(sorted(agreed)),
         load_costs=costs.devices,
-        resume_ns=env.resume_costs.expected_ns(guest.vmm.driver, costs, abort_limit_ns(hello.limits)),
+        resume_ns=env.resume_costs.expected_ns(guest.vmm.driver, costs),
         ready_timeout_ns=int(env.config.limits.ready_timeout_s * 1e9),
         host=env.host,
     )

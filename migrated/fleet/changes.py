@@ -141,8 +141,8 @@ def change_step(
 
 
 def _may_begin(mirror: Mirror, step: JobStep, *, reserve: bool) -> list[Compare]:
-    """What must hold when a migration is promised or begins: the source owns the guest and is not fenced. When it is
-    promised, the destination is also as free as it was seen and takes guests."""
+    """The conditions under which a migration may be promised or begun: the source owns the guest and is not fenced.
+    When it is promised, the destination is also as free as it was seen and takes guests."""
     keys, destination = mirror.keys, step.destination
     compares: list[Compare] = [mirror.unchanged(keys.owner(step.guest)), Missing(keys.fence(step.source))]
     if reserve and destination is not None:

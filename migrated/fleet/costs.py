@@ -1,4 +1,4 @@
-"""What moving a guest will cost with a share of the link: the rounds of its forecast on paper."""
+"""The cost of moving a guest with a share of the link: the rounds of its forecast, calculated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How a job and its steps go on: two tables, (state, event) -> (state, actions), and what the actions do to a step.
+"""The state machines of a job and of its steps: two tables, (state, event) -> (state, actions), and what the actions do
+to a step.
 
     planned -> reserved -> migrating -> done
        ^          |            |
@@ -29,7 +30,7 @@ LONGEST_BACK_OFF_NS: Final = 300_000_000_000
 
 
 class StepEvent(StrEnum):
-    """What happens to a step."""
+    """An event of a step."""
 
     RESERVE = "reserve"
     """A destination is chosen, and slots and memory are promised in the same transaction."""
@@ -56,7 +57,7 @@ class StepEvent(StrEnum):
 
 
 class StepAction(StrEnum):
-    """What a change does besides the new state."""
+    """An effect of an event on a step, besides its new state."""
 
     HOLD_SLOTS = "hold-slots"
     """Promise a slot on both hosts, and the memory on the destination."""
@@ -101,7 +102,7 @@ ACTIVE: Final = frozenset({P.RESERVED, P.MIGRATING})
 
 
 class JobEvent(StrEnum):
-    """What happens to a job."""
+    """An event of a job."""
 
     ALL_DONE = "all-done"
     """Every step is done."""
@@ -165,7 +166,7 @@ def step_after(
 
 
 def back_off_ns(attempt: int) -> int:
-    """How long to wait after an attempt, from 1 (ns)."""
+    """Return the wait after the attempt of this number, counted from 1 (ns)."""
     return min(LONGEST_BACK_OFF_NS, FIRST_BACK_OFF_NS << min(16, max(0, attempt - 1)))
 
 

@@ -1,4 +1,4 @@
-"""What was last seen of the store, as documents: read once, then kept up to date from a watch.
+"""The last seen content of the store, as documents: read once, then kept up to date from a watch.
 
     read_all -> put, put, ...   watch -> apply, apply, ...
                          \\        /
@@ -41,7 +41,7 @@ _Table: TypeAlias = tuple[type[Document], dict[str, Any]]
 
 
 class _Place(NamedTuple):
-    """Where the document of a key is kept."""
+    """The collection that holds the document of a key, and its name there."""
 
     model: type[Document]
     documents: dict[str, Any]
@@ -127,7 +127,7 @@ class Mirror:
                 self.by_owner[document.owner].discard(place.name)
 
     def _place_of(self, key: str) -> _Place | None:
-        """Where the document of a key is kept; None for a key of which nothing is known."""
+        """Return the place of a key's document; None for a key of an unknown kind."""
         kind, _, rest = key.removeprefix(self.keys.prefix).partition("/")
         if kind == "jobs":
             job, _, part = rest.partition("/")
@@ -152,5 +152,5 @@ class Mirror:
 
 
 def link_of(host: HostDocument) -> int:
-    """What the link of a host moves (bytes per second)."""
+    """Return the throughput of a host's link (bytes per second)."""
     return host.link_bytes_per_s or UNKNOWN_LINK_BYTES_PER_S

@@ -70,7 +70,7 @@ def parse(model: type[DocumentT], key: str, value: bytes) -> DocumentT:
 
 
 class HostDocument(Document):
-    """What a host says of itself, under a lease that ends with its daemon.
+    """A host's description of itself, under a lease that ends with its daemon.
 
     Attributes:
         address: where it takes migrations (``tcp:HOST:PORT``).
@@ -180,7 +180,7 @@ class CurvePoint(Document):
 
 
 class Forecast(Document):
-    """What moving a guest will cost, from its last migration, an estimate or its description.
+    """The expected cost of moving a guest, from its last migration, an estimate or its description.
 
     Attributes:
         data_bytes: what a first round moves.
@@ -198,7 +198,7 @@ class Forecast(Document):
 
 
 class GuestDocument(Document):
-    """What a guest needs of a host, written by its owner.
+    """A guest's requirements of a host, written by its owner.
 
     Attributes:
         vmm: its driver.
@@ -240,7 +240,7 @@ class Ownership(Document):
 
 
 class StepState(StrEnum):
-    """How far one guest of a job is."""
+    """The state of one guest of a job."""
 
     PLANNED = "planned"
     """It waits for a slot, or for its turn, or for ``not_before_utc_ns``."""
@@ -255,7 +255,7 @@ class StepState(StrEnum):
 
 
 class JobPhase(StrEnum):
-    """How far a job is."""
+    """The phase of a job."""
 
     RUNNING = "running"
     CANCELLING = "cancelling"
@@ -268,14 +268,14 @@ class JobPhase(StrEnum):
 
 
 class JobKind(StrEnum):
-    """What a job does."""
+    """The purpose of a job."""
 
     EVACUATE = "evacuate"
     MIGRATE = "migrate"
 
 
 class JobSpec(Document):
-    """What was asked.
+    """The operator's request that a job carries out.
 
     Attributes:
         host: the host to empty, or on which the guest is.
@@ -302,7 +302,7 @@ class JobSpec(Document):
 
 
 class JobState(Document):
-    """How far a job is, and why it ended as it did."""
+    """The phase of a job, and the reason of its end."""
 
     phase: JobPhase = JobPhase.RUNNING
     reason: Reason = ""

@@ -1,4 +1,5 @@
-"""Who may run a guest, as the fleet's store says it: the changes of an ``Ownership``, each a compare and a write.
+"""Ownership of guests in the fleet's store, which says who may run one: the changes of an ``Ownership``, each a compare
+and a write.
 
     begin of a hand-over    A            -> A, written anew      no delayed request of an earlier one fits any more
     before COMMIT           A            -> B, previous A        transferred
@@ -98,7 +99,7 @@ def change_owner(keys: Keys, guest: str, revision: int, after: Ownership, *, by:
 
 
 def refusal_of(answer: Answer, guest: str, by: str) -> str:
-    """Why ``change_owner`` was refused, a sentence."""
+    """Return the reason why ``change_owner`` was refused, a sentence."""
     entry, *fence = answer.found
     if any(found is not None for found in fence):
         return f"The host {by} is fenced: somebody said that it runs nothing, and {guest} may be started elsewhere."
@@ -108,7 +109,8 @@ def refusal_of(answer: Answer, guest: str, by: str) -> str:
 
 
 class Keeper(Protocol):
-    """What the hand-over needs of the fleet: the effects of ``protocol.effects`` that concern ownership.
+    """The interface of the hand-over to the fleet: it carries out the effects of ``protocol.effects`` that concern
+    ownership.
 
     Before a migration begins, whoever implements it writes the key anew (``reclaimed``), which ends every ``reclaim``
     of the guest that is still under way; ``transfer`` compares the revision of that write.

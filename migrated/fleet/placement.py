@@ -13,8 +13,8 @@ _REASONS_TOLD = 4
 
 
 def why_not(mirror: Mirror, guest: GuestDocument, host: HostDocument) -> str | None:
-    """Why a host cannot take a guest, as what is to be said of such hosts; None when it can. Slots and links, which
-    become free again, are not asked for."""
+    """Return the reason why a host cannot take a guest, worded for all such hosts; None when it can. Slots and links,
+    which become free again, are not asked for."""
     if host.name in mirror.fences:
         return "fenced"
     if host.name in mirror.cordons:

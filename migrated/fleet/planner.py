@@ -147,8 +147,8 @@ def _free_inbound(mirror: Mirror, host: HostDocument) -> int:
 
 
 def _ends(mirror: Mirror, source: HostDocument, spec: JobSpec, tasks: list[Task]) -> Ends:
-    """What both ends have to give. Slots and shares that other jobs hold are left out where some remain; times count
-    from when those have ended where none do."""
+    """Return the slots and link shares that both ends have to give. Slots and shares that other jobs hold are left out
+    where some remain; times count from when those have ended where none do."""
     held = mirror.slots_of(source.name)
     outbound = source.max_outbound - len(held.outbound)
     outbound = outbound if outbound > 0 else source.max_outbound
@@ -170,12 +170,12 @@ def _ends(mirror: Mirror, source: HostDocument, spec: JobSpec, tasks: list[Task]
 
 
 def _room(link: int, promised: int) -> int:
-    """What is left of a link, or all of it when nearly nothing is."""
+    """Return the free share of a link, or all of it when nearly none is free."""
     return link - promised if 4 * promised < 3 * link else link
 
 
 class _Try(NamedTuple):
-    """What makes a schedule: the tasks in their order, and the rules by which they start."""
+    """The input of a schedule: the tasks in their order, and the rules by which they start."""
 
     tasks: list[Task]
     lanes: int

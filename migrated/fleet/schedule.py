@@ -18,7 +18,8 @@ from migrated.fleet.model import GuestDocument
 
 
 class Choice(Enum):
-    """How a task chooses among the hosts that can take it now. Always first: where least of its group is."""
+    """The rule by which a task chooses among the hosts that can take it now. Always first: where least of its group
+    is."""
 
     SPREAD = "spread"
     """Where the smallest share of memory is used."""
@@ -49,7 +50,7 @@ class Task:
     _costs: dict[int, MoveCost] = field(default_factory=dict)
 
     def cost(self, bytes_per_s: int) -> MoveCost:
-        """What moving it at a rate costs."""
+        """Return the cost of moving it at a rate."""
         known = self._costs.get(bytes_per_s)
         if known is None:
             known = self._costs[bytes_per_s] = move_cost(self.guest, self.limit_ns, bytes_per_s)

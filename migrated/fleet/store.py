@@ -135,7 +135,7 @@ class Transaction:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a transaction did.
+    """The result of a transaction.
 
     Attributes:
         succeeded: all compares held.

@@ -1,4 +1,4 @@
-"""What the worker of a job does next, and what the daemon of a source does next: one transaction at a time.
+"""The next transaction of a job's worker, and of the daemon on the source: one at a time.
 
     worker   no steps yet -> plan -> a step is due and a host has room -> reserve -> ... -> all final -> end the job
     source   a step here is reserved -> begin, then migrate -> the attempt ends -> completed, failed or cancelled
@@ -41,7 +41,7 @@ class Wait:
 
 
 def next_work(mirror: Mirror, job: str, now_utc_ns: int) -> Work | Wait:
-    """What the worker of a job does now."""
+    """Return the worker's next piece of work for a job."""
     spec, state = mirror.specs.get(job), mirror.states.get(job)
     if spec is None or state is None or is_over(state):
         return Wait(None)
@@ -96,7 +96,7 @@ def _create_steps(mirror: Mirror, spec: JobSpec, missing: set[str], first: int, 
 
 
 def _next_of_step(mirror: Mirror, spec: JobSpec, step: JobStep, now_utc_ns: int, *, cancelling: bool) -> Work | Wait:
-    """What the worker does for one step that is not final."""
+    """Return the worker's next piece of work for one step that is not final."""
 
     def work(event: StepEvent, reason: str = "", **facts: object) -> Work:
         what = f"{step.guest}: {event}"
@@ -219,7 +219,8 @@ def is_cancelled(mirror: Mirror, spec: JobSpec) -> bool:
 
 
 def begin(mirror: Mirror, spec: JobSpec, step: JobStep, migration_id: str, now_utc_ns: int) -> Work:
-    """What the source's daemon writes before it starts the attempt of a step. If that fails, nothing starts."""
+    """Return the transaction that the source's daemon writes before it starts the attempt of a step. If that fails,
+    nothing starts."""
     change = change_step(
         mirror, spec.job, step.guest, StepEvent.BEGIN, now_utc_ns, by_worker=False, migration_id=migration_id
     )
@@ -236,7 +237,7 @@ def ended(
     reason: str = "",
     downtime_ns: int | None = None,
 ) -> Work:
-    """What the source's daemon writes when the attempt of a step has ended.
+    """Return the transaction that the source's daemon writes when the attempt of a step has ended.
 
     Args:
         event: COMPLETED, FAILED or CANCELLED; a failure after which nothing is left to try is given up.
@@ -257,8 +258,8 @@ def ended(
 
 
 def resume_steps(mirror: Mirror, job: str, now_utc_ns: int) -> Iterator[Work]:
-    """What ``--resume`` writes: every guest that did not move is tried anew, and then the job runs again; before that
-    its worker would find all steps final and end it.
+    """Yield the transactions of ``--resume``: every guest that did not move is tried anew, and then the job runs again;
+    before that its worker would find all steps final and end it.
 
     Raises:
         JobError: the job does not allow it; nothing was written.

@@ -143,7 +143,7 @@ class IncomingAttempts:
 
     @property
     def under_way(self) -> int:
-        """How many guests are being taken in."""
+        """The number of guests that are being taken in."""
         return len(self._offered) + len(self._running)
 
     def knows(self, guest: str) -> bool:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 from typing import Final
 
 _SYNC_FILE_RANGE_WRITE: Final = 2
+_SYNC_FILE_RANGE_WAIT: Final = 1 | _SYNC_FILE_RANGE_WRITE | 4
+_CANNOT: Final = frozenset({errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP})
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
@@ -15,3 +19,17 @@ def start_writeback(fd: int, offset: int, size: int) -> None:
     """Have the kernel begin to write part of a file to its disk. A hint: a file system that cannot is not asked again,
     and whether the data is safe only fsync tells."""
     _libc.sync_file_range(fd, offset, size, _SYNC_FILE_RANGE_WRITE)
+
+
+def let_go(fd: int, offset: int, size: int) -> None:
+    """Wait until the disk has part of a file, and take that out of the page cache, where it only takes others' room. A
+    file system that cannot is not asked again.
+
+    Raises:
+        OSError: the disk is full or broken. The kernel tells each error of the disk once, here or at an fsync.
+    """
+    if _libc.sync_file_range(fd, offset, size, _SYNC_FILE_RANGE_WAIT) < 0:
+        code = ctypes.get_errno()
+        if code not in _CANNOT:
+            raise OSError(code, os.strerror(code))
+    os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)

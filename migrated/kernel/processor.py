@@ -1,4 +1,4 @@
-"""How long a thread waits for a processor while others have it, from the kernel's own account of the thread."""
+"""The time that a thread waits for a processor while others have it, from the kernel's own account of the thread."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class _Mark(NamedTuple):
 
 
 class ProcessorLoad:
-    """How much longer everything takes in the calling thread because it waits for a processor: 1 where it never does,
-    3 where it waits twice as long as it runs. Made and asked in the same thread.
+    """The factor by which everything takes longer in the calling thread as it waits for a processor: 1 where it never
+    does, 3 where it waits twice as long as it runs. Made and asked in the same thread.
 
     It speaks of this thread's own waiting, whatever the others on the host are and how urgent they are. Where the
     kernel keeps no such account (CONFIG_SCHED_INFO) the mean number of ready tasks for each processor stands in.

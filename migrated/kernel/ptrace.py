@@ -46,7 +46,7 @@ class NoStopError(Exception):
 
 
 class Stop:
-    """Why a traced thread stopped.
+    """The reason why a traced thread stopped.
 
     Attributes:
         signal: the signal that would be delivered now; 0 in every other kind of stop.

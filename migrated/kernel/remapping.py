@@ -1,7 +1,8 @@
 """Memory files inside another process, mapped privately for a while and then shared, both over the mapping there is.
 
 While such a mapping is private the process reads the file and sees what others write to it, but what it writes itself
-goes into copies of its own. The system calls are made inside the process (``injection``).
+goes into copies of its own. The system calls are made inside the process (``injection``). What was in the files before
+the copies went there is kept, so that it can be put back.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Remapping:
         self._pid = pid
         self._ranges = tuple(ranges)
         self._table = -1
+        self._before: list[tuple[int, int, bytes]] = []
+        """What copies were written over: descriptor, offset, content."""
         try:
             self._table = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             self._theirs = [_descriptor_of(pid, one.fd) for one in ranges]
@@ -71,6 +74,7 @@ class Remapping:
 
     def share(self) -> None:
         """Write the copies that the process has of pages into the files, and map these shared; as ``map_privately``.
+        When it fails, some may be written.
 
         Raises:
             OSError: the copies cannot be read, or the files not be written.
@@ -81,8 +85,20 @@ class Remapping:
             for begin, end in copies.tolist():
                 data = np.empty(end - begin, np.uint8)
                 process_memory.read(self._pid, np.array([[begin, end - begin]], np.uint64), data)
+                self._before.append((one.fd, begin - one.address, os.pread(one.fd, end - begin, begin - one.address)))
                 _write_all(one.fd, data.data, begin - one.address)
         self._map("shared")
+
+    def put_back(self) -> None:
+        """Undo what ``share`` has written, once the process has ended.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
+        while self._before:  # the last first, should a page have been written twice
+            fd, offset, content = self._before[-1]
+            _write_all(fd, memoryview(content), offset)
+            self._before.pop()
 
     def close(self) -> None:
         """Close the descriptors; a second call does nothing."""

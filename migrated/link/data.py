@@ -21,7 +21,7 @@ _NO_PACING: Final = (1 << 64) - 1
 
 
 class FrameSink(Protocol):
-    """Where one thread sends its frames: a data channel, or a file."""
+    """The target of one thread's frames: a data channel, or a file."""
 
     number: int
 
@@ -47,7 +47,7 @@ class FrameSink(Protocol):
 
 
 class FrameSource(Protocol):
-    """Where one thread reads its frames: a data channel, or a file."""
+    """The origin of one thread's frames: a data channel, or a file."""
 
     number: int
     received_bytes: int

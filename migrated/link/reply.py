@@ -1,4 +1,4 @@
-"""Where an answer goes: the session's control channel, or the fresh connection that asked for an outcome."""
+"""The way of an answer: the session's control channel, or the fresh connection that asked for an outcome."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Who this host talks to, and who may do what: the certificates, the rules of the configuration, and what plain TCP is
-still good for.
+"""Rules on who this host talks to and who may do what: the certificates, the rules of the configuration, and what plain
+TCP is still good for.
 """
 
 from __future__ import annotations

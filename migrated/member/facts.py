@@ -1,4 +1,4 @@
-"""What a host knows of itself and of its guests, as documents of the fleet: computed from what they are given."""
+"""Documents of the fleet about this host and its guests: computed from what they are given."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MEASURED: Final = frozenset({"completed", "aborted"})
 
 
 def link_bytes_per_s(newest_first: Sequence[Record]) -> int:
-    """What a host's link moves, by the rounds of its migrations (bytes per second); 0 while none has shown it. Those
-    that ran at the same time shared it. One whose bandwidth was capped can only show that the link is faster than was
-    thought."""
+    """Return the throughput of a host's link, by the rounds of its migrations (bytes per second); 0 while none has
+    shown it. Those that ran at the same time shared it. One whose bandwidth was capped can only show that the link is
+    faster than was thought."""
     rates = [(record, _fastest_round(record)) for record in reversed(newest_first)]
     speed = 0
     for record, rate in rates:
@@ -44,7 +44,7 @@ def _ran_together(one: Record, other: Record) -> bool:
 
 
 def forecast(record: Record) -> Forecast | None:
-    """What moving a guest will cost, by its last migration; None when that shows nothing."""
+    """Return the expected cost of moving a guest, by its last migration; None when that shows nothing."""
     if record.outcome not in MEASURED or not record.rounds:
         return None
     first, *later = record.rounds
@@ -70,7 +70,7 @@ def guest_document(
     groups: Sequence[str],
     cpu_features: tuple[str, ...],
 ) -> GuestDocument:
-    """What a guest needs of a host.
+    """Return a guest's requirements of a host.
 
     Args:
         last: the record of its last migration.

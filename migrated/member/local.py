@@ -1,4 +1,4 @@
-"""What a member of a fleet needs of its own host."""
+"""The interface of a fleet's member to its own host."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LocalHost(Protocol):
         ...
 
     def attempts(self) -> tuple[int, int]:
-        """How many attempts run into this host, and out of it."""
+        """The numbers of attempts that run into this host, and out of it."""
         ...
 
     def parameters(self, guest: str | None) -> MigrationParameters:

@@ -1,4 +1,4 @@
-"""What operators ask of a fleet (``migrated.control.operations.FleetOperations``): any daemon of it can be asked."""
+"""Operators' requests to a fleet (``migrated.control.operations.FleetOperations``): any daemon of it can be asked."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class _Begun(NamedTuple):
 
 
 class Owners:
-    """Who owns the guests of this host (``migrated.fleet.ownership.Keeper``).
+    """Ownership of this host's guests in the fleet (``migrated.fleet.ownership.Keeper``).
 
     Args:
         follower: the mirror.

@@ -31,7 +31,7 @@ _AGAIN_S: Final = 0.5
 
 
 class _End(NamedTuple):
-    """What became of an attempt."""
+    """The end of an attempt."""
 
     event: StepEvent
     reason: str = ""

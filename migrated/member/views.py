@@ -1,4 +1,4 @@
-"""What operators see of a fleet, as JSON values: hosts with what is wrong with them, and jobs with their guests."""
+"""Views of a fleet for operators, as JSON values: hosts with what is wrong with them, and jobs with their guests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _host_view(mirror: Mirror, name: str) -> dict[str, Any]:
 
 
 def _problems(mirror: Mirror, name: str) -> list[str]:
-    """What is wrong with a host, as sentences."""
+    """Return a sentence for everything that is wrong with a host."""
     host, found = mirror.hosts.get(name), []
     if name in mirror.fences:
         found.append("It is fenced: its guests may be started elsewhere, and it may run none.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from statistics import median
 from typing import Final
 
@@ -43,6 +44,11 @@ class Bandwidth:
         size_bytes = pages * PAGE_SIZE + device_bytes
         return self._costs.expect(pages, size_bytes, self.for_bytes(size_bytes))
 
+    @property
+    def rehearsed(self) -> bool:
+        """Whether any of the rounds went as the blackout will."""
+        return any(alike for _, _, alike in self._rounds)
+
     def for_bytes(self, remaining_bytes: int) -> float:
         """Return the rate at which ``remaining_bytes`` would move (bytes per second): the median of the last three
         rounds that were not much smaller, and that went as the blackout will if any of them did. 0 before anything was
@@ -66,35 +72,50 @@ class DirtyCurve:
     Every round is one point: its length, and the number of pages that were dirty at its end. The curve begins at the
     origin, is a straight line between points, and never falls. Beyond the longest round it stays at its highest value;
     while only one round is known, it goes on with the slope of that round.
+
+    Where processors are few, a round that goes before others keeps the guest from writing: of such a round the curve
+    believes only that so many pages are dirtied at least.
     """
 
     def __init__(self) -> None:
         self._points: deque[tuple[int, int]] = deque(maxlen=_ROUNDS_KEPT)
+        self._least: deque[tuple[int, int]] = deque(maxlen=_ROUNDS_KEPT)
 
-    def add(self, ns: int, pages: int) -> None:
-        """Add a round of ``ns`` in which the guest dirtied ``pages`` unique pages."""
+    def add(self, ns: int, pages: int, *, ahead: bool = False) -> None:
+        """Add a round of ``ns`` in which the guest dirtied ``pages`` unique pages.
+
+        Args:
+            ahead: the round went before others.
+        """
         if ns > 0:
-            self._points.append((ns, pages))
+            (self._least if ahead else self._points).append((ns, pages))
 
     def __len__(self) -> int:
-        return len(self._points)
+        return len(self._points) + len(self._least)
 
     def pages_within(self, ns: int) -> float:
         """Return the number of unique pages that the guest would dirty within ``ns``."""
-        if not self._points or ns <= 0:
-            return 0.0
-        before = (0, 0.0)
-        highest = 0.0
-        for length, pages in sorted(self._points):
-            highest = max(highest, float(pages))
-            if length >= ns:
-                span = length - before[0]
-                return before[1] + (highest - before[1]) * (ns - before[0]) / span if span else highest
-            before = (length, highest)
-        return before[1] * ns / before[0] if len(self._points) == 1 else before[1]
+        points = sorted(self._points)
+        higher = [point for point in self._least if point[1] > _on_the_curve(points, point[0])]
+        return _on_the_curve(sorted(points + higher), ns)
 
     def reachable(self, memory_budget_ns: int, bandwidth_bytes_per_s: float, page_bytes: int, margin: float) -> bool:
         """Return whether rounds can get the remaining memory inside a budget: the guest dirties less within the budget
         than moves within it. "Dirty rate above bandwidth" is the wrong test: a bounded working set converges anyway."""
         movable = bandwidth_bytes_per_s * memory_budget_ns / 1e9
         return self.pages_within(memory_budget_ns) * page_bytes < movable * margin
+
+
+def _on_the_curve(points: Sequence[tuple[int, int]], ns: int) -> float:
+    """The pages within ``ns`` of the curve through ascending points."""
+    if not points or ns <= 0:
+        return 0.0
+    before = (0, 0.0)
+    highest = 0.0
+    for length, pages in points:
+        highest = max(highest, float(pages))
+        if length >= ns:
+            span = length - before[0]
+            return before[1] + (highest - before[1]) * (ns - before[0]) / span if span else highest
+        before = (length, highest)
+    return before[1] * ns / before[0] if len(points) == 1 else before[1]

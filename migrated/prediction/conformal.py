@@ -1,4 +1,5 @@
-"""How many scales the bound lies above the prediction: weighted, adaptive conformal quantiles, one for every regime.
+"""The distance of the bound from the prediction, in scales: weighted, adaptive conformal quantiles, one for every
+regime.
 
     scores of the regime (newer ones weigh more)  +  scores of all other regimes  +  the shipped sample
                                                      worth less the more            worth less the more

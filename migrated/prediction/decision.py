@@ -1,4 +1,4 @@
-"""The decision after a round: stop now, another round, throttle, wait for a better moment, or give up; with the reason.
+"""The decision after a round: stop now, another round, throttle, or give up; with the reason.
 
 Convergence is judged by progress (the least that remained), never by a rate: a bounded working set converges at any
 dirty rate. Throttling has QEMU's meaning and names (auto-converge); the rising target is what OpenStack and oVirt do.
@@ -21,14 +21,12 @@ from protocol.guest import PAGE_SIZE
 
 _ADVICE: Final = "raise --downtime-limit, or force the attempt with --on-timeout force"
 
-Step = Literal["switch", "round", "throttle", "wait", "shorten", "rehearse", "give-up"]
+Step = Literal["switch", "round", "throttle", "shorten", "rehearse", "give-up"]
 
 _STALL_ROUNDS: Final = 5
 """Rounds without progress that make a stall."""
 _PROGRESS: Final = 0.96
 """Less than this share of the best so far remained: that is progress."""
-_FALLING: Final = 0.5
-_MAX_WAITS: Final = 3
 _UNREACHABLE_MARGIN: Final = 1.25
 """How clearly memory must be out of reach before the attempt is given up before its time."""
 _FLOOR_MARGIN: Final = 1.25
@@ -98,8 +96,6 @@ class Decider:
     def __init__(self) -> None:
         self._best_pages: int | None = None
         self._since_progress = 0
-        self._previous_pages: int | None = None
-        self._waits = 0
         self._rounds = 0
         self._throttle = 0
         self._floor_misses = 0
@@ -127,10 +123,10 @@ class Decider:
         limit_ns = limit_of(parameters)
         target_ns = self._target_ns(parameters, limit_ns)
         explained = prediction.explain(limit_ns)
-        falling = self._note_progress(seen.dirty_pages)
+        self._note_progress(seen.dirty_pages)
         if prediction.bandwidth_known and self._fits(parameters, prediction, target_ns):
             self._floor_misses = 0
-            return self._fitting(parameters, outlook, curve, seen, falling=falling)
+            return self._fitting(parameters, outlook, curve, seen)
         if (reason := self._below_the_floor(parameters, outlook.stop(0), limit_ns)) is not None:
             return Verdict("give-up", reason)
         if parameters.timeout_s and seen.elapsed_s >= parameters.timeout_s:
@@ -141,7 +137,7 @@ class Decider:
         return Verdict("round", f"not yet{step}: {explained}", self._throttle)
 
     def _fitting(
-        self, parameters: MigrationParameters, outlook: Outlook, curve: DirtyCurve, seen: Observation, *, falling: bool
+        self, parameters: MigrationParameters, outlook: Outlook, curve: DirtyCurve, seen: Observation
     ) -> Verdict:
         """A stop fits: make it, or go on for a shorter one."""
         explained = outlook.stop(seen.dirty_pages).explain(limit_of(parameters))
@@ -151,9 +147,6 @@ class Decider:
             if shorter is not None:
                 self._without_pause += 1
                 return Verdict("shorten", f"fits, and {shorter}: {explained}", self._throttle)
-        elif falling and self._waits < _MAX_WAITS and seen.elapsed_s < parameters.timeout_s / 2:
-            self._waits += 1
-            return Verdict("wait", f"fits, but less remains after every round: {explained}", self._throttle)
         if self._rehearsal_due(outlook.round_ns(seen.dirty_pages), seen):
             self._without_pause += 1
             self._rehearsals += 1
@@ -171,7 +164,7 @@ class Decider:
         return not self._without_pause and round_ns <= _REHEARSAL_NS
 
     def _shorter(self, outlook: Outlook, curve: DirtyCurve, seen: Observation, first: Observation) -> str | None:
-        """Why another round is worth its time although a stop fits, a phrase; None when it is not."""
+        """Return the reason why another round is worth its time although a stop fits, a phrase; None when it is not."""
         round_ns = outlook.round_ns(seen.dirty_pages)
         spent_ns = (seen.elapsed_s - first.elapsed_s) * 1e9 + round_ns
         spent_bytes = seen.sent_bytes - first.sent_bytes + seen.dirty_pages * PAGE_SIZE
@@ -189,8 +182,8 @@ class Decider:
         return f"a round of {round_ns / 1e6:.1f} ms is expected to shorten the downtime by {gain_ns / 1e6:.1f} ms"
 
     def _below_the_floor(self, parameters: MigrationParameters, floor: Prediction, limit_ns: int) -> str | None:
-        """Why rounds cannot bring the bound under the limit, once several in a row have found so; None while they
-        may. ``floor`` is the prediction of a stop with nothing left to send."""
+        """Return the reason why rounds cannot bring the bound under the limit, once several in a row have found so;
+        None while they may. ``floor`` is the prediction of a stop with nothing left to send."""
         if not _enforced(parameters) or floor.upper_ns < limit_ns:
             self._floor_misses = 0
             return None
@@ -213,15 +206,13 @@ class Decider:
             return prediction.memory_ns < target_ns
         return prediction.upper_ns < target_ns
 
-    def _note_progress(self, dirty_pages: int) -> bool:
-        """Keep the best so far. Returns whether the remaining memory still falls fast."""
-        previous, self._previous_pages = self._previous_pages, dirty_pages
+    def _note_progress(self, dirty_pages: int) -> None:
+        """Keep the best so far."""
         if self._best_pages is None or dirty_pages < self._best_pages * _PROGRESS:
             self._best_pages = dirty_pages
             self._since_progress = 0
         else:
             self._since_progress += 1
-        return previous is not None and dirty_pages > 64 and dirty_pages < previous * _FALLING
 
     def _out_of_time(self, parameters: MigrationParameters, explained: str, seen: Observation) -> Verdict:
         if parameters.on_timeout == "force":

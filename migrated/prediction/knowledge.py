@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any, Final
 
 from migrated.prediction.conformal import ScorePools
-from migrated.prediction.model import Bases, Prediction, was_busy
+from migrated.prediction.model import Bases, Prediction, was_busy, was_unrehearsed
 from migrated.prediction.prior import Prior
 from migrated.record.model import Downtime, Record
 from migrated.record.parts import Component, PredictedPart
@@ -49,6 +49,9 @@ _MOST_SPREADS: Final = 5.0
 """While there are few samples, none counts as further off than so many spreads of the next more general level."""
 _UNTRIED: Final = 2.0
 """How much less sure a component is that was not tried several times in this attempt."""
+_UNREHEARSED_SPREAD: Final = 0.08
+"""How far memory may take longer than in rounds that waited for a processor, as the blackout does not (share). On busy
+hosts it takes a tenth of that; what such rounds show is no middle but an end."""
 _SPREAD_FLOOR_NS: Final = 500_000
 """No prediction is surer than a few wake-ups of threads."""
 _CENSORED_MOST: Final = 4.0
@@ -142,11 +145,15 @@ class Knowledge:
         ns = prior.expected_ns(base_ns, bases.devices, bases.device_bytes, bases.load)
         tried_ns = bases.spreads_ns.get(component)
         share_ns = base_ns * prior.spread
-        known_ns = _UNTRIED * share_ns if tried_ns is None else math.hypot(share_ns, tried_ns)
+        if component is Component.STATE and bases.unrehearsed:
+            known_ns = base_ns * _UNREHEARSED_SPREAD
+        else:
+            known_ns = _UNTRIED * share_ns if tried_ns is None else math.hypot(share_ns, tried_ns)
         spread = (known_ns + prior.spread_ns * bases.load) / scale
+        state = _state_of(memory_bound=bases.memory_bound, unrehearsed=bases.unrehearsed)
         own, *_ = keys = list(_keys(guest, kind))
         for key in reversed(keys):
-            ring = self._corrections.get(_correction_key(key, component, base_ns, bases.memory_bound, bases.busy))
+            ring = self._corrections.get(_correction_key(key, component, base_ns, state, busy=bases.busy))
             if ring is None:
                 continue
             count, centre = len(ring.values), median(ring.values)
@@ -191,6 +198,7 @@ class Knowledge:
     def _learn_components(self, guest: str, downtime: Downtime, kind: str) -> None:
         truth, bases_ns = downtime.by_component(), downtime.predicted_bases_ns
         memory_bound = not downtime.predicted_parts_ns.get(PredictedPart.DEVICE_SAVES.label)
+        state = _state_of(memory_bound=memory_bound, unrehearsed=was_unrehearsed(downtime.predicted_regime))
         busy = was_busy(downtime.predicted_regime)
         for component in Component:
             base_ns = bases_ns.get(component, 0)
@@ -199,7 +207,7 @@ class Knowledge:
             else:
                 learned = float(min(truth[component] - base_ns, _MOST_OVERHEAD_NS))
             for key in _keys(guest, kind):
-                name = _correction_key(key, component, base_ns, memory_bound, busy)
+                name = _correction_key(key, component, base_ns, state, busy=busy)
                 self._ring(self._corrections, name, _CORRECTIONS_KEPT).add(learned)
 
     def _ring(self, rings: dict[str, _Ring], key: str, limit: int) -> _Ring:
@@ -243,8 +251,8 @@ class Knowledge:
 
 
 def _spread(values: list[float], centre: float, *, most: float) -> float:
-    """How far values usually lie from their centre: the distance that two thirds of them stay within, so that outliers
-    do not stretch the scale; they are what the scores tell of.
+    """Return the usual distance of values from their centre: the one that two thirds of them stay within, so that
+    outliers do not stretch the scale; they are what the scores tell of.
 
     Args:
         most: no distance counts as more while there are few values, since few have no middle.
@@ -260,14 +268,17 @@ def _scale_ns(estimates: Mapping[Component, _Estimate]) -> float:
     return math.sqrt(_SPREAD_FLOOR_NS**2 + sum(estimate.spread_ns**2 for estimate in estimates.values()))
 
 
-def _correction_key(key: str, component: Component, base_ns: int, memory_bound: bool, busy: bool) -> str:
-    """The key of a correction. State that waits for the link and state that waits for a device err differently, and so
-    does everything on a host where it waits for a processor."""
-    what = (
-        f"{component}:{'memory' if memory_bound else 'device-saves'}"
-        if component is Component.STATE
-        else component.value
-    )
+def _state_of(*, memory_bound: bool, unrehearsed: bool) -> str:
+    """What state waits for: the link, which rounds have rehearsed or not, or a device."""
+    if not memory_bound:
+        return "device-saves"
+    return "unrehearsed-memory" if unrehearsed else "memory"
+
+
+def _correction_key(key: str, component: Component, base_ns: int, state: str, *, busy: bool) -> str:
+    """The key of a correction. State errs differently by what it waits for (``_state_of``), and so does everything on a
+    host where it waits for a processor."""
+    what = f"{component}:{state}" if component is Component.STATE else component.value
     host = "/busy" if busy else ""
     return f"{key}{host}/{what}/{'factor' if base_ns >= _LARGE_NS else 'overhead'}"
 

@@ -21,11 +21,17 @@ _FAST_BYTES_PER_S: Final = 450 << 20
 _BUSY_LOAD: Final = 2.0
 """From this load on a host counts as busy: what is due waits for a processor as long as it runs."""
 _BUSY_HOST: Final = "busy-host"
+_UNREHEARSED: Final = "unrehearsed"
 
 
 def was_busy(regime: str) -> bool:
     """Whether the host was busy in an attempt of this regime."""
     return _BUSY_HOST in regime
+
+
+def was_unrehearsed(regime: str) -> bool:
+    """Whether memory decided in an attempt of this regime, and no round had shown what it costs in a blackout."""
+    return _UNREHEARSED in regime
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,8 @@ class Bases:
         devices, device_bytes: device states that are loaded in a call of their own, and the bytes of all.
         bandwidth_bytes_per_s: of large transfers, 0 while unknown.
         load: how much longer things take here because they wait for a processor, at least 1.
+        memory_waited: whether every round waited for a processor behind others, as the blackout will not. Then
+            ``memory_ns`` is what memory takes at most.
         spreads_ns: how far single tries lay from the base, for components that were tried more than once.
     """
 
@@ -52,6 +60,7 @@ class Bases:
     device_bytes: int = 0
     bandwidth_bytes_per_s: float = 0.0
     load: float = 1.0
+    memory_waited: bool = False
     spreads_ns: Mapping[Component, int] = field(default_factory=dict)
 
     @property
@@ -60,12 +69,18 @@ class Bases:
         return self.memory_ns >= self.save_ns
 
     @property
+    def unrehearsed(self) -> bool:
+        """Whether memory decides how long state takes, and no round has shown what it costs in a blackout."""
+        return self.memory_bound and self.memory_waited
+
+    @property
     def busy(self) -> bool:
         """Whether what is due waits for others on this host."""
         return self.load >= _BUSY_LOAD
 
     def regime(self, *, first: bool) -> str:
-        """The kind of attempt that this one is like, by the host, the link, and what it waits for.
+        """The kind of attempt that this one is like, by the host, the link, what it waits for, and whether that was
+        seen before.
 
         Args:
             first: whether no migration of this guest is known.
@@ -77,6 +92,7 @@ class Bases:
                 _BUSY_HOST if self.busy else "quiet-host",
                 "fast-link" if self.bandwidth_bytes_per_s >= _FAST_BYTES_PER_S else "slow-link",
                 "memory-bound" if self.memory_bound and 2 * self.memory_ns >= total_ns else "device-bound",
+                *((_UNREHEARSED,) if self.unrehearsed else ()),
             )
         )
 

@@ -15,7 +15,7 @@ _SETTLED: Final = 0.96
 
 
 class Played(NamedTuple):
-    """How it would go.
+    """The course of an attempt that was only played.
 
     Attributes:
         fits: a stop fits after the last round.

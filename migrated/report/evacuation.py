@@ -95,7 +95,7 @@ def _track(job: Job, guest: Job) -> Track:
 
 
 def _hosts(job: Job) -> Section | None:
-    """How many guests each host took in."""
+    """The number of guests that each host took in."""
     taken: dict[str, list[Job]] = {}
     for guest in job["guests"]:
         if guest["state"] == "done" and guest["destination"]:

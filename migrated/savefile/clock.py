@@ -1,5 +1,5 @@
-"""How long a guest lay in a file: by the clock that goes on while a host is suspended, as long as the same kernel runs;
-else by the wall clocks, which nothing proves right.
+"""The time that a guest lay in a file: by the clock that goes on while a host is suspended, as long as the same kernel
+runs; else by the wall clocks, which nothing proves right.
 """
 
 from __future__ import annotations

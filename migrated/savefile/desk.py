@@ -1,11 +1,13 @@
-"""What one save writes with: the unfinished file, the guest's memory, the threads that bring the one into the other."""
+"""The tools of one save: the unfinished file, the guest's memory, the threads that bring the one into the other."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from migrated.base.threads import in_thread, made_in_thread
@@ -15,8 +17,8 @@ from migrated.settings.parameters import MigrationParameters
 from migrated.source.encoding import encoder_factory
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.pages import PageSender, Sent
-from migrated.source.precopy import Transfer
 from migrated.source.session import Offer, Tracking, hello_of
+from migrated.source.transfer import Transfer
 from migrated.vmm.handed_over import NoDirtyLog
 from migrated.vmm.memory import GuestMemory
 from migrated.vmm.seam import VmmGuest
@@ -32,7 +34,7 @@ SCHEME = "file:"
 
 @dataclass(frozen=True, slots=True)
 class SaveOrder:
-    """What an operator wants.
+    """An operator's request to save a guest.
 
     Attributes:
         path: the file.
@@ -62,6 +64,7 @@ class RoundBook:
         self._writer = writer
         self._digest = digest
         self._closed: dict[int, asyncio.Future[messages.RoundDone]] = {}
+        self._writing: asyncio.Future[object] | None = None
 
     def send(self, message: Message, payload: bytes = b"") -> None:
         """Close the round that the message announces."""
@@ -74,11 +77,22 @@ class RoundBook:
         return self._closed.pop(number)
 
     async def _close(self, number: int) -> messages.RoundDone:
-        await in_thread(self._writer.append, messages.Barrier(round=number), (), number)
+        await self._write(partial(self._writer.append, messages.Barrier(round=number), (), number))
         if not self.in_blackout:
             # A round counts as over when little of it is left to flush: then the last one meets an idle disk.
-            await in_thread(self._writer.checkpoint)
+            await self._write(self._writer.checkpoint)
         return messages.RoundDone(round=number, bytes=0, digest=self._digest.value)
+
+    async def _write(self, call: Callable[[], object]) -> None:
+        """Write in a thread. Whoever is cancelled does not wait for the disk: the guest may stand still.
+        ``end`` does."""
+        self._writing = asyncio.ensure_future(in_thread(call))
+        await asyncio.shield(self._writing)
+
+    async def end(self) -> None:
+        """Wait until nothing is written any more."""
+        if self._writing is not None:
+            await asyncio.gather(self._writing, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,5 +158,6 @@ async def open_desk(
     sender.pace(parameters.max_bandwidth_bytes_per_s)
     sender.start()
     book = RoundBook(writer, digest)
+    undo.push_async_callback(book.end)
     transfer = Transfer(vmm, description, memory, log, sender, book, ledger)
     return Desk(offer, writer, book, memory, tracking, digest, transfer)

@@ -1,4 +1,4 @@
-"""What can go wrong with the file itself."""
+"""Errors of the file itself."""
 
 from __future__ import annotations
 

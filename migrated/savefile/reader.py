@@ -10,6 +10,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,10 @@ from protocol.savefile import CLOSING_BYTES, GAP_MAGIC, PREAMBLE_BYTES, Closing,
 
 _MAX_VECTORS: Final = 1024
 _READ_BYTES: Final = 1 << 20
+_LET_GO_BYTES: Final = 32 << 20
+"""What was read is taken out of the page cache so much at a time."""
+_BEHIND_BYTES: Final = 64 << 20
+"""What was dealt out so far back has been read."""
 _OF_CHANNELS: Final = (messages.Pages, messages.ZeroPages, messages.Barrier, messages.DeviceState)
 
 
@@ -90,7 +95,7 @@ class SavedFile:
         self.frames_begin = PREAMBLE_BYTES + HEADER_BYTES + header.meta_bytes
 
     def damaged(self, part: str, offset: int, error: Exception) -> SaveFileError:
-        """What is told of a damage."""
+        """Return the error that names a damage."""
         return SaveFileError(f"{self.path} is damaged in {part}, which begins at byte {offset}: {error}")
 
     def read(self, views: list[memoryview], offset: int) -> None:
@@ -113,6 +118,10 @@ class SavedFile:
             if got:
                 pending[0] = pending[0][got:]
 
+    def let_go(self, begin: int, end: int) -> None:
+        """Take a part that was read out of the page cache: it is the guest's memory now, and would be there twice."""
+        os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Let go of the file."""
         if self._fd >= 0:
@@ -121,7 +130,8 @@ class SavedFile:
 
 
 class FileEnd:
-    """What a file says beside pages and device states: guest time, what must be complete at the end, the record."""
+    """The content of a file beside pages and device states: guest time, what must be complete at the end, the
+    record."""
 
     def __init__(self) -> None:
         self.time: messages.TimeData | None = None
@@ -129,108 +139,140 @@ class FileEnd:
         self.record = b""
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A frame that was dealt out: its head, and where its payload lies. ``message`` is None for a gap."""
+
+    part: str
+    begin: int
+    header: Header
+    message: Message | None
+    payload_begin: int
+
+
 class FileFrames:
-    """What the receiver of pages reads in place of a data channel (``link.data.FrameSource``). One thread uses it.
+    """Deals the frames of a file out to several readers, each of which is to the receiver of pages what a data channel
+    is. One frame after the other is taken from the file, and whoever took it reads its payload while others go on.
+
+    Frames of one round may be applied in any order, as those of several data channels are. No frame of the next round
+    is dealt out before every reader is done with this one: each comes for the barrier then.
 
     Args:
         file: opened; whoever opened it closes it.
         hash_of: makes the XXH3-64 of the record.
+        readers: how many, each for a thread of its own.
 
     Attributes:
         end: filled as the file is read.
+        readers: in the order of their numbers.
     """
 
-    number = 0
-
-    def __init__(self, file: SavedFile, hash_of: Callable[[bytes], int]) -> None:
-        self.received_bytes = 0
+    def __init__(self, file: SavedFile, hash_of: Callable[[bytes], int], readers: int) -> None:
         self.end = FileEnd()
-        self._file = file
+        self.file = file
+        self.readers = tuple(FileReader(self, number) for number in range(readers))
         self._hash_of = hash_of
         self._offset = file.frames_begin
+        self._let_go = 0
         self._begin, self._part = file.frames_begin, "the first round"
         self._sequence = SequenceCheck(1)
-        self._ended = threading.Event()
+        self._turn = threading.Condition()
+        self._barrier: _Frame | None = None
+        self._passed: set[int] = set()
+        """The readers that have the barrier already and wait for the others."""
+        self._damage: str | None = None
+        self._interrupted = False
 
-    def where(self, error: Exception) -> Exception:
-        """The error with its place in the file, for one that the file is to blame for."""
-        if isinstance(error, RemoteProtocolError | SaveFileError):
-            return self._file.damaged(self._part, self._begin, error)
-        return error
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of all frames that were read so far."""
+        return sum(reader.received_bytes for reader in self.readers)
 
-    def read_header(self) -> tuple[Header, Message]:
-        """Read the next frame up to its payload; what is no channel's is kept in ``end``.
+    def deal(self, number: int) -> _Frame:
+        """The next frame for a reader, who is done with the one before.
 
         Raises:
             FileEndedError: there is none.
-            SaveFileError, RemoteProtocolError: it is damaged.
+            SaveFileError: it is damaged, or one that another reader was given was.
             LinkLostError: the restore has ended.
         """
-        while True:
-            if self._ended.is_set():
+        with self._turn:
+            while self._barrier is not None and number in self._passed and not self._interrupted:
+                self._turn.wait()
+            if self._interrupted:
                 raise LinkLostError("the restore has ended")
-            self._begin, self._part = self._offset, f"frame {self._sequence.expected}"
-            closing = self._file.closing
-            if self._offset == closing.frames_end:
-                if self._sequence.expected != closing.frames:
-                    raise RemoteProtocolError(f"there are not {closing.frames} frames before the closing part")
-                raise FileEndedError("the file was read to its end")
-            head = bytearray(HEADER_BYTES)
-            self._take([memoryview(head)])
-            if head[: len(GAP_MAGIC)] == GAP_MAGIC:
-                self._skip_gap(bytes(head))
-                continue
-            header = unpack_header(head, self._file.preamble.version, MAX_PAYLOAD_BYTES)
-            meta = bytearray(header.meta_bytes)
-            self._take([memoryview(meta)])
-            check_meta(meta, header)
-            self._sequence.accept(header.sequence)
-            if self._offset + header.payload_bytes > closing.frames_end:
-                raise RemoteProtocolError("a frame reaches beyond the last one")
-            message = messages.decode(header.type, meta)
-            self._part = _name_of(message)
-            if isinstance(message, _OF_CHANNELS):
-                return header, message
-            payload = bytearray(header.payload_bytes)
-            self._take([memoryview(payload)])
-            self._keep(message, bytes(payload))
-
-    def read_into(self, views: list[memoryview]) -> None:
-        """Fill byte views with the payload, in order.
-
-        Raises:
-            SaveFileError: the file cannot be read.
-        """
-        self._take(views)
+            if self._damage is not None:
+                raise SaveFileError(self._damage)
+            if self._barrier is None:
+                frame = self._next()
+                if not isinstance(frame.message, messages.Barrier):
+                    return frame
+                self._barrier = frame
+            frame = self._barrier
+            self._passed.add(number)
+            if len(self._passed) == len(self.readers):
+                self._barrier = None
+                self._passed.clear()
+                self._turn.notify_all()
+            return frame
 
     def interrupt(self) -> None:
-        """Let the next frame be the last."""
-        self._ended.set()
+        """Let no reader have another frame."""
+        with self._turn:
+            self._interrupted = True
+            self._turn.notify_all()
 
-    def close(self) -> None:
-        """Do nothing: the file belongs to whoever opened it."""
+    def _next(self) -> _Frame:
+        try:
+            while (frame := self._take_frame()) is None:
+                pass
+        except (RemoteProtocolError, SaveFileError) as error:
+            damaged = self.file.damaged(self._part, self._begin, error)
+            self._damage = str(damaged)
+            raise damaged from error
+        return frame
 
-    def _take(self, views: list[memoryview]) -> None:
-        size_bytes = sum(len(view) for view in views)
-        if self._offset + size_bytes > self._file.closing.frames_end:
+    def _take_frame(self) -> _Frame | None:
+        """Take the next frame, all but its payload. None for one that is no reader's, which is kept in ``end``."""
+        begin = self._begin = self._offset
+        self._part = f"frame {self._sequence.expected}"
+        closing = self.file.closing
+        if begin == closing.frames_end:
+            if self._sequence.expected != closing.frames:
+                raise RemoteProtocolError(f"there are not {closing.frames} frames before the closing part")
+            raise FileEndedError("the file was read to its end")
+        head = self._take(HEADER_BYTES)
+        if head[: len(GAP_MAGIC)] == GAP_MAGIC:
+            sequence, size_bytes = unpack_gap(head)
+            self._part = "a gap"
+            header = Header(0, 0, size_bytes - HEADER_BYTES, sequence, 0, 0)
+            message = None
+        else:
+            header = unpack_header(head, self.file.preamble.version, MAX_PAYLOAD_BYTES)
+            meta = self._take(header.meta_bytes)
+            check_meta(meta, header)
+            message = messages.decode(header.type, meta)
+            self._part = _name_of(message)
+        self._sequence.accept(header.sequence)
+        payload_begin = self._offset
+        if payload_begin + header.payload_bytes > closing.frames_end:
             raise RemoteProtocolError("a frame reaches beyond the last one")
-        self._file.read(views, self._offset)
-        self._offset += size_bytes
-        self.received_bytes += size_bytes
+        if message is None or isinstance(message, _OF_CHANNELS):
+            self._offset += header.payload_bytes
+            if (end := self._offset - _BEHIND_BYTES) - self._let_go >= _LET_GO_BYTES:
+                self.file.let_go(self._let_go, end)
+                self._let_go = end
+            return _Frame(self._part, begin, header, message, payload_begin)
+        self._keep(message, self._take(header.payload_bytes))
+        return None
 
-    def _skip_gap(self, head: bytes) -> None:
-        """Pass over a gap. It must be empty: what is not looked at could hide that the file was changed."""
-        self._part = "a gap"
-        sequence, size_bytes = unpack_gap(head)
-        self._sequence.accept(sequence)
-        piece = np.empty(_READ_BYTES, np.uint8)
-        left = size_bytes - HEADER_BYTES
-        while left:
-            some = piece[: min(left, _READ_BYTES)]
-            self._take([some.data])
-            if some.any():
-                raise RemoteProtocolError("it is not empty")
-            left -= len(some)
+    def _take(self, size_bytes: int) -> bytes:
+        if self._offset + size_bytes > self.file.closing.frames_end:
+            raise RemoteProtocolError("a frame reaches beyond the last one")
+        taken = bytearray(size_bytes)
+        self.file.read([memoryview(taken)], self._offset)
+        self._offset += size_bytes
+        return bytes(taken)
 
     def _keep(self, message: Message, payload: bytes) -> None:
         match message:
@@ -239,11 +281,79 @@ class FileFrames:
             case messages.StateEnd() if not payload:
                 self.end.state_end = message
             case messages.Record():
-                if self._hash_of(payload) != self._file.closing.record_hash:
+                if self._hash_of(payload) != self.file.closing.record_hash:
                     raise RemoteProtocolError("its content does not match its digest")
                 self.end.record = payload
             case _:
                 raise RemoteProtocolError(f"message {message.TYPE.name} does not belong into a saved guest")
+
+
+class FileReader:
+    """The frames that one thread of the receiver of pages is dealt, in place of a data channel
+    (``link.data.FrameSource``).
+
+    Args:
+        frames: deals the frames out.
+        number: of this reader.
+    """
+
+    def __init__(self, frames: FileFrames, number: int) -> None:
+        self.number = number
+        self.received_bytes = 0
+        self._frames = frames
+        self._frame: _Frame | None = None
+        self._offset = 0
+
+    def where(self, error: Exception) -> Exception:
+        """The error with its place in the file, for one that the content of this reader's frame is to blame for."""
+        if isinstance(error, RemoteProtocolError) and (frame := self._frame) is not None:
+            return self._frames.file.damaged(frame.part, frame.begin, error)
+        return error
+
+    def read_header(self) -> tuple[Header, Message]:
+        """Read the next frame up to its payload.
+
+        Raises:
+            FileEndedError: there is none.
+            SaveFileError, RemoteProtocolError: it is damaged.
+            LinkLostError: the restore has ended.
+        """
+        while True:
+            frame = self._frame = self._frames.deal(self.number)
+            self._offset = frame.payload_begin
+            self.received_bytes += frame.payload_begin - frame.begin
+            if frame.message is not None:
+                return frame.header, frame.message
+            self._check_gap(frame.header.payload_bytes)
+
+    def read_into(self, views: list[memoryview]) -> None:
+        """Fill byte views with the payload, in order.
+
+        Raises:
+            SaveFileError: the file cannot be read.
+        """
+        size_bytes = sum(len(view) for view in views)
+        self._frames.file.read(views, self._offset)
+        self._offset += size_bytes
+        self.received_bytes += size_bytes
+
+    def interrupt(self) -> None:
+        """Let no reader of this file have another frame."""
+        self._frames.interrupt()
+
+    def close(self) -> None:
+        """Do nothing: the file belongs to whoever opened it."""
+
+    def _check_gap(self, size_bytes: int) -> None:
+        """Read a gap. It must be empty: what is not looked at could hide that the file was changed."""
+        piece = np.empty(_READ_BYTES, np.uint8)
+        left = size_bytes
+        while left:
+            some = piece[: min(left, _READ_BYTES)]
+            self.read_into([some.data])
+            if some.any():
+                raise RemoteProtocolError("it is not empty")
+            left -= len(some)
 
 
 def _name_of(message: Message) -> str:

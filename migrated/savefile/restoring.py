@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import platform
 import time
+from typing import Final
 
 import structlog
 import xxhash
@@ -43,6 +44,8 @@ from protocol.messages import TimeRules
 from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, agree_capabilities
 
 log = structlog.get_logger()
+
+READERS: Final = 2
 
 _REFUSED = (MigrationError, ProtocolError, TimeAdjustError, ClockError, RunMarkError, OSError, ValueError)
 
@@ -201,6 +204,8 @@ class Restore:
         )
         read_to_end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         read_to_end.add_done_callback(_retrieved)
+        frames = FileFrames(self._file, xxhash.xxh3_64_intdigest, READERS)
+        reading = set(range(READERS))
         digest = MemoryDigest(hello.guest.pages)
         built = await guest.vmm.describe()
         states = ArrivingStates(built.devices)
@@ -222,24 +227,26 @@ class Restore:
             arrived += 1
             loading.add_state(state)
 
-        def ended(error: Exception) -> None:
+        def ended(number: int, error: Exception) -> None:
+            reading.discard(number)
             if read_to_end.done():
                 return
-            if isinstance(error, FileEndedError):
+            if not isinstance(error, FileEndedError):
+                read_to_end.set_exception(frames.readers[number].where(error))
+            elif not reading:
                 read_to_end.set_result(None)
-            else:
-                read_to_end.set_exception(frames.where(error))
 
         memory = await guest.vmm.memory()
-        frames = FileFrames(self._file, xxhash.xxh3_64_intdigest)
         receiver = PageReceiver(
-            memory, states, digest, 1, allowed_encodings(agreed), announced=False,
+            memory, states, digest, READERS, allowed_encodings(agreed), announced=False,
             on_round=round_arrived, on_state=state_arrived, on_failure=ended,
         )  # fmt: skip
         load = asyncio.create_task(loading.run())
         try:
+            receiver.guest_stopped()  # it never ran: no page is prepared for later rounds
             await in_thread(memory.clear)
-            receiver.add_channel(frames)
+            for reader in frames.readers:
+                receiver.add_channel(reader)
             await asyncio.wait({load, read_to_end}, return_when=asyncio.FIRST_COMPLETED)
             if load.done():
                 await load  # a state could not be loaded

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import time
-from dataclasses import dataclass
 
 import structlog
 import xxhash
@@ -33,77 +32,26 @@ from migrated.prediction.bandwidth import Bandwidth
 from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
 from migrated.record.model import Record
-from migrated.record.parts import Part
-from migrated.record.terms import STATUS_OF, Outcome, Phase, QemuCheckpoint
+from migrated.record.terms import STATUS_OF, Outcome, Phase
 from migrated.savefile.clock import boot_id
 from migrated.savefile.desk import Desk, SaveOrder, open_desk
 from migrated.savefile.last_state import ReadTime, save_devices, save_last_state
+from migrated.savefile.standstill import Standstill
 from migrated.savefile.writer import check_target, part_of
+from migrated.savefile.writing import Silent, Writing
 from migrated.settings.parameters import MigrationParameters, limit_of
 from migrated.source.ending import outcome_of_error
 from migrated.source.ledger import DeviceFigures, OutgoingLedger
-from migrated.source.phases import Beginning, Figures, figures_of
 from migrated.source.precopy import Precopy
 from migrated.source.session import bases_of, offer_of
 from migrated.source.view import View
 from migrated.state.save_notes import SaveNote, SaveNotes
 from protocol import messages
-from protocol.budget import DowntimeInterval
 from protocol.errors import ProtocolError
 from protocol.pages import Runs, count_pages
 from protocol.savefile import Closing
 
 log = structlog.get_logger()
-
-
-class _Silent:
-    """Nobody reports anything: a file does not answer."""
-
-    acknowledged = None
-
-
-class _Writing(Beginning):
-    """A save under way, as an operator sees it."""
-
-    def __init__(self, ledger: OutgoingLedger) -> None:
-        self.desk: Desk | None = None
-        self.precopy: Precopy | None = None
-        self.name: Phase = Phase.SYNC
-        self._ledger = ledger
-        self._last = Figures()
-        self._written_bytes = 0
-
-    @property
-    def label(self) -> str:
-        return self.name
-
-    def figures(self) -> Figures:
-        if self.precopy is not None:
-            self._last = figures_of(self._ledger, self.precopy, self.sent_bytes())
-        return self._last
-
-    def sent_bytes(self) -> int:
-        if self.desk is not None:
-            self._written_bytes = self.desk.writer.written_bytes
-        return self._written_bytes
-
-    def pace(self, bytes_per_s: int) -> None:
-        if self.desk is not None:
-            self.desk.transfer.sender.pace(bytes_per_s)
-
-    def end(self) -> None:
-        """Keep the figures and let go of what they came from."""
-        self.figures()
-        self.sent_bytes()
-        self.desk = self.precopy = None
-
-
-@dataclass(slots=True)
-class _Stop:
-    """The guest's stop by this save (monotonic, ns)."""
-
-    began_ns: int
-    ended_ns: int = 0
 
 
 class Save:
@@ -142,12 +90,10 @@ class Save:
         self._guest = guest
         self._reservation = reservation
         self._order = order
-        self._own_epoch = epochs[0]
         self._ledger = OutgoingLedger(migration_id, guest.name, epochs[1], order.uri, env.host, self.parameters)
-        self._view = View(env, self._ledger, _Silent())
-        self._phase = _Writing(self._ledger)
-        self._stop: _Stop | None = None
-        """The guest stands still because of this save, or did."""
+        self._view = View(env, self._ledger, Silent())
+        self._phase = Writing(self._ledger)
+        self._standstill = Standstill(env, guest.vmm, epochs[0], self._ledger)
         self._work: asyncio.Task[None] | None = None
         self._ended_by: MigrationError | None = None
         self._too_late = False
@@ -173,7 +119,7 @@ class Save:
 
     def guest_gone(self) -> None:
         """The guest's process ended by itself."""
-        self._stop = None
+        self._standstill.forget()
         self.cancel(VmmError("the guest's process ended while it was saved"))
 
     def set_parameters(self, parameters: MigrationParameters) -> None:
@@ -260,7 +206,7 @@ class Save:
             tracked=not (order.ends_guest or offer.was_paused),
         )  # fmt: skip
         ledger.memory.dirty_tracking = desk.tracking.log.mode
-        undo.push_async_callback(self._go_on)
+        undo.push_async_callback(self._leave_guest)
         return desk
 
     async def _forget_note(self) -> None:
@@ -274,7 +220,7 @@ class Save:
         self._phase.name = Phase.PAUSE
         await self._send_iterations(desk)
         if not desk.offer.was_paused:
-            await self._stop_guest()
+            await self._standstill.begin()
         self._phase.name = Phase.DEVICES
         self._view.say("saving the devices")
         with self._ledger.phase(Phase.DEVICES):
@@ -304,8 +250,7 @@ class Save:
     ) -> ReadTime:
         """Write a guest that runs, until it can be stopped for the rest within its limit."""
         env, ledger, vmm = self._env, self._ledger, self._guest.vmm
-        limit_ns = limit_of(parameters)
-        resume_ns = env.resume_costs.expected_ns(vmm.driver, desk.offer.costs, limit_ns)
+        resume_ns = env.resume_costs.expected_ns(vmm.driver, desk.offer.costs)
         load = ProcessorLoad()
         kind = f"file|{class_key(desk.offer.description)}"
 
@@ -315,7 +260,7 @@ class Save:
                 bandwidth,
                 dirty_pages=dirty_pages,
                 device_bytes=desk.transfer.final_device_bytes(),
-                scan_ns=desk.transfer.collect_ns,
+                scan_ns=desk.transfer.collect_cost_ns,
                 resume_ns=resume_ns,
                 load=load,
             )
@@ -344,13 +289,14 @@ class Save:
         env, vmm = self._env, self._guest.vmm
         limit_ns = limit_of(parameters)
         reserve_ns = env.resume_costs.reserve_ns(vmm.driver, desk.offer.costs, limit_ns)
+        desk.writer.lets_go = False
         await vmm.prepare_stop()
         env.hold_events(self.migration_id)
         with QuietCollector(), Precedence(threads_of(os.getpid(), vmm.pid)):
-            stop = await self._stop_guest()
+            await self._standstill.begin()
             self._view.guest_stopped(held=False)
             self._phase.name = Phase.FINAL_PAGES
-            left_s = (stop.began_ns + limit_ns - reserve_ns - time.monotonic_ns()) / 1e9
+            left_s = (self._standstill.began_ns + limit_ns - reserve_ns - time.monotonic_ns()) / 1e9
             try:
                 async with asyncio.timeout(max(0.0, left_s) if parameters.switchover_abort else None):
                     read = await save_last_state(desk, pending, env.clock)
@@ -359,7 +305,7 @@ class Save:
                     f"the guest would have stood still for longer than its limit of {limit_ns / 1e6:g} ms; it runs on "
                     "and nothing was saved. Raise --downtime-limit, or save it with --stop"
                 ) from error
-            await self._resume(given_up=False)
+            await self._standstill.end()
         self._view.set_status("active")
         self._phase.name = Phase.FINISH
         self._view.tell_passes()
@@ -414,52 +360,10 @@ class Save:
             self._too_late = published
             raise
 
-    # Section: the guest
-
-    async def _stop_guest(self) -> _Stop:
-        """Stop the guest. From here on it goes on whatever happens, unless the file is safe and it is to be ended."""
-        stop = self._stop = _Stop(time.monotonic_ns())
-        pause = await self._guest.vmm.pause()
-        stopped_ns = time.monotonic_ns()
-        self._env.publish("STOP", {"guest": self.guest_name})
-        ledger = self._ledger
-        ledger.part(Part.STOP, stop.began_ns, stopped_ns - pause.drain_ns)
-        if pause.drain_ns:
-            ledger.add_part(Part.STOP_DRAIN, pause.drain_ns)
-        ledger.add_phase(Phase.PAUSE, stop.began_ns, stopped_ns)
-        ledger.checkpoint(QemuCheckpoint.DOWNTIME_START, 0)
-        ledger.checkpoint(QemuCheckpoint.VM_STOPPED, stopped_ns - stop.began_ns)
-        return stop
-
-    async def _resume(self, *, given_up: bool) -> None:
-        """Let the guest run as it did before, and work out how long it stood still."""
-        stop, ledger, vmm = self._stop, self._ledger, self._guest.vmm
-        if stop is None or stop.ended_ns:
-            return
-        begin_ns = time.monotonic_ns()
-        await vmm.interrupt()
-        stop.ended_ns = await vmm.resume(self._own_epoch)
-        self._env.publish("RESUME", {"guest": self.guest_name})
-        accounted_ns = stop.began_ns + sum(part.ns for part in ledger.blackout.parts)
-        if given_up:
-            ledger.part(Part.UNTIL_ABORT, min(accounted_ns, begin_ns), begin_ns)
-        ledger.part(Part.RESUME_ON_SOURCE, begin_ns, stop.ended_ns)
-        pause_ns = stop.ended_ns - stop.began_ns
-        ledger.checkpoint(QemuCheckpoint.DOWNTIME_END, pause_ns)
-        ledger.blackout.interval = DowntimeInterval(pause_ns, pause_ns)
-
-    async def _go_on(self) -> None:
+    async def _leave_guest(self) -> None:
         """Leave the guest as it was before, unless it was saved to be ended."""
-        if self._order.ends_guest and self._too_late:
-            return
-        with contextlib.suppress(VmmError):
-            if self._stop is None:
-                await self._guest.vmm.interrupt()
-                return
-        try:
-            await self._resume(given_up=True)
-        except VmmError as error:
-            log.error("the guest could not be resumed after its save", reason=str(error))
+        if not (self._order.ends_guest and self._too_late):
+            await self._standstill.go_on()
 
     async def _conclude(self, failure: Exception | None) -> None:
         """Write the record and let the guest go."""
@@ -483,4 +387,4 @@ class Save:
         if failure is None:
             return "completed", None
         outcome, reason = outcome_of_error(failure)
-        return ("aborted" if outcome == "failed" and self._stop is not None else outcome), reason
+        return ("aborted" if outcome == "failed" and self._standstill.began_ns else outcome), reason

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from migrated.base.errors import LinkLostError, RefusedError
-from migrated.kernel.files import start_writeback
+from migrated.kernel.files import let_go, start_writeback
 from migrated.kernel.memory import punch_hole
 from migrated.savefile.errors import SaveFileError
 from protocol import messages
@@ -34,6 +34,8 @@ from protocol.versions import MAJOR
 
 _WRITEBACK_BYTES: Final = 16 << 20
 """The kernel is asked to begin writing after so much, so that the disk works while memory is read."""
+_BEHIND_BYTES: Final = 64 << 20
+"""What was written so far back is on its way to the disk for a while."""
 _UNSYNCED_BYTES: Final = 64 << 20
 """What may be left to flush after a checkpoint."""
 _MAX_VECTORS: Final = 1024
@@ -83,6 +85,10 @@ class SaveWriter:
         architecture: for the preamble.
         pages: of the guest.
 
+    Attributes:
+        lets_go: what the disk has is taken out of the page cache, so that a large guest does not drive everything else
+            out of it. Whoever writes waits for the disk then; False while nobody may wait.
+
     Raises:
         SaveFileError: the file cannot be made.
     """
@@ -96,7 +102,8 @@ class SaveWriter:
         self._lock = threading.Lock()
         self._frames = 0
         self._synced_bytes = 0
-        self._kicked = 0
+        self.lets_go = True
+        self._kicked = self._let_go = 0
         self._batches: list[tuple[int, int, int]] = []
         """Of each batch of pages: its offset, its size, and the number of its frame."""
         self._owner: npt.NDArray[np.int32] = np.full(pages, _NOBODY, np.int32)
@@ -128,9 +135,16 @@ class SaveWriter:
             self._note(message, offset, size_bytes, number)
             kick = self.written_bytes - self._kicked >= _WRITEBACK_BYTES
             begin, self._kicked = self._kicked, self.written_bytes if kick else self._kicked
+            behind = self._let_go
+            if kick and self.lets_go:
+                self._let_go = max(behind, begin - _BEHIND_BYTES)
+            behind_bytes = self._let_go - behind
         self._write([memoryview(head), *payload], offset)
         if kick:
             start_writeback(self._fd, begin, offset - begin)
+        if behind_bytes:
+            with self._named():
+                let_go(self._fd, behind, behind_bytes)
         return size_bytes
 
     def _note(self, message: Message, offset: int, size_bytes: int, number: int) -> None:
@@ -250,7 +264,7 @@ def sync_directory(directory: Path) -> None:
 
 
 class FileSink:
-    """What one thread of the page sender writes to in place of a data channel (``link.data.FrameSink``).
+    """A file that one thread of the page sender writes to in place of a data channel (``link.data.FrameSink``).
 
     Barriers are left out: the file has one for each round, written when all threads are done with it.
     """

@@ -28,7 +28,7 @@ MAX_SOCKET_PATH_BYTES: Final = 107
 
 
 class Address(NamedTuple):
-    """Where a TCP listener is: ``host`` without brackets, ``port`` 0 for any free one."""
+    """The address of a TCP listener: ``host`` without brackets, ``port`` 0 for any free one."""
 
     host: str
     port: int

@@ -1,4 +1,4 @@
-"""How a batch of pages travels: plain, compressed, or as the difference to what was sent before.
+"""Encodings of a batch of pages: plain, compressed, or as the difference to what was sent before.
 
     batch -> pages in the delta cache -> XOR, lz4 -> gains? -> frame "xor-lz4"
           -> the others -> zstd or lz4 -> gains? -> frame "zstd" or "lz4", else "plain"

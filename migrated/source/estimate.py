@@ -124,9 +124,7 @@ async def _measure_guest(session: Session) -> tuple[DirtyCurve, int]:
     scan_ns = 0
     for sample_s in _SAMPLES_S:
         await asyncio.sleep(max(0.0, sample_s - (time.monotonic_ns() - begin_ns) / 1e9))
-        scan_begin_ns = time.monotonic_ns()
-        runs = await in_thread(log.collect)
-        scan_ns = time.monotonic_ns() - scan_begin_ns
+        runs, scan_ns = await in_thread(log.collect_with_cost)
         seen[indices_of(runs)] = True
         curve.add(time.monotonic_ns() - begin_ns, int(seen.sum()))
     return curve, scan_ns

@@ -28,7 +28,7 @@ class Interruption:
 
     @property
     def error(self) -> MigrationError | None:
-        """Why the attempt was ended, None when nobody ended it."""
+        """The error that ended the attempt, None when nobody ended it."""
         return self._ended.result() if self._ended.done() else None
 
     @property

@@ -22,9 +22,10 @@ from migrated.record.model import Record
 from migrated.record.terms import Outcome, Phase
 from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import OutgoingLedger
-from migrated.source.precopy import Precopy, Transfer
+from migrated.source.precopy import Precopy
 from migrated.source.session import Connection, Session
 from migrated.source.switchover import Switchover
+from migrated.source.transfer import Transfer
 from protocol import messages
 from protocol.errors import ProtocolError
 from protocol.guest import PAGE_SIZE

@@ -6,173 +6,36 @@ collect -> send -> barrier on every channel -> acknowledged -> collect -> would 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 
 import structlog
-import xxhash
 
-from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
+from migrated.base.errors import LinkLostError, MigrationError, RefusedError
 from migrated.base.threads import in_thread
 from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, may_take_precedence, threads_of
-from migrated.link.reply import Reply
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
 from migrated.prediction.model import Prediction
 from migrated.record.model import RoundRow
 from migrated.settings.parameters import MigrationParameters, limit_of
-from migrated.source.ledger import OutgoingLedger
-from migrated.source.pages import OutgoingState, PageSender, Sent
-from migrated.vmm.dirty_log import DirtyLog
-from migrated.vmm.memory import GuestMemory
-from migrated.vmm.seam import Iterations, StatePart, VmmGuest
+from migrated.source.transfer import Transfer
 from protocol import messages
-from protocol.guest import PAGE_SIZE, DeviceDescription, GuestDescription
+from protocol.guest import PAGE_SIZE
 from protocol.pages import NO_RUNS, Runs, count_pages
 
 log = structlog.get_logger()
 
-_QUICK_SCAN_NS = 1_000_000
-_BESIDE_BYTES = 1 << 20
-"""Device states that go over the control channel where memory is handed over; what is beyond goes as everywhere."""
+_VERDICT_NS = 2_000_000
+"""How long the first verdict takes, presumably: the guest goes on writing meanwhile."""
 _EAGER_ROUNDS = 40
 _IDLE_PAUSE_S = 0.05
 """Pause before the next round when the last one was so short that nothing can have changed."""
 _LONG_PAUSE_S = 0.5
 """The same pause once many rounds are over: little changes from one moment to the next then (s)."""
-
-
-@dataclass(slots=True)
-class Transfer:
-    """The objects with which rounds and switchover send, and the counters that both continue.
-
-    ``shared``: the memory is handed over: there are no rounds, and no page is sent.
-    """
-
-    vmm: VmmGuest
-    guest: GuestDescription
-    memory: GuestMemory
-    dirty_log: DirtyLog
-    sender: PageSender
-    control: Reply
-    """Is told of each round."""
-    ledger: OutgoingLedger
-    shared: bool = False
-    beside_bytes: int = 0
-    """Bytes of device states that went over the control channel."""
-    round: int = 0
-    state_order: int = 0
-    scan_ns: int = 0
-    fence_ns: int = 0
-    """Duration of the fence after the last collect."""
-    iterations: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
-    """Bytes that each iterable device had new in the last two rounds, the older first."""
-
-    @property
-    def collect_ns(self) -> int:
-        """Duration of the last collect, with its fence."""
-        return self.scan_ns + self.fence_ns
-
-    async def collect(self) -> Runs:
-        """Read and clear the dirty log, off the event loop, and wait for what writes around it: from then until the
-        next collect pages may be read."""
-        if self.shared:
-            return NO_RUNS
-        begin_ns = time.monotonic_ns()
-        if 0 < self.scan_ns < _QUICK_SCAN_NS:
-            runs = self.dirty_log.collect()  # shorter than the way to a thread and back
-        else:
-            runs = await in_thread(self.dirty_log.collect)
-        self.scan_ns = time.monotonic_ns() - begin_ns
-        self.ledger.memory.dirty_syncs += 1
-        self.fence_ns = await self.vmm.fence()
-        return runs
-
-    async def send_round(self, runs: Runs) -> Sent:
-        """Send one round with its barriers, and say so on the control channel. Puts the pages back on failure."""
-        self.round += 1
-        try:
-            sent = await self.sender.send_round(self.round, runs)
-        except BaseException:
-            self.dirty_log.restore(runs)
-            raise
-        self.control.send(messages.RoundEnd(round=self.round, pages=sent.normal_pages, zero_pages=sent.zero_pages))
-        self.ledger.memory.normal_pages += sent.normal_pages
-        self.ledger.memory.zero_pages += sent.zero_pages
-        self.ledger.memory.postponed_pages += sent.postponed_pages
-        return sent
-
-    async def send_iteration(self, iterations: Iterations, device: DeviceDescription, number: int) -> int:
-        """Save and send the new state of an iterable device in a round (counted from 0). Returns its bytes."""
-        part = await iterations.save_iteration(device.name, number)
-        key = (part.name, part.kind)
-        self.iterations[key] = (self.iterations.get(key, (0, 0))[1], len(part.data))
-        if not len(part.data):
-            return 0
-        self.ledger.devices[key].precopy_bytes += len(part.data)
-        await self.sender.send_devices([self._state(part, final=False)])
-        return len(part.data)
-
-    def final_device_bytes(self) -> int:
-        """Return the expected size of all device states at a stop (bytes): that of the guest's description, or more
-        for a device whose new state grows from round to round; one that shrinks is expected to go on shrinking."""
-        total = 0
-        for device in self.guest.devices:
-            before, last = self.iterations.get((device.name, device.kind), (0, 0))
-            expected = last * last // before if last < before else last
-            total += max(device.state_bytes, expected)
-        return total
-
-    def send_final(self, parts: Sequence[StatePart]) -> asyncio.Future[int]:
-        """Begin to send final states.
-
-        Returns:
-            A future whose result is their number of bytes, once they were handed to the kernel. The next ones can be
-            saved meanwhile.
-
-        Raises:
-            VmmError: the guest's description has no such device.
-        """
-        states = []
-        for part in parts:
-            figures = self.ledger.devices.get((part.name, part.kind))
-            if figures is None:
-                raise VmmError(
-                    f"guest {self.vmm.name} has state of a device {part.name} ({part.kind}) that it did not describe"
-                )
-            figures.save_ns, figures.final_bytes = part.save_ns, len(part.data)
-            state = self._state(part, final=True)
-            if self.shared and self.beside_bytes + len(part.data) <= _BESIDE_BYTES:
-                # Nothing else is to be sent, and a small state is there sooner than a thread is woken.
-                self.control.send(state.meta, bytes(state.data))
-                self.beside_bytes += len(part.data)
-                self.ledger.memory.downtime_bytes += len(part.data)
-            else:
-                states.append(state)
-        return asyncio.ensure_future(self._send_states(states))
-
-    async def _send_states(self, states: list[OutgoingState]) -> int:
-        if not states:
-            return 0
-        await self.sender.send_devices(states)
-        return sum(len(state.data) for state in states)
-
-    def _state(self, part: StatePart, *, final: bool) -> OutgoingState:
-        meta = messages.DeviceState(
-            order=self.state_order,
-            name=part.name,
-            kind=part.kind,
-            final=final,
-            offset=0,
-            total_bytes=len(part.data),
-            digest=xxhash.xxh3_64_intdigest(part.data),
-            save_ns=part.save_ns,
-        )
-        self.state_order += 1
-        return OutgoingState(meta, part.data)
 
 
 class Precopy:
@@ -181,7 +44,7 @@ class Precopy:
     Args:
         transfer: sends pages and states.
         parameters: called for the parameters in force; they may change while rounds run.
-        predict: called for the prediction of a stop now, with the dirty pages and the rounds' bandwidth.
+        predict: called for the prediction of a stop, with the pages that travel then and the rounds' bandwidth.
         acknowledged: called to wait for the acknowledgement of a round.
         round_timeout_s: bound of that wait.
         say: takes the sentence that explains the last decision, and the prediction behind it.
@@ -213,6 +76,7 @@ class Precopy:
         self.dirty_pages_per_s = 0.0
         self.throttle_percent = 0
         self._collected_ns = 0
+        self._verdict_ns = _VERDICT_NS
         self._went_ahead = False
 
     async def run(self) -> Runs:
@@ -233,7 +97,7 @@ class Precopy:
         # The first collect arms the tracking; everything that holds data travels anyway.
         await transfer.collect()
         self._collected_ns = time.monotonic_ns()
-        transfer.scan_ns = 0  # arming walks everything once: it tells nothing about what a scan costs
+        transfer.scan_ns = transfer.scan_cost_ns = 0  # arming walks everything: it tells nothing of what a scan costs
         self._refuse_hopeless()
         runs = await in_thread(transfer.memory.data_runs)  # the kernel walks all of it: 16 ms per GiB
         transfer.ledger.memory.sparse_pages = transfer.memory.pages - count_pages(runs)
@@ -246,7 +110,7 @@ class Precopy:
             self._went_ahead |= ahead
             if not ahead and self._measure_legs is not None and may_take_precedence():
                 await self._measure_legs()
-            verdict = await self._judge(row, count_pages(runs), (time.monotonic_ns() - began_ns) / 1e9)
+            verdict = await self._judge(row, count_pages(runs), (time.monotonic_ns() - began_ns) / 1e9, ahead=ahead)
             if verdict.step == "switch":
                 return runs
             if verdict.step == "give-up":
@@ -262,7 +126,7 @@ class Precopy:
         return self._transfer.round > 0 and pages * PAGE_SIZE <= SMALL_ROUND_BYTES
 
     async def _run_without_memory(self) -> Runs:
-        """What is left of the rounds where memory is handed over: iterable devices send their state for as long as it
+        """The rounds where memory is handed over and not sent: iterable devices send their state for as long as it
         gets less, and costs that cannot fit the limit are refused."""
         transfer, number = self._transfer, 0
         iterable = [device for device in transfer.guest.devices if device.kind == "iterable"]
@@ -276,13 +140,19 @@ class Precopy:
         self._refuse_hopeless()
         return NO_RUNS
 
-    async def _judge(self, row: RoundRow, dirty_pages: int, elapsed_s: float) -> Verdict:
-        """Decide after a round, write it down, and throttle if that is the decision."""
+    async def _judge(self, row: RoundRow, dirty_pages: int, elapsed_s: float, *, ahead: bool) -> Verdict:
+        """Decide after a round, write it down, and throttle if that is the decision.
+
+        Args:
+            ahead: the round went before others.
+        """
         self.remaining_pages = dirty_pages
         now_ns = time.monotonic_ns()
         since_ns, self._collected_ns = now_ns - self._collected_ns, now_ns
         self.dirty_pages_per_s = dirty_pages * 1e9 / max(1, since_ns)
-        self.curve.add(since_ns, dirty_pages)
+        self.curve.add(since_ns, dirty_pages, ahead=ahead)
+        # A guest that the round kept from a processor makes up for it until it is stopped.
+        meanwhile = max(0, int(self.curve.pages_within(since_ns + self._verdict_ns)) - dirty_pages)
         seen = Observation(
             dirty_pages,
             elapsed_s,
@@ -290,7 +160,11 @@ class Precopy:
             self._transfer.ledger.memory.precopy_bytes,
             unlike=not self._went_ahead and self._goes_ahead(dirty_pages) and may_take_precedence(),
         )
-        outlook = Outlook(lambda pages: self._predict(pages, self.bandwidth), self._round_ns)
+        # A verdict asks the same several times, and whatever it takes the guest goes on writing meanwhile.
+        outlook = Outlook(
+            functools.cache(lambda pages: self._predict(pages + meanwhile, self.bandwidth)),
+            functools.cache(self._round_ns),
+        )
         prediction = outlook.stop(dirty_pages)
         verdict = self._decider.after_round(self._parameters(), outlook, self.curve, seen)
         ledger = self._transfer.ledger
@@ -312,11 +186,12 @@ class Precopy:
             await throttle.set_throttle(verdict.throttle_percent)
             self.throttle_percent = verdict.throttle_percent
         self._say(verdict.sentence, prediction)
+        self._verdict_ns = time.monotonic_ns() - now_ns
         return verdict
 
     def _round_ns(self, pages: int) -> int:
         """Return the expected duration of a round of so many pages, with the read of the dirty log at its end (ns)."""
-        return self.bandwidth.expect(pages, 0).ns + self._transfer.collect_ns
+        return self.bandwidth.expect(pages, 0).ns + self._transfer.collect_cost_ns
 
     async def end_throttle(self) -> None:
         """Let the vCPUs run as before."""

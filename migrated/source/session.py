@@ -252,6 +252,7 @@ def bases_of(
         device_bytes=device_bytes,
         bandwidth_bytes_per_s=bandwidth.bytes_per_s,
         load=1.0 if may_take_precedence() else min(load.now(), _MOST_LOAD),
+        memory_waited=may_take_precedence() and not bandwidth.rehearsed,
         spreads_ns=spreads_ns,
     )
 

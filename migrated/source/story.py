@@ -26,10 +26,11 @@ from migrated.source.ledger import DeviceFigures, OutgoingLedger
 from migrated.source.listener import Listener
 from migrated.source.outcome import OutcomeAsker
 from migrated.source.phases import Beginning, Blackout, Connected, Opened, Prepared
-from migrated.source.precopy import Precopy, Transfer
+from migrated.source.precopy import Precopy
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.switchover import Item, Switchover
 from migrated.source.target import HERE, Target
+from migrated.source.transfer import Transfer
 from migrated.source.view import View
 from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
@@ -195,7 +196,7 @@ class Story:
             handover,
             limits,
             SourceReserves(
-                commit_ns=env.resume_costs.commit_reserve_ns(committed_ns, costs.call_ns, abort_limit_ns(limits)),
+                commit_ns=env.resume_costs.commit_reserve_ns(driver, costs, committed_ns, abort_limit_ns(limits)),
                 own_resume_ns=env.resume_costs.reserve_ns(driver, costs, abort_limit_ns(limits)),
             ),
             pending,
@@ -222,7 +223,7 @@ class Story:
         return self._env.knowledge.predict(
             self._ledger.guest,
             self.guest_class,
-            session.bases(dirty_pages, transfer.final_device_bytes(), transfer.collect_ns, bandwidth),
+            session.bases(dirty_pages, transfer.final_device_bytes(), transfer.collect_cost_ns, bandwidth),
             coverage=self._parameters().prediction_coverage_pct / 100,
             bandwidth_known=bandwidth.bytes_per_s > 0 or not dirty_pages,
         )

@@ -28,7 +28,7 @@ from migrated.record.parts import Part
 from migrated.record.terms import Phase, QemuCheckpoint
 from migrated.settings.config import LimitsConfig
 from migrated.source.handover import SourceHandover
-from migrated.source.precopy import Transfer
+from migrated.source.transfer import Transfer
 from protocol import messages
 from protocol.blackout import SourceBudget, SourceReserves
 from protocol.budget import DowntimeInterval, measured_downtime
@@ -308,7 +308,7 @@ class Switchover:
             await self._hear(item)
 
     def _patience_s(self) -> float | None:
-        """How long to wait for the next event (s); None while nothing limits the wait."""
+        """Return the longest wait for the next event (s); None while nothing limits the wait."""
         if self._handover.state is SourceState.COMMITTED:
             return self._bounds.stop_timeout_s + self._bounds.heartbeat_timeout_s
         patience_ns = self._budget.patience_ns(time.monotonic_ns())

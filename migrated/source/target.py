@@ -1,4 +1,4 @@
-"""Where a guest goes: the URI that an operator gives, and the place behind it."""
+"""The target of a migration: the URI that an operator gives, and the place behind it."""
 
 from __future__ import annotations
 

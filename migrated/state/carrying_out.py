@@ -1,4 +1,4 @@
-"""What the hand-over of both sides does alike when it carries out the effects of protocol/executor.py."""
+"""The part that both sides of the hand-over share when they carry out the effects of protocol/executor.py."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ class History:
 
 
 def _bounds_held(bounds: Iterable[tuple[str, bool]]) -> dict[str, dict[str, int]]:
-    """How often the bound held, by name, the most frequent names first."""
+    """Return how often the bound held, by name, the most frequent names first."""
     switchovers: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     for name, held in bounds:

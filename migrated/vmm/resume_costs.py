@@ -54,22 +54,19 @@ class ResumeCosts:
         """Remember how long it took from a COMMIT until the guest ran on the destination, and what was expected."""
         self._commit_over_ns.append(max(0, took_ns - expected_ns))
 
-    def expected_ns(self, driver: str, expected: ExpectedCosts, limit_ns: int) -> int:
-        """Return the expected cost of a resume in the VMM (ns): the VMM's figure where it rehearsed, never 0 where it
-        did not.
+    def expected_ns(self, driver: str, expected: ExpectedCosts) -> int:
+        """Return what a resume in the VMM will most likely take (ns), never 0 where the VMM did not rehearse it: the
+        VMM's figure, or the median of what resumes took on this host where that is more.
 
         Args:
             driver: of the guest.
             expected: its costs.
-            limit_ns: the whole downtime limit; it bounds how much one stall can add.
         """
         if expected.basis == "tried":
             return expected.resume_ns
-        learned_ns = self._guessed_ns
         if seen := self._whole_ns[driver]:
-            middle_ns = _quantile(seen, 0.5)
-            learned_ns = middle_ns + min(_quantile(seen, _QUANTILE) - middle_ns, limit_ns // _MOST_OF_LIMIT)
-        return max(expected.resume_ns, learned_ns)
+            return max(expected.resume_ns, _quantile(seen, 0.5))
+        return expected.resume_ns or self._guessed_ns
 
     def reserve_ns(self, driver: str, expected: ExpectedCosts, limit_ns: int) -> int:
         """Return the part of a limit to reserve so that the guest runs again within it (ns).
@@ -80,27 +77,39 @@ class ResumeCosts:
             limit_ns: the whole limit.
 
         Returns:
-            The expected cost of the resume, plus an upper quantile of the measured excess, bounded by a part of the
-            limit.
+            The expected cost of the resume, and no less than the reserve for guesses before the first was measured;
+            plus an upper quantile of the measured excess, bounded by a part of the limit.
         """
-        over_ns = expected.call_ns
-        if self._over_ns and expected.basis == "tried":
-            over_ns = max(over_ns, _quantile(self._over_ns, _QUANTILE))
-        return self.expected_ns(driver, expected, limit_ns) + min(over_ns, limit_ns // _MOST_OF_LIMIT)
+        most_over_ns = limit_ns // _MOST_OF_LIMIT
+        reserve_ns, over_ns = self.expected_ns(driver, expected), expected.call_ns
+        if expected.basis == "tried":
+            if self._over_ns:
+                over_ns = max(over_ns, _quantile(self._over_ns, _QUANTILE))
+        elif seen := self._whole_ns[driver]:
+            middle_ns = _quantile(seen, 0.5)
+            reserve_ns = max(reserve_ns, middle_ns + min(_quantile(seen, _QUANTILE) - middle_ns, most_over_ns))
+        else:
+            reserve_ns = max(reserve_ns, self._guessed_ns)
+        return reserve_ns + min(over_ns, most_over_ns)
 
-    def commit_reserve_ns(self, expected_ns: int, call_ns: int, limit_ns: int) -> int:
+    def commit_reserve_ns(self, driver: str, expected: ExpectedCosts, committed_ns: int, limit_ns: int) -> int:
         """Return the part of a limit to reserve for a COMMIT leg and the resume on the destination (ns).
 
         Args:
-            expected_ns: the longest of the recent round trips, and the destination's own word for the resume.
-            call_ns: the longest call to the VMM here, which stands in for the excess until a COMMIT was measured.
-            limit_ns: the whole limit; a part of it bounds the excess.
+            driver: of the guest.
+            expected: its costs here. What is reserved here beyond the expected resume stands in for the excess until a
+                COMMIT was measured.
+            committed_ns: the longest of the recent round trips, and the destination's own word for the resume.
+            limit_ns: the whole limit; a part of it bounds the measured excess.
         """
-        over_ns = _quantile(self._commit_over_ns, _QUANTILE) if self._commit_over_ns else call_ns
-        return expected_ns + min(over_ns, limit_ns // _MOST_OF_LIMIT)
+        if self._commit_over_ns:
+            over_ns = min(_quantile(self._commit_over_ns, _QUANTILE), limit_ns // _MOST_OF_LIMIT)
+        else:
+            over_ns = self.reserve_ns(driver, expected, limit_ns) - self.expected_ns(driver, expected)
+        return committed_ns + over_ns
 
     def document(self) -> dict[str, Any]:
-        """What was measured, as JSON values (ns)."""
+        """Return the measured costs as JSON values (ns)."""
         return {
             "version": _VERSION,
             "over": list(self._over_ns),

@@ -93,8 +93,8 @@ def total_cost(costs: Iterable[DeviceCost]) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class PauseTime:
-    """How long stopping a guest took (ns). ``drain_ns``, of ``total_ns``, came when its vCPUs stood already: block I/O
-    that was in flight was drained and flushed; 0 where the VMM does not tell that apart."""
+    """The time that stopping a guest took (ns). ``drain_ns``, of ``total_ns``, came when its vCPUs stood already: block
+    I/O that was in flight was drained and flushed; 0 where the VMM does not tell that apart."""
 
     total_ns: int
     drain_ns: int = 0
@@ -232,7 +232,7 @@ class VmmGuest(ABC):
         stamp as can be had. The caller has written the mark "ran in epoch" before."""
 
     async def settle(self) -> str | None:
-        """What is left to do once a guest that moved here runs and its source knows it. Bounded by two seconds. Returns
+        """Do the rest once a guest that moved here runs and its source knows it. Bounded by two seconds. Returns
         a sentence on it for the record, None where there was nothing."""
         return None
 
@@ -282,7 +282,7 @@ class VmmGuest(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """What an operator wants of the VMM that takes a guest's place on this host; None: as for any guest that comes in.
+    """An operator's wishes for the VMM that takes a guest's place on this host; None: as for any guest that comes in.
 
     Attributes:
         command: the VMM's program and fixed arguments.
@@ -295,7 +295,7 @@ class Replacement:
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """How an incoming guest is to be started.
+    """The way in which an incoming guest is to be started.
 
     Attributes:
         place: the name of its socket and files; the guest's own, unless that is in use.

@@ -12,6 +12,9 @@ daemon); what was in memory is gone, and the daemon comes up with RESTART. Timer
 they can. A VMM may die at any time. After an abort the source tries again with the next epoch, and everything of the
 first is still in the network.
 
+Where memory is handed over and not copied, the destination's VMM has the memory that the source's guest runs in. What
+it writes before it may run must not be in there when the source goes on, whoever dies on the way.
+
 In a fleet there is a third party, its store (``scripts.proof.store``): requests to it are lost, answered too late or
 carried out late; an operator fences hosts at any moment, before it is true as well; and a third host starts the guest
 as soon as the store lets it and the operator's word is true. A dead daemon then stays dead for a while.
@@ -53,6 +56,8 @@ WITHDRAWN: Final = "I6: the destination runs although it voted or answered that 
 NO_COPY: Final = "I7: no complete copy of the guest is left"
 UNLOCKED: Final = "I8: a guest runs without its ownership lock"
 BOTH_LOCK: Final = "I8: both sides need the ownership lock at once: one of them would stay stopped"
+BOTH_WRITE: Final = "M1: two VMMs write the same memory"
+CHANGED: Final = "M2: the source runs on memory that another VMM has changed"
 STUCK: Final = "L1: no way leads to exactly one settled guest without a further fault"
 
 
@@ -310,6 +315,10 @@ class Explorer:
         elsewhere = self._store.states[pair >> 2 * SIDE_BITS].elsewhere
         if runs_here + runs_there + elsewhere > 1:
             broken = TWO_RUN
+        elif runs_here and destination.changed:
+            broken = CHANGED
+        elif runs_here and destination.writes:
+            broken = BOTH_WRITE
         elif runs_here and destination.ran:
             broken = ROLLED_BACK
         elif runs_there and not (same and Decision.COMMIT in source.journal):
@@ -338,8 +347,8 @@ class Explorer:
 
     def _died_at_the_mark(self, destination: DestinationSide) -> bool:
         """A VMM that died between the daemon's mark and its first instruction is taken for one that ran: nobody can
-        tell, and an older copy must not run."""
-        return destination.marked and destination.guest is Guest.DEAD
+        tell, and an older copy must not run. So is one that died with its copies of pages in the guest's memory."""
+        return (destination.marked or destination.changed) and destination.guest is Guest.DEAD
 
     def _liveness(self, states: list[int], parents: dict[int, int]) -> tuple[int, Violation | None]:
         """Whether every state, with all that is in flight lost, can still end well without a further fault.

@@ -26,6 +26,7 @@ from scripts.proof.model import (
     DestinationSide,
     Guard,
     Guest,
+    HandedOver,
     Journal,
     Marks,
     Message,
@@ -303,13 +304,14 @@ class Destination:
     def moves(self, side: DestinationSide) -> Iterator[Move]:
         """Everything that can happen next on the destination."""
         if side.guest in ALIVE and not self._model.calm:
-            yield Move("the VMM dies", side._replace(guest=Guest.DEAD, holds=False), fault=True)
+            dead = side._replace(guest=Guest.DEAD, holds=False, writes=False, undo=False)
+            yield Move("the VMM dies", dead, fault=True)
         if side.down:
             yield self._take("the daemon restarts", side._replace(down=False), DestinationEvent.RESTART)
             return
         if side.attempt:
             state = self._model.destination_state_of(side.journal)
-            died = side._replace(memory=_at_rest(state), fresh=False)
+            died = side._replace(memory=_at_rest(state), fresh=False, undo=False)
             if self._model.fleet is None:
                 yield self._take("the daemon dies and restarts", died, DestinationEvent.RESTART, fault=True)
             else:
@@ -334,16 +336,31 @@ class Destination:
             yield Move(
                 label,
                 DestinationSide(
-                    attempt, memory, (Decision.BEGIN,), Guest.EMPTY, fresh=True, ran=side.ran, marked=False, holds=False
+                    attempt,
+                    memory,
+                    (Decision.BEGIN,),
+                    Guest.EMPTY,
+                    fresh=True,
+                    ran=side.ran,
+                    marked=False,
+                    holds=False,
+                    writes=self._maps_shared,
+                    changed=side.changed,
                 ),
                 needs=needs,
             )
         elif (event := self._model.newer_epoch(side.state)) is not None:
             yield self._take(label, side, event)._replace(needs=needs)
 
+    @property
+    def _maps_shared(self) -> bool:
+        """Whether a VMM that may not run yet can write to memory that was handed over."""
+        return self._model.handed_over is not None and not self._model.handed_over.private
+
     def _events(self, side: DestinationSide) -> Iterator[Move]:
         if side.state is DestinationState.LOADING and side.guest is Guest.EMPTY:
-            yield Move("has the whole state", side._replace(guest=Guest.HALTED), needs=Message.STATE.bit(side.attempt))
+            whole = side._replace(guest=Guest.HALTED, changed=side.changed or self._maps_shared)
+            yield Move("has the whole state", whole, needs=Message.STATE.bit(side.attempt))
         complete = side.state is DestinationState.LOADING and side.guest is Guest.HALTED
         if complete or (side.state is DestinationState.DISCARDED and side.fresh):
             yield self._take("has loaded", side, DestinationEvent.LOADED)
@@ -388,7 +405,7 @@ class Destination:
             case effects.TakeLock():
                 yield Done(changes={"holds": True}) if side.guest in ALIVE else Done(failed(""), note=": no VMM")
             case effects.LookAtGuest():
-                yield Done(_seen(side.guest), note=f": {side.guest}")
+                yield Done(self._seen(side), note=f": {side.guest}")
                 if side.guest is Guest.RUNS:
                     yield Done(failed(""), note=": silence", fault=True)
             case effects.WriteMark():
@@ -398,16 +415,21 @@ class Destination:
                 yield Done(changes={"marked": False})
                 yield NOT_WRITTEN
             case effects.ResumeGuest():
-                yield from _resume(side)
+                yield from _resume(side, self._model.handed_over)
             case effects.EndGuest():
-                # A VMM that is ended because it did not answer is one that died.
-                gone = Guest.DEAD if side.guest in (Guest.DEAD, Guest.RUNS) else Guest.NONE
-                yield Done(Outcome(self._whether_it_ran(side)), {"guest": gone, "holds": False})
+                undone = side.undo and not side.ran and (self._model.handed_over or HandedOver()).puts_back
+                # A VMM that is ended because it did not answer is one that died, and so is one that counts as that.
+                died = side.guest in (Guest.DEAD, Guest.RUNS) or self._counts_as_ran(side)
+                changes = {
+                    "guest": Guest.DEAD if died else Guest.NONE, "holds": False, "writes": False,
+                    "changed": side.changed and not undone, "undo": False,
+                }  # fmt: skip
+                yield Done(Outcome(self._whether_it_ran(side)), changes)
                 if side.guest in ALIVE:
                     yield Done(Outcome(Result.UNKNOWN), note=": it does not end", fault=True)
             case effects.DestroyGuest():
                 gone = Guest.DEAD if side.guest is Guest.DEAD else Guest.NONE
-                yield Done(changes={"guest": gone, "holds": False})
+                yield Done(changes={"guest": gone, "holds": False, "writes": False})
             case effects.SendReady():
                 yield Done(sends=Message.READY.bit(epoch), breaks=_told(Decision.READY, side.journal))
             case effects.SendNo():
@@ -421,8 +443,21 @@ class Destination:
             case effects.ConfirmOwnership():
                 yield from _confirmed(self._model.fleet or Rules(), DESTINATION_HOST, {}, {})
 
+    def _counts_as_ran(self, side: DestinationSide) -> bool:
+        return self._model.handed_over is not None and self._model.handed_over.counts and side.changed_for_good
+
+    def _seen(self, side: DestinationSide) -> Outcome:
+        """What a look at the VMM finds."""
+        if side.guest is Guest.RUNS:
+            return Outcome(Result.RUNS)
+        if side.guest not in ALIVE:
+            return failed("")
+        return Outcome(Result.STANDS if self._counts_as_ran(side) else Result.WAITS)
+
     def _whether_it_ran(self, side: DestinationSide) -> Result:
-        """The moves by what the marks say once the process is gone."""
+        """What the marks say once the process is gone."""
+        if self._counts_as_ran(side):
+            return Result.RUNS
         if self._model.marks is Marks.NONE and not side.fresh:
             return self._model.presumes
         ran = side.marked if self._model.marks is Marks.DAEMON else side.ran
@@ -439,8 +474,11 @@ def _tells_store(rules: Rules, side: DestinationSide) -> Iterator[Move]:
         yield Move(f"gives the guest of attempt {attempt} back", side, store=rules.give_back(attempt))
 
 
-def _resume(side: DestinationSide) -> Iterator[Done]:
-    runs = {"guest": Guest.RUNS, "ran": True}
+def _resume(side: DestinationSide, handed_over: HandedOver | None) -> Iterator[Done]:
+    """The ways in which a resume can end. Where memory was handed over, what the VMM wrote while it loaded goes into it
+    first."""
+    shared = {} if handed_over is None else {"writes": True, "changed": True, "undo": side.undo or not side.changed}
+    runs = {**shared, "guest": Guest.RUNS, "ran": True, "undo": False}
     match side.guest:
         case Guest.RUNS:
             yield Done(note=": runs already")
@@ -448,16 +486,14 @@ def _resume(side: DestinationSide) -> Iterator[Done]:
             yield Done(changes=runs)
             yield Done(failed(""), note=" fails")
             yield Done(failed(""), runs, note=": the answer is lost", fault=True)
+            if handed_over is not None:
+                yield Done(failed(""), shared, note=" fails, and the memory is changed")
+                dead = {"guest": Guest.DEAD, "holds": False, "changed": True, "undo": False}
+                yield Done(failed(""), dead, note=": the VMM dies, and the memory is changed", fault=True)
         case Guest.EMPTY:
             yield Done(wrong=INCOMPLETE)
         case _:
             yield Done(failed(""), note=": no VMM")
-
-
-def _seen(guest: Guest) -> Outcome:
-    if guest is Guest.RUNS:
-        return Outcome(Result.RUNS)
-    return Outcome(Result.WAITS) if guest in ALIVE else failed("")
 
 
 def _append(journal: Journal, decision: Decision) -> Journal:

@@ -93,6 +93,22 @@ class Marks(StrEnum):
     """Nothing: a restarted daemon presumes."""
 
 
+@dataclass(frozen=True)
+class HandedOver:
+    """What drivers promise of memory that goes from one VMM to another as it is. A mutant breaks one promise.
+
+    Attributes:
+        private: until its guest is resumed, nothing that the new VMM writes reaches the memory.
+        puts_back: a daemon that let it reach the memory puts back what was there, once it has ended a VMM whose guest
+            did not run.
+        counts: where that cannot be done any more, the guest counts as one that ran.
+    """
+
+    private: bool = True
+    puts_back: bool = True
+    counts: bool = True
+
+
 Journal: TypeAlias = tuple[Decision, ...]
 Row: TypeAlias = tuple[SourceState, SourceEvent] | tuple[DestinationState, DestinationEvent]
 
@@ -135,6 +151,9 @@ class DestinationSide(NamedTuple):
         ran: the guest has run here.
         marked: the daemon's mark says that it did.
         down: the daemon is dead and not restarted yet; only in a fleet.
+        writes: where memory is handed over: what the VMM writes from now on reaches it.
+        changed: what it wrote while it loaded is in it.
+        undo: its daemon has what was there before.
     """
 
     attempt: int
@@ -146,6 +165,14 @@ class DestinationSide(NamedTuple):
     marked: bool
     holds: bool
     down: bool = False
+    writes: bool = False
+    changed: bool = False
+    undo: bool = False
+
+    @property
+    def changed_for_good(self) -> bool:
+        """Whether what it wrote while it loaded is in the memory, and nobody can undo that."""
+        return self.changed and not self.undo
 
     @property
     def state(self) -> DestinationState:
@@ -198,6 +225,7 @@ class Model:
         epochs: the epoch of each attempt, at most MAX_ATTEMPTS of them.
         marks: what a daemon that finds no VMM goes by.
         presumes: what it goes by without marks.
+        handed_over: what holds for memory that is handed over; None where memory is copied.
         fleet: the rules of ownership in a fleet's store; None without one.
         calm: journals can be written, VMMs live and answer, and nobody cancels: what is explored without a fleet is
             left out.
@@ -216,6 +244,7 @@ class Model:
     epochs: tuple[int, ...] = (1, 2)
     marks: Marks = Marks.VMM
     presumes: Result = Result.NEVER_RAN
+    handed_over: HandedOver | None = None
     fleet: Rules | None = None
     calm: bool = False
 

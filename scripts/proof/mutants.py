@@ -28,8 +28,8 @@ from protocol.handover import (
     source_state_of,
 )
 from protocol.messages import Limits
-from scripts.proof.explorer import NO_COPY, ROLLED_BACK, STUCK, TWO_RUN, UNLOCKED
-from scripts.proof.model import LOCK_KEPT, NOT_JOURNALED, Marks, Model
+from scripts.proof.explorer import BOTH_WRITE, CHANGED, NO_COPY, ROLLED_BACK, STUCK, TWO_RUN, UNLOCKED
+from scripts.proof.model import LOCK_KEPT, NOT_JOURNALED, HandedOver, Marks, Model
 
 S, E, D, F, A = SourceState, SourceEvent, DestinationState, DestinationEvent, Action
 
@@ -44,6 +44,8 @@ class Mutant:
 
 
 REAL: Final = Model()
+SHARED: Final = replace(REAL, handed_over=HandedOver(), epochs=(1,))
+"""Memory is handed over and not copied. One attempt is enough: what the next one finds is the source's memory."""
 _TAKE_BACK: Final = (A.RESUME_GUEST, A.SEND_ABORT)
 
 
@@ -402,6 +404,37 @@ MUTANTS: Final = (
     Mutant("a resume whose answer is lost counts as failed", _executor(None, TrustsAFailure), NO_COPY),
     Mutant("a guest that does not end counts as one that never ran", _executor(None, PresumesTheEnd), NO_COPY),
     Mutant("a resume that showed nothing is not tried again", _executor(None, TriesOnce), STUCK),
+    Mutant(
+        "a VMM that may not run yet writes the memory that it was handed",
+        replace(SHARED, handed_over=HandedOver(private=False)),
+        BOTH_WRITE,
+    ),
+    Mutant(
+        "what such a VMM wrote stays there after an abort",
+        replace(SHARED, handed_over=HandedOver(private=False)),
+        CHANGED,
+    ),
+    Mutant(
+        "nothing is put back when a VMM that had changed the memory does not run the guest",
+        replace(SHARED, handed_over=HandedOver(puts_back=False)),
+        CHANGED,
+    ),
+    Mutant(
+        "a VMM that died when it had changed the memory counts as one that never ran",
+        replace(SHARED, handed_over=HandedOver(counts=False)),
+        CHANGED,
+    ),
+    Mutant(
+        "the destination starts without COMMIT, in memory that was handed over",
+        replace(
+            SHARED,
+            destination={
+                **DESTINATION,
+                (D.LOADING, F.LOADED): (D.COMMITTED, (A.JOURNAL_COMMIT, A.RESUME_GUEST)),
+            },
+        ),
+        CHANGED,
+    ),
 )
 
 LATE_MUTANTS: Final = (

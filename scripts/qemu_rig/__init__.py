@@ -6,6 +6,8 @@ what the guest noticed.
     launcher               one QEMU process, started as anyone would start it
     console                beats and answers of the guest, with the host's time of arrival; the gaps between them
     baseline, beside       QEMU's own migration of the same guest, to compare with; both ways, one after the other
+    campaign               many moves of one guest there and back, each looked at
+    campaign_figures       what campaigns measured, the file that it is kept in, and many runs together
     guest_agent            QEMU's guest agent for the initramfs
     slow_disk              a disk whose direct reads stay in flight for long
     figures                records and observations as one table, for terminals and reports, and one JSON document

@@ -11,6 +11,7 @@ from typing import Any
 from scripts.basics import say
 from scripts.qemu_rig.baseline import DamagedGuestError, migrate_with_qemu
 from scripts.qemu_rig.campaign import Campaign
+from scripts.qemu_rig.campaign_figures import summary
 from scripts.qemu_rig.image import GuestImage
 from scripts.qemu_rig.launcher import QemuSpec
 from scripts.qemu_rig.pair import QemuPair
@@ -87,14 +88,13 @@ async def side_by_side(
     found: dict[str, Any] = {}
     for name, spec in specs.items():
         say(f"{name}:")
-        ours, own = Campaign(repeats, limit_ms), ByQemu()
+        ours, own = Campaign(name, repeats, limit_ms), ByQemu()
         await ours.run(QemuPair(spec, image, quick=False))
         for number in range(repeats):
             await own.move(spec, image, directory / f"{name}-{number}", limit_ms)
-        found[name] = {"ours": ours.document(), "qemu": own.document()}
-        if ours.ram_mib_per_s and own.ram_mib_per_s:
-            ratio = statistics.median(ours.ram_mib_per_s) / statistics.median(own.ram_mib_per_s)
-            found[name]["throughput_ratio"] = round(ratio, 2)
+        found[name] = {"ours": summary([ours.figures]), "qemu": own.document()}
+        if (speed := ours.figures.ram_mib_per_s) and own.ram_mib_per_s:
+            found[name]["throughput_ratio"] = round(speed / statistics.median(own.ram_mib_per_s), 2)
     return found
 
 

@@ -31,7 +31,7 @@ def definition(spec: QemuSpec, image: GuestImage, incarnation: int = 0) -> str:
     lines = [
         f'machine = "{spec.machine}"',
         'accelerator = "tcg"',
-        f"memory = {spec.memory_mib << 20}",
+        f"memory = {sum(spec.node_bytes)}",
         f'memory_kind = "{spec.backing}"',
         f"vcpus = {spec.cpus}",
         f"kernel = {json.dumps(str(image.kernel))}",
@@ -40,7 +40,8 @@ def definition(spec: QemuSpec, image: GuestImage, incarnation: int = 0) -> str:
         f"extra = {json.dumps(extra)}",
     ]
     if spec.numa:
-        lines += 2 * ["[[numa]]", f"memory = {spec.memory_mib << 19}"]
+        for size in spec.node_bytes:
+            lines += ["[[numa]]", f"memory = {size}"]
     if spec.disk:
         lines += ["[[disk]]", f"file = {json.dumps(str(spec.disk.path))}", f'cache = "{spec.disk.cache}"']
     if spec.network:

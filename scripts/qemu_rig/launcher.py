@@ -63,6 +63,7 @@ class QemuSpec:
         numa: memory in two halves, each with a backend and a node of its own.
         video_mib: memory of a VGA card; 0 is no card.
         network: a virtio card on QEMU's user network, which lets nothing out.
+        extra_kib: memory on top of ``memory_mib``, a multiple of 8.
     """
 
     memory_mib: int = 256
@@ -75,6 +76,13 @@ class QemuSpec:
     video_mib: int = 0
     network: bool = True
     rng: bool = True
+    extra_kib: int = 0
+
+    @property
+    def node_bytes(self) -> tuple[int, ...]:
+        """The size of each memory node: one, or two with ``numa``."""
+        extra, mib = self.extra_kib << 10, self.memory_mib
+        return ((mib << 19) + extra, mib << 19) if self.numa else ((mib << 20) + extra,)
 
 
 def command_line(
@@ -87,7 +95,7 @@ def command_line(
         guest_arguments += [f"log_ms={spec.disk.log_ms}", f"read_mib={spec.disk.read_mib}"]
     command = [
         QEMU, "-machine", f"{spec.machine},accel=tcg{machine}", "-cpu", "max", "-smp", str(spec.cpus),
-        "-m", f"{spec.memory_mib}M", *memory,
+        "-m", f"{sum(spec.node_bytes) >> 10}K", *memory,
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-kernel", str(image.kernel), "-initrd", str(image.initramfs),
         "-append", f"{KERNEL_ARGUMENTS} -- {' '.join(guest_arguments)}",
@@ -118,9 +126,8 @@ def _memory_options(spec: QemuSpec, directory: Path) -> tuple[str, list[str]]:
     if spec.backing == "private" and not spec.numa:
         return "", []
     names = ("ram0", "ram1") if spec.numa else ("ram0",)
-    size = f"{spec.memory_mib // len(names)}M"
     options: list[str] = []
-    for number, name in enumerate(names):
+    for number, (name, size) in enumerate(zip(names, spec.node_bytes, strict=True)):
         kind = {
             "private": "memory-backend-ram",
             "file": f"memory-backend-file,share=on,mem-path={_ram_file(directory, name)}",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 
 from protocol.handover import DESTINATION, SOURCE
 from scripts.proof.explorer import Explorer, explore
 from scripts.proof.model import Guest, Marks, Model
-from scripts.proof.mutants import MUTANTS, Mutant
+from scripts.proof.mutants import MUTANTS, SHARED, Mutant
 
 
 @pytest.mark.parametrize("marks", [Marks.VMM, Marks.DAEMON])
@@ -22,6 +23,20 @@ def test_no_interleaving_breaks_a_rule_and_every_row_is_used(marks: Marks, capsy
     assert found.destination_rows == set(DESTINATION), "a row can never be used, or the model is too narrow"
     assert found.states > 286_935, "fewer than when the explorer had a dispatch of its own"
     assert found.liveness_states > 1_000
+
+
+@pytest.mark.parametrize("marks", [Marks.VMM, Marks.DAEMON])
+def test_no_interleaving_breaks_a_rule_where_memory_is_handed_over(marks: Marks) -> None:
+    explorer = Explorer(replace(SHARED, marks=marks))
+    found = explorer.run()
+    assert found.violation is None, f"\n{found.violation}"
+    changed = {
+        (source.state.value, destination.state.value, destination.guest)
+        for source, destination in explorer.pairs()
+        if destination.changed and not source.memory.steps and not destination.memory.steps
+    }
+    assert ("retired", "running", Guest.RUNS) in changed, "completed"
+    assert ("committed", "running", Guest.DEAD) in changed, "its VMM died with its copies in the memory"
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.broken)

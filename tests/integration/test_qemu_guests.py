@@ -116,11 +116,14 @@ async def move(world: World, source: Host, target: Host, console: Console, **par
 
 @pytest.mark.parametrize(("backing", "places"), [("private", ("web~", "web")), ("memfd", ("web~",))])
 async def test_a_linux_guest_gets_another_qemu(world: World, backing: Any, places: tuple[str, ...]) -> None:
-    """Private memory is copied once, into a file; from then on, and where it was shared from the first, nothing is."""
+    """Private memory is copied once, into a file; from then on, and where it was shared from the first, nothing is. The
+    guest's own definition is gone by then: the new QEMU is built from the one that is named."""
     console = await world.create(replace(BUSY, backing=backing))
     host, shared = world.pair.a, backing != "private"
+    definitions = world.definitions[host]
+    (definitions / "web.toml").rename(definitions / "web-2.toml")
     for place in places:
-        record = await host.replace("web", **ROOMY)
+        record = await host.replace("web", definition="web-2", **ROOMY)
         assert record["outcome"] == "completed", record["reason"]
         assert (record["ram"]["shared"], bool(record["rounds"])) == (shared, not shared)
         shared = True

@@ -33,7 +33,7 @@ async def console_of(host: Host) -> Console:
     return await asyncio.to_thread(Console, *console_paths(host.directory / "guests", "web"))
 
 
-@pytest.mark.parametrize("backing", ["private", "file"])
+@pytest.mark.parametrize("backing", ["private", "memfd"])
 async def test_a_linux_guest_goes_on_from_a_file(image: GuestImage, directory: Path, backing: Backing) -> None:
     file = directory / "web.saved"
     spec = QemuSpec(workload=Workload.hot_cold(64, 20), backing=backing)

@@ -11,6 +11,7 @@ import fcntl
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,6 +52,22 @@ class Tracked:
         self.memory.write_words(index, np.zeros((len(index), 1), np.int64), np.ones((len(index), 1), np.uint64))
 
 
+class SlowLog(DirtyLog):
+    """A log whose read waits."""
+
+    mode = None
+
+    def clear(self, start: int, count: int) -> int:
+        return 0
+
+    def _collect(self) -> Runs:
+        time.sleep(0.03)
+        return np.array([[3, 1]], np.int64)
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.fixture(params=["pagemap-scan", "present-only", "logged"])
 def tracked(request: pytest.FixtureRequest) -> Iterator[Tracked]:
     try:
@@ -83,6 +100,17 @@ def test_a_run_that_is_cleared_is_not_collected_and_nothing_else_is_touched(trac
     assert tracked.log.collect().tolist() == [[9, 1], [20, 1]]
     tracked.write(12)
     assert tracked.log.collect().tolist() == [[12, 1]]
+
+
+@pytest.mark.parametrize(("ahead", "least_ms", "most_ms"), [(True, 0, 15), (False, 30, 10_000)])
+def test_a_read_costs_a_blackout_what_it_waits_only_where_the_blackout_waits_too(
+    monkeypatch: pytest.MonkeyPatch, ahead: bool, least_ms: int, most_ms: int
+) -> None:
+    """A read that stands in line for 30 ms behind others."""
+    monkeypatch.setattr("migrated.vmm.dirty_log.may_take_precedence", lambda: ahead)
+    runs, cost_ns = SlowLog().collect_with_cost()
+    assert runs.tolist() == [[3, 1]]
+    assert least_ms <= cost_ns / 1e6 < most_ms
 
 
 def test_what_is_put_back_is_collected_again(tracked: Tracked) -> None:

@@ -109,7 +109,7 @@ class Path:
             announced="extents" in capabilities,
             on_round=lambda number, received: self.rounds.put_nowait((number, received)),
             on_state=self.states.put_nowait,
-            on_failure=self.failures.put_nowait,
+            on_failure=lambda _number, error: self.failures.put_nowait(error),
         )
         self.channels: list[DataChannel] = []
         for number in range(channels):

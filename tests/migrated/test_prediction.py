@@ -114,6 +114,27 @@ def test_what_rests_on_the_link_and_what_rests_on_devices_is_learned_apart() -> 
     assert predict(knowledge).components[Component.STATE] == pytest.approx(80 * MS, rel=0.02)
 
 
+UNREHEARSED = dataclasses.replace(BASES, memory_ns=200 * MS, memory_waited=True)
+
+
+def test_what_memory_took_while_it_waited_is_what_it_takes_at_most() -> None:
+    """A bound that leaves room for a tenth more, not for a half."""
+    prediction = predict(Knowledge(PRIOR), bases=UNREHEARSED)
+    rehearsed = predict(Knowledge(PRIOR), bases=dataclasses.replace(UNREHEARSED, memory_waited=False))
+    assert 1.05 * prediction.total_ns < prediction.upper_ns < 1.35 * prediction.total_ns
+    assert prediction.upper_ns < rehearsed.upper_ns
+
+
+def test_memory_that_no_longer_waited_teaches_nothing_of_memory_that_was_rehearsed() -> None:
+    knowledge = Knowledge(PRIOR)
+    before = predict(knowledge).components[Component.STATE]
+    for _ in range(8):
+        knowledge.learn(record_of(predict(knowledge, bases=UNREHEARSED), truth_of(1.0)), "class")
+    assert predict(knowledge).components[Component.STATE] == pytest.approx(before, rel=0.02)
+    unrehearsed = predict(knowledge, bases=UNREHEARSED)
+    assert unrehearsed.components[Component.STATE] == pytest.approx(40 * MS, rel=0.02)
+
+
 def test_an_abort_beyond_the_prediction_widens_and_a_completion_forgives() -> None:
     knowledge = Knowledge(PRIOR)
     for _ in range(30):

@@ -49,6 +49,22 @@ def test_a_bounded_working_set_is_reachable_at_any_dirty_rate() -> None:
     assert not curve.reachable(30 * MS, link, 4096, margin=1.0)
 
 
+def test_a_round_that_kept_the_guest_from_writing_does_not_make_it_look_idle() -> None:
+    curve = DirtyCurve()
+    curve.add(500 * MS, 2500)
+    curve.add(20 * MS, 0, ahead=True)
+    assert curve.pages_within(24 * MS) == pytest.approx(120)
+
+
+def test_a_round_that_went_ahead_tells_what_is_written_at_least() -> None:
+    """A hot set that is dirty again after 20 ms."""
+    curve = DirtyCurve()
+    curve.add(500 * MS, 1100)
+    curve.add(20 * MS, 1000, ahead=True)
+    assert curve.pages_within(20 * MS) == 1000
+    assert curve.pages_within(10 * MS) == pytest.approx(500)
+
+
 def link_rounds(sizes: list[int], setup_ns: int = 3 * MS, page_ns: int = 9_000, jitter: float = 0.05) -> Bandwidth:
     draw = random.Random(2)
     bandwidth = Bandwidth()

@@ -1,7 +1,7 @@
 """Files of saved guests without a guest: memory goes in through the threads of the sender, and comes out through those
 of the receiver, or the damage is named.
 
-memfd -> PageSender -> FileSink x 2 -> file -> FileFrames -> PageReceiver -> memfd
+memfd -> PageSender -> FileSink x 2 -> file -> FileReader x 3 -> PageReceiver -> memfd
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from migrated.base.errors import LinkLostError, MigrationError, RefusedError
 from migrated.destination.decoding import allowed_encodings
 from migrated.destination.pages import PageReceiver, RoundReceived
 from migrated.destination.states import ArrivingStates
+from migrated.kernel import files
+from migrated.savefile import reader as reading
+from migrated.savefile import writer as writing
 from migrated.savefile.desk import RoundBook
 from migrated.savefile.errors import SaveFileError
 from migrated.savefile.reader import FileEndedError, FileFrames, SavedFile
@@ -147,7 +150,7 @@ async def save(path: Path, memory: MappedMemory, compression: str = "plain") -> 
         await rounds.publish()
 
 
-async def read(path: Path) -> bytes:
+async def read(path: Path, readers: int = 3) -> bytes:
     """All of the memory in a file, every byte of which was checked."""
     file = SavedFile(path)
     memory = make_memory()
@@ -157,20 +160,23 @@ async def read(path: Path) -> bytes:
     def on_round(_number: int, received: RoundReceived) -> None:
         digest.add(received.digest_delta)
 
-    def on_failure(error: Exception) -> None:
-        if not ended.done():
-            ended.set_result(error)
+    def on_failure(number: int, error: Exception) -> None:
+        reading.discard(number)
+        if not ended.done() and not (isinstance(error, FileEndedError) and reading):
+            ended.set_result(frames.readers[number].where(error))
 
+    frames = FileFrames(file, xxhash.xxh3_64_intdigest, readers)
+    reading = set(range(readers))
     receiver = PageReceiver(
-        memory, ArrivingStates(guest().devices), digest, 1, allowed_encodings(CAPABILITIES), announced=False,
+        memory, ArrivingStates(guest().devices), digest, readers, allowed_encodings(CAPABILITIES), announced=False,
         on_round=on_round, on_state=lambda state: states.append(bytes(state.data)), on_failure=on_failure,
     )  # fmt: skip
-    frames = FileFrames(file, xxhash.xxh3_64_intdigest)
     try:
-        receiver.add_channel(frames)
+        for reader in frames.readers:
+            receiver.add_channel(reader)
         error = await ended
         if not isinstance(error, FileEndedError):
-            raise frames.where(error)
+            raise error
         assert frames.end.state_end is not None
         assert frames.end.state_end.digest == digest.value
         assert (states, frames.end.record) == ([DISK], RECORD)
@@ -181,11 +187,13 @@ async def read(path: Path) -> bytes:
         file.close()
 
 
-@pytest.mark.parametrize("compression", ["plain", "zstd"])
-async def test_memory_comes_back_as_it_was(tmp_path: Path, memory: MappedMemory, compression: str) -> None:
+@pytest.mark.parametrize(("compression", "readers"), [("plain", 1), ("plain", 4), ("zstd", 2)])
+async def test_memory_comes_back_as_it_was(
+    tmp_path: Path, memory: MappedMemory, compression: str, readers: int
+) -> None:
     path = tmp_path / "g1.saved"
     await save(path, memory, compression)
-    assert await read(path) == memory.words.tobytes()
+    assert await read(path, readers) == memory.words.tobytes()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [path]
     assert path.stat().st_size < 1200 * PAGE_SIZE
@@ -207,6 +215,54 @@ async def test_batches_that_come_again_whole_become_gaps(tmp_path: Path, memory:
     assert freed_bytes > 500 * PAGE_SIZE
     assert path.stat().st_blocks * 512 < path.stat().st_size - freed_bytes // 2
     assert await read(path) == memory.words.tobytes()
+
+
+async def test_what_the_disk_has_is_let_go_of_piece_by_piece(
+    tmp_path: Path, memory: MappedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Piece follows piece, none of them near the end, where threads still write; and nobody waits in a blackout."""
+    let_go: list[tuple[int, int]] = []
+
+    def watched(fd: int, offset: int, size: int) -> None:
+        let_go.append((offset, size))
+        files.let_go(fd, offset, size)
+
+    for name, value in (("let_go", watched), ("_WRITEBACK_BYTES", 1 << 16), ("_BEHIND_BYTES", 1 << 19)):
+        monkeypatch.setattr(writing, name, value)
+    monkeypatch.setattr(reading, "_BEHIND_BYTES", 1 << 19)
+    monkeypatch.setattr(reading, "_LET_GO_BYTES", 1 << 16)
+    path = tmp_path / "g1.saved"
+    writer = SaveWriter(path, SAVE_ID, "x86_64", PAGES)
+    async with Rounds(writer, memory) as rounds:
+        await rounds.send(memory.data_runs())
+        before = writer.written_bytes
+        pieces = sorted(let_go)
+        writer.lets_go = False
+        await rounds.send(memory.data_runs())
+        await rounds.publish()
+    assert sorted(let_go) == pieces
+    ends = [offset + size for offset, size in pieces]
+    assert [offset for offset, _ in pieces] == [0, *ends[:-1]]
+    assert (1 << 20) < ends[-1] <= before - (1 << 19)
+    assert await read(path) == memory.words.tobytes()
+
+
+async def test_a_disk_that_fails_while_pieces_are_let_go_of_fails_the_save(
+    tmp_path: Path, memory: MappedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells an error of the disk once: a later fsync would find nothing wrong."""
+
+    def failing(_fd: int, _offset: int, _size: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for name, value in (("let_go", failing), ("_WRITEBACK_BYTES", 1 << 16), ("_BEHIND_BYTES", 1 << 16)):
+        monkeypatch.setattr(writing, name, value)
+    writer = SaveWriter(tmp_path / "g1.saved", SAVE_ID, "x86_64", PAGES)
+    async with Rounds(writer, memory) as rounds:
+        with pytest.raises(SaveFileError, match="Input/output error"):
+            await rounds.send(memory.data_runs())
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_every_damaged_byte_is_named(tmp_path: Path, memory: MappedMemory) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 from pydantic import Field, ValidationError
 
 from migrated.base.errors import VmmError
-from migrated.vmm.qemu.qmp import Qmp
+from migrated.vmm.qemu.qmp import Qmp, QmpCommandError
 from migrated.vmm.qemu.ram import Ram
 from protocol.guest import GuestDescription, WireModel
 
@@ -34,6 +34,9 @@ class Blueprint(WireModel):
         qemu: version of QEMU; another one may take the guest over.
         machine, cpu: their types, versioned as QEMU does.
         accelerator: ``kvm`` or ``tcg``.
+        features: of the guest's processor: the bits of each word, by "CPUID leaf.subleaf register". A type such
+            as ``host`` stands for other features on another host, and a guest that runs goes on using what it found.
+            None in what daemons before this described.
         blocks: every block of memory, "name size role", those too that do not travel.
         devices: every device, "type: properties", in QEMU's order. Not its id: that is a name of the host's, the guest
             never sees it, and QEMU's state goes by the place on the bus.
@@ -43,6 +46,7 @@ class Blueprint(WireModel):
     machine: Text
     cpu: Text
     accelerator: Text
+    features: dict[Text, Annotated[int, Field(ge=0, lt=1 << 64)]] = Field(default_factory=dict, max_length=256)
     vcpus: Annotated[int, Field(ge=1, le=4096)]
     uuid: Text
     blocks: tuple[Text, ...]
@@ -66,11 +70,17 @@ class Blueprint(WireModel):
             raise VmmError(f"the description of the guest carries no QEMU blueprint: {error}") from error
 
     def differences(self, other: Blueprint) -> list[str]:
-        """Return the differences of ``other`` from this machine, one phrase each."""
+        """Return the differences of ``other`` from this machine, one phrase each. A processor there may have further
+        features: a guest that runs does not look again."""
         found = [
             f"{field} is {getattr(self, field)} at the source and {getattr(other, field)} here"
             for field in ("machine", "cpu", "accelerator", "vcpus", "uuid")
             if getattr(self, field) != getattr(other, field)
+        ]
+        found += [
+            f"the processor here lacks features of {word}: {lacking:#x}"
+            for word, bits in self.features.items()
+            if (lacking := bits & ~other.features.get(word, 0))
         ]
         for what, mine, theirs in (
             ("memory block", self.blocks, other.blocks),
@@ -110,7 +120,8 @@ async def draw(qmp: Qmp, name: str, ram: Ram) -> Blueprint:
     """
     cpus = await qmp.call("query-cpus-fast")
     machine = await qmp.call("qom-get", path="/machine", property="type")
-    cpu = await qmp.call("qom-get", path=cpus[0]["qom-path"], property="type")
+    first_cpu = cpus[0]["qom-path"]
+    cpu = await qmp.call("qom-get", path=first_cpu, property="type")
     kvm = await qmp.call("query-kvm")
     own_uuid = (await qmp.call("query-uuid"))["UUID"]
     blocks = [carried.block for carried in ram.carried] + [*ram.rebuilt, *ram.lost]
@@ -119,11 +130,27 @@ async def draw(qmp: Qmp, name: str, ram: Ram) -> Blueprint:
         machine=str(machine).removesuffix("-machine"),
         cpu=str(cpu),
         accelerator="kvm" if kvm["enabled"] else "tcg",
+        features=await _features(qmp, first_cpu),
         vcpus=len(cpus),
         uuid=str(uuid.uuid5(_NAMESPACE, name)) if own_uuid == _NO_UUID else own_uuid,
         blocks=tuple(sorted(f"{block.label} {block.size} {block.role}" for block in blocks)),
         devices=tuple(parse_devices(await qmp.human("info qtree"))),
     )
+
+
+async def _features(qmp: Qmp, cpu: str) -> dict[str, int]:
+    """The features of a processor, none where its architecture has no such words."""
+    try:
+        words = await qmp.call("qom-get", path=cpu, property="feature-words")
+    except QmpCommandError:
+        return {}
+    return {
+        f"CPUID {word['cpuid-input-eax']:#x}.{word.get('cpuid-input-ecx', 0)} {word['cpuid-register']}": word[
+            "features"
+        ]
+        for word in words
+        if word["features"]
+    }
 
 
 def parse_devices(text: str) -> list[str]:

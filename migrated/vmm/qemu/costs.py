@@ -1,4 +1,4 @@
-"""What stops, saves, loads and resumes of QEMU guests took on this host, by guest and by class, and what the next will
+"""Costs of stops, saves, loads and resumes of QEMU guests on this host, by guest and by class, and what the next will
 take. QEMU cannot rehearse any of them without a pause, so they are learned from the moves that were made.
 
     this guest, if it did it here often enough
@@ -36,7 +36,7 @@ _MOST_NS: Final = 60_000_000_000
 
 
 class Cost(NamedTuple):
-    """What a step is expected to take, how far single ones usually lie from that (ns), and how many are known: none
+    """The expected duration of a step, how far single ones usually lie from that (ns), and how many are known: none
     where it is the prior's."""
 
     ns: int
@@ -54,7 +54,7 @@ PRIOR: Final[dict[Step, Cost]] = {
 
 
 class CostKeys(NamedTuple):
-    """What a guest is known by, from the most specific to the most general."""
+    """The keys under which a guest's costs are kept, from the most specific to the most general."""
 
     guest: str
     kind: str
@@ -101,7 +101,7 @@ class SwitchoverCosts:
         self._changed = True
 
     def expect(self, keys: CostKeys, step: Step) -> Cost:
-        """What a guest's next step will take."""
+        """Return the expected cost of a guest's next step."""
         for key in keys:
             seen = self._kept.seen_ns.get(key, {}).get(step, [])
             if len(seen) >= _ENOUGH:

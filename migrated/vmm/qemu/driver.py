@@ -97,9 +97,10 @@ class QemuDriver(Driver):
         return guest
 
     async def create_incoming(self, description: GuestDescription, incoming: Incoming) -> QemuGuest:
+        definition = incoming.replacement.definition or description.name
         try:
             Blueprint.unpack(description.vmm_config)  # nothing is started for what is no description of a machine
-            line = self._command_line(description.name, incoming.replacement.definition or description.name, incoming)
+            line = self._command_line(description.name, definition, incoming)
         except VmmError as error:
             raise RefusedError(f"the destination cannot take guest {description.name!r}: {error}") from error
         guest = await self._start(description.name, line, line.incoming(), incoming, True)
@@ -109,7 +110,7 @@ class QemuDriver(Driver):
             if found := unfit(description, await guest.describe()):
                 raise RefusedError(
                     f"the destination's definition of guest {description.name!r} makes another machine: "
-                    f"{'; '.join(found)}. Change {self.config.qemu.definitions / description.name}.toml there"
+                    f"{'; '.join(found)}. Change {self.config.qemu.definitions / definition}.toml there"
                 )
         except BaseException:
             await _end(guest)
@@ -122,7 +123,7 @@ class QemuDriver(Driver):
             known = places.read_place(api_socket)
         except VmmError:
             return None
-        ran = places.ran_after(known.run_log, known.run_log_bytes)
+        ran = known.published or places.ran_after(known.run_log, known.run_log_bytes)
         return None if ran is None else known.epoch == epoch and ran
 
     def _command_line(self, name: str, definition: str, incoming: Incoming) -> CommandLine:

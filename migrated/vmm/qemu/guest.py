@@ -83,6 +83,8 @@ class QemuGuest(VmmGuest):
         self._fenced = False
         self._hands_over = False
         self._private_view: PrivateView | None = None
+        self._changed_for_good = place.published
+        """An earlier daemon let what QEMU wrote into memory that was handed over, or began to: nobody can undo it."""
         self._costs = costs
         self._blueprint: Blueprint | None = None
         self._save = StateSave(qmp)
@@ -177,7 +179,7 @@ class QemuGuest(VmmGuest):
     async def status(self) -> GuestStatus:
         answer = await self._qmp.call("query-status")
         state: GuestState = "running" if answer["running"] else "paused"
-        if not answer["running"] and self._place.incoming and not self._has_run():
+        if not answer["running"] and self._place.incoming and not (self._has_run() or self._changed_for_good):
             state = "incoming"
         detail = {
             "qemu_status": answer["status"],
@@ -255,7 +257,7 @@ class QemuGuest(VmmGuest):
         self._note("stop", pause.total_ns)
         if self._place.incoming:  # it arrives paused: its disks are opened when it is resumed
             await self._publish()
-            self._record.change(incoming=False, private_view=False, disks_released=True)
+            self._now_ours(disks_released=True)
         elif ran and self._place.disks_released:  # somebody else let it run
             self._record.change(disks_released=False)
         return pause
@@ -271,7 +273,8 @@ class QemuGuest(VmmGuest):
         arriving = self._place.incoming
         # Of one that arrives, a daemon after this one must be able to tell whether it ran.
         change = self._record.change if arriving else self._record.change_if_possible
-        change(epoch=epoch, run_log_bytes=places.log_size(self._place.run_log))
+        log_bytes = places.log_size(self._place.run_log)
+        change(epoch=epoch, run_log_bytes=log_bytes, published=self._place.private_view)
         await self._publish()
         self._may_have_run = True
         try:
@@ -281,9 +284,10 @@ class QemuGuest(VmmGuest):
             raise
         self._note("resume", running_at_ns - begin_ns)
         await self._save.release()
-        if arriving or self._place.disks_released:
-            self._record.change_if_possible(incoming=False, private_view=False, disks_released=False)
+        if not arriving and self._place.disks_released:
+            self._record.change_if_possible(disks_released=False)
         if arriving:
+            self._now_ours(disks_released=False)
             with contextlib.suppress(QmpCommandError):  # a guest without a network has nobody to tell
                 await self._qmp.call("announce-self", initial=50, max=550, rounds=5, step=100)
         return running_at_ns
@@ -295,8 +299,15 @@ class QemuGuest(VmmGuest):
         if self._private_view is None:  # a daemon before this one began it
             self._private_view = await made_in_thread(PrivateView.close, PrivateView, self.pid, self._ram)
         await in_thread(self._private_view.end)
-        self._private_view.close()
-        self._private_view = None
+
+    def _now_ours(self, *, disks_released: bool) -> None:
+        """The guest runs here, or stands here as it is to stand: memory that was handed over is this QEMU's."""
+        self._record.change_if_possible(
+            incoming=False, private_view=False, published=False, disks_released=disks_released
+        )
+        if self._private_view is not None:
+            self._private_view.close()
+            self._private_view = None
 
     async def settle(self) -> str | None:
         if self._place.agent is None:
@@ -377,11 +388,18 @@ class QemuGuest(VmmGuest):
         return await super().own_operation(name, arguments)
 
     async def destroy(self) -> None:
-        with contextlib.suppress(VmmError):
-            await self._qmp.call("quit", _QUIT_S)
-        await self.close()
-        if not await spawn.make_sure_gone(self.pid, _GONE_S):
-            raise VmmError(f"QEMU of guest {self.name!r} (process {self.pid}) does not end; end it by hand")
+        view, self._private_view = self._private_view, None
+        try:
+            with contextlib.suppress(VmmError):
+                await self._qmp.call("quit", _QUIT_S)
+            await self.close()
+            if not await spawn.make_sure_gone(self.pid, _GONE_S):
+                raise VmmError(f"QEMU of guest {self.name!r} (process {self.pid}) does not end; end it by hand")
+            if view is not None and not self._has_run():
+                await in_thread(view.put_back)
+        finally:
+            if view is not None:
+                view.close()
         places.forget(self.api_socket)
 
     async def close(self) -> None:

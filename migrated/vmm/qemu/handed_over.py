@@ -3,7 +3,8 @@
 source        the files behind main memory, as descriptors; video memory and firmware, which are QEMU's own, travel with
               the device state
 destination   QEMU started around the files, then its mappings made private: what it writes while it loads reaches no
-              file. With ``resume``: its copies of pages go into the files, and the mappings are shared again
+              file. With ``resume``: its copies of pages go into the files, and the mappings are shared again. Should
+              QEMU then not run the guest, the files get back what they had
 """
 
 from __future__ import annotations
@@ -107,6 +108,17 @@ class PrivateView:
             raise VmmError(
                 f"memory that was handed to QEMU (process {self._pid}) cannot be given to it: {error}"
             ) from error
+
+    def put_back(self) -> None:
+        """Give the files what they had before ``end``, once QEMU has ended and its guest never ran.
+
+        Raises:
+            VmmError: it cannot be done.
+        """
+        try:
+            self._mappings.put_back()
+        except OSError as error:
+            raise VmmError(f"memory that QEMU (process {self._pid}) was handed is changed: {error.strerror}") from error
 
     def close(self) -> None:
         """Let go of the files."""

@@ -39,6 +39,8 @@ class Place(BaseModel):
         epoch: that of the last resume that was asked for; 0 before the first.
         run_log_bytes: how long the run log was before that.
         private_view: its memory was handed over by another QEMU and is mapped privately until it is resumed.
+        published: what it wrote meanwhile goes into that memory since its last resume was asked for. The daemon that
+            began that can put everything back, a later one cannot: for it the guest counts as one that ran.
         state_bytes: what its device state weighed when it was last saved; 0 before.
         disks_released: its QEMU has let go of its disks, or has not opened them yet: it does so when it is resumed.
     """
@@ -53,6 +55,7 @@ class Place(BaseModel):
     epoch: int = 0
     run_log_bytes: int = 0
     private_view: bool = False
+    published: bool = False
     state_bytes: int = 0
     disks_released: bool = False
 
@@ -63,7 +66,7 @@ def place_path(api_socket: Path) -> Path:
 
 
 def agent_path(api_socket: Path) -> Path:
-    """Where the port of its guest agent listens, if its definition gives it one."""
+    """The socket at which the port of its guest agent listens, if its definition gives it one."""
     return api_socket.with_suffix(".agent")
 
 

@@ -1,4 +1,4 @@
-"""Where guest memory is inside a QEMU process: its blocks, as QEMU names them, and the mappings behind them.
+"""The places of guest memory inside a QEMU process: its blocks, as QEMU names them, and the mappings behind them.
 
 info ramblock      every block: name, size; from QEMU 10.0 on its address too
 info mtree -f      which blocks the guest sees, and where

@@ -106,6 +106,27 @@ def test_a_process_that_ends_while_its_mapping_is_private_has_changed_nothing(ch
     assert child.in_file(3) == 30
 
 
+def test_what_was_in_the_file_before_can_be_put_back(child: Child) -> None:
+    """The process was to go on with the memory and ended before it did: whoever had it first finds it as it was."""
+    child.tell(3, 30)
+    mapped = Remapping(child.process.pid, [child.range()])
+    mapped.map_privately()
+    child.tell(3, 31)
+    child.tell(900, 9)
+    mapped.share()
+    child.tell(3, 32)
+    mapped.share()  # a second try
+    assert [child.in_file(page) for page in (3, 900)] == [32, 9]
+    child.process.kill()
+    child.process.wait()
+    mapped.put_back()
+    assert [child.in_file(page) for page in (3, 900)] == [30, 0]
+    os.pwrite(child.fd, bytes([33]), 3 * PAGE)
+    mapped.put_back()  # once is all
+    assert child.in_file(3) == 33
+    mapped.close()
+
+
 def test_a_file_that_a_process_does_not_have_is_refused(child: Child) -> None:
     stranger = os.memfd_create("stranger")
     with pytest.raises(InjectionError, match="does not have its memory file open"):

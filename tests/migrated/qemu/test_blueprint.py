@@ -62,6 +62,17 @@ async def test_another_machine_is_told_apart(bare_qemu: BareQemu) -> None:
     assert any(phrase.startswith("device only at the source: VGA") for phrase in found)
 
 
+async def test_a_processor_that_lacks_a_feature_is_told_apart(bare_qemu: BareQemu) -> None:
+    """The same type on another host: what ``host`` or ``max`` stands for is what QEMU says of the processor."""
+    qmp = await bare_qemu()
+    mine = await draw(qmp, "web", await find_ram(qmp))
+    word = "CPUID 0x1.0 ECX"
+    assert mine.features[word]
+    less = mine.model_copy(update={"features": {**mine.features, word: mine.features[word] & ~1}})
+    assert mine.differences(less) == [f"the processor here lacks features of {word}: 0x1"]
+    assert less.differences(mine) == []
+
+
 async def test_a_guest_without_a_uuid_has_one_of_its_name(bare_qemu: BareQemu) -> None:
     qmp = await bare_qemu()
     ram = await find_ram(qmp)

@@ -15,6 +15,7 @@ BLUEPRINT = Blueprint(
     machine="pc-q35-7.2",
     cpu="max",
     accelerator="tcg",
+    features={},
     vcpus=1,
     uuid="6f0c1b7e-0000-4000-8000-000000000001",
     blocks=("ram@0x0 268435456 main",),
