@@ -140,6 +140,13 @@ def _kinds(directory: Path) -> dict[str, QemuSpec]:
     }
 
 
+def _known_kind(name: str) -> str:
+    """The name of a kind of guest, from the command line."""
+    if name not in (known := _kinds(Path())):
+        raise argparse.ArgumentTypeError(f"{name} is no kind of guest; those are {', '.join(known)}")
+    return name
+
+
 def prove_kinds(options: argparse.Namespace, image: GuestImage, directory: Path) -> tuple[Counts, bool]:
     """Move a guest of each kind there and back."""
     kinds = {name: spec for name, spec in _kinds(directory).items() if name in (options.kinds or (name,))}
@@ -165,8 +172,8 @@ def prove_beside(options: argparse.Namespace, image: GuestImage, directory: Path
     return {"memory_mib": memory_mib, "guests": found}, not any(one["ours"]["violations"] for one in found.values())
 
 
-def main() -> int:
-    """Run one part."""
+def command_line() -> argparse.ArgumentParser:
+    """What this program takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(required=True, dest="part")
     matrix = parts.add_parser("matrix", help="every step x every fault")
@@ -186,7 +193,7 @@ def main() -> int:
     moves.add_argument("--workload", choices=WORKLOADS, default="hot-cold", help="(default %(default)s)")
     moves.set_defaults(prove=prove_moves)
     kinds = parts.add_parser("kinds", help="one there and back of every kind of guest")
-    kinds.add_argument("kinds", nargs="*", metavar="KIND", choices=[*_kinds(Path())], help="all, unless named")
+    kinds.add_argument("kinds", nargs="*", metavar="KIND", type=_known_kind, help="all, unless named")
     kinds.add_argument(
         "--downtime-limit", type=parse_duration_ns, default="300ms", help="of every move (default %(default)s)"
     )
@@ -205,7 +212,12 @@ def main() -> int:
         part.add_argument(
             "--downtime-limit", type=parse_duration_ns, default=limit, help="of every move (default %(default)s)"
         )
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Run one part."""
+    options = command_line().parse_args()
     if options.part == "summary":
         return tell(*sum_up(options.file))
     if missing := missing_packages():

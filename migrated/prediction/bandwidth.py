@@ -99,6 +99,16 @@ class DirtyCurve:
         higher = [point for point in self._least if point[1] > _on_the_curve(points, point[0])]
         return _on_the_curve(sorted(points + higher), ns)
 
+    def pages_meanwhile(self, round_ns: int, ns: int, *, kept_to: int | None = None) -> int:
+        """Return how many pages the guest dirties in the ``ns`` after a round of ``round_ns``.
+
+        Args:
+            kept_to: the pages that it dirtied in the round, where that went before others and kept it from writing
+                more: it makes up for it as soon as it can.
+        """
+        written = self.pages_within(round_ns) if kept_to is None else kept_to
+        return max(0, int(self.pages_within(round_ns + ns) - written))
+
     def reachable(self, memory_budget_ns: int, bandwidth_bytes_per_s: float, page_bytes: int, margin: float) -> bool:
         """Return whether rounds can get the remaining memory inside a budget: the guest dirties less within the budget
         than moves within it. "Dirty rate above bandwidth" is the wrong test: a bounded working set converges anyway."""

@@ -77,12 +77,15 @@ class Outlook:
     """Expected costs as functions of the number of pages that are dirty then.
 
     Attributes:
-        stop: the prediction of a stop.
+        stop: the prediction of a stop when so many pages are found dirty.
         round_ns: the duration of a round (ns).
+        floor: the prediction of a stop in which no page travels, whatever the guest writes: the least that rounds can
+            reach.
     """
 
     stop: Callable[[int], Prediction]
     round_ns: Callable[[int], int]
+    floor: Callable[[], Prediction]
 
 
 def _enforced(parameters: MigrationParameters) -> bool:
@@ -127,7 +130,7 @@ class Decider:
         if prediction.bandwidth_known and self._fits(parameters, prediction, target_ns):
             self._floor_misses = 0
             return self._fitting(parameters, outlook, curve, seen)
-        if (reason := self._below_the_floor(parameters, outlook.stop(0), limit_ns)) is not None:
+        if (reason := self._below_the_floor(parameters, outlook.floor(), limit_ns)) is not None:
             return Verdict("give-up", reason)
         if parameters.timeout_s and seen.elapsed_s >= parameters.timeout_s:
             return self._out_of_time(parameters, explained, seen)

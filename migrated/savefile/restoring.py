@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import platform
 import time
 from typing import Final
@@ -45,7 +46,9 @@ from protocol.versions import CAPABILITIES, REQUIRED_CAPABILITIES, agree_capabil
 
 log = structlog.get_logger()
 
-READERS: Final = 2
+READERS: Final = max(2, min(4, len(os.sched_getaffinity(0))))
+"""Threads that read a file: one for each processor, since checking and placing pages is work. Two at least, so that one
+reads while the other does that; more than there are processors gain nothing."""
 
 _REFUSED = (MigrationError, ProtocolError, TimeAdjustError, ClockError, RunMarkError, OSError, ValueError)
 

@@ -151,8 +151,7 @@ class Precopy:
         since_ns, self._collected_ns = now_ns - self._collected_ns, now_ns
         self.dirty_pages_per_s = dirty_pages * 1e9 / max(1, since_ns)
         self.curve.add(since_ns, dirty_pages, ahead=ahead)
-        # A guest that the round kept from a processor makes up for it until it is stopped.
-        meanwhile = max(0, int(self.curve.pages_within(since_ns + self._verdict_ns)) - dirty_pages)
+        meanwhile = self.curve.pages_meanwhile(since_ns, self._verdict_ns, kept_to=dirty_pages if ahead else None)
         seen = Observation(
             dirty_pages,
             elapsed_s,
@@ -164,6 +163,7 @@ class Precopy:
         outlook = Outlook(
             functools.cache(lambda pages: self._predict(pages + meanwhile, self.bandwidth)),
             functools.cache(self._round_ns),
+            lambda: self._predict(0, self.bandwidth),
         )
         prediction = outlook.stop(dirty_pages)
         verdict = self._decider.after_round(self._parameters(), outlook, self.curve, seen)

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
 from migrated.environment import Environment
@@ -287,6 +287,8 @@ async def open_session(
         try:
             files = await vmm.memory_files() if connection.control.local else ()
             try:
+                if files:  # what is in no file travels with the device states then
+                    offer = replace(offer, description=await vmm.describe())
                 hello = hello_of(env, offer, parameters, migration_id, epoch, shared=bool(files))
                 welcome = await _negotiate(env, connection, hello, files)
             finally:

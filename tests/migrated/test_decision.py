@@ -31,7 +31,7 @@ def decide(
             prediction, total_ns=rest_ns + memory_ns, upper_ns=upper_ns, memory_ns=memory_ns, components=components
         )
 
-    return decider.after_round(parameters, Outlook(stop, lambda _: 50 * MS), curve, seen)
+    return decider.after_round(parameters, Outlook(stop, lambda _: 50 * MS, lambda: stop(0)), curve, seen)
 
 
 def test_the_bound_and_not_the_guess_must_fit() -> None:
@@ -155,7 +155,9 @@ def converging(goal: str, working_set_pages: int = 0) -> tuple[list[str], float]
         pages = max(working_set_pages, int(round_ns * dirty_per_ns))
         curve.add(round_ns, pages)
         observed = Observation(pages, elapsed_ns / 1e9, 1e9 / page_ns * 4096, sent_bytes)
-        verdict = decider.after_round(parameters, Outlook(stop, lambda n: MS + n * page_ns), curve, observed)
+        verdict = decider.after_round(
+            parameters, Outlook(stop, lambda n: MS + n * page_ns, lambda: stop(0)), curve, observed
+        )
         steps.append(verdict.step)
         assert len(steps) < 50
     return steps, stop(pages).total_ns / MS
@@ -179,7 +181,7 @@ def test_rounds_that_shorten_nothing_are_not_made() -> None:
 def test_the_last_small_round_is_a_rehearsal() -> None:
     parameters = MigrationParameters(downtime_limit_ms=300)
     decider = Decider()
-    outlook = Outlook(lambda _: prediction_of(20, 30), lambda _: 2 * MS)
+    outlook = Outlook(lambda _: prediction_of(20, 30), lambda _: 2 * MS, lambda: prediction_of(20, 30))
     steps = [decider.after_round(parameters, outlook, DirtyCurve(), seen(100)).step for _ in range(2)]
     assert steps == ["rehearse", "switch"]
 
@@ -191,7 +193,7 @@ def test_where_the_blackout_goes_before_others_a_round_does_too_before_the_stop(
     """However many rounds there were that waited for others; unless it takes long."""
     parameters = MigrationParameters(downtime_limit_ms=300)
     decider = Decider()
-    outlook = Outlook(lambda _: prediction_of(20, 30), lambda _: round_ms * MS)
+    outlook = Outlook(lambda _: prediction_of(20, 30), lambda _: round_ms * MS, lambda: prediction_of(20, 30))
     steps: list[str] = []
     unlike = True
     while not steps or steps[-1] != "switch":

@@ -56,6 +56,23 @@ def test_a_round_that_kept_the_guest_from_writing_does_not_make_it_look_idle() -
     assert curve.pages_within(24 * MS) == pytest.approx(120)
 
 
+def test_what_a_guest_was_kept_from_writing_travels_in_the_blackout() -> None:
+    """A round of 20 ms found 1 page of the 100 that are written in that time; the stop comes 4 ms later."""
+    curve = DirtyCurve()
+    curve.add(500 * MS, 2500)
+    curve.add(20 * MS, 1, ahead=True)
+    assert curve.pages_meanwhile(20 * MS, 4 * MS, kept_to=1) == 119
+    assert curve.pages_meanwhile(20 * MS, 4 * MS, kept_to=150) == 0
+
+
+def test_a_guest_that_writes_less_than_it_did_owes_nothing() -> None:
+    """It wrote 3,000 pages in a round, and 500 in the next; only what comes after that is added."""
+    curve = DirtyCurve()
+    curve.add(200 * MS, 3000)
+    curve.add(100 * MS, 500)
+    assert curve.pages_meanwhile(100 * MS, 4 * MS) == 100
+
+
 def test_a_round_that_went_ahead_tells_what_is_written_at_least() -> None:
     """A hot set that is dirty again after 20 ms."""
     curve = DirtyCurve()

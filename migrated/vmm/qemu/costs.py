@@ -25,7 +25,6 @@ from migrated.vmm.qemu.blueprint import Blueprint
 Step: TypeAlias = Literal["stop", "save", "load", "resume"]
 STEPS: Final[tuple[Step, ...]] = get_args(Step)
 
-_NS_PER_MS: Final = 1_000_000
 _ENOUGH: Final = 3
 """From so many on, what was seen counts and not the prior."""
 _KEPT: Final = 32
@@ -45,12 +44,12 @@ class Cost(NamedTuple):
 
 
 PRIOR: Final[dict[Step, Cost]] = {
-    "stop": Cost(1 * _NS_PER_MS, _NS_PER_MS // 2, 0),
-    "save": Cost(3 * _NS_PER_MS, _NS_PER_MS, 0),
-    "load": Cost(5 * _NS_PER_MS, 2 * _NS_PER_MS, 0),
-    "resume": Cost(2 * _NS_PER_MS, _NS_PER_MS, 0),
+    "stop": Cost(1_000_000, 500_000, 0),
+    "save": Cost(2_500_000, 1_000_000, 0),
+    "load": Cost(4_000_000, 2_000_000, 0),
+    "resume": Cost(1_700_000, 1_000_000, 0),
 }
-"""Measured with QEMU 7.2 under TCG on 2 busy cores, with and without precedence for the threads (docs/qemu.md)."""
+"""Measured with QEMU 7.2 under TCG on 2 cores, with precedence for threads (docs/qemu.md); a few loads took 10 ms."""
 
 
 class CostKeys(NamedTuple):

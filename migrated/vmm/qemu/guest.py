@@ -8,6 +8,9 @@ source        start_dirty_log   a userfaultfd made inside QEMU (it stands still 
 destination   memory            RAM in a file of ours; video memory and firmware in QEMU, written from here
               state_in          the part, as a migration stream; QEMU stays stopped
               resume            cont: opens the disks, then runs; after that the network is told where it is now
+
+The module is longer than others because every call of the seam stands here, and they go by the same few facts of one
+guest.
 """
 
 from __future__ import annotations
@@ -155,7 +158,7 @@ class QemuGuest(VmmGuest):
                 DeviceDescription(
                     name=DEVICES,
                     kind="non-iterable",
-                    state_bytes=(self._place.state_bytes or _PRIOR_STATE_BYTES) + handed_over.own_bytes(self._ram),
+                    state_bytes=self._state_bytes(),
                     expected_save_ns=expected["save"],
                     expected_load_ns=expected["load"],
                 ),
@@ -171,6 +174,12 @@ class QemuGuest(VmmGuest):
     @property
     def _place(self) -> Place:
         return self._record.known
+
+    def _state_bytes(self) -> int:
+        """Expected size of what ``state_out`` gives. Memory that is QEMU's own is in it where main memory is handed
+        over; else it travels as pages."""
+        own = handed_over.own_bytes(self._ram) if self._hands_over or self._place.private_view else 0
+        return (self._place.state_bytes or _PRIOR_STATE_BYTES) + own
 
     async def _draw(self) -> Blueprint:
         blueprint = self._blueprint = await draw(self._qmp, self.name, self._ram)
@@ -283,6 +292,7 @@ class QemuGuest(VmmGuest):
             self._may_have_run = False
             raise
         self._note("resume", running_at_ns - begin_ns)
+        self._hands_over = False
         await self._save.release()
         if not arriving and self._place.disks_released:
             self._record.change_if_possible(disks_released=False)
