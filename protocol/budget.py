@@ -112,12 +112,13 @@ def measured_downtime(
 
     The two transits are unknown but not negative, so the guest ran no earlier than ``committed + resumed_after`` and
     no later than ``running - (sent_after - resumed_after)``, each duration as short as the source's clock may have
-    seen it. Clocks that disagree beyond that give an empty interval; it is returned as the single later point.
+    seen it. Whatever the destination says, it ran between the two instants that the source itself saw. Clocks that
+    disagree beyond that give an empty interval; it is returned as the single later point.
     """
 
     def least(ns: int) -> int:
         return ns * (_PPB - rho_ppb) // (_PPB + rho_ppb)
 
-    lower = committed_ns + least(resumed_after_ns)
-    upper = max(lower, running_ns - least(sent_after_ns - resumed_after_ns))
+    lower = min(committed_ns + least(resumed_after_ns), running_ns)
+    upper = max(lower, running_ns - least(max(0, sent_after_ns - resumed_after_ns)))
     return DowntimeInterval(lower, upper)

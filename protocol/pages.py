@@ -87,6 +87,10 @@ def split_runs(runs: Runs, pages_per_batch: int) -> list[Runs]:
         return []
     ends = np.cumsum(runs[:, 1])
     total = int(ends[-1])
+    if total <= pages_per_batch:
+        return [runs]
+    if total == len(runs):  # single pages: nothing is cut
+        return [runs[begin : begin + pages_per_batch] for begin in range(0, total, pages_per_batch)]
     # Cut every run at each multiple of the batch size, counted in pages from the start of the table.
     cuts = np.unique(np.concatenate((np.arange(0, total, pages_per_batch), ends - runs[:, 1])))
     owner = np.searchsorted(ends, cuts, side="right")

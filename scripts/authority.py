@@ -26,6 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 LIFE: Final = timedelta(days=365)
 AUTHORITY_LIFE: Final = timedelta(days=3650)
+LIST_LIFE: Final = timedelta(days=30)
 CLOCK_SKEW: Final = timedelta(minutes=5)
 """A certificate is valid from a little before now: the hosts' clocks may differ."""
 
@@ -75,13 +76,20 @@ class Authority:
         _write_certificate(self.path, self._certificate)
 
     def host(
-        self, name: str, *addresses: str, not_before: datetime | None = None, not_after: datetime | None = None
+        self,
+        name: str,
+        *addresses: str,
+        common_name: bool = True,
+        not_before: datetime | None = None,
+        not_after: datetime | None = None,
     ) -> HostFiles:
         """Certify a host, in place of what it had.
 
         Args:
             name: its DNS name, which also names its files.
             addresses: IP addresses at which it is reached.
+            common_name: whether the certificate has the name as its subject too, and not only among the alternatives:
+                etcd takes no user from a client whose certificate has one.
             not_before, not_after: when the certificate is valid; left out: from now on for a year.
         """
         now = datetime.now(UTC)
@@ -89,7 +97,7 @@ class Authority:
         alternatives: list[x509.GeneralName] = [x509.DNSName(name)]
         alternatives += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
         builder = _begin(
-            _common_name(name),
+            _common_name(name) if common_name else x509.Name([]),
             self._certificate.subject,
             key.public_key(),
             not_before or now - CLOCK_SKEW,
@@ -101,11 +109,37 @@ class Authority:
         builder = builder.add_extension(_key_usage(certificates=False), critical=True)
         builder = builder.add_extension(own, critical=False)
         builder = builder.add_extension(uses, critical=False)  # a host is client and server
-        builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=not common_name)
         files = self.files(name)
         _write_key(files.key, key)
         _write_certificate(files.certificate, builder.sign(self._key, hashes.SHA256()))
         return files
+
+    def revoke(self, *names: str, next_update: datetime | None = None) -> Path:
+        """Make the list of revoked certificates: those that hosts have now, in place of what was on it.
+
+        Args:
+            names: of the hosts.
+            next_update: when the list runs out; left out: in 30 days.
+
+        Returns:
+            The file, as ``[tls] revoked`` names it.
+        """
+        now = datetime.now(UTC)
+        builder = x509.CertificateRevocationListBuilder().issuer_name(self._certificate.subject)
+        builder = builder.last_update(min(now, next_update or now) - CLOCK_SKEW)
+        builder = builder.next_update(next_update or now + LIST_LIFE)
+        own = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        builder = builder.add_extension(own, critical=False)
+        builder = builder.add_extension(x509.CRLNumber(int(now.timestamp())), critical=False)
+        for name in names:
+            certificate = x509.load_pem_x509_certificate(self.files(name).certificate.read_bytes())
+            entry = x509.RevokedCertificateBuilder().serial_number(certificate.serial_number).revocation_date(now)
+            builder = builder.add_revoked_certificate(entry.build())
+        path = self.directory / "revoked.pem"
+        signed = builder.sign(self._key, hashes.SHA256())
+        _write(path, signed.public_bytes(serialization.Encoding.PEM), 0o644)
+        return path
 
     def files(self, name: str) -> HostFiles:
         """Where the files of a host are."""

@@ -6,8 +6,8 @@ own named error, soon.
 
 Inputs are mutations of those in tests/corpus (TARGET.NAME.bin), most of which a real session left. What happened goes
 to stderr; the last line on stdout is one JSON object: ``{"inputs", "accepted", "refused", "seconds", "slowest_ms",
-"peak_mib", "crashes"}``. Exit code 1 when anything else than a named error came out; the input is left in the current
-directory.
+"slowest", "peak_mib", "crashes"}``. Exit code 1 when anything else than a named error came out; the input is left in
+the current directory.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ CORPUS: Final = ROOT / "tests" / "corpus"
 _PATIENCE_S: Final = 0.02
 _CHEAP_PER_LIVE: Final = 100
 """Inputs of each parser's corpus for one of each live target's, which costs so much more."""
+_SLOW_MS: Final = 50.0
+_AGAIN: Final = 2
+"""An input that seems slow is fed again so often, and its shortest time counts: a busy machine may stop any of them."""
 _EDGES: Final = (0, 1, 0x7F, 0x80, 0xC1, 0xFF)
 
 
@@ -76,6 +79,7 @@ class Fuzzed:
     refused: int = 0
     seconds: float = 0.0
     slowest_ms: float = 0.0
+    slowest: str = ""
     peak_mib: float = 0.0
     crashes: list[str] = field(default_factory=list)
 
@@ -111,21 +115,33 @@ def _feed(
     for number in range(inputs):
         name, data = cases[number % len(cases)]
         damaged = mutated(data, draw)
-        began_s = time.perf_counter()
-        try:
-            targets[name](damaged)
+        error, took_ms = _take(targets[name], damaged)
+        if error is None:
             found.accepted += 1
-        except NAMED:
+        elif isinstance(error, NAMED):
             found.refused += 1
-        except Exception as error:
+        else:
             found.crashes.append(f"{name}, input {number}: {error!r}")
             if left is not None:
                 (left / f"crash-{name}-{number}.bin").write_bytes(damaged)
-        found.slowest_ms = max(found.slowest_ms, (time.perf_counter() - began_s) * 1e3)
+        if took_ms > max(found.slowest_ms, _SLOW_MS):
+            took_ms = min(took_ms, *(_take(targets[name], damaged)[1] for _ in range(_AGAIN)))
+        if took_ms > found.slowest_ms:
+            found.slowest_ms, found.slowest = took_ms, f"{name}, input {number}"
         found.inputs += 1
     found.seconds = round(time.monotonic() - begin, 1)
     found.slowest_ms = round(found.slowest_ms, 1)
     found.peak_mib = round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) * 1024 / MIB, 1)
+
+
+def _take(target: Target, data: bytes) -> tuple[Exception | None, float]:
+    """Feed one input. Returns what came out, None for a value, and how long that took (ms)."""
+    raised, began_s = None, time.perf_counter()
+    try:
+        target(data)
+    except Exception as error:
+        raised = error
+    return raised, (time.perf_counter() - began_s) * 1e3
 
 
 def main() -> int:

@@ -151,7 +151,7 @@ class AnswerTarget:
     Args:
         socket: where the peer listens.
         ask: connects to that socket, and asks.
-        patience_s: how long the peer waits for a question before it gives its next answer all the same.
+        patience_s: how long the peer waits for questions in all before it gives its next answers all the same.
     """
 
     def __init__(
@@ -192,11 +192,12 @@ class AnswerTarget:
         self._unexpected = context.get("exception") or RuntimeError(context["message"])
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked_until = asyncio.get_running_loop().time() + self._patience_s
         with contextlib.suppress(ConnectionError):
             for number, piece in enumerate(self._answer.split(PIECE)):
                 if number:
                     with contextlib.suppress(TimeoutError):  # the client waits for more
-                        async with asyncio.timeout(self._patience_s):
+                        async with asyncio.timeout_at(asked_until):
                             if not await reader.read(_QUESTION_BYTES):
                                 break  # it has hung up
                 writer.write(piece)

@@ -1,15 +1,22 @@
 """Hosts are emptied over shaped links with a real etcd of three members, in order and with what can go wrong.
 
-    python -m scripts.prove_fleet [--guests 12] [--rate 400mbit] [--runs 100] [--seed 1]
+    python -m scripts.prove_fleet [--guests 12] [--rate 400mbit] [--runs 100] [--seed 1] [--kept runs.jsonl] [--for 280]
 
-First one evacuation of so many guests without faults: none may be over its limit, each is verified, and the time is
-compared with what no order of them can beat: the migrations as long as they took, as many at once as the host's slots
-allow, and all that was sent at the rate of the link. Then runs with one random fault each: the worker's daemon, etcd's
-leader or a destination's daemon is killed, etcd is away, or a host is cut off from etcd and its peers. After each the
-job must have ended as asked, every guest must run on one host and never have run on two by what it wrote itself, and no
-slot and no memory may stay promised. Progress goes to stderr; the last line on stdout is one JSON object: ``{"guests",
-"late", "total_s", "planned_s", "least_s", "ratio", "runs", "faults": {fault: runs}, "violations": [sentence]}``. Exit
-code 1 when the ratio is above 1.25 or anything was violated.
+First evacuations without faults. The same guests leave the same host by hand: one after the other, and as many at once
+as its slots allow, each with the whole link for the taking. The shortest of these is the best order found by hand. Then
+they leave by a job: no guest may be over its limit, each is verified, and the time is compared with the best one by
+hand. Beside it stands what no order can beat: all that was sent at the rate of the link, and the time of each guest
+with its rounds at that rate, as many at once as the slots allow.
+
+Then runs with one random fault each: the daemon of the worker, of the source or of a destination, or etcd's leader is
+killed, etcd is away, a host is cut off from etcd and its peers, or a second operator empties a host that guests are on
+their way to. After each the job must have ended as asked, every guest must run on one host and never have run on two by
+what it wrote itself, no slot and no memory may stay promised or ever have been promised twice.
+
+Runs are kept in a file if one is named: later calls go on after its last run, and sum up all of them. Progress goes to
+stderr; the last line on stdout is one JSON object: ``{"guests", "late", "total_s", "planned_s", "by_hand_s": {at once:
+s}, "least_s", "ratio", "runs", "faults": {fault: runs}, "violations": [sentence]}``. Exit code 1 when the ratio is
+above 1.25 or anything was violated.
 """
 
 from __future__ import annotations
@@ -22,154 +29,73 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.basics import MIB, say
 from scripts.fleet.etcd_cluster import why_no_etcd
+from scripts.fleet.fault_runs import FAULTS, HOSTS, JOB_S, fault_run, make_guests, wrong
 from scripts.fleet.network import Switch
 from scripts.fleet.rig import Fleet
-from scripts.rig.host import Host
 from scripts.rig.network import Network
-from scripts.rig.waiting import RigError, until
 
-HOSTS: Final = "abc"
 ALLOWED_RATIO: Final = 1.25
-MEMORY_MIB: Final = 64
 SLOTS: Final = 2
 """Migrations that leave a host at once."""
-JOB_S: Final = 240.0
-CUT_OFF_S: Final = 10.0
+MEMORY_BYTES: Final = 640 * MIB
+"""Memory of a host for guests: those of a run fit on one host, and not many more."""
+_TRIES: Final = 4
 _BITS: Final = {"kbit": 1000, "mbit": 1_000_000, "gbit": 1_000_000_000}
 
-Fault = Callable[["Run"], Awaitable[None]]
 
+async def by_hand(fleet: Fleet, names: list[str], at_once: int) -> float:
+    """Send guests away with `migratectl migrate`, so many at once, to the other hosts in turn. One that does not move
+    is tried again in the end. Returns the time (s)."""
+    waiting, left = list(enumerate(names)), _TRIES * len(names)
 
-class Run:
-    """One evacuation with a fault.
+    async def send() -> None:
+        nonlocal left
+        while waiting:
+            number, name = waiting.pop(0)
+            record = await fleet["a"].migrate(name, fleet["bc"[number % 2]])
+            left -= 1
+            if record["outcome"] != "completed" and left:
+                say(f"{name} did not move by hand: {record['reason']}")
+                waiting.append((number, name))
 
-    Attributes:
-        fleet, switch: where it happens.
-        job: the evacuation of host a.
-        away_s: how long etcd is away.
-    """
-
-    def __init__(self, fleet: Fleet, switch: Switch, job: str, chance: random.Random, away_s: float) -> None:
-        self.fleet = fleet
-        self.switch = switch
-        self.job = job
-        self.away_s = away_s
-        self._chance = chance
-
-    async def _restart(self, host: Host) -> None:
-        host.kill()
-        await asyncio.sleep(self._chance.uniform(0, 3))
-        self.fleet.start_host(host)
-
-    async def worker(self) -> None:
-        """The daemon that carries the job on is killed."""
-        worker = (await self.fleet.job("a", self.job))["worker"]
-        if worker is not None:
-            await self._restart(self.fleet[worker])
-
-    async def destination(self) -> None:
-        """The daemon of a host that guests go to is killed."""
-        await self._restart(self.fleet[self._chance.choice("bc")])
-
-    async def leader(self) -> None:
-        """The member of etcd that leads is killed."""
-        leader = await asyncio.to_thread(self.fleet.etcd.leader)
-        if leader is not None:
-            leader.kill()
-            await asyncio.sleep(self._chance.uniform(1, 5))
-            self.fleet.etcd.start_member(leader)
-
-    async def away(self) -> None:
-        """All of etcd stands still."""
-        self.fleet.etcd.pause()
-        try:
-            await asyncio.sleep(self.away_s)
-        finally:
-            self.fleet.etcd.resume()
-
-    async def cut_off(self) -> None:
-        """One host reaches neither etcd nor its peers."""
-        name = self._chance.choice(HOSTS)
-        self.switch.pull(name)
-        try:
-            await asyncio.sleep(CUT_OFF_S)
-        finally:
-            self.switch.plug(name)
-
-
-FAULTS: Final[dict[str, Fault]] = {
-    "worker": Run.worker,
-    "destination": Run.destination,
-    "leader": Run.leader,
-    "away": Run.away,
-    "cut-off": Run.cut_off,
-}
-
-
-async def make_guests(fleet: Fleet, count: int) -> list[str]:
-    """Guests on host a that write all the while."""
-    names = [f"g{number}" for number in range(count)]
-    for number, name in enumerate(names):
-        workload = "hot-cold" if number % 2 else "random"
-        await fleet["a"].create_guest(name, MEMORY_MIB, workload=workload, dirty_rate_bytes_per_s=MIB << (number % 3))
-
-    async def described() -> bool:
-        plan = await fleet["a"].command("x-migrated-fleet-evacuate", {"host": "a", "dry-run": True})
-        return len(plan["moves"]) == count
-
-    await until("all guests described", described)
-    return names
-
-
-async def wrong(fleet: Fleet, names: list[str], job: dict[str, Any]) -> list[str]:
-    """A sentence for everything that is not as it must be after a job."""
-    found = [] if job["phase"] == "done" else [f"the job is {job['phase']}: {job['reason']}"]
-    where = await fleet.where()
-    for name in names:
-        hosts = where.get(name, [])
-        if len(hosts) != 1 or "a" in hosts:
-            found.append(f"{name} is on {hosts or 'no host'}")
-        else:
-            verdict = await fleet[hosts[0]].verify(name)
-            found += [] if verdict["ok"] else [f"{name} is damaged: {verdict['message']}"]
-        found += fleet.double_runs(name)
-
-    async def at_rest() -> bool:
-        hosts = await fleet["b"].command("x-migrated-fleet-hosts")
-        return all(
-            one["lease"]
-            and not (one["reserved_bytes"] or one["reserved_inbound"] or one["reserved_outbound"])
-            and one["owned_guests"] == sum(hosts == [one["name"]] for hosts in where.values())
-            for one in hosts
-        )
-
-    try:
-        await until("owners and slots as the guests are", at_rest, 30.0)
-    except (RigError, CommandError, DaemonUnreachableError) as error:
-        found.append(str(error))
-    return found + fleet.bugs()
+    begin = time.monotonic()
+    await asyncio.gather(*(send() for _ in range(at_once)))
+    return time.monotonic() - begin
 
 
 async def measure(fleet: Fleet, count: int, rate: str) -> dict[str, Any]:
-    """Empty host a without faults. Returns the figures."""
+    """Empty host a by hand and by a job, without faults. Returns the figures."""
+    hands = {}
+    for at_once in range(1, SLOTS + 1):
+        names = await make_guests(fleet, count)
+        hands[str(at_once)] = round(await by_hand(fleet, names, at_once), 1)
+        say(f"by hand, {at_once} at once: {hands[str(at_once)]} s")
+        await fleet.remove_guests()
     names = await make_guests(fleet, count)
     job = await fleet.wait("b", await fleet.evacuate("a", "c"), JOB_S)
-    violations = await wrong(fleet, names, job)
-    sent = took_ns = 0
+    violations = await wrong(fleet, names, [job])
+    digits = rate.rstrip("kmgbit")
+    bytes_per_s = float(digits) * _BITS[rate.removeprefix(digits)] / 8
+    link_s = alone_s = 0.0
     for guest in job["guests"]:
         record = await fleet["a"].record(guest["migration_id"] or "-")
-        sent += record["ram"]["transferred_bytes"] if record is not None else 0
-        took_ns += (guest["ended_utc_ns"] or 0) - (guest["began_utc_ns"] or 0)
-    digits = rate.rstrip("kmgbit")
-    link_s = sent * 8 / (float(digits) * _BITS[rate.removeprefix(digits)])
-    least_s = max(link_s, took_ns / 1e9 / SLOTS)
+        if record is None:
+            raise RuntimeError(f"{guest['guest']} moved without a record")
+        sending_s = record["ram"]["transferred_bytes"] / bytes_per_s
+        link_s += sending_s
+        alone_s += sending_s + (record["total_ns"] - sum(row["ns"] for row in record["rounds"])) / 1e9
+        begin_s, end_s = ((guest[name] - job["created_utc_ns"]) / 1e9 for name in ("began_utc_ns", "ended_utc_ns"))
+        setup_s = record["setup_ns"] / 1e9
+        say(
+            f"{guest['guest']:4} to {guest['destination']}: {begin_s:5.1f} to {end_s:5.1f} s, of it setting up "
+            f"{setup_s:.1f} s; {guest['bytes_per_s'] / MIB:.1f} MiB/s"
+        )
     await fleet.remove_guests()
     total_s = job["total_ns"] / 1e9
     return {
@@ -177,41 +103,24 @@ async def measure(fleet: Fleet, count: int, rate: str) -> dict[str, Any]:
         "late": job["late"],
         "total_s": round(total_s, 1),
         "planned_s": round(job["expected_total_ns"] / 1e9, 1),
-        "least_s": round(least_s, 1),
-        "ratio": round(total_s / least_s, 2) if least_s else 0.0,
+        "by_hand_s": hands,
+        "least_s": round(max(link_s, alone_s / SLOTS), 1),
+        "ratio": round(total_s / min(hands.values()), 2),
         "violations": violations,
     }
 
 
-async def fault_run(
-    fleet: Fleet, switch: Switch, fault: str, count: int, chance: random.Random, away_s: float
-) -> list[str]:
-    """Empty host a with one fault in the middle. Returns what was violated."""
-    await fleet.joined()
-    names = await make_guests(fleet, count)
-    job = await fleet.evacuate("a", chance.choice(HOSTS))
-
-    async def under_way() -> bool:
-        found = await fleet.job("b", job)
-        return found["ended_utc_ns"] is not None or any(one["state"] == "migrating" for one in found["guests"])
-
-    await until("the job under way", under_way)
-    await asyncio.sleep(chance.uniform(0, 2))
-    await FAULTS[fault](Run(fleet, switch, job, chance, away_s))
-    try:
-        ended = await fleet.wait("b", job, JOB_S)
-        found = await wrong(fleet, names, ended)
-    except (RigError, CommandError, DaemonUnreachableError) as error:
-        found = [str(error)]
-    await fleet.remove_guests()
-    return found
+def kept_runs(path: Path | None) -> list[dict[str, Any]]:
+    """The runs that earlier calls kept."""
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 async def prove(options: argparse.Namespace) -> dict[str, Any]:
     """Everything; returns the document of the last line."""
-    chance, done, violations = random.Random(options.seed), Counter[str](), list[str]()
-    result: dict[str, Any] = {}
-    settings = {"lease_s": 4.0, "max_outbound": SLOTS}
+    begin, runs, result, violations = time.monotonic(), kept_runs(options.kept), dict[str, Any](), list[str]()
+    settings = {"lease_s": 4.0, "max_outbound": SLOTS, "memory_bytes": MEMORY_BYTES}
     with (
         Switch(HOSTS, options.rate) as switch,
         Fleet(HOSTS, members=3, switch=switch, fleet=settings, tls={"insecure": True}) as fleet,
@@ -221,17 +130,22 @@ async def prove(options: argparse.Namespace) -> dict[str, Any]:
             result = await measure(fleet, options.guests, options.rate)
             violations += result.pop("violations")
             say(f"{result}")
-        for number in range(options.runs):
-            fault = list(FAULTS)[number % len(FAULTS)]
-            begin = time.monotonic()
+        while len(runs) < options.runs and time.monotonic() - begin < options.seconds:
+            chance = random.Random(f"{options.seed}/{len(runs)}")
+            fault, began = chance.choice(list(FAULTS)), time.monotonic()
             found = await fault_run(fleet, switch, fault, options.guests_per_run, chance, options.away)
-            violations += [f"run {number}, {fault}: {sentence}" for sentence in found]
-            done[fault] += 1
-            say(f"run {number}, {fault}: {'; '.join(found) or 'all well'} ({time.monotonic() - begin:.0f} s)")
-            if found and options.keep_going is False:
+            run = {"run": len(runs), "seed": options.seed, "fault": fault, "violations": found}
+            runs.append(run)
+            if options.kept is not None:
+                with options.kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(run) + "\n")
+            say(f"run {run['run']}, {fault}: {'; '.join(found) or 'all well'} ({time.monotonic() - began:.0f} s)")
+            if found and not options.keep_going:
                 say(fleet.log_tail(80))
                 break
-    return {**result, "runs": done.total(), "faults": dict(done), "violations": violations}
+    violations += [f"run {run['run']}, {run['fault']}: {sentence}" for run in runs for sentence in run["violations"]]
+    faults = Counter(run["fault"] for run in runs)
+    return {**result, "runs": len(runs), "faults": dict(faults), "violations": violations}
 
 
 def _interrupted(_number: int, _frame: FrameType | None) -> None:
@@ -242,10 +156,12 @@ def _interrupted(_number: int, _frame: FrameType | None) -> None:
 def main() -> int:
     """Run it, if this machine can."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--guests", type=int, default=12, help="guests of the measured evacuation, 0 for none")
+    parser.add_argument("--guests", type=int, default=12, help="guests of the measured evacuations, 0 for none")
     parser.add_argument("--guests-per-run", type=int, default=4, help="guests of a run with a fault")
     parser.add_argument("--rate", default="400mbit", help="of each host's link, as tc spells it")
-    parser.add_argument("--runs", type=int, default=100, help="runs with a fault")
+    parser.add_argument("--runs", type=int, default=100, help="runs with a fault, those that were kept among them")
+    parser.add_argument("--kept", type=Path, help="file of runs to go on after, and to add to")
+    parser.add_argument("--for", dest="seconds", type=float, default=float("inf"), help="begin no run after (s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--away", type=float, default=20.0, help="how long etcd is away (s)")
     parser.add_argument("--keep-going", action="store_true", help="go on after a violation")

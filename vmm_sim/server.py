@@ -2,6 +2,8 @@
 
 A reply may thus overtake another; requests carry an id. ``interrupt`` and ``status`` are answered while a device is
 being saved or loaded.
+
+The module is longer than others because every request of the API has its method here.
 """
 
 from __future__ import annotations
@@ -154,7 +156,8 @@ class ApiServer:
             "set-rate": self._set_rate,
             "dry-run": self._dry_run,
             "dry-run-states": self._dry_run_states,
-            "lock": lambda _arguments: lambda: Answer(self._vmm.take_lock()),
+            "lock": self._lock,
+            "fence": self._fence,
             "unlock": lambda _arguments: lambda: Answer(self._vmm.release_lock()),
             "destroy": self._destroy,
         }
@@ -188,6 +191,14 @@ class ApiServer:
     def _resume(self, arguments: Arguments) -> Callable[[], Answer]:
         epoch = arguments.optional_integer("epoch", 0, (1 << 63) - 1)
         return lambda: Answer(self._vmm.resume(epoch))
+
+    def _lock(self, arguments: Arguments) -> Callable[[], Answer]:
+        token = arguments.optional_integer("token", 0, (1 << 63) - 1)
+        return lambda: Answer(self._vmm.take_lock(token))
+
+    def _fence(self, arguments: Arguments) -> Callable[[], Answer]:
+        token = arguments.integer("token", 0, (1 << 63) - 1)
+        return lambda: Answer(self._vmm.fence(token))
 
     def _time_export(self, arguments: Arguments) -> Callable[[], Answer]:
         return lambda: Answer({"time": self._vmm.export_time()})

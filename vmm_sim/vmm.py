@@ -188,10 +188,16 @@ class Vmm:
                 running_at = time.monotonic_ns()
             return {"step": step, "ns": running_at - begun, "running_at_ns": running_at}
 
-    def take_lock(self) -> dict[str, Any]:
-        """Take the guest's ownership lock. Idempotent."""
+    def take_lock(self, token: int | None = None) -> dict[str, Any]:
+        """Take the guest's ownership lock, with a fencing token if one is given. Idempotent."""
         with self._life:
-            self.ownership.take()
+            self.ownership.take(token)
+            return {}
+
+    def fence(self, token: int) -> dict[str, Any]:
+        """Let the guest's ownership lock carry a newer fencing token, if it is held."""
+        with self._life:
+            self.ownership.carry(token)
             return {}
 
     def release_lock(self) -> dict[str, Any]:

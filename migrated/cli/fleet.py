@@ -77,6 +77,8 @@ def evacuate(
     """
     if status + cancel + resume > 1 or (dry_run and (status or cancel or resume)):
         raise click.UsageError("Give one of --dry-run, --status, --cancel and --resume.")
+    if report is not None and (no_wait or dry_run):
+        raise click.UsageError("--report needs the job to be over: leave out --no-wait and --dry-run.")
     if status:
         _status(session, host, report)
         return

@@ -477,6 +477,7 @@ _TABLE: Final = (
         "The findings; 'ok' sums them up.",
         (ONE_GUEST,),
         _guest_verify,
+        changes=True,  # its vCPUs may stand still meanwhile
     ),
     Command(
         "x-migrated-status",

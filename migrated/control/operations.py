@@ -1,4 +1,7 @@
-"""The interface between control socket and daemon: the ``Operations`` protocol, its error, and the events."""
+"""The interface between control socket and daemon: the ``Operations`` protocol, its error, and the events.
+
+The module is longer than others because every operation is declared here, with its errors.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,11 @@ ErrorKind = Literal["GenericError", "CommandNotFound", "DeviceNotActive", "Devic
 """QMP's error classes (qapi/error.json)."""
 
 EVENTS_KEPT: Final = 1024
-WAKE_S: Final = 0.005
-HELD_S: Final = 0.5
 """Events kept for one subscriber that does not read."""
+WAKE_S: Final = 0.005
+"""Subscribers are woken this long after an event, so that those that come together go together."""
+HELD_S: Final = 0.5
+"""The same, while a guest is stopped for its switchover."""
 EVENTS_LOST: Final = "X_MIGRATED_EVENTS_LOST"
 
 

@@ -53,6 +53,8 @@ def capability_values(capabilities: Sequence[object]) -> dict[str, object]:
         if not isinstance(item, dict) or set(item) != {"capability", "state"}:
             raise OperationError("Parameter 'capabilities' expects objects with 'capability' and 'state'")
         name, state = item["capability"], item["state"]
+        if not isinstance(name, str):
+            raise OperationError("Invalid parameter type for 'capability', expected: string")
         if not isinstance(state, bool):
             raise OperationError("Invalid parameter type for 'state', expected: boolean")
         if name in switchable:

@@ -67,11 +67,23 @@ def check_arguments(arguments: Mapping[str, object], declared: Sequence[Argument
             fits &= isinstance(value, bool) == (argument.type == "boolean") and abs(value) <= _MAX_INTEGER
         if not fits:
             raise OperationError(f"Invalid parameter type for '{argument.name}', expected: {argument.type}")
-        if isinstance(value, str) and not _is_text(value):
+        if not _holds_text(value):
             raise OperationError(f"Parameter '{argument.name}' holds a character that no text has")
         if argument.values and value not in argument.values:
             accepted = ", ".join(argument.values)
             raise OperationError(f"Parameter '{argument.name}' does not accept value '{value}'; it accepts {accepted}")
+
+
+def _holds_text(value: object) -> bool:
+    """Whether all strings in a JSON value are text."""
+    match value:
+        case str():
+            return _is_text(value)
+        case list():
+            return all(map(_holds_text, value))
+        case dict():
+            return all(_holds_text(key) and _holds_text(item) for key, item in value.items())
+    return True
 
 
 def _is_text(value: str) -> bool:

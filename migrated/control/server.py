@@ -33,6 +33,8 @@ from migrated.control.schema import check_arguments
 from migrated.state.history import HistoryError, RecordNotFoundError
 
 MAX_CLIENTS: Final = 128
+MAX_READERS: Final = 96
+"""Of those, clients that may only look: they cannot take the last places from the operators."""
 MAX_IN_FLIGHT: Final = 8
 """In-band commands of one client that are read and whose reply is not written; and out-of-band ones likewise
 (qmp-spec.rst)."""
@@ -140,6 +142,11 @@ class ControlServer:
             writer.write(encode(_error("GenericError", sentence)))
             writer.close()
             return
+        if right == "looking" and sum(client.right == "looking" for client in self._clients) >= MAX_READERS:
+            sentence = f"This daemon serves {MAX_READERS} clients that may only look already"
+            writer.write(encode(_error("GenericError", sentence)))
+            writer.close()
+            return
         client = _Client(self._operations, self._commands, reader, writer, peer, right)
         self._clients[client] = asyncio.create_task(self._serve(client, writer))
 
@@ -172,7 +179,7 @@ class _Client:
         # No buffering beyond the kernel's: drain() then means that the client's end of the socket has the reply.
         writer.transport.set_write_buffer_limits(high=0)
         self._peer = peer
-        self._right = right
+        self.right: Final = right
         self._negotiated = False
         self._oob_enabled = False
         self._in_band: asyncio.Queue[_Request | dict[str, Any] | None] = asyncio.Queue()
@@ -274,7 +281,7 @@ class _Client:
         if command is None:
             fault = _error("CommandNotFound", f"The command {request.name} has not been found")
             return encode(fault | request.envelope)
-        if command.changes and self._right != "everything":
+        if command.changes and self.right != "everything":
             fault = _error(
                 "GenericError",
                 f"Access denied: {request.name} is for operators, and this client may only look; join the group of "

@@ -19,10 +19,11 @@ from migrated.base.clock import HostClock
 from migrated.base.errors import MigrationError
 from migrated.destination.states import ArrivedState, ArrivingStates
 from migrated.record.model import TimeSummary
-from migrated.vmm.seam import StatePart, VmmGuest
+from migrated.vmm.seam import StatePart, TimeImport, VmmGuest
 from protocol import messages
 from protocol.clock import ElapsedInterval, ExportExchange, OffsetEstimate
 from protocol.guest_time import (
+    TimeAdjustment,
     VmTimeData,
     adjust_time_data,
     check_limits,
@@ -87,6 +88,19 @@ class ExportedTime(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class _ImportedTime:
+    """One import of a guest's time: what came, how long that took, what it became, and what the daemon and the VMM
+    spent on it."""
+
+    exported: ExportedTime
+    interval: ElapsedInterval
+    elapsed_ns: int
+    adjustment: TimeAdjustment
+    daemon_ns: int
+    imported: TimeImport
+
+
 @dataclass(slots=True)
 class Loaded:
     """The results of loading so far."""
@@ -126,6 +140,7 @@ class Loading:
         self._states: dict[int, ArrivedState] = {}
         self._arrived = asyncio.Event()
         self._time: asyncio.Future[ExportedTime] = asyncio.get_running_loop().create_future()
+        self._imported: _ImportedTime | None = None
         self._complete: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def add_state(self, state: ArrivedState) -> None:
@@ -154,7 +169,7 @@ class Loading:
         expected: int | None = None
         while expected is None or self.done.states < expected:
             state = self._states.pop(self.done.states, None)
-            if state is None and self._time.done() and self._vmm.time is not None and self.done.time is None:
+            if state is None and self._time.done() and self._vmm.time is not None and self._imported is None:
                 await self._import_time()  # while states are on their way
                 continue
             if state is None:
@@ -170,6 +185,7 @@ class Loading:
             else:
                 await self._load_iteration(state)
         await self._import_time()  # also when the guest has no devices at all
+        self._account_for_time()
         missing = self._devices - self.done.final_devices
         if missing:
             names = ", ".join(f"{name} ({kind})" for name, kind in sorted(missing))
@@ -194,7 +210,12 @@ class Loading:
         ready = [first]
         while (state := self._states.get(first.meta.order + len(ready))) is not None and self._may_be_loaded(state):
             ready.append(self._states.pop(state.meta.order))
-        costs_ns = await self._vmm.state_in([_part(state) for state in ready])
+        loading = asyncio.ensure_future(self._vmm.state_in([_part(state) for state in ready]))
+        try:
+            await asyncio.sleep(0)
+            self._account_for_time()  # while the VMM is at work
+        finally:
+            costs_ns = await loading
         for state, ns in zip(ready, costs_ns, strict=True):
             self.done.load_ns[f"{state.meta.name}/{state.meta.kind}"] = ns
             self.done.final_devices.add((state.meta.name, state.meta.kind))
@@ -208,43 +229,49 @@ class Loading:
     async def _import_time(self) -> None:
         """Adjust the guest's time to this host and import it, once, if it travels."""
         guest_time = self._vmm.time
-        if guest_time is None or self.done.time is not None:
+        if guest_time is None or self._imported is not None:
             return
         exported, rules = await asyncio.shield(self._time), self._rules
-        before = exported.time
         imported_at_ns, wall = self._clock.hrtime_ns(), self._clock.wall()
         interval = exported.elapsed(imported_at_ns, wall)
         check_limits(interval, max_time_jump_ns=rules.max_time_jump_ns, max_time_error_ns=rules.max_time_error_ns)
         elapsed_ns = choose_elapsed(interval, rules.policy)
         adjustment = adjust_time_data(
-            before, destination_hrtime=imported_at_ns, destination_wall=wall, elapsed_ns=elapsed_ns
+            exported.time, destination_hrtime=imported_at_ns, destination_wall=wall, elapsed_ns=elapsed_ns
         )
         daemon_ns = self._clock.hrtime_ns() - imported_at_ns
         error_ns = interval.error_ns(elapsed_ns) if rules.policy != "freeze" else interval.upper_ns
         imported = await guest_time.import_time(adjustment.adjusted, error_ns)
+        self.done.time_imported_ns = time.monotonic_ns()
+        self._imported = _ImportedTime(exported, interval, elapsed_ns, adjustment, daemon_ns, imported)
+
+    def _account_for_time(self) -> None:
+        """Work out what the record says of the import, once it has been made."""
+        if (done := self._imported) is None or self.done.time is not None:
+            return
+        before, interval, adjustment = done.exported.time, done.interval, done.adjustment
         skew = wall_clock_skew(before, adjustment.adjusted, interval)
         if certain_ns := provable_skew(skew):
             log.warning("the hosts' wall clocks disagree", at_least_ms=round(abs(certain_ns) / 1e6, 3))
-        self.done.time_imported_ns = time.monotonic_ns()
         self.done.time = TimeSummary(
-            policy=rules.policy,
+            policy=self._rules.policy,
             elapsed_lower_ns=interval.lower_ns,
             elapsed_upper_ns=interval.upper_ns,
-            elapsed_ns=elapsed_ns,
+            elapsed_ns=done.elapsed_ns,
             before=before,
             after=adjustment.adjusted,
             guest_uptime_ns=adjustment.guest_uptime_ns,
             tsc_delta=adjustment.tsc_delta,
             boot_hrtime_delta=adjustment.boot_hrtime_delta,
             wall_clock_skew_ns=skew,
-            round_trip_ns=exported.round_trip_ns,
+            round_trip_ns=done.exported.round_trip_ns,
             stages=time_account(
                 before,
                 adjustment,
-                elapsed_ns=elapsed_ns,
-                daemon_ns=daemon_ns,
-                vmm_ns=imported.vmm_ns,
-                vmm_ticks=imported.vmm_ticks,
+                elapsed_ns=done.elapsed_ns,
+                daemon_ns=done.daemon_ns,
+                vmm_ns=done.imported.vmm_ns,
+                vmm_ticks=done.imported.vmm_ticks,
             ),
         )
 

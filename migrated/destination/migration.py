@@ -226,6 +226,7 @@ class IncomingMigration:
         log.info("taking a guest in", memory_mib=hello.guest.memory_bytes >> 20, source=hello.host)
         self._tasks.start(self._listen())
         self._tasks.start(self._watch_progress())
+        self._tasks.start(self._watch_age())
         self._haste.begin()
         self._tasks.start(self._haste.watch())
 
@@ -246,6 +247,16 @@ class IncomingMigration:
                     "lost",
                     f"the source sent {came_bytes} bytes in {bounds.stall_timeout_s:g} s ([limits] stall_timeout_s)",
                 )
+
+    async def _watch_age(self) -> None:
+        """Give the attempt up when it lasts: rounds that always bring something must not keep its place for ever."""
+        bound_s = self._env.config.limits.incoming_timeout_s
+        await asyncio.sleep(bound_s)
+        self._break(
+            DestinationEvent.FAULT,
+            "lost",
+            f"the source has not handed its guest over within {bound_s:g} s ([limits] incoming_timeout_s)",
+        )
 
     async def _listen(self) -> None:
         try:
@@ -337,11 +348,11 @@ class IncomingMigration:
         first = not isinstance(self._phase, Blackout)
         blackout = self._phase = self._phase.hear(told, received)
         if first:
+            if self._offer.hello.guest.guest_time:
+                self._ask_time()  # first of all: its answer takes longer than what is done here meanwhile
             self._haste.guest_stopped()
             self._equipment.receiver.guest_stopped()
             self._view.set_status("device")
-            if self._offer.hello.guest.guest_time:
-                self._ask_time()
         return blackout
 
     def _hear_end(self, end: messages.StateEnd, received: Received) -> None:

@@ -1,12 +1,14 @@
 """Receiving guest memory: one thread per data channel, straight into its place.
 
 Run tables are checked against the memory map before a byte of payload is read, so nothing can be written outside the
-guest. A page that stays zero is never touched; one that becomes zero again is given back to the host.
+guest. A page that stays zero is never touched; many in a row that become zero again are given back to the host.
 
     plain, long runs, mapped pages that are here -> received into guest memory
     anything else -> staging -> decode, hash     -> long runs of new pages written as such, the rest scattered
     EXTENTS -> huge pages, populated by a thread of its own, ahead of the stream, in the first round only
     after the first round: what went through the file is mapped, by a thread of its own, until the guest stops
+
+The module is longer than others because all kinds of frames write into one memory, in order.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ from protocol.pages import Indices, Runs, count_pages, indices_of, runs_of, spli
 
 _DIRECT_RUNS: Final = 16
 """Up to this many runs a batch is received directly into guest memory; beyond, staging and one scatter are cheaper."""
+_GIVEN_BACK_PAGES: Final = 16
+"""Fewest pages in a row that are given back to the host when they are zero again. Fewer are overwritten, in a tenth of
+the time, and a huge page stays whole."""
 _ROUNDS_AHEAD: Final = 64
 """Rounds that one channel may be ahead of the others."""
 _ZEROED_AT_ONCE: Final = 1 << 18
@@ -382,7 +387,8 @@ class _ChannelReceiver:
             self._zero(some)
 
     def _zero(self, runs: Runs) -> None:
-        """Give back those pages of some runs that have memory; the others are zero, and nothing is known of them."""
+        """Give back those pages of some runs that have memory, or overwrite them where they are few in a row; the
+        others are zero, and nothing is known of them."""
         owner = self._owner
         present, backed = owner.present, owner.populator.backed
         if len(runs) == 1:
@@ -393,8 +399,14 @@ class _ChannelReceiver:
             held = indices[present[indices] | backed[indices]]
         if not len(held):
             return
-        owner.memory.punch(runs_of(held))
-        present[held] = backed[held] = owner.populator.mapped[held] = False
+        found = runs_of(held)
+        long = found[:, 1] >= _GIVEN_BACK_PAGES
+        if not long.all():
+            owner.memory.clear(indices_of(found[~long]))
+        if long.any():
+            owner.memory.punch(found[long])
+            given = indices_of(found[long])
+            present[given] = backed[given] = owner.populator.mapped[given] = False
         if owner.digest is not None:
             self._received.digest_delta += owner.digest.set_zero(held)
 

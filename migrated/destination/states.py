@@ -18,8 +18,9 @@ from protocol.messages import MAX_STATES
 
 _SPARE_STATE_BYTES: Final = 16 << 20
 """Size that one state may have beyond twice its usual size."""
-_SPARE_BYTES: Final = 256 << 20
-"""Size that all waiting states together may have beyond that."""
+_SPARE_BYTES: Final = 64 << 20
+"""Size that all waiting states together may have beyond twice their usual size: those of rounds come faster than some
+VMMs load them."""
 _LEAST_PIECE_BYTES: Final = 4096
 _SPARE_PIECES: Final = 16
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import structlog
 
@@ -22,6 +23,7 @@ from migrated.link.reply import Reply
 from migrated.observe.transitions import Transitions
 from migrated.state.carrying_out import carry_out_all, journal_decision
 from migrated.state.run_marks import RunMarkError
+from migrated.vmm.spawn import has_ended
 from protocol import effects, messages
 from protocol.effects import DONE, DestinationEffect, Outcome, Result, failed
 from protocol.executor import DestinationExecutor
@@ -29,6 +31,10 @@ from protocol.handover import Decision, DestinationEvent, DestinationState
 from protocol.messages import Message, NoCause
 
 log = structlog.get_logger()
+
+_LOOK_COUNTS_NS: Final = 10_000_000
+"""What the VMM answered counts for so long after it was asked, if its process is still there: nobody but this hand-over
+can let the guest run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +124,8 @@ class Takeover:
         self._commit_read_ns = 0
         self._commit_journaled_ns = 0
         self._transitions = Transitions()
+        self._looked: tuple[int, asyncio.Task[Outcome]] | None = None
+        """A look at the guest that began before it was needed, and when (monotonic, ns)."""
         if self._executor.final:
             self.finished.set()
 
@@ -203,7 +211,10 @@ class Takeover:
             case effects.ConfirmOwnership():
                 return DONE if self._env.keeper is None else await self._env.keeper.confirm(name_at(self._place))
             case effects.SendReady():
-                return self._send(reply, self.make_ready())
+                outcome = self._send(reply, self.make_ready())
+                # COMMIT comes next, and its first step takes as long as COMMIT takes to come.
+                self._looked = time.monotonic_ns(), asyncio.create_task(self._ask_state())
+                return outcome
             case effects.SendNo(cause=cause, reason=reason):
                 return self._send(reply, messages.No(epoch=self.epoch, cause=cause, reason=reason[:2000]))
             case effects.SendRunning() | effects.SendDiscarded() | effects.SendOpen():
@@ -230,12 +241,28 @@ class Takeover:
         if (lock := self._guest.vmm.lock) is None:
             return DONE
         try:
+            if self._env.keeper is not None:
+                lock.token = await self._env.keeper.token(name_at(self._place), arriving=True)
             await lock.take()
         except VmmError as error:
             return failed(error)
         return DONE
 
     async def _look(self) -> Outcome:
+        looked, self._looked = self._looked, None
+        outcome = await (self._ask_state() if looked is None or self._outdated(looked[0]) else looked[1])
+        if outcome.result is Result.RUNS and self._guest is not None:
+            # The VMM's answer to a resume was lost, but the guest may run.
+            self._is_ours(self._guest, time.monotonic_ns())
+        return outcome
+
+    def _outdated(self, asked_ns: int) -> bool:
+        """Whether what the VMM answered to a question at that instant tells nothing of it now."""
+        guest = self._guest
+        return guest is None or time.monotonic_ns() - asked_ns > _LOOK_COUNTS_NS or has_ended(guest.vmm.pid)
+
+    async def _ask_state(self) -> Outcome:
+        """Ask the VMM whether the guest waits, stands or runs."""
         guest = self._guest
         if guest is None:
             return _process_gone()
@@ -245,10 +272,8 @@ class Takeover:
             return failed(error)
         if state == "incoming":
             return Outcome(Result.WAITS)
-        if state == "running" or self._keep_paused:
-            self._is_ours(guest, time.monotonic_ns())  # the VMM's answer to a resume was lost, but the guest may run
-            return Outcome(Result.RUNS)
-        return Outcome(Result.STANDS)
+        runs = state == "running" or self._keep_paused
+        return Outcome(Result.RUNS if runs else Result.STANDS)
 
     def _mark(self, *, ran: bool) -> Outcome:
         marks = self._env.run_marks

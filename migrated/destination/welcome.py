@@ -93,7 +93,7 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
     memory = HandedOverMemory(hello.guest.pages) if shared else await guest.vmm.memory()
     undo.push_async_callback(asyncio.to_thread, memory.release)
     if not shared:
-        await in_thread(memory.clear)
+        await in_thread(memory.make_zero)
     costs = await guest.vmm.expected_costs("load")
     env.journal.begin(
         hello.migration_id,

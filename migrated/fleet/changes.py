@@ -26,15 +26,22 @@ from migrated.fleet.store import Compare, Delete, Exists, Missing, Operation, Pu
 # Section: hosts
 
 
-def publish(mirror: Mirror, document: HostDocument, lease: int, counted: Collection[str]) -> Transaction:
+def publish(
+    mirror: Mirror,
+    document: HostDocument,
+    lease: int,
+    counted: Collection[str],
+    gone: Collection[Reservation] = (),
+) -> Transaction:
     """Publish what a host says of itself, under its lease.
 
     Args:
         counted: guests here whose memory ``used_bytes`` counts: their reservations end with this.
+        gone: reservations of guests that have landed and ended, or gone on, before they were counted: they end too.
     """
     keys, slots = mirror.keys, mirror.slots_of(document.name)
     write = Put(keys.host(document.name), document.to_bytes(), lease)
-    left = tuple(one for one in slots.inbound if one.guest not in counted)
+    left = tuple(one for one in slots.inbound if one.guest not in counted and one not in gone)
     if len(left) == len(slots.inbound):
         return Transaction((), (write,))
     key = keys.slots_of(document.name)

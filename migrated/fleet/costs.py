@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Final, NamedTuple
 
 from migrated.fleet.model import Forecast, GuestDocument
 from migrated.prediction.bandwidth import DirtyCurve
 from migrated.prediction.play import play
 from protocol.guest import PAGE_SIZE
+
+_SHORTER: Final = 0.9
+"""A downtime below this part of another one is worth a wider share of the link."""
 
 
 class MoveCost(NamedTuple):
@@ -54,3 +58,19 @@ def move_cost(guest: GuestDocument, limit_ns: int, bytes_per_s: int) -> MoveCost
     )
     stop_ns = downtime_ns(played.dirty_pages)
     return MoveCost(forecast.setup_ns + played.elapsed_ns + stop_ns, stop_ns, stop_ns + forecast.margin_ns, played.fits)
+
+
+def narrowest_share(cost: Callable[[int], MoveCost], link: int, lanes: int) -> int:
+    """Return the smallest share of a link with which a guest converges, not below a lane's. One that converges with
+    none gets the whole link if that makes its downtime shorter, else a lane's share.
+
+    Args:
+        cost: of moving the guest at a rate (bytes per second).
+        link: the link's throughput (bytes per second).
+        lanes: into how many equal shares it is divided at most.
+    """
+    for lane in range(lanes, 0, -1):
+        if cost(link // lane).fits:
+            return link // lane
+    helps = cost(link).bound_ns < _SHORTER * cost(link // lanes).bound_ns
+    return link if helps else link // lanes

@@ -10,9 +10,7 @@ looks at the keys.
 from __future__ import annotations
 
 import asyncio
-import base64
 import email.utils
-import json
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -22,21 +20,26 @@ from typing import Any, Final
 
 import aiohttp
 
+from migrated.fleet.gateway import (
+    change_in,
+    coded,
+    coded_end,
+    compare_document,
+    document_of,
+    entries_in,
+    operation_document,
+    revision_in,
+    understood,
+)
 from migrated.fleet.store import (
     PAGE_ENTRIES,
     Answer,
     Change,
     CompactedError,
-    Compare,
-    Delete,
     Entry,
-    Exists,
     LeaseEndedError,
-    Missing,
     NoAnswerError,
-    Operation,
     Page,
-    Put,
     StoreError,
     Transaction,
 )
@@ -119,41 +122,49 @@ class EtcdStore:
 
     async def get(self, key: str) -> Entry | None:
         """As ``Store.get``."""
-        found = await self._call("/v3/kv/range", {"key": _coded(key)}, again=True)
-        entries = _entries(found)
+        found = await self._call("/v3/kv/range", {"key": coded(key)}, again=True)
+        with understood():
+            revision_in(found)  # only etcd may say that there is no such key
+            entries = entries_in(found)
         return entries[0] if entries else None
 
     async def range(self, prefix: str, *, after: str = "", revision: int = 0) -> Page:
         """As ``Store.range``."""
         wanted = {
-            "key": _coded(f"{after}\0" if after else prefix),
-            "range_end": _coded_end(prefix),
+            "key": coded(f"{after}\0" if after else prefix),
+            "range_end": coded_end(prefix),
             "limit": str(PAGE_ENTRIES),
             "revision": str(revision),
         }
         found = await self._call("/v3/kv/range", wanted, again=True)
-        return Page(tuple(_entries(found)), revision or _revision(found), bool(found.get("more")))
+        with understood():
+            return Page(tuple(entries_in(found)), revision or revision_in(found), bool(found.get("more")))
 
     async def transact(self, transaction: Transaction) -> Answer:
         """As ``Store.transact``."""
         wanted = {
-            "compare": [_compare(one) for one in transaction.compares],
-            "success": [_operation(one) for one in transaction.then],
-            "failure": [_operation(one) for one in transaction.otherwise],
+            "compare": [compare_document(one) for one in transaction.compares],
+            "success": [operation_document(one) for one in transaction.then],
+            "failure": [operation_document(one) for one in transaction.otherwise],
         }
         found = await self._call("/v3/kv/txn", wanted, again=False)
-        reads = [one["response_range"] for one in found.get("responses", ()) if "response_range" in one]
-        entries = [_entries(one) for one in reads]
-        return Answer(bool(found.get("succeeded")), _revision(found), tuple(one[0] if one else None for one in entries))
+        with understood():
+            reads = [one["response_range"] for one in found.get("responses", ()) if "response_range" in one]
+            entries = tuple(one[0] if one else None for one in map(entries_in, reads))
+            return Answer(bool(found.get("succeeded")), revision_in(found), entries)
 
     async def grant(self, ttl_s: int) -> int:
         """As ``Store.grant``."""
-        return int((await self._call("/v3/lease/grant", {"TTL": str(ttl_s)}, again=True))["ID"])
+        found = await self._call("/v3/lease/grant", {"TTL": str(ttl_s)}, again=True)
+        with understood():
+            return int(found["ID"])
 
     async def keep_alive(self, lease: int) -> None:
         """As ``Store.keep_alive``."""
         found = await self._call("/v3/lease/keepalive", {"ID": str(lease)}, again=True)
-        if int(found["result"].get("TTL", 0)) <= 0:
+        with understood():
+            left_s = int(found["result"].get("TTL", 0))
+        if left_s <= 0:
             raise LeaseEndedError(f"The lease {lease:x} has ended: etcd did not hear of this host in time.")
 
     async def revoke(self, lease: int) -> None:
@@ -167,23 +178,25 @@ class EtcdStore:
         """As ``Store.watch``."""
         wanted = {
             "create_request": {
-                "key": _coded(prefix),
-                "range_end": _coded_end(prefix),
+                "key": coded(prefix),
+                "range_end": coded_end(prefix),
                 "start_revision": str(revision),
             }
         }
         response = await self._open("/v3/watch", wanted)
         try:
             async for line in _lines(response):
-                result = _document(line).get("result", {})
-                if "compact_revision" in result:
-                    raise CompactedError(f"etcd no longer keeps the revision {revision}.")
-                if result.get("canceled"):
-                    raise NoAnswerError(f"etcd ended the watch: {result.get('cancel_reason') or 'it gave no reason'}.")
-                changes = [_change(event) for event in result.get("events", ())]
+                with understood():
+                    result = document_of(line).get("result", {})
+                    if "compact_revision" in result:
+                        raise CompactedError(f"etcd no longer keeps the revision {revision}.")
+                    if result.get("canceled"):
+                        why = result.get("cancel_reason") or "it gave no reason"
+                        raise NoAnswerError(f"etcd ended the watch: {why}.")
+                    changes = [change_in(event) for event in result.get("events", ())]
                 for _, same in groupby(changes, key=lambda change: change.revision):
                     yield tuple(same)
-        except (TimeoutError, aiohttp.ClientError, ValueError) as error:
+        except (TimeoutError, aiohttp.ClientError) as error:
             raise NoAnswerError(f"The watch at {response.url.host} has ended: {error or 'nothing came'}.") from error
         finally:
             response.close()
@@ -203,6 +216,7 @@ class EtcdStore:
         """
         why = "nothing answers"
         share_s = self._timeout_s / len(self._endpoints) if again else None
+        endpoint = self._endpoints[self._first]
         try:
             async with asyncio.timeout(self._timeout_s):
                 for endpoint in self._in_turn():
@@ -217,27 +231,35 @@ class EtcdStore:
                         why = f"{endpoint}: {error}"
                         if not again:
                             break
-                    except (aiohttp.ClientError, TimeoutError) as error:
+                    except (aiohttp.ClientError, TimeoutError, NoAnswerError) as error:
                         why = f"{endpoint}: {error or 'no answer'}"
                         if not again:
                             break
-                    self._first += 1
+                    self._pass_over(endpoint)
         except TimeoutError:
-            self._first += 1
+            self._pass_over(endpoint)
             why = f"no answer within {self._timeout_s:g} s"
+        except asyncio.CancelledError:
+            self._pass_over(endpoint)  # whoever asked could not wait longer
+            raise
         raise NoAnswerError(f"etcd does not answer ({', '.join(self._endpoints)}): {why}.")
 
     def _in_turn(self) -> list[str]:
         """The endpoints, the one that answered last first."""
-        self._first %= len(self._endpoints)
         return self._endpoints[self._first :] + self._endpoints[: self._first]
+
+    def _pass_over(self, endpoint: str) -> None:
+        """Ask the next endpoint first from now on; calls that failed at the same time move on by one together."""
+        if self._endpoints[self._first] == endpoint:
+            self._first = (self._first + 1) % len(self._endpoints)
 
     async def _ask(self, endpoint: str, path: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Make a call at one endpoint, after logging in if need be."""
         for renew in (False, True):
-            token = await self._log_in(endpoint, renew=renew)
             try:
-                return await self._post(endpoint, path, wanted, token)
+                with understood():
+                    token = await self._log_in(endpoint, renew=renew)
+                    return await self._post(endpoint, path, wanted, token)
             except _RefusedError as error:
                 if error.code != _UNAUTHENTICATED or self._login is None or renew:
                     raise
@@ -252,10 +274,10 @@ class EtcdStore:
     async def _post(self, endpoint: str, path: str, wanted: Mapping[str, Any], token: str) -> dict[str, Any]:
         response = await self._request(endpoint, path, wanted, token, quiet_s=None)
         try:
-            body = await response.content.read(-1) if (response.content_length or 0) <= _MAX_ANSWER_BYTES else b""
+            body = await _body(response)
         finally:
             response.release()
-        answer = _document(body)
+        answer = document_of(body)
         if response.status != 200 or "error" in answer:
             raise _as_refusal(response.status, answer)
         return answer
@@ -288,95 +310,44 @@ class EtcdStore:
             NoAnswerError: no endpoint began to answer in time.
         """
         why = "nothing answers"
+        endpoint = self._endpoints[self._first]
         try:
             async with asyncio.timeout(self._timeout_s):
                 for endpoint in self._in_turn():
                     try:
-                        token = await self._log_in(endpoint, renew=False)
+                        with understood():
+                            token = await self._log_in(endpoint, renew=False)
                         response = await self._request(endpoint, path, wanted, token, quiet_s=_QUIET_S)
-                    except (_UnreachableError, _RefusedError, aiohttp.ClientError, TimeoutError) as error:
+                    except (
+                        _UnreachableError,
+                        _RefusedError,
+                        aiohttp.ClientError,
+                        TimeoutError,
+                        NoAnswerError,
+                    ) as error:
                         why = str(error)
-                        self._first += 1
+                        self._pass_over(endpoint)
                         continue
                     if response.status == 200:
                         return response
                     response.close()
                     why = f"{endpoint}: status {response.status}"
                     self._token = ""
-                    self._first += 1
+                    self._pass_over(endpoint)
         except TimeoutError:
-            self._first += 1
+            self._pass_over(endpoint)
             why = f"no answer within {self._timeout_s:g} s"
         raise NoAnswerError(f"etcd does not answer ({', '.join(self._endpoints)}): {why}.")
 
 
-# Section: what etcd's gateway writes and reads
-
-
-def _coded(key: str) -> str:
-    return base64.b64encode(key.encode()).decode()
-
-
-def _coded_end(prefix: str) -> str:
-    """The first key that does not begin with a prefix: no key of ours holds a byte 0xff."""
-    raw = prefix.encode()
-    return base64.b64encode(raw[:-1] + bytes([raw[-1] + 1])).decode()
-
-
-def _compare(one: Compare) -> dict[str, Any]:
-    match one:
-        case Missing(key=key):
-            return {"key": _coded(key), "target": "VERSION", "result": "EQUAL", "version": "0"}
-        case Exists(key=key):
-            return {"key": _coded(key), "target": "VERSION", "result": "GREATER", "version": "0"}
-        case _:
-            return {"key": _coded(one.key), "target": "MOD", "result": "EQUAL", "mod_revision": str(one.revision)}
-
-
-def _operation(one: Operation) -> dict[str, Any]:
-    match one:
-        case Put(key=key, value=value, lease=lease):
-            given = {"key": _coded(key), "value": base64.b64encode(value).decode(), "lease": str(lease)}
-            return {"request_put": given}
-        case Delete(key=key):
-            return {"request_delete_range": {"key": _coded(key)}}
-        case _:
-            return {"request_range": {"key": _coded(one.key)}}
-
-
-def _revision(answer: Mapping[str, Any]) -> int:
-    return int(answer.get("header", {}).get("revision", 0))
-
-
-def _entries(answer: Mapping[str, Any]) -> list[Entry]:
-    return [_entry(one) for one in answer.get("kvs", ())]
-
-
-def _entry(pair: Mapping[str, Any]) -> Entry:
-    return Entry(
-        base64.b64decode(pair["key"]).decode(),
-        base64.b64decode(pair.get("value", "")),
-        int(pair["mod_revision"]),
-        int(pair.get("lease", 0)),
-    )
-
-
-def _change(event: Mapping[str, Any]) -> Change:
-    pair = event["kv"]
-    if event.get("type") == "DELETE":
-        return Change(base64.b64decode(pair["key"]).decode(), None, int(pair["mod_revision"]))
-    entry = _entry(pair)
-    return Change(entry.key, entry, entry.revision)
-
-
-def _document(body: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(body)
-    except ValueError as error:
-        raise aiohttp.ClientPayloadError(f"the answer is not JSON: {body[:100]!r}") from error
-    if not isinstance(found, dict):
-        raise aiohttp.ClientPayloadError(f"the answer is no JSON object: {body[:100]!r}")
-    return found
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    """A whole answer."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > _MAX_ANSWER_BYTES:
+            raise aiohttp.ClientPayloadError(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes")
+    return bytes(body)
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -57,6 +57,7 @@ class Mirror:
         specs, states, workers: by job.
         steps: by job, then by guest.
         by_owner: guests by the host that owns them.
+        by_group: guests by the group that they are kept apart in.
         problems: a sentence for each key that does not hold what belongs there.
     """
 
@@ -73,6 +74,7 @@ class Mirror:
         self.workers: dict[str, WorkerClaim] = {}
         self.steps: dict[str, dict[str, JobStep]] = defaultdict(dict)
         self.by_owner: dict[str, set[str]] = defaultdict(set)
+        self.by_group: dict[str, set[str]] = defaultdict(set)
         self.problems: dict[str, str] = {}
         self._tables: dict[str, _Table] = {
             "hosts": (HostDocument, self.hosts),
@@ -88,6 +90,9 @@ class Mirror:
             "worker": (WorkerClaim, self.workers),
         }
         self._revisions: dict[str, int] = {}
+        self._features: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._free: dict[str, int] = {}
+        """Memory that each host can still promise, as far as it was asked for."""
 
     def apply(self, changes: Iterable[Change]) -> None:
         """Take changes from a watch. One that is older than what is known changes nothing."""
@@ -106,12 +111,48 @@ class Mirror:
         if place is None:
             return
         try:
-            document = place.documents[place.name] = parse(place.model, entry.key, entry.value)
+            document = parse(place.model, entry.key, entry.value)
         except DocumentError as error:
             self.problems[entry.key] = str(error)
             return
-        if isinstance(document, Ownership):
-            self.by_owner[document.owner].add(place.name)
+        if isinstance(document, HostDocument | GuestDocument) and document.cpu_features:
+            # The same hundred words for nearly every host and guest: one copy is kept of them.
+            features = self._features.setdefault(document.cpu_features, document.cpu_features)
+            document = document.model_copy(update={"cpu_features": features})
+        self._keep(place, document)
+
+    def part(self, host: str, job: str | None = None) -> Mirror:
+        """Return a mirror of what the plan for one host needs, small enough to be handed to another process: all hosts,
+        the guests that ``host`` owns, those of their groups, and the job."""
+        keys, guests = self.keys, set(self.by_owner.get(host, ()))
+        groups = {self.guests[guest].group for guest in guests if guest in self.guests}
+        guests.update(*(self.by_group.get(group, ()) for group in groups if group is not None))
+        wanted = [*map(keys.host, self.hosts), *map(keys.cordon, self.cordons), *map(keys.fence, self.fences)]
+        wanted += [*map(keys.slots_of, self.slots), *map(keys.owner, guests), *map(keys.guest, guests)]
+        if job is not None:
+            wanted += [keys.job_spec(job), keys.job_state(job), keys.job_worker(job)]
+            wanted += [keys.job_step(job, guest) for guest in self.steps[job]]
+        found = Mirror(keys)
+        for key in wanted:
+            place = self._place_of(key)
+            if place is not None and place.name in place.documents:
+                found._take(key, place.documents[place.name], self._revisions[key])
+        return found
+
+    def _take(self, key: str, document: Document, revision: int) -> None:
+        self._revisions[key] = revision
+        place = self._place_of(key)
+        if place is not None:
+            self._keep(place, document)
+
+    def _keep(self, place: _Place, document: Document) -> None:
+        place.documents[place.name] = document
+        self._index(place.name, document)
+
+    def changed_since(self, before: Mirror) -> list[str]:
+        """The keys that are not as an earlier mirror has them."""
+        keys = self._revisions.keys() | before._revisions.keys()
+        return sorted(key for key in keys if self.unchanged(key) != before.unchanged(key))
 
     def unchanged(self, key: str) -> Unchanged:
         """The compare that holds while a key is as it was seen here."""
@@ -122,9 +163,25 @@ class Mirror:
         self.problems.pop(key, None)
         place = self._place_of(key)
         if place is not None:
-            document = place.documents.pop(place.name, None)
-            if isinstance(document, Ownership):
-                self.by_owner[document.owner].discard(place.name)
+            self._unindex(place.name, place.documents.pop(place.name, None))
+
+    def _index(self, name: str, document: Document) -> None:
+        match document:
+            case Ownership(owner=owner):
+                self.by_owner[owner].add(name)
+            case GuestDocument(group=str(group)):
+                self.by_group[group].add(name)
+            case HostDocument() | HostSlots():
+                self._free.pop(name, None)
+
+    def _unindex(self, name: str, document: Document | None) -> None:
+        match document:
+            case Ownership(owner=owner):
+                self.by_owner[owner].discard(name)
+            case GuestDocument(group=str(group)):
+                self.by_group[group].discard(name)
+            case HostDocument() | HostSlots():
+                self._free.pop(name, None)
 
     def _place_of(self, key: str) -> _Place | None:
         """Return the place of a key's document; None for a key of an unknown kind."""
@@ -143,8 +200,12 @@ class Mirror:
         return self.slots.get(host, NO_SLOTS)
 
     def free_bytes(self, host: HostDocument) -> int:
-        """Memory that a host can still promise."""
-        return max(0, host.memory_bytes - host.used_bytes - self.slots_of(host.name).inbound_bytes)
+        """Return the memory that a host of this mirror can still promise."""
+        free = self._free.get(host.name)
+        if free is None:
+            promised = self.slots_of(host.name).inbound_bytes
+            free = self._free[host.name] = max(0, host.memory_bytes - host.used_bytes - promised)
+        return free
 
     def takes_guests(self, host: str) -> bool:
         """Whether a host is there and is neither cordoned nor fenced."""

@@ -164,9 +164,14 @@ class HostSlots(Document):
         return tuple(one for one in self.inbound if not one.landed)
 
     @property
-    def link_bytes_per_s(self) -> int:
-        """Shares of the link that are promised in both directions together."""
-        return sum(one.bytes_per_s for one in (*self.arriving, *self.outbound))
+    def inbound_bytes_per_s(self) -> int:
+        """Shares of the link that are promised to migrations to here."""
+        return sum(one.bytes_per_s for one in self.arriving)
+
+    @property
+    def outbound_bytes_per_s(self) -> int:
+        """Shares of the link that are promised to migrations from here. A link moves as much in each direction."""
+        return sum(one.bytes_per_s for one in self.outbound)
 
 
 # Section: guests
@@ -323,7 +328,9 @@ class JobStep(Document):
         source, destination: hosts; the destination is None while none is chosen.
         memory_bytes: of the guest.
         order: place in the plan.
-        bytes_per_s: its share of the link.
+        lanes: into how many shares the plan divides the source's link, 0 without a plan. What a share moves is settled
+            when the step is reserved, by what is known of the link then.
+        bytes_per_s: its share of the link, planned and then promised.
         attempt: of this guest in this job, from 1 once it is reserved.
         tried: destinations that failed, the last ones.
         reason: why the last attempt failed, or why it waits.
@@ -341,6 +348,7 @@ class JobStep(Document):
     destination: GuestName | None = None
     memory_bytes: Bytes
     order: Count = 0
+    lanes: Slots = 0
     bytes_per_s: Count = 0
     attempt: Count = 0
     tried: Annotated[tuple[GuestName, ...], Field(max_length=MAX_TRIED)] = ()

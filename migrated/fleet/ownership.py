@@ -126,6 +126,16 @@ class Keeper(Protocol):
         within the time."""
         ...
 
+    async def token(self, guest: str, *, arriving: bool) -> int | None:
+        """The fencing token with which this host takes the guest's lock: the revision at which it became, or last was,
+        the owner. None while the store has not shown that it is.
+
+        Args:
+            arriving: a hand-over to here was just committed, so that the news may still be on its way; it is asked for
+                for a few milliseconds then.
+        """
+        ...
+
     async def confirm(self, guest: str) -> Outcome:
         """Make sure after a restart that this host is the owner: DONE, REFUSED, or FAILED without an answer."""
         ...

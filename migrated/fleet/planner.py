@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 from migrated.fleet.costs import MoveCost, limit_of
 from migrated.fleet.mirror import Mirror, link_of
 from migrated.fleet.model import GuestDocument, HostDocument, JobSpec
-from migrated.fleet.placement import group_at, possible_hosts
+from migrated.fleet.placement import PossibleHosts, group_at
 from migrated.fleet.schedule import Choice, Destination, Ends, Placed, Schedule, Task, schedule
 from protocol.units import format_duration_ns
 
@@ -64,10 +64,16 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The moves in the order of their begin, and a sentence for each guest that cannot move."""
+    """The moves in the order of their begin.
+
+    Attributes:
+        refusals: a sentence for each guest that cannot move.
+        lanes: into how many shares the source's link is divided.
+    """
 
     moves: tuple[Move, ...]
     refusals: dict[str, str]
+    lanes: int = 1
 
     @property
     def total_ns(self) -> int:
@@ -96,22 +102,23 @@ def plan(mirror: Mirror, spec: JobSpec) -> Plan:
     if not source.max_outbound:
         return Plan((), dict.fromkeys(names, f"The host {spec.host} allows no outbound migrations."))
     tasks = []
+    possible = PossibleHosts(mirror, spec.host, spec.to)
     for name in names:
         guest = mirror.guests.get(name)
         if guest is None:
             refusals[name] = f"Nothing is known of {name} but its owner: its host has not described it yet."
             continue
-        hosts, refusal = possible_hosts(mirror, guest, spec.host, spec.to)
+        hosts, refusal = possible.of(guest)
         if hosts:
-            tasks.append(_task(mirror, guest, source, hosts, spec, max(_HOSTS_CONSIDERED, len(names))))
+            tasks.append(_task(mirror, guest, source, hosts[: max(_HOSTS_CONSIDERED, len(names))], spec))
         else:
             refusals[name] = refusal
-    best = _best(_ends(mirror, source, spec, tasks), tasks) if tasks else Schedule((), (), 0, 0.0)
+    best = _best(_ends(mirror, source, spec, tasks), tasks) if tasks else Schedule()
     for task in best.left:
         refusals[task.guest.name] = (
             f"The hosts that could take {task.guest.name} have no memory left for it once the other guests are there."
         )
-    return Plan(tuple(_move(one) for one in best.placed), refusals)
+    return Plan(tuple(_move(one) for one in best.placed), refusals, best.lanes)
 
 
 def guests_of(mirror: Mirror, spec: JobSpec) -> list[str]:
@@ -120,25 +127,10 @@ def guests_of(mirror: Mirror, spec: JobSpec) -> list[str]:
     return sorted(owned.intersection(spec.guests) if spec.guests else owned)
 
 
-def _task(
-    mirror: Mirror,
-    guest: GuestDocument,
-    source: HostDocument,
-    hosts: list[HostDocument],
-    spec: JobSpec,
-    considered: int,
-) -> Task:
-    """A guest with the hosts that it chooses from: those with free slots and least memory used."""
-    groups = {host.name: group_at(mirror, guest, host.name) for host in hosts} if guest.group else {}
-
-    def rank(host: HostDocument) -> tuple[bool, int, float]:
-        used = 1 - mirror.free_bytes(host) / max(1, host.memory_bytes)
-        return _free_inbound(mirror, host) <= 0, groups.get(host.name, 0), used
-
-    chosen = sorted(hosts, key=rank)[:considered] if len(hosts) > considered else hosts
-    limit_ns = limit_of(guest, spec.downtime_limit_ns)
-    task = Task(guest, limit_ns, [host.name for host in chosen], groups)
-    task.doubtful = not any(task.cost(rate).fits for rate in {min(link_of(source), link_of(host)) for host in chosen})
+def _task(mirror: Mirror, guest: GuestDocument, source: HostDocument, hosts: list[HostDocument], spec: JobSpec) -> Task:
+    """Return a guest with the hosts that it chooses from."""
+    task = Task(guest, limit_of(guest, spec.downtime_limit_ns), [host.name for host in hosts], group_at(mirror, guest))
+    task.doubtful = not any(task.cost(rate).fits for rate in {min(link_of(source), link_of(host)) for host in hosts})
     return task
 
 
@@ -158,13 +150,13 @@ def _ends(mirror: Mirror, source: HostDocument, spec: JobSpec, tasks: list[Task]
         inbound = _free_inbound(mirror, host)
         destinations[name] = Destination(
             inbound if inbound > 0 else host.max_inbound,
-            _room(link_of(host), mirror.slots_of(name).link_bytes_per_s),
+            _room(link_of(host), mirror.slots_of(name).inbound_bytes_per_s),
             mirror.free_bytes(host),
             host.memory_bytes,
         )
     return Ends(
         min(outbound, spec.max_parallel) if spec.max_parallel else outbound,
-        _room(link_of(source), held.link_bytes_per_s),
+        _room(link_of(source), held.outbound_bytes_per_s),
         destinations,
     )
 
@@ -188,14 +180,38 @@ class _Try(NamedTuple):
 
 
 def _best(ends: Ends, tasks: list[Task]) -> Schedule:
-    """The best of the schedules that are tried, and of what a few changes make of the first among them."""
+    """Return the best of the schedules that are tried, and of the changed ones that come from the first among them; or
+    the first that ends about as early as any could."""
     looks = len(tasks) * max(len(task.hosts) for task in tasks)
     tries = max(_LEAST_TRIES, _EFFORT // looks)
-    found = sorted(((one.made(ends), one) for one in islice(_tries(ends, tasks), tries)), key=lambda pair: _rank(*pair))
+    enough_ns = int(_AS_GOOD * _least_ns(ends, tasks))
+    found: list[tuple[Schedule, _Try]] = []
+    for one in islice(_tries(ends, tasks), tries):
+        found.append((one.made(ends), one))
+        if _rank(*found[-1]) <= (0, 0, enough_ns):
+            return found[-1][0]
+    found.sort(key=lambda pair: _rank(*pair))
     found += [_improved(ends, made, one, tries // _IMPROVED) for made, one in found[:_IMPROVED]]
     best = min(_rank(made, one) for made, one in found)
     as_good = ((made, one) for made, one in found if _rank(made, one) <= (*best[:2], int(_AS_GOOD * best[2])))
     return min(as_good, key=lambda pair: (pair[0].fullest, pair[0].total_ns))[0]
+
+
+def _least_ns(ends: Ends, tasks: list[Task]) -> int:
+    """Return about the least time in which the tasks can end: as long as the longest takes, as the slots need for all,
+    and as the source's link does. Shares in between those that are planned with are left out."""
+    lanes = range(1, min(_MOST_LANES, ends.outbound, len(tasks)) + 1)
+    links = {ends.destinations[host].link for task in tasks for host in task.hosts}
+    rates = {min(ends.link // lane, link) for lane in lanes for link in links}
+    longest_ns = all_ns = link_ns = 0
+    for task in tasks:
+        costs = {rate: task.cost(rate) for rate in rates}
+        able = {rate: cost.total_ns for rate, cost in costs.items() if cost.fits or task.doubtful}
+        quickest_ns = min(able.values(), default=0)
+        longest_ns = max(longest_ns, quickest_ns)
+        all_ns += quickest_ns
+        link_ns += min((rate * total_ns // ends.link for rate, total_ns in able.items()), default=0)
+    return max(longest_ns, all_ns // ends.outbound, link_ns)
 
 
 def _rank(made: Schedule, _one: _Try) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from migrated.fleet.costs import MoveCost, move_cost
+from migrated.fleet.costs import MoveCost, move_cost, narrowest_share
 from migrated.fleet.model import GuestDocument
 
 
@@ -57,8 +57,8 @@ class Task:
         return known
 
     def share(self, link: int, lanes: int) -> int:
-        """The smallest share of a link, not below a lane's, with which it converges; the whole link if none does."""
-        return next((link // lane for lane in range(lanes, 0, -1) if self.cost(link // lane).fits), link)
+        """Its share of a link that is divided into lanes, as ``narrowest_share``."""
+        return narrowest_share(self.cost, link, lanes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +100,16 @@ class Schedule:
     """The result: what has a place, and what is left because no memory was.
 
     Attributes:
+        lanes: into how many shares the source's link is divided.
         clashes: pairs of a group that share a host.
         fullest: the largest share of used memory on any destination of a move.
     """
 
-    placed: tuple[Placed, ...]
-    left: tuple[Task, ...]
-    clashes: int
-    fullest: float
+    placed: tuple[Placed, ...] = ()
+    left: tuple[Task, ...] = ()
+    lanes: int = 1
+    clashes: int = 0
+    fullest: float = 0.0
 
     @property
     def total_ns(self) -> int:
@@ -153,7 +155,8 @@ class _Paper:
             elif waiting:  # both ends are idle, so nothing but memory keeps the first one from starting
                 left.append(waiting.pop(0))
         hosts = {one.host for one in self._placed}
-        return Schedule(tuple(self._placed), tuple(left), self._clashes, max(map(self._used, hosts), default=0.0))
+        fullest = max(map(self._used, hosts), default=0.0)
+        return Schedule(tuple(self._placed), tuple(left), self._lanes, self._clashes, fullest)
 
     def _start(self, waiting: list[Task], *, in_turn: bool) -> list[Task]:
         """Start what can start now. Returns the others."""

@@ -9,15 +9,16 @@ next worker, or the same daemon after a restart, goes on where the last one stop
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from migrated.fleet.changes import change_job, change_step, create_steps
-from migrated.fleet.jobs import ACTIVE, FINAL, JobEvent, StepEvent, failure, is_over, job_after
+from migrated.fleet.costs import MoveCost, limit_of, move_cost, narrowest_share
+from migrated.fleet.jobs import ACTIVE, FINAL, LONGEST_BACK_OFF_NS, JobEvent, StepEvent, failure, is_over, job_after
 from migrated.fleet.mirror import Mirror, link_of
 from migrated.fleet.model import HostDocument, JobPhase, JobSpec, JobStep, StepState
-from migrated.fleet.placement import group_at, possible_hosts, why_not
+from migrated.fleet.placement import PossibleHosts, why_not
 from migrated.fleet.planner import guests_of, plan
 from migrated.fleet.store import Transaction
 
@@ -78,6 +79,7 @@ def _create_steps(mirror: Mirror, spec: JobSpec, missing: set[str], first: int, 
             destination=move.destination,
             memory_bytes=mirror.guests[move.guest].memory_bytes,
             order=first + number,
+            lanes=made.lanes,
             bytes_per_s=move.bytes_per_s,
             reason=move.doubt,
             expected_begin_ns=elapsed_ns + move.begin_ns,
@@ -123,7 +125,7 @@ def _next_of_step(mirror: Mirror, spec: JobSpec, step: JobStep, now_utc_ns: int,
         return work(StepEvent.GIVE_UP, _late(step))
     if step.attempt >= spec.max_attempts:
         return work(StepEvent.GIVE_UP, step.reason)
-    if step.not_before_utc_ns > now_utc_ns:
+    if 0 < step.not_before_utc_ns - now_utc_ns <= LONGEST_BACK_OFF_NS:  # later than that: a clock was set back
         return Wait(step.not_before_utc_ns)
     chosen = choose_host(mirror, spec, step)
     if isinstance(chosen, str):
@@ -162,46 +164,55 @@ def choose_host(mirror: Mirror, spec: JobSpec, step: JobStep) -> tuple[HostDocum
     if source is None:
         return f"The host {step.source} is not there: its daemon holds no lease."
     held = mirror.slots_of(step.source)
-    active = sum(other.state in ACTIVE for other in mirror.steps[spec.job].values())
-    share = step.bytes_per_s or link_of(source) // max(1, source.max_outbound)
-    share = min(share, link_of(source))
     if (
         len(held.outbound) >= source.max_outbound
         or any(one.guest == step.guest for one in held.outbound)  # another job moves it
-        or (spec.max_parallel and active >= spec.max_parallel)
-        or held.link_bytes_per_s + share > link_of(source)
+        or (spec.max_parallel and _active(mirror, spec) >= spec.max_parallel)
     ):
+        return None
+    link, limit_ns = link_of(source), limit_of(guest, spec.downtime_limit_ns)
+
+    def cost(rate: int) -> MoveCost:
+        return move_cost(guest, limit_ns, rate)
+
+    share = narrowest_share(cost, link, step.lanes or max(1, source.max_outbound))
+    share = _granted(cost, share, link - held.outbound_bytes_per_s)
+    if not share:
         return None
     planned = mirror.hosts.get(step.destination or "")
     if planned is not None and planned.name not in step.tried and why_not(mirror, guest, planned) is None:
-        rate = _rate_to(mirror, planned, share)
+        rate = _rate_to(mirror, planned, cost, share)
         if rate:
             return planned, rate
-    hosts, refusal = possible_hosts(mirror, guest, step.source, spec.to)
+    hosts, refusal = PossibleHosts(mirror, step.source, spec.to).of(guest)
     if not hosts:
         return refusal
     untried = [host for host in hosts if host.name not in step.tried]
-
-    def rank(host: HostDocument) -> tuple[int, float, str]:
-        used = 1 - mirror.free_bytes(host) / max(1, host.memory_bytes)
-        return group_at(mirror, guest, host.name), used, host.name
-
-    for host in sorted(untried or hosts, key=rank):
-        rate = _rate_to(mirror, host, share)
-        if rate:
-            return host, rate
-    return None
+    able = ((host, _rate_to(mirror, host, cost, share)) for host in untried or hosts)
+    return next(((host, rate) for host, rate in able if rate), None)
 
 
-def _rate_to(mirror: Mirror, host: HostDocument, share: int) -> int:
-    """The share of a destination's link that a migration gets now, 0 for none: as much as its share of the source's, or
-    what is left if that is at least half of it."""
+def _active(mirror: Mirror, spec: JobSpec) -> int:
+    """Migrations of a job that are promised or under way."""
+    return sum(other.state in ACTIVE for other in mirror.steps[spec.job].values())
+
+
+def _granted(cost: Callable[[int], MoveCost], wanted: int, left: int) -> int:
+    """The share of a link that a migration gets now, 0 for none: what it wants, or what is left of the link if that is
+    at least half of it and no reason not to converge. What is left falls short by a little whenever the speed of the
+    link was measured anew."""
+    rate = min(wanted, left)
+    if 2 * rate < wanted or (rate < wanted and cost(wanted).fits and not cost(rate).fits):
+        return 0
+    return rate
+
+
+def _rate_to(mirror: Mirror, host: HostDocument, cost: Callable[[int], MoveCost], share: int) -> int:
+    """The share of a destination's link that a migration gets now, 0 for none."""
     held = mirror.slots_of(host.name)
     if len(held.arriving) >= host.max_inbound:
         return 0
-    wanted = min(share, link_of(host))
-    rate = min(wanted, link_of(host) - held.link_bytes_per_s)
-    return rate if 2 * rate >= wanted else 0
+    return _granted(cost, min(share, link_of(host)), link_of(host) - held.inbound_bytes_per_s)
 
 
 def steps_here(mirror: Mirror, host: str) -> Iterator[tuple[JobSpec, JobStep]]:

@@ -7,6 +7,8 @@ A name stands for two processes for a moment when a guest gets another VMM on th
 
     g1     the process that a guest named g1 began with here
     g1~    the one that took over from it; the one after that is at g1 again
+
+The module is longer than others because adding, finding, replacing and ending share the table of places.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -204,6 +206,10 @@ class GuestRegistry:
         """Names of the drivers whose guests this host can run."""
         return sorted(self._drivers)
 
+    async def offers(self) -> frozenset[str]:
+        """What this host has for guests of its drivers that not every host has."""
+        return frozenset[str]().union(*[await driver.offers() for driver in self._drivers.values()])
+
     def names(self) -> list[str]:
         """Names of all guests."""
         return sorted({guest.name for guest in self._guests.values()})
@@ -240,6 +246,10 @@ class GuestRegistry:
     def find_silent(self, name: str) -> SilentGuest | None:
         """A guest of this name that has not answered since ``open``, None when there is none."""
         return next((silent for silent in self.silent.values() if silent.name == name), None)
+
+    def holds(self, name: str) -> bool:
+        """Whether a guest of this name is here or is just being started here, also one that does not answer."""
+        return any(one in held for one in (name, name + _TWIN) for held in self._held)
 
     async def create(self, request: GuestRequest, driver_name: str | None = None) -> Guest:
         """Start a new guest with a driver, or with the one that the configuration names.
@@ -349,10 +359,14 @@ class GuestRegistry:
         if (count := len(self._guests) + len(self._starting) + len(self.silent)) >= most:
             raise NoRoomError(f"there are {count} guests on this host, the most that [limits] max_guests allows")
         name = name_at(place)
-        places = (place,) if beside_another else (name, name + _TWIN)
-        if any(one in held for one in places for held in (self._guests, self._starting, self.silent)):
+        if any(place in held for held in self._held) if beside_another else self.holds(name):
             raise RefusedError(f"a guest named {name!r} is already on this host; choose another name or destroy it")
         self._starting.add(place)
+
+    @property
+    def _held(self) -> tuple[Container[str], ...]:
+        """The places that are taken."""
+        return self._guests, self._starting, self.silent
 
     async def _started(self, vmm: VmmGuest) -> Guest:
         """Take up a guest that its driver has just started; one that cannot be used is ended."""
@@ -364,6 +378,11 @@ class GuestRegistry:
             raise
 
     def _adopt(self, vmm: VmmGuest, description: GuestDescription) -> Guest:
+        if description.name != name_at(vmm.api_socket.stem):
+            raise VmmError(
+                f"the VMM behind {vmm.api_socket} calls its guest {description.name!r}: commands for that name would "
+                "reach this one"
+            )
         guest = Guest(description.name, description.uuid, description.memory_bytes, vmm, vmm.api_socket)
         try:
             guest.pidfd = os.pidfd_open(vmm.pid)

@@ -109,14 +109,15 @@ class FileAttempts:
             if name is not None:
                 renamed = hello.guest.model_copy(update={"name": _NAME.validate_python(name)})
                 hello = hello.model_copy(update={"guest": renamed})
-            if self._env.guests.find(hello.guest.name) is not None:
+            if self._env.guests.holds(hello.guest.name):
                 raise OperationError(
                     f"a guest named {hello.guest.name!r} is already on this host; give the restored one another name "
                     "with --name"
                 )
+            wanted = parameters(hello.guest.name)
             await self._claim(hello.guest.name)
             migration_id = secrets.token_hex(16)
-            restore = Restore(self._env, file, hello, parameters(hello.guest.name), migration_id)
+            restore = Restore(self._env, file, hello, wanted, migration_id)
         except ValidationError as error:
             file.close()
             reason = error.errors(include_url=False)[0]["msg"]

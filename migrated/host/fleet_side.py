@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
-from migrated.base.errors import DocumentError
+from migrated.base.errors import DocumentError, VmmError
 from migrated.control.operations import OperationError
 from migrated.environment import DaemonRole, Environment
 from migrated.host.commands import target_of
@@ -20,6 +20,7 @@ from migrated.record.model import Record
 from migrated.record.reading import read_record
 from migrated.settings.parameters import MigrationParameters
 from migrated.state.history import HistoryQuery
+from protocol.handover import Decision
 
 _RECORDS: Final = 50
 """Newest records that tell what the link moves and what guests cost."""
@@ -82,6 +83,18 @@ class FleetSide:
             if guest.overlay != "retired"
         ]
 
+    async def offers(self) -> frozenset[str]:
+        """As ``LocalHost.offers``."""
+        return await self._env.guests.offers()
+
+    async def needs(self, guest: str) -> frozenset[str] | None:
+        """As ``LocalHost.needs``."""
+        found = self._env.guests.find(guest)
+        try:
+            return await found.vmm.needs() if found is not None else None
+        except VmmError:
+            return None  # it is asked again
+
     def attempts(self) -> tuple[int, int]:
         """As ``LocalHost.attempts``."""
         return self._incoming.under_way, len(self._outgoing.running)
@@ -112,6 +125,27 @@ class FleetSide:
         """As ``LocalHost.is_open``."""
         attempt = self._env.journal.attempt(migration_id, "source")
         return migration_id in self._outgoing.running or (attempt is not None and not attempt.closed)
+
+    async def fence(self, guest: str, token: int) -> None:
+        """As ``LocalHost.fence``."""
+        for one in self._env.guests.all():
+            lock = one.vmm.lock
+            if one.name == guest and one.overlay is None and lock is not None and lock.token != token:
+                try:
+                    lock.token = token
+                    await lock.carry()
+                except VmmError as error:
+                    lock.token = None
+                    raise OperationError(f"The lock of guest {guest!r} does not take its token: {error}") from error
+
+    def is_here(self, guest: str) -> bool:
+        """As ``LocalHost.is_here``."""
+        return self._env.guests.find(guest) is not None or self._env.guests.find_silent(guest) is not None
+
+    def discarded(self, migration_id: str) -> bool:
+        """As ``LocalHost.discarded``."""
+        attempt = self._env.journal.attempt(migration_id, "destination")
+        return attempt is not None and Decision.DISCARD in attempt.decisions
 
     async def cancel(self, guest: str) -> None:
         """As ``LocalHost.cancel``."""

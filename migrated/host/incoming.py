@@ -174,7 +174,6 @@ class IncomingAttempts:
             refusal.tell(control)
             self._tasks.start(control.close())
             return
-        await self._end_older(hello)
         self._offered[hello.migration_id] = offer
         self._last[hello.guest.name] = offer.progress
         self._tasks.start(self._run(offer))
@@ -231,10 +230,19 @@ class IncomingAttempts:
                 await incoming.takeover.finished.wait()
         await self._recovery.end_older(hello.guest.name, hello.epoch)
 
+    async def _welcome(self, offer: Offer) -> IncomingMigration | Refusal:
+        """Take an offer, once every older attempt of its guest is through; it has its place meanwhile."""
+        try:
+            await self._end_older(offer.hello)
+        except BaseException:
+            await offer.control.close()
+            raise
+        return await welcome(self._env, offer)
+
     async def _run(self, offer: Offer) -> None:
         migration_id = offer.hello.migration_id
         try:
-            answer = await welcome(self._env, offer)
+            answer = await self._welcome(offer)
         finally:
             del self._offered[migration_id]
             self._show_as_ended(offer.hello.guest.name, offer.progress)

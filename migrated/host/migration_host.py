@@ -35,6 +35,7 @@ from migrated.observe.logs import LogCollector
 from migrated.observe.metrics import Metrics
 from migrated.observe.progress import Progress
 from migrated.record.model import Record
+from migrated.record.terms import Role
 from migrated.savefile.desk import SCHEME, SaveOrder
 from migrated.settings.config import Address, Config
 from migrated.settings.parameters import MigrationParameters
@@ -65,7 +66,7 @@ class MigrationHost:
 
     Raises:
         CredentialsError: the files of ``[tls]`` cannot be used.
-        JournalError, HistoryError: a file of the state directory cannot be opened.
+        JournalError, HistoryError, RunMarkError: a file of the state directory cannot be opened.
     """
 
     def __init__(self, config: Config, role: DaemonRole, collector: LogCollector) -> None:
@@ -112,8 +113,10 @@ class MigrationHost:
         side = FleetSide(self._env, self._role, self._guests, self._outgoing, self._incoming, self._records)
         member = FleetMember(self._env, side, self.metrics.count_fleet)
 
-        def finished(record: Record) -> None:
+        def finished(record: Record, role: Role) -> None:
             side.finished(record)
+            if role == "source" and record.outcome not in ("completed", "in-doubt"):
+                self._let_go_of(record.guest)  # which is here, unless its process ended in the attempt
             member.look_again()
 
         self._records.on_finished = finished
@@ -194,14 +197,12 @@ class MigrationHost:
         if self._fleet is None or expected:
             yield
             return
-        new = self._env.guests.find(name) is None
-        if new:
+        if not self._env.guests.holds(name):
             await self._fleet.owners.claim_new(name)
         try:
             yield
         except BaseException:
-            if new:
-                self._fleet.owners.release(name)
+            self._let_go_of(name)
             raise
         self._fleet.look_again()
 
@@ -211,9 +212,10 @@ class MigrationHost:
             await self._fleet.owners.claim_new(name)
 
     def _let_go_of(self, name: str) -> None:
-        """A guest was put away, or could not be restored: it is not here any more."""
+        """A guest was ended or put away, or could not be started: unless another one has its name, it is not here."""
         if self._fleet is not None:
-            self._fleet.owners.release(name)
+            if not self._env.guests.holds(name):
+                self._fleet.owners.release(name)
             self._fleet.look_again()
 
     async def guest_create(self, spec: GuestSpec) -> dict[str, Any]:
@@ -276,6 +278,9 @@ class MigrationHost:
         return await self._outgoing.begin(self._guests.idle(guest), target_here(self._env, replacement), overrides)
 
     async def wait(self, migration_id: str) -> dict[str, Any]:
+        shown = {progress.migration_id for progress in self.progress(None)}
+        begun_so = [one for one in shown if migration_id and one.startswith(migration_id)]
+        migration_id = begun_so[0] if len(begun_so) == 1 else migration_id
         await self._incoming.ended(migration_id)
         document = await self._outgoing.ended(migration_id) or await self._files.ended(migration_id)
         return document if document is not None else await asyncio.to_thread(self.record, migration_id)

@@ -39,6 +39,8 @@ class OutgoingAttempts:
         self._tasks = tasks
         self._defaults = env.config.migration
         self._guest_parameters: dict[str, MigrationParameters] = {}
+        self._beginning: set[str] = set()
+        """Places of guests whose attempt is about to begin."""
         self._running: dict[str, OutgoingMigration] = {}
         """By migration id; those in doubt too."""
         self._last: dict[str, Callable[[], Progress]] = {}
@@ -52,11 +54,17 @@ class OutgoingAttempts:
         """Begin to move an idle guest. Returns the migration id, which is a new one unless it is given."""
         parameters = with_values(self.parameters(guest.name), overrides)
         migration_id = migration_id or secrets.token_hex(16)
-        if (keeper := self._env.keeper) is not None:
-            refusal = await keeper.begin(guest.name, target.uri, migration_id)
-            if refusal is not None:
-                raise OperationError(refusal)
-        status = await asked(guest.vmm.status())
+        if guest.place in self._beginning:  # a second word to the keeper would make the first one's void
+            raise OperationError(f"guest {guest.name!r} is already being migrated: its migration is about to begin")
+        self._beginning.add(guest.place)
+        try:
+            if (keeper := self._env.keeper) is not None:
+                refusal = await keeper.begin(guest.name, target.uri, migration_id)
+                if refusal is not None:
+                    raise OperationError(refusal)
+            status = await asked(guest.vmm.status())
+        finally:
+            self._beginning.discard(guest.place)
         if guest.migration_id is not None:
             raise OperationError(f"guest {guest.name!r} is already being migrated (migration {guest.migration_id})")
         epoch = self._env.journal.next_epoch(guest.name, status.epoch)

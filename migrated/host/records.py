@@ -28,8 +28,8 @@ class FinishedRecords:
     """
 
     def __init__(self, history: History, metrics: Metrics) -> None:
-        self.on_finished: Callable[[Record], None] = lambda _record: None
-        """Called with each finished record, in the event loop's thread."""
+        self.on_finished: Callable[[Record, Role], None] = lambda _record, _role: None
+        """Called with each finished record and this host's part in it, in the event loop's thread."""
         self._history = history
         self._metrics = metrics
 
@@ -38,7 +38,7 @@ class FinishedRecords:
         begin = time.monotonic()
         self._history.add(record, role)
         self._metrics.observe(record, role)
-        self.on_finished(record)
+        self.on_finished(record, role)
         log.debug("record kept", ms=round((time.monotonic() - begin) * 1e3, 1))
 
     def query(self, query: HistoryQuery) -> list[dict[str, Any]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import select
 import socket
 import struct
 from collections.abc import Sequence
 from typing import Final, Protocol
 
 from migrated.base.errors import LinkLostError
-from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, Connection, tune_data
+from migrated.link.sockets import OUR_MAX_PAYLOAD_BYTES, UNSENT_BYTES, Connection, tune_data
 from migrated.link.streams import StreamEndedError, stream_of
 from protocol import messages
 from protocol.frames import HEADER_BYTES, Header, SequenceCheck, check_meta, unpack_header
@@ -38,6 +39,9 @@ class FrameSink(Protocol):
         Raises:
             MigrationError: it cannot be sent.
         """
+
+    def room_bytes(self) -> int:
+        """How much can be sent now, at least, without waiting; 0 where nobody knows."""
 
     def interrupt(self) -> None:
         """End every call under way, from any thread."""
@@ -94,6 +98,8 @@ class DataChannel:
         self._sent = itertools.count(1)
         self._received = SequenceCheck(1)
         self._head = bytearray(HEADER_BYTES)
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
 
     @property
     def max_payload_bytes(self) -> int:
@@ -124,6 +130,14 @@ class DataChannel:
         total = len(head) + payload_bytes
         self.sent_bytes += total
         return total
+
+    def room_bytes(self) -> int:
+        """How much can be sent now, at least, without waiting, while nobody else sends. The kernel calls a socket
+        writable when a third of its buffer is free, and no more than half of UNSENT_BYTES waits; the buffer also holds
+        what describes the data."""
+        if not any(ready == select.POLLOUT for _, ready in self._writable.poll(0)):
+            return 0
+        return min(self._wire.sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF), UNSENT_BYTES) // 4
 
     def read_header(self) -> tuple[Header, Message]:
         """Read the header and meta of the next frame; its payload must be read next with ``read_into``.

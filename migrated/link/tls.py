@@ -26,12 +26,16 @@ EXPIRY_WARNING_S: Final = 14 * 86400
 
 _PEER_CERTIFICATE: Final = {
     2: "its certificate is not of our [tls] authority",
+    3: "[tls] revoked has no list of its authority: put one there and reload (SIGHUP)",
     9: "its certificate is not valid yet: compare the clocks of both hosts",
     10: "its certificate, or its authority's, has expired: renew it there and let its daemon reload (SIGHUP)",
+    11: "the list of its authority in [tls] revoked is not valid yet: compare the clocks of both hosts",
+    12: "the list of its authority in [tls] revoked has run out: put a new one there and reload (SIGHUP)",
     18: "its certificate is self-signed and not of our [tls] authority",
     19: "its certificate is of another authority than our [tls] authority",
     20: "its certificate is of another authority than our [tls] authority",
     21: "its certificate is of another authority than our [tls] authority",
+    23: "its certificate has been revoked",
     26: "its certificate is not meant for this use: it needs both serverAuth and clientAuth",
 }
 """Sentences for faults of the peer's certificate, by OpenSSL's X509_V_ERR number."""
@@ -64,13 +68,17 @@ class CredentialsError(Exception):
 class Credentials:
     """This host's certificate, key and authority, as two contexts; files are read once, when it is made.
 
+    Args:
+        certificate, key, authority: PEM files, as ``[tls]`` names them.
+        revoked: a PEM file with the authority's list of revoked certificates; None where there is none.
+
     Raises:
         CredentialsError: a file is missing or is not what it should be.
     """
 
-    def __init__(self, certificate: Path, key: Path, authority: Path) -> None:
-        self.server = _context(ssl.PROTOCOL_TLS_SERVER, certificate, key, authority)
-        self.client = _context(ssl.PROTOCOL_TLS_CLIENT, certificate, key, authority)
+    def __init__(self, certificate: Path, key: Path, authority: Path, revoked: Path | None = None) -> None:
+        self.server = _context(ssl.PROTOCOL_TLS_SERVER, certificate, key, authority, revoked)
+        self.client = _context(ssl.PROTOCOL_TLS_CLIENT, certificate, key, authority, revoked)
         try:
             self.expires_at_s = _expires_at_s(certificate)
         except (ValueError, IndexError) as error:
@@ -85,7 +93,7 @@ class Credentials:
         """Load the files that the configuration names; None without TLS."""
         if config.certificate is None or config.key is None or config.authority is None:
             return None
-        return cls(config.certificate, config.key, config.authority)
+        return cls(config.certificate, config.key, config.authority, config.revoked)
 
     def expiry_warning(self) -> str | None:
         """A sentence when the certificate ends soon or has ended."""
@@ -138,9 +146,11 @@ class TlsSession:
         return self._opening == PREFACE_MAGIC
 
     def peer_names(self) -> tuple[str, ...]:
-        """The DNS names and IP addresses in the peer's certificate, sorted; there after the handshake."""
+        """The DNS names and IP addresses in the peer's certificate, sorted; there after the handshake. What calls
+        itself a DNS name and has a colon is none: it could pass for ``link.security.THIS_HOST``."""
         alternatives = cast("tuple[tuple[str, str], ...]", (self._tls.getpeercert() or {}).get("subjectAltName", ()))
-        return tuple(sorted(name.lower() for kind, name in alternatives if kind in ("DNS", "IP Address")))
+        names = (name for kind, name in alternatives if kind == "IP Address" or (kind == "DNS" and ":" not in name))
+        return tuple(sorted(name.lower() for name in names))
 
     def to_send(self) -> bytes:
         """Return the bytes that are to be sent to the peer now."""
@@ -215,7 +225,7 @@ def opens_with_tls(opening: bytes) -> bool:
     return opening[:2] == b"\x16\x03"
 
 
-def _context(purpose: int, certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
+def _context(purpose: int, certificate: Path, key: Path, authority: Path, revoked: Path | None) -> ssl.SSLContext:
     context = ssl.SSLContext(purpose)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
@@ -235,7 +245,24 @@ def _context(purpose: int, certificate: Path, key: Path, authority: Path) -> ssl
         raise CredentialsError(
             f"[tls] authority {authority} cannot be used: {_reason(error)}; it must be a PEM file with certificates"
         ) from error
+    if revoked is not None:
+        _load_revoked(context, revoked)
     return context
+
+
+def _load_revoked(context: ssl.SSLContext, revoked: Path) -> None:
+    """Have a context refuse certificates that are on the authority's list."""
+    reason = "it has no such list"
+    try:
+        context.load_verify_locations(revoked)
+    except OSError as error:
+        reason = _reason(error)
+    if not context.cert_store_stats()["crl"]:
+        raise CredentialsError(
+            f"[tls] revoked {revoked} cannot be used: {reason}; it must be a PEM file with the list of revoked "
+            "certificates (CRL) of each authority"
+        )
+    context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
 
 
 def _no_password() -> str:

@@ -3,44 +3,86 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import deque
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Final
+from statistics import median
+from typing import Final, NamedTuple
 
+from migrated.fleet.mirror import UNKNOWN_LINK_BYTES_PER_S
 from migrated.fleet.model import MAX_CURVE_POINTS, CurvePoint, Forecast, GuestDocument
 from migrated.member.local import LocalGuest
 from migrated.record.model import Record
+from migrated.vmm.seam import KVM
 from protocol.guest import PAGE_SIZE
 
 _TELLING_BYTES: Final = 8 << 20
 """A round smaller than this measures the round trip, not the link."""
+_AS_FAST_AS_CAPPED: Final = 0.9
+"""A round that reached this part of its cap was held back by it and not by the link."""
+_ATTEMPTS_COUNTED: Final = 4
+_ATTEMPTS_USUAL: Final = 9
 MEASURED: Final = frozenset({"completed", "aborted"})
 """Outcomes of attempts whose rounds say something."""
 
 
 def link_bytes_per_s(newest_first: Sequence[Record]) -> int:
     """Return the throughput of a host's link, by the rounds of its migrations (bytes per second); 0 while none has
-    shown it. Those that ran at the same time shared it. One whose bandwidth was capped can only show that the link is
-    faster than was thought."""
-    rates = [(record, _fastest_round(record)) for record in reversed(newest_first)]
-    speed = 0
-    for record, rate in rates:
-        if rate:
-            together = int(sum(other_rate for other, other_rate in rates if _ran_together(record, other)))
-            capped = record.parameters.max_bandwidth_bytes_per_s > 0
-            speed = max(speed, together) if capped else together
+    shown it.
+
+    What counts is what all migrations together moved while a round ran, the most of the newest attempts: one that ran
+    while the hosts were busy shows less than the link moves. A round that was as fast as its cap can only show that the
+    link is faster than was thought.
+    """
+    attempts = [(record, _rounds_of(record)) for record in reversed(newest_first)]
+    speed, shown = 0, deque[int](maxlen=_ATTEMPTS_COUNTED)
+    for record, rounds in attempts:
+        telling = [one for one in rounds if one.bytes >= _TELLING_BYTES]
+        if not telling:
+            continue
+        together = max(_carried(one, attempts) for one in telling)
+        cap = record.parameters.max_bandwidth_bytes_per_s
+        if cap and max(one.rate for one in telling) >= _AS_FAST_AS_CAPPED * cap:
+            speed = together if together > (speed or UNKNOWN_LINK_BYTES_PER_S) else speed
+        else:
+            shown.append(together)
+            speed = max(shown)
     return speed
 
 
-def _fastest_round(record: Record) -> float:
-    return max((row.bandwidth_bytes_per_s for row in record.rounds if row.bytes >= _TELLING_BYTES), default=0.0)
+class _Round(NamedTuple):
+    """A round on the wall clock of its source (s)."""
+
+    begin: float
+    end: float
+    bytes: int
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second."""
+        return self.bytes / (self.end - self.begin)
 
 
-def _ran_together(one: Record, other: Record) -> bool:
-    """Whether two attempts overlapped for most of the shorter one; each overlaps itself."""
-    begins = [datetime.fromisoformat(record.started_at).timestamp() for record in (one, other)]
-    ends = [begin + record.total_ns / 1e9 for begin, record in zip(begins, (one, other), strict=True)]
-    return 2 * (min(ends) - max(begins)) >= min(one.total_ns, other.total_ns) / 1e9
+def _rounds_of(record: Record) -> list[_Round]:
+    """The rounds of an attempt, one after the other from the end of its setting up on."""
+    begin = datetime.fromisoformat(record.started_at).timestamp() + record.setup_ns / 1e9
+    rounds = []
+    for row in record.rounds:
+        begin += row.scan_ns / 1e9
+        if row.ns > 0:
+            rounds.append(_Round(begin, begin + row.ns / 1e9, row.bytes))
+            begin = rounds[-1].end
+    return rounds
+
+
+def _carried(one: _Round, attempts: Sequence[tuple[Record, Sequence[_Round]]]) -> int:
+    """Return the throughput of all attempts together while a round ran (bytes per second)."""
+    moved = 0.0
+    for _, rounds in attempts:
+        if rounds and rounds[0].begin < one.end and rounds[-1].end > one.begin:
+            for other in rounds:
+                moved += other.rate * max(0.0, min(one.end, other.end) - max(one.begin, other.begin))
+    return int(moved / (one.end - one.begin))
 
 
 def forecast(record: Record) -> Forecast | None:
@@ -63,19 +105,34 @@ def forecast(record: Record) -> Forecast | None:
     )
 
 
+def usual_forecast(newest_first: Sequence[Record]) -> Forecast | None:
+    """Return the setup and the downtime of this host's last migrations, the median of each; None while there were none.
+    It stands for guests that have not moved yet, without the memory that they will have to move."""
+    found = [known for record in newest_first if (known := forecast(record)) is not None][:_ATTEMPTS_USUAL]
+    if not found:
+        return None
+    setup_ns, fixed_ns, margin_ns = (
+        int(median(values))
+        for values in zip(*((one.setup_ns, one.fixed_ns, one.margin_ns) for one in found), strict=True)
+    )
+    return Forecast(data_bytes=0, setup_ns=setup_ns, fixed_ns=fixed_ns, margin_ns=margin_ns)
+
+
 def guest_document(
     guest: LocalGuest,
     downtime_limit_ns: int,
-    last: Record | None,
+    expected: Forecast | None,
     groups: Sequence[str],
+    needs: frozenset[str],
     cpu_features: tuple[str, ...],
 ) -> GuestDocument:
     """Return a guest's requirements of a host.
 
     Args:
-        last: the record of its last migration.
+        expected: the expected cost of moving it, None while nothing shows it.
         groups: patterns of names; guests of one are kept apart.
-        cpu_features: of this host: a QEMU guest may use each, so its next host must have them all.
+        needs: what its next host must have of what not every host has.
+        cpu_features: of this host: a guest under KVM may use each, so its next host must have them all.
     """
     return GuestDocument(
         name=guest.name,
@@ -83,6 +140,7 @@ def guest_document(
         memory_bytes=guest.memory_bytes,
         downtime_limit_ns=downtime_limit_ns,
         group=next((pattern for pattern in groups if fnmatch.fnmatchcase(guest.name, pattern)), None),
-        cpu_features=cpu_features if guest.vmm == "qemu" else (),
-        forecast=forecast(last) if last is not None else None,
+        devices=tuple(sorted(needs)),
+        cpu_features=cpu_features if KVM in needs else (),
+        forecast=expected,
     )

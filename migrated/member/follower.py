@@ -28,6 +28,8 @@ from migrated.fleet.store import (
 log = structlog.get_logger()
 
 _PAUSE_S: Final = 0.5
+_WATCH_AGAIN_S: Final = 0.1
+"""Before a watch that ended is begun anew: one that always ends at once must not keep this host and the store busy."""
 
 
 class Follower:
@@ -60,7 +62,10 @@ class Follower:
                 mirror = Mirror(self._keys)
                 for entry in entries:
                     mirror.put(entry)
-                self.mirror = mirror
+                before, self.mirror = self.mirror, mirror
+                if self.ready.is_set():  # what changed while nobody watched
+                    for key in mirror.changed_since(before):
+                        self.on_change(key)
                 self.reached()
                 self.ready.set()
                 self.wake()
@@ -85,6 +90,7 @@ class Follower:
                 # Ending is what watches do, also of themselves; only a read tells whether the store is there.
                 await self._store.get(self._keys.prefix)
                 self.reached()
+                await asyncio.sleep(_WATCH_AGAIN_S)
 
     def _apply(self, changes: tuple[Change, ...]) -> None:
         self.mirror.apply(changes)

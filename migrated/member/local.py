@@ -21,7 +21,19 @@ class LocalGuest:
     arriving: bool
 
 
-class LocalHost(Protocol):
+class GuestsHere(Protocol):
+    """Which guests are on this host, and which never came to be."""
+
+    def is_here(self, guest: str) -> bool:
+        """Whether a process of a guest is here, whatever its state: also one that does not answer."""
+        ...
+
+    def discarded(self, migration_id: str) -> bool:
+        """Whether an attempt to bring a guest here was discarded, so that the guest will never run of it."""
+        ...
+
+
+class LocalHost(GuestsHere, Protocol):
     """This host, as its membership in a fleet uses it. Calls raise OperationError when they are refused."""
 
     @property
@@ -31,6 +43,14 @@ class LocalHost(Protocol):
 
     def local_guests(self) -> list[LocalGuest]:
         """Guests that are here or on their way here, retired ones left out."""
+        ...
+
+    async def offers(self) -> frozenset[str]:
+        """Return words for things of this host that not every host has and a guest may need."""
+        ...
+
+    async def needs(self, guest: str) -> frozenset[str] | None:
+        """Return the words of ``offers`` that a guest needs; None while it does not say."""
         ...
 
     def attempts(self) -> tuple[int, int]:
@@ -51,6 +71,10 @@ class LocalHost(Protocol):
 
     def is_open(self, migration_id: str) -> bool:
         """Whether an attempt to move a guest away is under way, or waits to be taken up after a restart."""
+        ...
+
+    async def fence(self, guest: str, token: int) -> None:
+        """Let the ownership lock of a guest carry a fencing token, if the guest has one and holds it."""
         ...
 
     async def cancel(self, guest: str) -> None:

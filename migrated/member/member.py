@@ -100,6 +100,7 @@ class FleetMember:
     def look_again(self) -> None:
         """Something of this host has changed."""
         self._membership.look_again()
+        self._steps.look_again()
 
     async def _track(self) -> None:
         """Keep the metrics up to date."""

@@ -11,7 +11,7 @@ from migrated.control.operations import JobRequest, OperationError
 from migrated.fleet.changes import change_job, cordon, create_job, fence, uncordon, unfence
 from migrated.fleet.jobs import JobError, JobEvent, is_over
 from migrated.fleet.mirror import Mirror
-from migrated.fleet.model import JobKind, JobSpec
+from migrated.fleet.model import MAX_NAMES, MAX_REASON, JobKind, JobSpec
 from migrated.fleet.planner import guests_of, plan
 from migrated.fleet.store import StoreError, Transaction
 from migrated.fleet.worker import resume_steps
@@ -75,7 +75,7 @@ class FleetOperator:
         if not mirror.by_owner.get(request.host):
             return plan_view(mirror, spec, plan(mirror, spec))
         try:
-            return plan_view(mirror, spec, await elsewhere(plan, mirror, spec))
+            return plan_view(mirror, spec, await elsewhere(plan, mirror.part(spec.host), spec))
         except PlanningError as error:
             raise OperationError(str(error)) from error
 
@@ -114,6 +114,7 @@ class FleetOperator:
 
     async def cordon(self, host: str, reason: str) -> dict[str, Any]:
         """Let a host take no guests in."""
+        self._check_reason(reason)
         await self._known(host)
         await self._transact(cordon(self._follower.mirror, host, self._host, time.time_ns(), reason))
         return self._host_view(host)
@@ -126,6 +127,7 @@ class FleetOperator:
 
     async def fence(self, host: str, reason: str) -> dict[str, Any]:
         """Write down somebody's word that a host surely runs nothing."""
+        self._check_reason(reason)
         await self._known(host)
         await self._transact(fence(self._follower.mirror, host, self._host, time.time_ns(), reason))
         return self._host_view(host)
@@ -170,7 +172,13 @@ class FleetOperator:
             raise OperationError(f"There is no such job: {many} with {job!r}.", "DeviceNotFound")
         return found[0]
 
+    def _check_reason(self, reason: str) -> None:
+        if len(reason) > MAX_REASON:
+            raise OperationError(f"A reason has {MAX_REASON} characters at most; this one has {len(reason)}.")
+
     def _check(self, mirror: Mirror, request: JobRequest) -> None:
+        if len(request.to) > MAX_NAMES:
+            raise OperationError(f"A job names {MAX_NAMES} hosts to go to at most; this one names {len(request.to)}.")
         for host in (request.host, *request.to):
             if host and host not in mirror.hosts:
                 raise OperationError(

@@ -5,17 +5,20 @@ in a hand-over, settled when it runs at its new host, let go of when it ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import partial
 from typing import Final, NamedTuple
 
 import structlog
 
+from migrated.base.errors import DocumentError
 from migrated.base.tasks import TaskSet
 from migrated.control.operations import OperationError
 from migrated.fleet.model import Ownership, parse
 from migrated.fleet.ownership import (
     NotTheOwnerError,
     change_owner,
+    given_back,
     reclaimed,
     refusal_of,
     settled,
@@ -31,6 +34,12 @@ log = structlog.get_logger()
 
 _MIGRATIONS_KEPT: Final = 256
 _AGAIN_S: Final = 0.5
+_TOKEN_S: Final = 0.05
+"""Longest wait for the token of a guest that stands still."""
+
+
+class _OddKeyError(StoreError):
+    """What an owner key holds is no owner: nobody can say who has the guest."""
 
 
 class _Begun(NamedTuple):
@@ -50,14 +59,18 @@ class Owners:
 
     Attributes:
         strangers: for each guest that is here and belongs to another host, a sentence.
+        started: guests that were claimed because this daemon starts them.
     """
 
     def __init__(self, follower: Follower, host: str) -> None:
         self.strangers: dict[str, str] = {}
+        self.started: set[str] = set()
         self._follower = follower
         self._host: Final = host
         self._begun: dict[str, _Begun] = {}
         """By migration id."""
+        self._tokens: dict[str, int] = {}
+        """By guest: the last one that this host had, which is too old once another host is the owner."""
         self._releasing: dict[str, asyncio.Task[None]] = {}
         self._tasks = TaskSet()
 
@@ -73,11 +86,12 @@ class Owners:
         Raises:
             OperationError: it may run elsewhere, or nobody can say.
         """
+        self.started.add(guest)
         if (releasing := self._releasing.pop(guest, None)) is not None:
             releasing.cancel()  # what it has sent is void once the claim is there, and no hindrance before
             await asyncio.wait([releasing])
         try:
-            refusal = await self._claim(guest) and await self._claim(guest)
+            refusal = await self._claim(guest, new=True) and await self._claim(guest, new=True)
         except StoreError as error:
             raise OperationError(
                 f"Guest {guest!r} is not started: only the fleet's store can say that no other host has it. {error}"
@@ -98,6 +112,8 @@ class Owners:
             if known.previous is not None and known.migration_id is not None:
                 await self._write(guest, settled(known, self._host, known.migration_id), by=None)
             return True
+        if known is not None and known.previous == self._host:
+            return False  # handed over, and not known yet to run there
         refusal = await self._claim(guest)
         if refusal is None:
             self.strangers.pop(guest, None)
@@ -106,9 +122,22 @@ class Owners:
             self.strangers[guest] = refusal
         return refusal is None
 
+    async def give_back(self, guest: str, migration_id: str) -> None:
+        """Make the host that a guest came from its owner again: the migration was discarded here.
+
+        Raises:
+            StoreError: the store did not answer.
+        """
+        known = self._follower.mirror.owners.get(guest)
+        if known is not None:
+            with contextlib.suppress(NotTheOwnerError):  # its source was faster
+                await self._write(guest, given_back(known, self._host, migration_id), by=None)
+
     def release(self, guest: str) -> None:
         """Forget a guest that was this host's and has ended here, as soon as the store can be told."""
         self.strangers.pop(guest, None)
+        self._tokens.pop(guest, None)
+        self.started.discard(guest)
         task = self._releasing[guest] = self._tasks.start(self._release(guest))
         task.add_done_callback(partial(self._released, guest))
 
@@ -127,25 +156,37 @@ class Owners:
                 unchanged = Unchanged(keys.owner(guest), revision)
                 if (await self._follower.transact(Transaction((unchanged,), deletes))).succeeded:
                     return
+            except _OddKeyError as error:
+                log.error("the owner of a guest that has ended cannot be deleted", guest=guest, reason=str(error))
+                return
             except StoreError as error:
                 self._follower.failed(error)
             await self._follower.change(_AGAIN_S)
 
-    async def _claim(self, guest: str) -> str | None:
-        """Own a guest that has no owner, or whose hosts are fenced. Returns why that cannot be, None when it is so."""
+    async def _claim(self, guest: str, *, new: bool = False) -> str | None:
+        """Own a guest that has no owner, or whose hosts are fenced. Returns why that cannot be, None when it is so.
+
+        Args:
+            new: it shall be started here, and is not the one that a hand-over brought: whatever the key says, a host
+                that still has that one may run it again.
+        """
         mirror = self._follower.mirror
-        known, revision = await self._look(guest)
+        try:
+            known, revision = await self._look(guest)
+        except _OddKeyError as error:
+            return str(error)
         compares: tuple[Exists, ...] = ()
         if known is None:
             wanted = Ownership(owner=self._host, epoch=1)
-        elif known.owner == self._host:
+        elif known.owner == self._host and (known.previous is None or not new):
             wanted = reclaimed(known, self._host)
         else:
+            holders = [host for host in (known.owner, known.previous) if host and (host != self._host or not new)]
             try:
-                wanted = taken(known, self._host, mirror.fences)
+                wanted = taken(known, self._host, {*mirror.fences, *({self._host} if new else ())})
             except NotTheOwnerError as error:
                 return str(error)
-            compares = tuple(Exists(mirror.keys.fence(host)) for host in (known.owner, known.previous) if host)
+            compares = tuple(Exists(mirror.keys.fence(host)) for host in holders)
         change = change_owner(mirror.keys, guest, revision, wanted, by=self._host)
         answer = await self._follower.transact(
             Transaction((*change.compares, *compares), change.then, change.otherwise)
@@ -156,7 +197,13 @@ class Owners:
 
     async def begin(self, guest: str, uri: str, migration_id: str) -> str | None:
         """Make ready to hand a guest over. Returns why that cannot be, a sentence; None when it can."""
-        destination = self._host if uri == HERE else self._host_at(uri)
+        hosts = [self._host] if uri == HERE else self._hosts_at(uri)
+        if len(hosts) > 1:
+            return (
+                f"Several hosts say that they take guests at {uri}: {', '.join(hosts)}. Nobody can say which of them "
+                "would get the guest; set [fleet] address to where each is reached."
+            )
+        destination = hosts[0] if hosts and (uri == HERE or hosts[0] != self._host) else None
         if destination in self._follower.mirror.fences:
             return f"The host {destination} is fenced: no guest is handed to it."
         if destination != self._host and destination in self._follower.mirror.cordons:
@@ -188,6 +235,27 @@ class Owners:
         change = change_owner(self._follower.mirror.keys, guest, begun.revision, wanted, by=self._host)
         return await self._change(guest, change, within_ns / 1e9)
 
+    async def token(self, guest: str, *, arriving: bool) -> int | None:
+        """As ``Keeper.token``."""
+        if arriving and not self._is_owner(guest):
+            with contextlib.suppress(TimeoutError, StoreError):
+                async with asyncio.timeout(_TOKEN_S):
+                    await self._look(guest)
+        known, revision = self._follower.mirror.owners.get(guest), self._revision(guest)
+        if self._is_owner(guest) or (not arriving and known is not None and known.previous == self._host):
+            self._tokens[guest] = revision
+            return revision
+        return None if arriving else self._tokens.get(guest)
+
+    def _is_owner(self, guest: str) -> bool:
+        known = self._follower.mirror.owners.get(guest)
+        return known is not None and known.owner == self._host
+
+    def _revision(self, guest: str) -> int:
+        """The revision of a guest's owner key, as the mirror has it."""
+        mirror = self._follower.mirror
+        return mirror.unchanged(mirror.keys.owner(guest)).revision
+
     async def confirm(self, guest: str) -> Outcome:
         """As ``Keeper.confirm``."""
         try:
@@ -214,7 +282,7 @@ class Owners:
                 change = change_owner(self._follower.mirror.keys, guest, revision, self._own(known), by=None)
                 if (await self._follower.transact(change)).succeeded:
                     return
-            except NotTheOwnerError as error:
+            except (NotTheOwnerError, _OddKeyError) as error:
                 log.error("the guest was taken back here, and the store gave it away", guest=guest, reason=str(error))
                 return
             except StoreError as error:
@@ -224,16 +292,23 @@ class Owners:
     # Section: the store
 
     async def _look(self, guest: str) -> tuple[Ownership | None, int]:
-        """The owner of a guest as the store has it now, and the revision of that."""
+        """The owner of a guest as the store has it now, and the revision of that.
+
+        Raises:
+            StoreError: it does not say.
+            _OddKeyError: what it holds is no owner.
+        """
         key = self._follower.mirror.keys.owner(guest)
         entry = await self._follower.look(key)
-        return (None, 0) if entry is None else (parse(Ownership, key, entry.value), entry.revision)
+        try:
+            return (None, 0) if entry is None else (parse(Ownership, key, entry.value), entry.revision)
+        except DocumentError as error:
+            raise _OddKeyError(str(error)) from error
 
     async def _write(self, guest: str, wanted: Ownership, *, by: str | None) -> None:
         """Write a change that was decided on what the mirror has; somebody else's change makes it void."""
-        mirror = self._follower.mirror
-        revision = mirror.unchanged(mirror.keys.owner(guest)).revision
-        await self._follower.transact(change_owner(mirror.keys, guest, revision, wanted, by=by))
+        change = change_owner(self._follower.mirror.keys, guest, self._revision(guest), wanted, by=by)
+        await self._follower.transact(change)
 
     async def _change(self, guest: str, change: Transaction, within_s: float | None) -> Outcome:
         try:
@@ -255,7 +330,6 @@ class Owners:
         """
         return Ownership(owner=self._host, epoch=1) if known is None else reclaimed(known, self._host)
 
-    def _host_at(self, uri: str) -> str | None:
-        """The name of the host that takes guests at an address."""
-        hosts = self._follower.mirror.hosts.values()
-        return next((host.name for host in hosts if host.address == uri and host.name != self._host), None)
+    def _hosts_at(self, uri: str) -> list[str]:
+        """The names of the hosts that say that they take guests at an address."""
+        return sorted(host.name for host in self._follower.mirror.hosts.values() if host.address == uri)

@@ -5,6 +5,7 @@ serve. The process gets the question on its standard input, answers on its stand
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 import sys
 from collections.abc import Callable
@@ -25,12 +26,18 @@ async def elsewhere(function: Callable[..., Answer], *arguments: Any) -> Answer:
     """
     question = pickle.dumps((function, arguments))
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", __name__, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        sys.executable,
+        "-P",  # modules that lie in the working directory are not the daemon's
+        "-m",
+        __name__,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
     )
     try:
         answer, _ = await process.communicate(question)
     except asyncio.CancelledError:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            process.kill()
         await process.wait()
         raise
     if process.returncode != 0:

@@ -7,6 +7,7 @@ step is MIGRATING, nobody here sees to it (the daemon was restarted) -> wait for
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class StepRunner:
         self._told = told
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
         """By job and guest."""
+        self._changed = asyncio.Event()
         self._tasks = TaskSet()
 
     async def run(self) -> None:
@@ -67,6 +69,18 @@ class StepRunner:
                     task = self._running[key] = self._tasks.start(self._carry_out(spec, step))
                     task.add_done_callback(partial(self._ended, key))
             await self._follower.change(None)
+
+    def look_again(self) -> None:
+        """An attempt of this host has ended."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self) -> None:
+        """Wait until an attempt has ended, or for a while."""
+        changed = self._changed
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_AGAIN_S):
+                await changed.wait()
 
     async def close(self) -> None:
         """Leave the steps as the keys have them; attempts are the host's."""
@@ -142,7 +156,7 @@ class StepRunner:
                     return self._end_of(spec, record)
                 if record is None and not is_open:
                     return _End(StepEvent.FAILED, "The daemon ended before the migration had begun.")
-                await asyncio.sleep(_AGAIN_S)
+                await self._change()
         except OperationError as error:
             return _End(StepEvent.FAILED, str(error))
         finally:

@@ -94,6 +94,9 @@ class Workers:
             await self._forget_old()
         finally:
             self._working.discard(job)
+            if (state := self._follower.mirror.states.get(job)) is None or is_over(state):
+                self._mine.pop(job, None)
+                self._own.discard(job)
 
     async def _claim(self, job: str) -> bool:
         """Be the job's worker; False when another daemon is."""
@@ -127,11 +130,11 @@ class Workers:
         """Decide what is next. Planning takes seconds for many guests: it is done in a process of its own, so that the
         migrations of this host are not held up."""
         mirror = self._follower.mirror
-        spec, state = mirror.specs.get(job), mirror.states[job]
-        planned = mirror.steps[job]
-        if spec is None or state.phase is not JobPhase.RUNNING or not set(guests_of(mirror, spec)) - planned.keys():
-            return next_work(mirror, job, time.time_ns())
-        return await elsewhere(next_work, mirror, job, time.time_ns())
+        spec, state = mirror.specs.get(job), mirror.states.get(job)
+        running = state is not None and state.phase is JobPhase.RUNNING
+        if spec is not None and running and set(guests_of(mirror, spec)) - mirror.steps[job].keys():
+            return await elsewhere(next_work, mirror.part(spec.host, job), job, time.time_ns())
+        return next_work(mirror, job, time.time_ns())
 
     async def _forget_old(self) -> None:
         """Delete the oldest jobs that are over, so that they do not grow for ever."""
@@ -142,7 +145,9 @@ class Workers:
             keys = mirror.keys
             steps = [keys.job_step(job, guest) for guest in mirror.steps[job]]
             wanted = [*steps, keys.job_worker(job), keys.job_spec(job), keys.job_state(job)]
-            for first in range(0, len(wanted), _DELETED_AT_ONCE):
-                deletes = tuple(Delete(key) for key in wanted[first : first + _DELETED_AT_ONCE])
-                with contextlib.suppress(StoreError):  # the next job that ends does it again
-                    await self._follower.transact(Transaction((), deletes))
+            still_over = mirror.unchanged(keys.job_state(job))  # an operator may resume it meanwhile
+            with contextlib.suppress(StoreError):  # the next job that ends does it again
+                for first in range(0, len(wanted), _DELETED_AT_ONCE):
+                    deletes = tuple(Delete(key) for key in wanted[first : first + _DELETED_AT_ONCE])
+                    if not (await self._follower.transact(Transaction((still_over,), deletes))).succeeded:
+                        break

@@ -247,7 +247,7 @@ class Restore:
         load = asyncio.create_task(loading.run())
         try:
             receiver.guest_stopped()  # it never ran: no page is prepared for later rounds
-            await in_thread(memory.clear)
+            await in_thread(memory.make_zero)
             for reader in frames.readers:
                 receiver.add_channel(reader)
             await asyncio.wait({load, read_to_end}, return_when=asyncio.FIRST_COMPLETED)

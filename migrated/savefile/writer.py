@@ -301,6 +301,10 @@ class FileSink:
             self._ended.wait((self._free_ns - now_ns) / 1e9)
         return size_bytes
 
+    def room_bytes(self) -> int:
+        """0: a disk may be busy whenever it is written to."""
+        return 0
+
     def interrupt(self) -> None:
         """End the wait of a capped write, and refuse all further ones."""
         self._ended.set()

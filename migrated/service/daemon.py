@@ -30,6 +30,7 @@ from migrated.service.notify import Notifier
 from migrated.settings.config import Config, ConfigError
 from migrated.state.history import HistoryError
 from migrated.state.journal import JournalError
+from migrated.state.run_marks import RunMarkError
 
 log = structlog.get_logger()
 
@@ -73,6 +74,7 @@ def run_daemon(config: Config, role: DaemonRole, read_again: Callable[[], Config
         ControlSocketError,
         JournalError,
         HistoryError,
+        RunMarkError,
     ) as error:
         log.error("the daemon cannot start", reason=str(error))
         return EXIT_FAILED
@@ -98,7 +100,7 @@ async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read
         undo(host.stop)
         await control.start()
         undo(control.close)
-        await host.start()
+        await _start(host)
         listener = Listener(host.connected, config.limits, host.security, host.metrics.connection_refused)
         if role != "source":
             await _listen(listener, config, inherited)
@@ -123,6 +125,16 @@ async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read
             task.cancel()
         log.info("stopping")
         notifier.stopping("finishing what is under way")
+
+
+async def _start(host: MigrationHost) -> None:
+    try:
+        await host.start()
+    except OSError as error:
+        where = error.filename or "a file or directory of the configuration"
+        raise StartError(
+            f"{where} cannot be used: {error.strerror or error}; check its permissions, or configure another"
+        ) from error
 
 
 async def _reload(host: MigrationHost, begun: Config, read_again: Callable[[], Config], notifier: Notifier) -> None:

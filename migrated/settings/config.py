@@ -187,6 +187,9 @@ class TlsConfig(Section):
     """The certificate's private key (PEM, not encrypted), readable by the daemon alone; SIGHUP reads it again."""
     authority: DirectoryPath | None = None
     """Certificates (PEM) of the authority that certifies the hosts; no other is believed. SIGHUP reads it again."""
+    revoked: DirectoryPath | None = None
+    """Lists (PEM) of revoked certificates, one of each authority in `authority`: who is on one is refused, and so is
+    everybody when it has run out. SIGHUP reads it again."""
     names: tuple[NamePattern, ...] = ("*",)
     """Certificate names, with `*` for any text, of the hosts that this one talks to at all, in either direction."""
     insecure: bool = False
@@ -198,6 +201,8 @@ class TlsConfig(Section):
         missing = [name for name, path in files.items() if path is None]
         if 0 < len(missing) < len(files):
             raise ValueError(f"certificate, key and authority go together; missing: {', '.join(missing)}")
+        if missing and self.revoked is not None:
+            raise ValueError("revoked needs certificate, key and authority")
         if not missing and self.insecure:
             raise ValueError("insecure contradicts certificate: take one of them out")
         return self
@@ -271,6 +276,8 @@ class LimitsConfig(Section):
     stall_timeout_s: PositiveSeconds = 300.0
     """An incoming migration that sends less than 1 MiB in this time before its guest is handed over is given up; a
     switchover that its operator holds (pause-before-switchover) sends nothing."""
+    incoming_timeout_s: PositiveSeconds = 86_400.0
+    """An incoming migration whose guest has not been handed over after this long is given up, however much it sends."""
     stop_timeout_s: PositiveSeconds = 5.0
     """How long the VMM may take to stop or resume its vCPUs."""
     heartbeat_interval_s: PositiveSeconds = 0.5
@@ -365,6 +372,8 @@ class FleetConfig(Section):
             raise ValueError("certificate and key go together")
         if (self.user is None) != (self.password_file is None):
             raise ValueError("user and password_file go together")
+        if self.address is not None and self.address.port == 0:
+            raise ValueError("address needs the port that other hosts connect to")
         return self
 
 
@@ -386,6 +395,16 @@ class Config(Section):
     lock: LockConfig = LockConfig()
     clock: ClockConfig = ClockConfig()
     fleet: FleetConfig = FleetConfig()
+
+    @model_validator(mode="after")
+    def _fleet_knows_where(self) -> Config:
+        """Hosts of a fleet are told apart by their addresses."""
+        where = self.fleet.address or self.listen.address
+        if self.fleet.endpoints and where.host in ("0.0.0.0", "::"):
+            raise ValueError(
+                f"[fleet] address must say where other hosts reach this one: {where} stands for all of its addresses"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rules_need_names(self) -> Config:

@@ -231,6 +231,12 @@ class BatchEncoder:
             self._compress(indices[~hits], pages[~hits], totals),
         ]
 
+    @property
+    def quick(self) -> bool:
+        """Whether a few pages are encoded in no more time than it takes to wake a thread: zstd, at high levels, is
+        not."""
+        return self._zstd is None
+
     def zeroed(self, indices: Indices) -> None:
         """Note that pages were sent as zero pages."""
         if self._cache is not None:

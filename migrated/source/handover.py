@@ -232,6 +232,8 @@ class SourceHandover:
         self._resume_begins()
         if self._guest is not None and (lock := self._guest.vmm.lock) is not None:
             try:
+                if self._keeper is not None:
+                    lock.token = await self._keeper.token(self._guest.name, arriving=False)
                 await lock.take()
             except VmmError as error:
                 return self._not_resumed(self._guest, error)

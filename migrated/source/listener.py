@@ -42,12 +42,11 @@ class Listener:
         self._inbox = inbox
         self._reported_once = False
         self._round_done: dict[int, asyncio.Future[messages.RoundDone]] = {}
+        """Of rounds that were announced and are not acknowledged, by number."""
 
     def round_done(self, number: int) -> asyncio.Future[messages.RoundDone]:
-        """A future whose result is the acknowledgement of a round."""
-        future = self._round_done.get(number)
-        if future is None:
-            future = self._round_done[number] = asyncio.get_running_loop().create_future()
+        """A future whose result is the acknowledgement of a round that has just been announced."""
+        future = self._round_done[number] = asyncio.get_running_loop().create_future()
         return future
 
     async def listen(self, control: ControlChannel) -> None:
@@ -57,14 +56,18 @@ class Listener:
                 received = await control.receive()
                 self._note(received.message)
                 match received.message:
-                    case messages.RoundDone(round=number):
-                        if not (done := self.round_done(number)).done():
+                    case messages.RoundDone(round=number) if (done := self._round_done.pop(number, None)) is not None:
+                        if not done.done():  # nobody waits for it any more
                             done.set_result(received.message)
                     case messages.Report():
                         await self._take_report(received.payload)
                     case messages.No(reason=reason, cause=cause) if self._interruption.undisturbed:
                         kind = CancelledByOperatorError if cause == "cancelled" else MigrationError
                         self._give_up(kind(f"the destination gave up: {reason}"))
+                    case message if self._interruption.undisturbed and self._interruption.error is None:
+                        self._give_up(MigrationError(f"the destination sent {message.TYPE.name} out of turn"))
+                    case messages.RoundDone():
+                        pass  # a round of the blackout: the vote will say whether it is there
                     case _:
                         self._inbox.put_nowait(received)
         except LinkLostError as error:

@@ -4,7 +4,8 @@
 
 Pages are read once into a staging buffer, so the hash is of exactly the bytes that are sent. A page that the guest
 writes meanwhile is dirty again and travels again in a later round, and only its last version counts; one that it wrote
-between the collect and the reading is cleared in the dirty log just before it is read, so it does not travel twice. In
+between the collect and the reading is cleared in the dirty log just before it is read, so it does not travel twice. A
+round of a few pages, as an idle guest's last one, is sent in the event loop, sooner than threads would be woken. In
 the first round some channel looks ahead for memory that is densely used and announces it, so that the destination can
 populate it. The module is longer than others because sender and worker threads share one protocol of jobs, barriers and
 failures.
@@ -22,13 +23,13 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from migrated.base.errors import LinkLostError
 from migrated.base.threads import in_thread
 from migrated.link.data import FrameSink
 from migrated.source.encoding import BatchEncoder, EncodedBatch, EncodingTotals
+from migrated.source.zero_test import LONG_RUNS, nonzero, nonzero_at, nonzero_heads
 from migrated.vmm.memory import WORDS_PER_PAGE, GuestMemory, Words, drop_views
 from protocol import messages
 from protocol.digest import MemoryDigest
@@ -42,16 +43,14 @@ HUGE_PAGES: Final = 512
 """Pages in a huge page: the grain of announcements."""
 _ANNOUNCED_AT_ONCE: Final = 32
 _LOOK_AHEAD_PAGES: Final = 32768
-_TESTED_WORDS: Final = 8
-"""Words of a page that are looked at first: one cache line. Most pages in use show there that they are not zero."""
 _STRETCH_PAGES: Final = 2048
 """Most pages that a channel takes at a time: few frames for zero pages, and still work for every channel."""
 _LEAST_PAGES: Final = 128
 """Fewest, when there is little to do: so that the channels share it."""
-_LONG_RUNS: Final = 8
-"""A stretch of up to this many runs is tested in place and batch by batch; beyond, pages are gathered first."""
 _DEVICE_CHUNK_BYTES: Final = 1 << 20
 _MAX_RUNS: Final = MAX_RUNS_BYTES // RUN_BYTES
+_FRAME_BYTES: Final = 1024
+"""More than what a frame of few pages or of a device state has beyond its payload, with a barrier behind it."""
 
 
 @dataclass(slots=True)
@@ -133,6 +132,8 @@ class PageSender:
         self._workers = [_Worker(self, channel, encoder_of()) for channel in channels]
         self._failure: Exception | None = None
         self._lock = threading.Lock()
+        self._under_way = 0
+        """Pieces of work that threads have not finished."""
         self.encodings: dict[str, EncodingTotals] = {}
 
     def start(self) -> None:
@@ -163,31 +164,58 @@ class PageSender:
         jobs = [_page_job(stretch, number) for stretch in stretches]
         if self._announce and number == 1:
             jobs = _looking_ahead(runs, stretches, jobs)
-        return await self._do(deque(jobs), number, number)
+        size_bytes = total_pages(runs) * PAGE_SIZE + _FRAME_BYTES * (len(jobs) + 1)
+        return await self._do(deque(jobs), number, number, size_bytes)
 
     async def send_devices(self, states: Sequence[OutgoingState]) -> Sent:
         """Send device states in pieces over all channels."""
         jobs: deque[Job] = deque()
+        size_bytes = 0
         for state in states:
             view = memoryview(state.data).cast("B") if len(state.data) else memoryview(b"")
             pieces = range(0, len(view), _DEVICE_CHUNK_BYTES) if len(view) else (0,)
             jobs.extend(_device_job(state.meta, view, offset) for offset in pieces)
-        return await self._do(jobs, None, 0)
+            size_bytes += len(view) + _FRAME_BYTES * len(pieces)
+        return await self._do(jobs, None, 0, size_bytes)
 
-    async def _do(self, jobs: deque[Job], barrier: int | None, round_number: int) -> Sent:
+    async def _do(self, jobs: deque[Job], barrier: int | None, round_number: int, size_bytes: int) -> Sent:
+        """Do jobs that send at most so many bytes, and then send a barrier if there is to be one."""
         if self._failure is not None:
             raise LinkLostError(str(self._failure)) from self._failure
         # A barrier goes over every channel; without one, waking more threads than there are jobs only costs time.
         workers = self._workers if barrier is not None else self._workers[: max(1, len(jobs))]
         work = _Work(jobs, barrier, round_number, self._loop.create_future(), len(workers))
-        for worker in workers:
-            worker.inbox.put(work)
-        sent = await work.done
+        if self._fits_now(workers, size_bytes):
+            sent = self._do_here(workers, work)
+        else:
+            with self._lock:
+                self._under_way += 1
+            for worker in workers:
+                worker.inbox.put(work)
+            sent = await work.done
         if self._digest is not None:
             self._digest.add(sent.digest_delta)
         for name, totals in sent.encodings.items():
             self.encodings.setdefault(name, EncodingTotals()).add(totals)
         return sent
+
+    def _fits_now(self, workers: Sequence[_Worker], size_bytes: int) -> bool:
+        """Whether so many bytes can be sent at once and without waiting, whichever of the workers sends them."""
+        if not workers or self._under_way or not all(worker.encoder.quick for worker in workers):
+            return False
+        return all(size_bytes <= worker.channel.room_bytes() for worker in workers)
+
+    def _do_here(self, workers: Sequence[_Worker], work: _Work) -> Sent:
+        """Do in the event loop what fits now, while all threads wait for work: waking them takes longer."""
+        total = Sent()
+        try:
+            for worker in workers:
+                total.add(worker.do(work))
+        except Exception as error:
+            drop_views(error)
+            self._failure = error
+            raise
+        return total
 
     async def stop(self) -> None:
         """End the threads and close the channels; idempotent."""
@@ -214,6 +242,7 @@ class PageSender:
             work.total.add(sent)
             work.open_channels -= 1
             last = work.open_channels == 0
+            self._under_way -= last
         if last:
             self._loop.call_soon_threadsafe(_resolve, work.done, work.total)
 
@@ -250,18 +279,8 @@ class _Worker:
 
     def _run(self) -> None:
         while (work := self.inbox.get()) is not None:
-            sent = Sent()
             try:
-                while True:
-                    try:
-                        job = work.jobs.popleft()
-                    except IndexError:
-                        break
-                    job(self, sent)
-                if work.barrier is not None:
-                    barrier = messages.Barrier(round=work.barrier)
-                    sent.wire_bytes += self.channel.send(barrier, round_number=work.round_number)
-                self.owner.finished(work, sent)
+                self.owner.finished(work, self.do(work))
             except Exception as error:  # otherwise the attempt would wait for ever for this thread
                 drop_views(error)
                 self.owner.failed(work, error)
@@ -269,9 +288,23 @@ class _Worker:
             finally:
                 del work
 
+    def do(self, work: _Work) -> Sent:
+        """Take jobs until none is left, then send the barrier. Returns what was sent here."""
+        sent = Sent()
+        while True:
+            try:
+                job = work.jobs.popleft()
+            except IndexError:
+                break
+            job(self, sent)
+        if work.barrier is not None:
+            barrier = messages.Barrier(round=work.barrier)
+            sent.wire_bytes += self.channel.send(barrier, round_number=work.round_number)
+        return sent
+
     def send_pages(self, runs: Runs, round_number: int, sent: Sent) -> None:
         """Read, classify, encode, hash and send a stretch."""
-        if len(runs) > _LONG_RUNS:
+        if len(runs) > LONG_RUNS:
             self._send_copied(runs, round_number, sent)
             return
         memory, clear_dirty = self.owner.memory, self.owner.clear_dirty
@@ -283,10 +316,10 @@ class _Worker:
             if words is None:
                 self._send_copied(kept, round_number, sent)
                 continue
-            nonzero = _nonzero(words)
-            if not nonzero.all():
-                self._send_zero(start + np.flatnonzero(~nonzero), round_number, sent)
-                kept = runs_of(start + np.flatnonzero(nonzero))
+            used = nonzero(words)
+            if not used.all():
+                self._send_zero(start + np.flatnonzero(~used), round_number, sent)
+                kept = runs_of(start + np.flatnonzero(used))
             for batch in split_runs(kept, self.owner.batch_pages):
                 indices = indices_of(batch)
                 staged = self.stage[: len(indices)]
@@ -298,19 +331,31 @@ class _Worker:
                 self._send_content(batch, indices, staged, round_number, sent)
 
     def _send_copied(self, runs: Runs, round_number: int, sent: Sent) -> None:
-        """Send pages that are best copied before they are looked at: many short runs, or memory in another process."""
+        """Send pages that are best copied one by one: many short runs, or memory in another process. Where they are
+        mapped, only those that are not zero are copied."""
+        memory = self.owner.memory
         for batch in split_runs(runs, self.owner.batch_pages):
             indices = indices_of(batch)
-            staged = self.stage[: len(indices)]
-            self.owner.memory.read(indices, staged)
-            nonzero = _nonzero(staged)
-            if not nonzero.all():
-                self._send_zero(indices[~nonzero], round_number, sent)
-                indices = indices[nonzero]
-                np.compress(nonzero, staged, axis=0, out=self.spare[: len(indices)])
-                batch, staged = runs_of(indices), self.spare[: len(indices)]
-            if len(indices):
-                self._send_content(batch, indices, staged, round_number, sent)
+            first, last = int(indices[0]), int(indices[-1])
+            words = memory.mapped(first, last - first + 1)
+            if words is None:
+                staged = self.stage[: len(indices)]
+                memory.read(indices, staged)
+                used = nonzero(staged)
+            else:
+                used = nonzero_at(words, indices - first)
+            if not used.all():
+                self._send_zero(indices[~used], round_number, sent)
+                indices = indices[used]
+                batch = runs_of(indices)
+            if not len(indices):
+                continue
+            if words is not None:
+                staged = self.stage[: len(indices)]
+                memory.read(indices, staged)
+            elif len(indices) < len(used):
+                staged = np.compress(used, staged, axis=0, out=self.spare[: len(indices)])
+            self._send_content(batch, indices, staged, round_number, sent)
 
     def _send_zero(self, pages: Indices, round_number: int, sent: Sent) -> None:
         sent.zero_pages += len(pages)
@@ -345,37 +390,11 @@ class _Worker:
         for start, count in granules.tolist():
             words = self.owner.memory.mapped(start * HUGE_PAGES, count * HUGE_PAGES)
             if words is not None:
-                heads = _nonzero_heads(words)
+                heads = nonzero_heads(words)
                 dense.append(start + np.flatnonzero(heads.reshape(count, HUGE_PAGES).all(axis=1)))
         if dense and len(found := runs_of(np.concatenate(dense))):
             extents = messages.Extents(runs=pack_runs(found * HUGE_PAGES))
             sent.wire_bytes += self.channel.send(extents, round_number=1)
-
-
-def _any_bit(words: Words) -> npt.NDArray[np.bool_]:
-    """Return which rows are not all zero, shape (n,)."""
-    found: npt.NDArray[np.bool_] = np.bitwise_or.reduce(words, axis=1) != 0
-    return found
-
-
-def _nonzero_heads(words: Words) -> npt.NDArray[np.bool_]:
-    """Return which pages are known by their first cache line not to be zero, shape (n,); ``words`` has shape (n,
-    512)."""
-    return _any_bit(words[:, :_TESTED_WORDS])
-
-
-def _nonzero(words: Words) -> npt.NDArray[np.bool_]:
-    """Return which pages are not zero, shape (n,). They are read in place: zero memory is never copied, memory in use
-    only where it is needed. ``words`` has shape (n, 512)."""
-    found = _nonzero_heads(words)
-    if found.all():
-        return found
-    unknown = runs_of(np.flatnonzero(~found))
-    if len(unknown) > _LONG_RUNS:
-        return _any_bit(words)
-    for start, count in unknown.tolist():
-        found[start : start + count] = _any_bit(words[start : start + count])
-    return found
 
 
 def _page_job(runs: Runs, round_number: int) -> Job:

@@ -376,6 +376,8 @@ async def _negotiate(
         raise RefusedError(f"the destination refused: {answer.reason}")
     if not isinstance(answer, messages.Welcome):
         raise MigrationError(f"the destination answered the offer with {answer.TYPE.name}")
+    if invented := set(answer.capabilities) - set(hello.capabilities):
+        raise MigrationError(f"the destination agreed to what was not offered: {', '.join(sorted(invented)):.200}")
     return answer
 
 

@@ -334,8 +334,6 @@ class Switchover:
         match message:
             case messages.TimeAsk():
                 await self._answer_time(message, received)
-            case messages.RoundDone():
-                pass  # a vote that has arrived meanwhile decides instead
             case messages.Ready(epoch=epoch):
                 if check_epoch(handover.epoch, epoch):
                     await self._decide(message, received)
@@ -379,9 +377,8 @@ class Switchover:
     async def _decide(self, ready: messages.Ready, received: Received) -> None:
         """Decide after READY: commit if the rest of the budget covers the remaining steps."""
         handover, ledger = self._handover, self._ledger
-        if handover.state is SourceState.STOPPED and not self._state_sent_ns:
-            reason = "the destination voted READY before it was sent the whole state"
-            await handover.take(SourceEvent.FAULT, self._control, reason)
+        if not self._state_sent_ns:
+            await handover.take(SourceEvent.FAULT, self._control, "the destination voted READY before it had the state")
             return
         if handover.state is SourceState.STOPPED:
             self._ready_read_ns = received.read_at_ns
@@ -414,9 +411,9 @@ class Switchover:
             committed_ns, handover.running_read_ns - self._budget.t0_ns, running.resumed_after_ns, running.sent_after_ns
         )
         self.after_commit_ns = interval.measured_ns - committed_ns
-        leg_ns = self.after_commit_ns - running.resumed_after_ns
-        ledger.add_part(Part.COMMIT_LEG, leg_ns)
-        ledger.add_part(Part.RESUME, running.resumed_after_ns)
+        resume_ns = min(running.resumed_after_ns, self.after_commit_ns)  # a peer's word, within what was seen here
+        ledger.add_part(Part.COMMIT_LEG, self.after_commit_ns - resume_ns)
+        ledger.add_part(Part.RESUME, resume_ns)
         ledger.checkpoint(QemuCheckpoint.DOWNTIME_END, interval.measured_ns)
         ledger.blackout.interval = interval
         ledger.ended_ns = self._budget.t0_ns + interval.measured_ns

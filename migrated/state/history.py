@@ -6,7 +6,9 @@ written is logged, and a damaged file is put aside.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sqlite3
 import threading
 from collections import Counter
@@ -64,7 +66,7 @@ class HistoryQuery(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    last: int | None = Field(default=None, ge=1)
+    last: int | None = Field(default=None, ge=1, lt=1 << 63)
     guest: str | None = None
     outcome: Outcome | None = None
     since: AwareDatetime | None = None
@@ -250,6 +252,8 @@ def _bounds_held(bounds: Iterable[tuple[str, bool]]) -> dict[str, dict[str, int]
 
 
 def _open(path: Path) -> sqlite3.Connection:
+    with contextlib.suppress(OSError):  # SQLite says why, and gives the files beside this one its mode
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640))
     connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")

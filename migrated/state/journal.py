@@ -17,10 +17,10 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 
@@ -32,8 +32,11 @@ KEPT_ATTEMPTS: Final = 2000
 """Closed attempts kept when the journal is rewritten; a late COMMIT for an older one is answered as unknown."""
 KEPT_UNDECIDED: Final = 100
 """Of those in which nothing was decided but to give up, so many: a peer can make any number of them."""
+_FACTS_KEPT: Final = ("peer_names",)
+"""Facts of a closed attempt that stay: who may ask for its outcome."""
 _MORE_LINES: Final = 10_000
-"""Lines after which the journal is rewritten while the daemon runs."""
+"""Lines after which the journal is rewritten while the daemon runs, if it has twice as many as it was left with."""
+_MODE: Final = 0o640
 
 _SYNC_DELAY_S: Final = 0.2
 _END_OF_TORN: Final = b"#\n"
@@ -67,6 +70,28 @@ class Attempt:
         """The place of the guest's process on this host."""
         return str(self.facts.get("place", self.guest))
 
+    def without_facts(self) -> Attempt:
+        """The same with no more facts than a late question needs: thousands of closed attempts are kept. Whoever holds
+        this one, as an attempt that was recovered and is still shown, goes on to have them all."""
+        return replace(self, facts={name: self.facts[name] for name in _FACTS_KEPT if name in self.facts})
+
+
+class _Snapshot(NamedTuple):
+    """An attempt as it was at one moment, to be written by a thread."""
+
+    attempt: Attempt
+    decisions: tuple[Decision, ...]
+    closed: bool
+
+    def lines(self) -> Iterator[bytes]:
+        """The lines that say it all."""
+        one = self.attempt
+        which = {"migration_id": one.migration_id, "role": one.role}
+        begin = {"at": one.began_at, "epoch": one.epoch, "guest": one.guest, "facts": one.facts}
+        yield _pack({**which, **begin, "decision": Decision.BEGIN.value})
+        for said in (*(decision.value for decision in self.decisions), *(("closed",) if self.closed else ())):
+            yield _pack({**which, "decision": said})
+
 
 class Journal:
     """The journal of one daemon.
@@ -86,17 +111,19 @@ class Journal:
         self._sync_timer: asyncio.TimerHandle | None = None
         self._ends_torn = False
         self._lines = 0
+        self._left_with = 0
+        """Lines of the file after it was last rewritten."""
         self._behind: list[bytes] | None = None
         """While the journal is rewritten: what was written to the old file meanwhile."""
         self.torn_lines = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock_fd = os.open(directory / "journal.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            self._lock_fd = os.open(directory / "journal.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for entry in self._read():
                 self._apply(entry)
             self._rewrite()
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except BlockingIOError as error:
             os.close(self._lock_fd)
             raise JournalError(
@@ -141,7 +168,7 @@ class Journal:
             return
         with contextlib.suppress(JournalError):
             self._append({"migration_id": migration_id, "role": role, "decision": "closed"})
-        if self._lines > _MORE_LINES and self._behind is None:
+        if self._lines > max(_MORE_LINES, 2 * self._left_with) and self._behind is None:
             self._rewrite_later()
 
     def attempt(self, migration_id: str, role: Role) -> Attempt | None:
@@ -212,6 +239,7 @@ class Journal:
         elif (attempt := self._attempts.get(key)) is not None:
             if decision == "closed":
                 attempt.closed = True
+                self._attempts[key] = attempt.without_facts()
             else:
                 attempt.decisions.append(Decision(decision))
 
@@ -231,7 +259,7 @@ class Journal:
     def _rewrite(self) -> None:
         """Drop what is no longer needed. Atomic."""
         self._drop_old()
-        _write_whole(self._new_path, self._packed_attempts())
+        _write_whole(self._new_path, self._snapshots())
         self._new_path.replace(self._path)
 
     @property
@@ -250,19 +278,11 @@ class Journal:
         for attempt in self._attempts.values():
             self._epochs[attempt.guest] = max(self._epochs.get(attempt.guest, 0), attempt.epoch)
 
-    def _packed_attempts(self) -> bytes:
-        lines: list[bytes] = []
-        for attempt in self._attempts.values():
-            entry = asdict(attempt)
-            decisions = [decision.value for decision in entry.pop("decisions")]
-            was_closed = entry.pop("closed")
-            entry["at"] = entry.pop("began_at")
-            lines.append(_pack({**entry, "decision": Decision.BEGIN.value}))
-            which = {"migration_id": attempt.migration_id, "role": attempt.role}
-            said = [*decisions, *(["closed"] if was_closed else [])]
-            lines.extend(_pack({**which, "decision": decision}) for decision in said)
-        self._lines = len(lines)
-        return b"".join(lines)
+    def _snapshots(self) -> list[_Snapshot]:
+        """All that is to be written. Little work: a thread makes lines of it while guests are moved."""
+        found = [_Snapshot(one, tuple(one.decisions), one.closed) for one in self._attempts.values()]
+        self._lines = self._left_with = sum(1 + len(one.decisions) + one.closed for one in found)
+        return found
 
     def _rewrite_later(self) -> None:
         """Rewrite the journal while decisions go on to be written: the old file counts until the new one is whole."""
@@ -270,7 +290,7 @@ class Journal:
             loop = asyncio.get_running_loop()
             self._drop_old()
             self._behind = []
-            future = loop.run_in_executor(None, _write_whole, self._new_path, self._packed_attempts())
+            future = loop.run_in_executor(None, _write_whole, self._new_path, self._snapshots())
             self._syncs.add(future)
             future.add_done_callback(self._rewritten)
 
@@ -303,9 +323,11 @@ def _was_decided(attempt: Attempt) -> bool:
     return not {Decision.READY, Decision.COMMIT, Decision.RUNNING, Decision.RETIRED}.isdisjoint(attempt.decisions)
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
+def _write_whole(path: Path, snapshots: list[_Snapshot]) -> None:
+    path.unlink(missing_ok=True)  # what a killed daemon left has its mode
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE), "wb") as file:
+        for snapshot in snapshots:
+            file.writelines(snapshot.lines())
         file.flush()
         os.fsync(file.fileno())
 

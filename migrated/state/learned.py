@@ -4,6 +4,7 @@ over: what predictions learned, and how long resumes took."""
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -82,7 +83,9 @@ def _write(path: Path, document: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(".new")
     try:
         with _writing:  # attempts that end at once are kept by threads of their own
-            temporary.write_text(json.dumps(document))
+            temporary.unlink(missing_ok=True)
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640), "w") as file:
+                file.write(json.dumps(document))
             temporary.replace(path)
     except OSError as error:
         log.error("what was learned cannot be kept", file=str(path), reason=error.strerror)

@@ -98,9 +98,11 @@ class RunMarks:
     def _rewritten(self) -> int:
         """Leave out what is not kept, once for every life of the daemon. Returns the file, open for appending."""
         temporary = self._path.with_suffix(".new")
-        temporary.write_bytes(b"".join(_line(*key, ran) for key, ran in self._marks.items()))
+        temporary.unlink(missing_ok=True)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640), "wb") as file:
+            file.writelines(_line(*key, ran) for key, ran in self._marks.items())
         temporary.replace(self._path)
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
 
 def _line(guest: str, epoch: int, ran: bool) -> bytes:

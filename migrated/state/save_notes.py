@@ -8,6 +8,7 @@ A note says nothing of how far the save came. That the disk says: the finished f
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -58,8 +59,10 @@ class SaveNotes:
         self._directory.mkdir(mode=0o750, exist_ok=True)
         path = self._path(note.save_id)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        content = json.dumps(asdict(note)).encode()
         try:
-            os.write(fd, json.dumps(asdict(note)).encode())
+            if os.write(fd, content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             os.fsync(fd)
         finally:
             os.close(fd)

@@ -93,7 +93,7 @@ class GuestMemory(ABC):
             VmmGoneError, VmmError: as for ``read``.
         """
 
-    def clear(self) -> None:
+    def make_zero(self) -> None:
         """Make all of it zero. A VMM that waits for a guest may have put something there at its start, as its own
         firmware, and a page that is zero at the source is not sent. Takes as long as it takes to read what is there.
 
@@ -107,6 +107,18 @@ class GuestMemory(ABC):
             self.read(indices, pages)
             if len(used := indices[pages.any(axis=1)]):
                 self.punch(runs_of(used))
+
+    def clear(self, indices: Indices) -> None:
+        """Write zeros to pages, given by ascending numbers. For a few pages here and there this takes less than giving
+        them back does, which every processor that has them mapped must hear of.
+
+        Raises:
+            VmmGoneError, VmmError: as for ``read``.
+        """
+        zeros: Words = np.zeros((min(len(indices), _ZEROS_AT_ONCE), WORDS_PER_PAGE), np.uint64)
+        for begin in range(0, len(indices), _ZEROS_AT_ONCE):
+            some = indices[begin : begin + _ZEROS_AT_ONCE]
+            self.write(some, zeros[: len(some)])
 
     def cut(self, runs: Runs) -> Runs:
         """The same pages in runs of which each lies in one part of the memory, so that ``mapped`` can give it."""
@@ -218,6 +230,9 @@ class MappedMemory(GuestMemory):
 
     def write(self, indices: Indices, words: Words) -> None:
         self.words[indices] = words
+
+    def clear(self, indices: Indices) -> None:
+        self.words[indices] = 0
 
     def write_new(self, start: int, words: Words) -> None:
         """Through the files. On pages that hold nothing yet this is twice as fast as through the mapping: the kernel
@@ -339,11 +354,7 @@ class ProcessMemory(GuestMemory):
 
     def punch(self, runs: Runs) -> None:
         """Write zeros, because another process's pages cannot be taken from it."""
-        zeros: Words = np.zeros((_ZEROS_AT_ONCE, WORDS_PER_PAGE), np.uint64)
-        indices = indices_of(runs)
-        for begin in range(0, len(indices), _ZEROS_AT_ONCE):
-            some = indices[begin : begin + _ZEROS_AT_ONCE]
-            self.write(some, zeros[: len(some)])
+        self.clear(indices_of(runs))
 
     def _places(self, indices: Indices) -> process_memory.Spans:
         """Return the ranges of pages in the VMM, neighbours merged: rows (address, bytes)."""

@@ -9,6 +9,8 @@
 State outside memory leaves and enters as a stream of named parts; how many calls that takes is the driver's affair.
 Memory is one or more regions (``migrated.vmm.memory``), and the dirty log covers all of them
 (``migrated.vmm.dirty_log``). Nothing above this module imports a driver.
+
+The module is longer than others because whoever writes a driver reads it in one piece.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from migrated.base.errors import VmmError
 from migrated.settings.config import Config
@@ -32,6 +34,8 @@ GuestState: TypeAlias = Literal["running", "paused", "incoming"]
 DirtyTracking: TypeAlias = Literal["auto", "pagemap-scan", "logged"]
 Side: TypeAlias = Literal["save", "load"]
 StateBytes: TypeAlias = bytes | bytearray | memoryview
+KVM: Final = "kvm"
+"""The word of ``Driver.offers`` for KVM: a guest under it may use each feature of its host's processors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +146,24 @@ class Throttle(ABC):
 
 
 class OwnershipLock(ABC):
-    """Facet: a lock of the guest's identity, held by the VMM's process exactly while the guest may run."""
+    """Facet: a lock of the guest's identity, held by the VMM's process exactly while the guest may run.
+
+    Attributes:
+        token: the fencing token (``protocol.fencing``) that the lock carries when this host holds it; None where the
+            guest has no owner in a fleet's store, or the store has not shown it. Without one the lock keeps what it
+            carries.
+    """
+
+    token: int | None = None
 
     @abstractmethod
     async def take(self) -> None:
-        """Take the lock, which resuming needs; without effect when it is held."""
+        """Take the lock, which resuming needs, with the token; one that is held stays so. Refused (``VmmError``) when
+        another VMM holds it, or when it carries a newer token."""
+
+    @abstractmethod
+    async def carry(self) -> None:
+        """Let a lock that is held carry the token; without effect when it is not held. Refused as ``take``."""
 
     @abstractmethod
     async def release(self) -> None:
@@ -186,6 +203,11 @@ class VmmGuest(ABC):
         """Return a sentence on everything in this guest that would break the promise of a migration, None when nothing
         does."""
         return None
+
+    async def needs(self) -> frozenset[str]:
+        """Return what this guest needs of a host that not every host with its driver has, in the words of
+        ``Driver.offers``."""
+        return frozenset()
 
     @abstractmethod
     async def memory(self) -> GuestMemory:
@@ -346,6 +368,11 @@ class Driver(ABC):
     def tidy(self, place: Path) -> None:
         """Remove what a guest left behind whose process has ended."""
         place.unlink(missing_ok=True)
+
+    async def offers(self) -> frozenset[str]:
+        """Return what this host has for guests of this driver that not every host has: placement in a fleet sends no
+        guest to a host that lacks what the guest needs."""
+        return frozenset()
 
     @abstractmethod
     async def attach(self, api_socket: Path, timeout_s: float | None) -> VmmGuest:

@@ -9,13 +9,13 @@ import os
 import statistics
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from migrated.kernel.memory import available_bytes
 from migrated.record.parts import Part
 from protocol.guest import PAGE_SIZE
 from scripts.basics import GIB, MIB
-from scripts.bench import rivals, tracking
+from scripts.bench import pages_left, rivals, tracking
 from scripts.bench.pinger import Pinger
 from scripts.bench.result import CPU_SIDES, Case
 from scripts.rig.host import Host
@@ -24,11 +24,14 @@ from scripts.rig.pair import Pair
 from scripts.rig.processes import cpu_s
 from scripts.rig.waiting import until
 
+Meanwhile: TypeAlias = Callable[[str, Host, Host], Awaitable[None]]
+
 CHANNELS: Final = (1, 2, 3)
 SWITCHOVERS: Final = int(os.environ.get("BENCH_SWITCHOVERS", "100"))
 CAP_BYTES_PER_S: Final = 100_000_000
 HOT_PAGES: Final = 20_000
 FINAL_PAGES: Final = 2_000
+PAGES_LEFT_MOVES: Final = 4
 GENEROUS_MS: Final = 5_000
 MOVING_PARTS: Final = frozenset(
     part.label for part in (Part.FINAL_PAGES, Part.DEVICE_SAVES, Part.PAGES_AFTER_SAVES, Part.LAST_PAGES_LEG)
@@ -146,14 +149,32 @@ class Bench:
         for name in self._where:
             await self.stop(name)
 
-    async def move(self, name: str, **parameters: Any) -> dict[str, Any]:
-        """Migrate a guest to the other host. Returns the record."""
+    async def move(self, name: str, meanwhile: Meanwhile | None = None, **parameters: Any) -> dict[str, Any]:
+        """Migrate a guest to the other host. ``meanwhile`` is called with the guest's name and both hosts while it is
+        under way. Returns the record."""
         here = self._where[name]
-        record = await here.migrate(name, self.pair.other(here), **{"downtime_limit": GENEROUS_MS, **parameters})
+        there = self.pair.other(here)
+        migration_id = await here.begin_migration(name, there, **{"downtime_limit": GENEROUS_MS, **parameters})
+        if meanwhile is not None:
+            await meanwhile(name, here, there)
+        record = await here.wait(migration_id)
         if record["outcome"] != "completed":
             raise rivals.RivalError(f"the migration of {name} was {record['outcome']}: {record['reason']}")
-        self._where[name] = self.pair.other(here)
+        self._where[name] = there
         return record
+
+    async def _move_with_pages_left(self, name: str, pages: int) -> tuple[dict[str, Any], dict[str, float]]:
+        """Migrate a guest that has so many scattered pages left to send when it is stopped. A move that had another
+        number is made again, some times. Returns the record, and the processor time that each daemon took (s)."""
+        left: list[int] = []
+        for _ in range(PAGES_LEFT_MOVES):
+            await self.guest(name, self.size_mib, touched="100%", **pages_left.profile(pages))
+            rivals.warm(self.size_mib)
+            record, spent = await self._timed_move(name, meanwhile=pages_left.stop_by_force, **pages_left.PARAMETERS)
+            if pages_left.as_many(record, pages):
+                return record, spent
+            left.append(record["ram"]["downtime_pages"])
+        raise rivals.RivalError(f"{pages} pages should be left when {name} stops; in {len(left)} moves {left} were")
 
     async def drop(self, name: str) -> None:
         """End a guest, checked once more byte for byte."""
@@ -245,18 +266,9 @@ class Bench:
         case.note(moving_s=moving_s(record), daemons_rss_mib=max(peak_rss_mib(host.pid) for host in self.pair.hosts))
 
     async def scattered(self) -> None:
-        """A guest goes on dirtying every 8th page until it is stopped by force; what is dirty then moves into memory
-        that is populated already."""
-        pages = self.size_mib * MIB // PAGE_SIZE
-        rate = self.size_mib * MIB // 4  # all of them are dirty again within half a second
-        await self.guest(
-            "scattered", self.size_mib, touched="100%", workload="stride", stride=8, working_set_pages=pages - 1,
-            dirty_rate=f"{rate}/s",
-        )  # fmt: skip
-        rivals.warm(self.size_mib)
-        record, spent = await self._timed_move(
-            "scattered", downtime_limit=1, timeout_s=2, on_timeout="force", switchover_abort=False
-        )
+        """A tenth of the guest's pages, every 8th, is left when it stops; they move into memory that is populated
+        already."""
+        record, spent = await self._move_with_pages_left("scattered", self.size_mib * MIB // PAGE_SIZE // 10)
         took_ns = sum(part["ns"] for part in record["downtime"]["parts"] if part["name"] in MOVING_PARTS)
         self.case("scattered", "GiB/s").samples.append(record["ram"]["downtime_bytes"] / GIB / (took_ns / 1e9))
         sent_gib = record["ram"]["transferred_bytes"] / GIB
@@ -267,12 +279,7 @@ class Bench:
 
     async def final_round(self) -> None:
         """2,000 scattered pages are left when the guest stops: from the collect to the vote that they are in place."""
-        await self.guest(
-            "final", self.size_mib, workload="stride", stride=8, working_set_pages=8 * FINAL_PAGES,
-            dirty_rate=f"{64 * MIB}/s",
-        )  # fmt: skip
-        rivals.warm(self.size_mib // 2)
-        record = await self.move("final")
+        record, _ = await self._move_with_pages_left("final", FINAL_PAGES)
         parts = {part["name"]: part["ns"] / 1e6 for part in record["downtime"]["parts"]}
         case = self.case("final-round", "ms")
         case.samples.append(sum(ms for name, ms in parts.items() if name in FINAL_PARTS))

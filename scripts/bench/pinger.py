@@ -1,4 +1,4 @@
-"""How fast a daemon answers while it works: a thread that asks it for its version once a millisecond."""
+"""How fast a daemon answers while it works: a thread that asks it for its version again and again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ PING_S: Final = 0.001
 
 
 class Pinger(threading.Thread):
-    """Asks a daemon for its version once a millisecond, until it is stopped."""
+    """Asks a daemon for its version, once a millisecond or more seldom, until it is stopped.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: its control socket.
+        every_s: from an answer to the next question.
+    """
+
+    def __init__(self, path: Path, every_s: float = PING_S) -> None:
         super().__init__(daemon=True)
+        self._every_s = every_s
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(str(path))
         self._replies = self._connection.makefile("rb")
@@ -38,8 +44,8 @@ class Pinger(threading.Thread):
             self._ask("query-version")
             answered = time.perf_counter()
             self.answers_ms.append((answered - begin) * 1e3)
-            time.sleep(PING_S)
-            self.wakes_ms.append((time.perf_counter() - answered - PING_S) * 1e3)
+            time.sleep(self._every_s)
+            self.wakes_ms.append((time.perf_counter() - answered - self._every_s) * 1e3)
 
     def stop(self) -> None:
         """End it."""

@@ -1,16 +1,21 @@
 """A real etcd for tests, demo and proof: members as processes of their own, in a directory that goes with them.
 
-with EtcdCluster(3) as cluster:
-    store = EtcdStore(cluster.endpoints, 5.0)
+    with EtcdCluster(3) as cluster:
+        store = EtcdStore(cluster.endpoints, 5.0)
+
+With an authority members speak TLS only, to each other and to clients, and ask for certificates; with a login, clients
+must be that user, who may read and write below one prefix.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import time
@@ -19,11 +24,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from migrated.fleet.etcd import Login
+from scripts.authority import Authority, HostFiles
 from scripts.rig.started import Started
 from scripts.rig.waiting import RigError
 
 ETCD_PACKAGE: Final = "etcd-server"
 _START_S: Final = 60.0
+_ROOT: Final = Login("root", "root")
+"""The administrator; etcd wants one of this name before it asks for users."""
 
 
 def why_no_etcd() -> str | None:
@@ -48,12 +57,14 @@ class Member:
         peer: URL for the other members.
     """
 
-    def __init__(self, directory: Path, name: str, address: str, enter: Sequence[str]) -> None:
+    def __init__(self, directory: Path, name: str, address: str, enter: Sequence[str], files: HostFiles | None) -> None:
+        scheme = "http" if files is None else "https"
         self.name = name
-        self.endpoint = f"http://{address}:{_free_port('127.0.0.1')}"
-        self.peer = f"http://{address}:{_free_port('127.0.0.1')}"
+        self.endpoint = f"{scheme}://{address}:{_free_port('127.0.0.1')}"
+        self.peer = f"{scheme}://{address}:{_free_port('127.0.0.1')}"
         self._directory = directory
         self._enter = enter
+        self._files = files
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, cluster: str) -> None:
@@ -66,9 +77,32 @@ class Member:
                     "--listen-client-urls", self.endpoint, "--advertise-client-urls", self.endpoint,
                     "--listen-peer-urls", self.peer, "--initial-advertise-peer-urls", self.peer,
                     "--initial-cluster", cluster, "--heartbeat-interval", "100", "--election-timeout", "1000",
+                    *self._tls(),
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+
+    def _tls(self) -> list[str]:
+        if self._files is None:
+            return []
+        found = []
+        for prefix in ("", "peer-"):
+            found += [
+                f"--{prefix}cert-file", str(self._files.certificate), f"--{prefix}key-file", str(self._files.key),
+                f"--{prefix}trusted-ca-file", str(self._files.authority), f"--{prefix}client-cert-auth",
+            ]  # fmt: skip
+        return found
+
+    @property
+    def pid(self) -> int:
+        """Its process.
+
+        Raises:
+            RigError: it does not run.
+        """
+        if self._process is None:
+            raise RigError(f"the member {self.name} of etcd does not run")
+        return self._process.pid
 
     def signal(self, number: int) -> None:
         """Send its process a signal (SIGSTOP, SIGCONT)."""
@@ -85,14 +119,27 @@ class Member:
     def status(self) -> dict[str, Any] | None:
         """Return what the member says of itself, None when it does not answer."""
         try:
-            return self._post("/v3/maintenance/status")
+            return self.ask("/v3/maintenance/status")
         except (OSError, ValueError):
             return None
 
-    def _post(self, path: str) -> dict[str, Any]:
-        request = urllib.request.Request(self.endpoint + path, data=b"{}")
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=2.0) as response:
+    def ask(self, path: str, token: str = "", **wanted: Any) -> dict[str, Any]:
+        """Make a call of the JSON gateway and return its answer.
+
+        Args:
+            token: of a user, where etcd asks for one.
+
+        Raises:
+            OSError, ValueError: there was none, or a refusal.
+        """
+        headers = {"Authorization": token} if token else {}
+        request = urllib.request.Request(self.endpoint + path, data=json.dumps(wanted).encode(), headers=headers)
+        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+        if self._files is not None:
+            context = ssl.create_default_context(cafile=str(self._files.authority))
+            context.load_cert_chain(str(self._files.certificate), str(self._files.key))
+            handlers.append(urllib.request.HTTPSHandler(context=context))
+        with urllib.request.build_opener(*handlers).open(request, timeout=5.0) as response:
             return dict(json.load(response))
 
     def log_tail(self) -> str:
@@ -109,19 +156,30 @@ class EtcdCluster(Started):
         size: how many.
         addresses: an address for each; all on loopback unless given.
         enter: for each the words that enter its network namespace (``ip netns exec NAME``).
+        authority: certifies the members; None for members without TLS.
+        login: the user that clients must be; None where anybody may do anything.
+        prefix: below which that user may read and write.
     """
 
-    def __init__(self, size: int, *, addresses: Sequence[str] = (), enter: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        addresses: Sequence[str] = (),
+        enter: Sequence[Sequence[str]] = (),
+        authority: Authority | None = None,
+        login: Login | None = None,
+        prefix: str = "/migrated/",
+    ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="etcd-"))
-        self.members = [
-            Member(
-                self.directory / f"m{number}",
-                f"m{number}",
-                addresses[number] if addresses else "127.0.0.1",
-                enter[number] if enter else (),
-            )
-            for number in range(size)
-        ]
+        self.members = []
+        for number in range(size):
+            name, address = f"m{number}", addresses[number] if addresses else "127.0.0.1"
+            files = authority.host(name, address, common_name=False) if authority is not None else None
+            place = enter[number] if enter else ()
+            self.members.append(Member(self.directory / name, name, address, place, files))
+        self._login = login
+        self._prefix = prefix
 
     @property
     def endpoints(self) -> list[str]:
@@ -141,10 +199,36 @@ class EtcdCluster(Started):
             if time.monotonic() > deadline:
                 raise RigError("etcd did not start:\n" + "\n".join(member.log_tail() for member in self.members))
             time.sleep(0.05)
+        if self._login is not None:
+            self._ask_for_users(self._login)
+
+    def _ask_for_users(self, login: Login) -> None:
+        """Make the administrator and the user, and let members ask for them from now on."""
+        first = self.members[0]
+        for user in (_ROOT, login):
+            first.ask("/v3/auth/user/add", name=user.user, password=user.password)
+            first.ask("/v3/auth/role/add", name=user.user)
+            first.ask("/v3/auth/user/grant", user=user.user, role=user.user)
+        begin = self._prefix.encode()
+        end = begin[:-1] + bytes([begin[-1] + 1])
+        key, range_end = (base64.b64encode(one).decode() for one in (begin, end))
+        permission = {"permType": "READWRITE", "key": key, "range_end": range_end}
+        first.ask("/v3/auth/role/grant", name=login.user, perm=permission)
+        first.ask("/v3/auth/enable")
 
     def start_member(self, member: Member) -> None:
         """Start one member, for the first time or again."""
         member.start(",".join(f"{one.name}={one.peer}" for one in self.members))
+
+    def read(self, key: str) -> tuple[dict[str, Any], int] | None:
+        """A key's document and the revision at which it was written, None when there is no such key."""
+        first, token = self.members[0], ""
+        if (login := self._login) is not None:
+            token = first.ask("/v3/auth/authenticate", name=login.user, password=login.password)["token"]
+        answer = first.ask("/v3/kv/range", token, key=base64.b64encode(key.encode()).decode())
+        for found in answer.get("kvs", ()):
+            return dict(json.loads(base64.b64decode(found["value"]))), int(found["mod_revision"])
+        return None
 
     def leader(self) -> Member | None:
         """The member that leads, None while there is none."""

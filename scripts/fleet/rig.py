@@ -8,6 +8,7 @@ with Fleet("abc") as fleet:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from migrated.control.client import CommandError, DaemonUnreachableError
+from migrated.fleet.etcd import Login
+from scripts.authority import Authority
 from scripts.fleet.etcd_cluster import EtcdCluster
 from scripts.fleet.network import Switch
 from scripts.rig.host import Host
@@ -25,6 +28,7 @@ from scripts.rig.started import Started
 from scripts.rig.waiting import until
 
 LEASE_S: Final = 2
+_LOGIN: Final = Login("fleet", "of hosts")
 
 
 class Fleet(Started):
@@ -38,6 +42,7 @@ class Fleet(Started):
         fleet: further ``[fleet]`` of all hosts.
         switch: where the hosts stand; on this machine's loopback without it. Members of etcd stand with the first
             hosts then.
+        secure: an etcd of its own speaks TLS, and asks hosts for a certificate and a user.
         sections: further configuration of all hosts, section by section.
     """
 
@@ -50,11 +55,14 @@ class Fleet(Started):
         prefix: str = "/migrated/",
         fleet: dict[str, Any] | None = None,
         switch: Switch | None = None,
+        secure: bool = False,
         **sections: dict[str, Any],
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="fleet-"))
-        self.etcd = etcd or _etcd(names, members, switch)
+        authority = Authority(self.directory / "pki") if secure else None
+        self.etcd = etcd or _etcd(names, members, switch, authority, prefix)
         self._own_etcd = etcd is None
+        self._prefix = prefix
         common: dict[str, Any] = {
             "endpoints": self.etcd.endpoints,
             "prefix": prefix,
@@ -66,7 +74,8 @@ class Fleet(Started):
         limits = {**QUICK_LIMITS, **sections.pop("limits", {})}
         self.hosts = {name: self._host(name, switch) for name in names}
         for name, host in self.hosts.items():
-            host.configure(fleet={"name": name, **common}, limits=limits, **sections)
+            access = _access(authority, name) if authority is not None else {}
+            host.configure(fleet={"name": name, **common, **access}, limits=limits, **sections)
 
     def _host(self, name: str, switch: Switch | None) -> Host:
         if switch is None:
@@ -145,6 +154,11 @@ class Fleet(Started):
                     found.setdefault(name, []).append(host.name)
         return found
 
+    async def owner(self, guest: str) -> tuple[str, int] | None:
+        """The owner of a guest by its key, and the revision of that; None when it has none."""
+        found = await asyncio.to_thread(self.etcd.read, f"{self._prefix}owners/{guest}")
+        return None if found is None else (str(found[0]["owner"]), found[1])
+
     def double_runs(self, guest: str) -> list[str]:
         """Every instant at which two processes of a guest ran, by what they wrote themselves."""
         deaths = {pid: at for host in self.hosts.values() for pid, at in host.deaths.items()}
@@ -192,12 +206,29 @@ class Fleet(Started):
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _etcd(names: Sequence[str], members: int, switch: Switch | None) -> EtcdCluster:
+def _access(authority: Authority, host: str) -> dict[str, Any]:
+    """Return the keys of ``[fleet]`` with which a host proves itself to etcd."""
+    password = authority.directory / "password"
+    password.write_text(f"{_LOGIN.password}\n", encoding="utf-8")
+    return {
+        **authority.host(host, common_name=False).section(),
+        "user": _LOGIN.user,
+        "password_file": str(password),
+    }
+
+
+def _etcd(
+    names: Sequence[str], members: int, switch: Switch | None, authority: Authority | None, prefix: str
+) -> EtcdCluster:
+    login = _LOGIN if authority is not None else None
     if switch is None:
-        return EtcdCluster(members)
+        return EtcdCluster(members, authority=authority, login=login, prefix=prefix)
     places = [names[number % len(names)] for number in range(members)]
     return EtcdCluster(
         members,
         addresses=[switch.address(place) for place in places],
         enter=[switch.enter(place) for place in places],
+        authority=authority,
+        login=login,
+        prefix=prefix,
     )

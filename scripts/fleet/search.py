@@ -14,7 +14,7 @@ from typing import NamedTuple
 from migrated.fleet.costs import limit_of, move_cost
 from migrated.fleet.mirror import Mirror, link_of
 from migrated.fleet.model import GuestDocument, HostDocument, JobSpec
-from migrated.fleet.placement import possible_hosts
+from migrated.fleet.placement import PossibleHosts
 
 
 class Option(NamedTuple):
@@ -52,7 +52,7 @@ def best_plan(mirror: Mirror, spec: JobSpec, guests: Sequence[str]) -> Best:
 
 
 def _options(mirror: Mirror, spec: JobSpec, source: HostDocument, guest: GuestDocument) -> Iterator[Option]:
-    hosts, _ = possible_hosts(mirror, guest, spec.host, spec.to)
+    hosts, _ = PossibleHosts(mirror, spec.host, spec.to).of(guest)
     for host in hosts:
         rates = {min(link_of(source) // lanes, link_of(host)) for lanes in range(1, source.max_outbound + 1)}
         for rate in sorted(rates):

@@ -11,7 +11,9 @@ their way to whoever watches. Every transaction of the store, every watch and ev
 from __future__ import annotations
 
 import heapq
+import pickle
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -86,6 +88,9 @@ class Outcome:
         most_inbound, most_outbound: slots in use at once on any host, beside what it allows.
         overcommitted: hosts that were ever promised more memory than they have.
         peak_per_s: calls in the busiest second.
+        events: keys that were written or deleted, each told to the daemons of all hosts.
+        slowest_decision_s: real time of the slowest decision of a worker, which is a plan.
+        question_bytes: the largest part of the mirror that a worker hands to the process that plans.
     """
 
     total_s: float = 0.0
@@ -102,6 +107,9 @@ class Outcome:
     most_outbound: int = 0
     overcommitted: int = 0
     peak_per_s: int = 0
+    events: int = 0
+    slowest_decision_s: float = field(default=0.0, compare=False)
+    question_bytes: int = 0
 
 
 class Fleet:
@@ -126,6 +134,7 @@ class Fleet:
     def run(self) -> Outcome:
         """Empty the hosts. Returns the figures."""
         before = Counter(self.store.calls)
+        self.outcome.events = 0
         hosts = [_host_name(number) for number in range(self._size.emptied)]
         for host in hosts:
             self._start_job(host)
@@ -209,7 +218,12 @@ class Fleet:
         self._woken.discard(job)
         if is_over(self.mirror.states[job]):
             return
+        if not self.mirror.steps[job]:
+            question = pickle.dumps(self.mirror.part(self.mirror.specs[job].host, job))
+            self.outcome.question_bytes = max(self.outcome.question_bytes, len(question))
+        begin = time.perf_counter()
         found = next_work(self.mirror, job, self.now_ns)
+        self.outcome.slowest_decision_s = max(self.outcome.slowest_decision_s, time.perf_counter() - begin)
         if isinstance(found, Work):
             transaction = found.transaction
             self._after(ANSWER_NS // 2, lambda: self._carry_out(job, transaction))
@@ -301,6 +315,7 @@ class Fleet:
     def _check(self, changes: tuple[Change, ...]) -> None:
         """Look at the hosts whose slots have changed."""
         outcome, mirror = self.outcome, self.mirror
+        outcome.events += len(changes)
         for change in changes:
             if change.key.startswith(KEYS.slots):
                 document = mirror.hosts[last_part(change.key)]

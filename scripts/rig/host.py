@@ -17,12 +17,12 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from migrated.control.client import CommandError, ControlClient, DaemonUnreachableError
 from migrated.settings.config import ENV_PREFIX
 from scripts.basics import MIB, ROOT
-from scripts.rig.processes import Footprint, footprint, is_alive
+from scripts.rig.processes import Footprint, anonymous_bytes, footprint, is_alive
 from scripts.rig.waiting import POLL_S, RigError, until
 from vmm_sim.client import VmmClient
 
@@ -67,6 +67,9 @@ class Host:
         namespace, address: the network namespace that the daemon and its guests run in, and the host's address there.
         sections: further configuration, section by section.
     """
+
+    program: ClassVar[tuple[str, ...]] = ("-m", "migrated")
+    """Arguments of the interpreter that start a daemon."""
 
     def __init__(
         self, directory: Path, name: str, *, role: str = "host", namespace: str | None = None,
@@ -160,7 +163,7 @@ class Host:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         with (self.directory / "stderr").open("ab") as stderr:
             self._process = subprocess.Popen(
-                [*self._enter, sys.executable, "-m", "migrated", self.role, "--config", str(path)],
+                [*self._enter, sys.executable, *self.program, self.role, "--config", str(path)],
                 cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
                 start_new_session=True,
             )  # fmt: skip
@@ -199,10 +202,7 @@ class Host:
 
     def anonymous_bytes(self) -> int:
         """Memory of the daemon that is its own, not a guest's."""
-        for line in Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) << 10
-        raise RigError(f"the kernel does not say what memory the daemon of host {self.name} has")
+        return anonymous_bytes(self.pid)
 
     # Section: its log
 

@@ -32,6 +32,18 @@ def footprint(pid: int) -> Footprint:
     return Footprint(kinds, mapped, len(os.listdir(f"/proc/{pid}/task")))
 
 
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process that is its own, not mapped from a file or a guest (RssAnon).
+
+    Raises:
+        OSError: there is no such process, or the kernel does not tell.
+    """
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise OSError(f"the kernel does not say what memory process {pid} has")
+
+
 def cpu_s(pid: int) -> float:
     """Processor time that a process has used, user and system, in steps of a clock tick (10 ms)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -6,6 +6,8 @@ on TCP, or on unix sockets.
 
 It reads frame headers, so a fault can be placed at "the first COMMIT" and hit exactly that. It runs in a thread with an
 event loop of its own: what the test does meanwhile cannot change its timing.
+
+The module is longer than others because every kind of harm acts on the same flows.
 """
 
 from __future__ import annotations

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from migrated.control.client import CommandError
+from migrated.member.leftovers import BOOT_ID, boot_id
 from scripts.fleet.etcd_cluster import why_no_etcd
 from scripts.fleet.rig import Fleet
 from scripts.rig.waiting import until
+from vmm_sim.errors import VmmError
 
 pytestmark = pytest.mark.skipif(why_no_etcd() is not None, reason=why_no_etcd() or "")
 
@@ -21,9 +24,16 @@ GUESTS = 3
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Fleet]:
-    """Three hosts that the tests of the module share; a test that kills a daemon starts it again."""
-    with Fleet("abc") as fleet:
+def locks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the guests' locks lie."""
+    return tmp_path_factory.mktemp("locks")
+
+
+@pytest.fixture(scope="module")
+def shared(locks: Path) -> Iterator[Fleet]:
+    """Three hosts that the tests of the module share; a test that kills a daemon starts it again. Their etcd asks for
+    certificates and a user, and their guests' locks lie where all of them see them."""
+    with Fleet("abc", secure=True, lock={"directory": str(locks)}) as fleet:
         yield fleet
 
 
@@ -139,6 +149,52 @@ async def test_etcd_may_be_away_while_guests_move(fleet: Fleet) -> None:
     done = await fleet.wait("b", job)
     assert done["phase"] == "done"
     await assert_moved(fleet, names, "bc")
+
+
+async def test_the_lock_of_a_guest_carries_the_revision_of_its_owner(fleet: Fleet, locks: Path) -> None:
+    """Wherever the guest goes; a host that comes with an older one, as one that was cut off would, does not get it."""
+    (name,) = await make_guests(fleet, "a", 1)
+    path = locks / f"{(await fleet['a'].guest(name))['uuid']}.lock"
+
+    async def carried(host: str) -> int:
+        async def same() -> int | None:
+            token = int(path.read_bytes() or b"0")
+            return token if await fleet.owner(name) == (host, token) else None
+
+        return await until(f"the token of {host} in the lock", same)
+
+    before = await carried("a")
+    assert (await fleet["a"].migrate(name, fleet["b"]))["outcome"] == "completed"
+    assert await carried("b") > before
+    vmm = await fleet["b"].vmm(name)
+    await vmm.call("pause")
+    await vmm.call("unlock")
+    with pytest.raises(VmmError, match="given to another host since"):
+        await vmm.call("lock", token=before)
+    await vmm.call("lock")
+    await vmm.call("resume")
+    await vmm.close()
+
+
+async def test_guests_of_a_host_that_was_booted_anew_start_elsewhere(fleet: Fleet) -> None:
+    """Their processes ended with the host: nobody has to fence it."""
+    await make_guests(fleet, "c", 1)
+    boot = fleet["c"].directory / "state" / BOOT_ID
+    assert boot.read_text(encoding="ascii").strip() == boot_id()
+    fleet["c"].kill()
+    fleet["c"].kill_vmm("g0")
+    boot.write_text("another boot\n", encoding="ascii")
+    fleet.start_host(fleet["c"])
+
+    async def free() -> bool:
+        return await fleet.owner("g0") is None
+
+    async def noted() -> bool:
+        return boot.read_text(encoding="ascii").strip() == boot_id()
+
+    await until("the guest without an owner", free)
+    await fleet["a"].create_guest("g0", 32)
+    await until("the boot noted", noted)
 
 
 async def _says_away(fleet: Fleet) -> bool:

@@ -55,9 +55,9 @@ def test_a_state_is_whole_when_all_its_pieces_are_there() -> None:
 def test_a_promise_takes_no_memory() -> None:
     states = ArrivingStates(DEVICES)
     before_kib = _resident_kib()
-    for order in range(16):
+    for order in range(12):
         states.place(piece(order, name=f"d{order}", kind="non-iterable", total_bytes=16 * MIB), 1)
-    assert _resident_kib() - before_kib < 8 << 10, "256 MiB were promised"
+    assert _resident_kib() - before_kib < 8 << 10, "192 MiB were promised"
 
 
 def _resident_kib() -> int:
@@ -67,7 +67,7 @@ def _resident_kib() -> int:
 
 def test_what_waits_to_be_loaded_is_bounded_and_becomes_free_by_loading() -> None:
     states = ArrivingStates(DEVICES)
-    bound = 2 * 64 * MIB + 256 * MIB
+    bound = 2 * 64 * MIB + 64 * MIB
     waiting = [states.place(piece(order, total_bytes=16 * MIB), 1)[0] for order in range(bound // (16 * MIB))]
     one_more = piece(len(waiting), total_bytes=16 * MIB)
     with pytest.raises(RemoteProtocolError, match="wait to be loaded") as refused:

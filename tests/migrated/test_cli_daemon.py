@@ -51,6 +51,32 @@ def test_each_role_starts_with_its_configuration(role: str, tmp_path: Path, monk
     assert len(started) == 1
 
 
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        ('[vmm]\ndirectory = "{0}/file/guests"', "{0}/file/guests cannot be used: Not a directory"),
+        ('[lock]\ndirectory = "{0}/file/locks"', "{0}/file/locks cannot be used: Not a directory"),
+        ("", "the run marks {0}/state/run-marks cannot be opened: Is a directory"),
+    ],
+)
+def test_a_file_that_a_daemon_cannot_use_is_one_sentence(short_directory: Path, section: str, sentence: str) -> None:
+    (short_directory / "file").touch()
+    if not section:
+        (short_directory / "state" / "run-marks").mkdir(parents=True)
+    file = short_directory / "x.toml"
+    file.write_text(
+        f'[control]\nsocket = "{short_directory}/c.sock"\n[state]\ndirectory = "{short_directory}/state"\n'
+        f"{section.format(short_directory)}\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "migrated", "source", "--config", str(file)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert sentence.format(short_directory) in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 def test_python_dash_m() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "migrated", "--help"], capture_output=True, text=True, timeout=60, check=True

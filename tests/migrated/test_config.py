@@ -104,6 +104,18 @@ def test_what_does_not_go_together_is_told(file: Path) -> None:
     assert line.endswith("limits: heartbeat_timeout_s must be at least twice heartbeat_interval_s")
 
 
+def test_a_host_of_a_fleet_says_where_it_is_reached(file: Path) -> None:
+    fleet = '[fleet]\nendpoints = ["http://127.0.0.1:2379"]\n'
+    (line,) = problems(file, fleet + '[listen]\naddress = "0.0.0.0:4460"')
+    assert line.endswith(
+        "[fleet] address must say where other hosts reach this one: 0.0.0.0:4460 stands for all of its addresses"
+    )
+    (line,) = problems(file, fleet + 'address = "192.0.2.1:0"')
+    assert line.endswith("address needs the port that other hosts connect to")
+    file.write_text(fleet + 'address = "192.0.2.1:4460"\n[listen]\naddress = "[::]:4460"')
+    assert load_config(file, {}).fleet.address == ("192.0.2.1", 4460)
+
+
 def test_a_socket_path_that_the_kernel_would_cut_is_told(file: Path) -> None:
     lines = problems(file, f'[control]\nsocket = "/{"x" * 110}"\n[vmm]\ndirectory = "/{"y" * 90}"')
     assert [line.split(": ")[1] for line in lines] == ["control.socket", "vmm"]

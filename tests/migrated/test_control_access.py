@@ -16,7 +16,7 @@ import pytest
 
 from migrated.control.access import Access, AccessError, Peer
 from migrated.control.client import CommandError, ControlClient
-from migrated.control.server import MAX_CLIENTS
+from migrated.control.server import MAX_CLIENTS, MAX_READERS
 from tests.tiny_vmm.hosts import TinyHost
 
 OPERATORS, READERS, NOBODY = 54321, 54322, 65534
@@ -36,6 +36,21 @@ for command in sys.argv[4:]:
     stream.write(json.dumps({"execute": command}) + "\\n")
     stream.flush()
     print(stream.readline().strip())
+"""
+
+CROWD = """
+import os, socket, sys
+user, group = int(sys.argv[2]), int(sys.argv[3])
+os.setgroups([group])
+os.setgid(user)
+os.setuid(user)
+crowd = []
+for _ in range(int(sys.argv[4])):
+    crowd.append(socket.socket(socket.AF_UNIX))
+    crowd[-1].connect(sys.argv[1])
+    said = crowd[-1].makefile().readline()
+print(said.strip(), flush=True)
+sys.stdin.read()
 """
 
 
@@ -64,11 +79,33 @@ class TestGroups:
 
     async def test_a_reader_may_look_and_is_refused_the_rest(self, guarded: TinyHost) -> None:
         await guarded.add_guest("g1")
-        commands = ("qmp_capabilities", "x-migrated-guest-list", "stop", "quit", "x-migrated-estimate")
+        commands = (
+            "qmp_capabilities",
+            "x-migrated-guest-list",
+            "stop",
+            "quit",
+            "x-migrated-estimate",
+            "x-migrated-guest-verify",
+        )
         _, _, listed, *refused = await ask_as(guarded.socket, [READERS], *commands)
         assert [guest["name"] for guest in listed["return"]] == ["g1"]
         assert all("is for operators" in reply["error"]["desc"] for reply in refused)
         assert not guarded.operations.stopping.is_set()
+
+    async def test_readers_leave_places_to_operators(self, guarded: TinyHost) -> None:
+        """Whoever may only look could keep everybody else out by connecting often enough."""
+        arguments = [sys.executable, "-c", CROWD, str(guarded.socket), str(NOBODY), str(READERS), str(MAX_CLIENTS)]
+        crowd = await asyncio.create_subprocess_exec(
+            *arguments, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            assert crowd.stdout is not None
+            said = json.loads(await asyncio.wait_for(crowd.stdout.readline(), ANSWER_S))
+            assert f"{MAX_READERS} clients that may only look" in said["error"]["desc"]
+            async with await ControlClient.connect(guarded.socket) as client:
+                assert await client.command("x-migrated-guest-list") == []
+        finally:
+            await crowd.communicate(b"")  # its end of input
 
     async def test_an_operator_may_do_everything(self, guarded: TinyHost) -> None:
         *_, reply = await ask_as(guarded.socket, [READERS, OPERATORS], "qmp_capabilities", "quit")
@@ -155,3 +192,34 @@ async def test_a_full_disk_is_a_sentence_and_no_traceback(
     async with await ControlClient.connect(control_socket) as client:
         with pytest.raises(CommandError, match=r"No space left on device at /run/guests/g1\.log; look at disk space"):
             await client.command("x-migrated-guest-create", {"guest": "g1", "memory-bytes": 1 << 24})
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "sentence"),
+    [
+        (
+            "x-migrated-replace",
+            {"guest": "g1", "vmm": ["vmm\0sim"]},
+            "Parameter 'vmm' holds a character that no text has",
+        ),
+        ("migrate", {"uri": "\ud800"}, "Parameter 'uri' holds a character that no text has"),
+        (
+            "migrate",
+            {"channels": [{"channel-type": "main", "addr": {"transport": "socket", "type": "unix", "path": "/\0"}}]},
+            "Parameter 'channels' holds a character that no text has",
+        ),
+        (
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": [], "state": True}]},
+            "Invalid parameter type for 'capability', expected: string",
+        ),
+        ("x-migrated-history-stats", {"last": (1 << 64) - 1}, "Parameter 'last' cannot be used"),
+    ],
+)
+async def test_an_argument_that_nothing_can_be_done_with_is_no_fault_of_the_daemon(
+    control_socket: Path, command: str, arguments: dict[str, Any], sentence: str
+) -> None:
+    async with await ControlClient.connect(control_socket) as client:
+        with pytest.raises(CommandError) as refusal:
+            await client.command(command, arguments)
+    assert str(refusal.value).startswith(sentence)

@@ -303,10 +303,11 @@ async def test_guests_are_created_from_checked_arguments(daemon: TinyHost, contr
             {"options": {"api-socket": "/tmp/x.sock"}},
             {"options": {"lock-directory": "/tmp"}},
             {"options": {"set=x --name": "another"}},
-            {"options": {"set": "a\0b"}},
         ):
             reply = await client.ask("x-migrated-guest-create", arguments | wrong)
             assert reply["error"]["desc"].startswith("The guest cannot be created: ")
+        reply = await client.ask("x-migrated-guest-create", arguments | {"options": {"set": "a\0b"}})
+        assert reply["error"]["desc"] == "Parameter 'options' holds a character that no text has"
         assert [guest["name"] for guest in await daemon.operations.guest_list()] == ["g1"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from migrated.fleet.mirror import Mirror
 from migrated.fleet.model import Fence, HostDocument, JobState, JobStep, StepState
 from migrated.fleet.store import Entry
-from migrated.member.facts import forecast, guest_document, link_bytes_per_s
+from migrated.member.facts import forecast, guest_document, link_bytes_per_s, usual_forecast
 from migrated.member.local import LocalGuest
 from migrated.member.views import hosts_view, job_view
 from migrated.prediction.knowledge import Knowledge
@@ -46,12 +46,27 @@ def attempt(rate: float, begin_s: int, *, capped: bool = False) -> Record:
     [
         ([], 0),
         ([attempt(100 * MIB, 0)], 100 * MIB),
-        ([attempt(100 * MIB, 0), attempt(60 * MIB, 60)], 60 * MIB),
+        ([attempt(100 * MIB, 0), attempt(60 * MIB, 60)], 100 * MIB),
+        ([attempt(100 * MIB, 0), *(attempt(60 * MIB, at) for at in (60, 80, 100, 120))], 60 * MIB),
         ([attempt(100 * MIB, 0), attempt(50 * MIB, 60, capped=True)], 100 * MIB),
         ([attempt(40 * MIB, 0), attempt(50 * MIB, 60, capped=True)], 50 * MIB),
-        ([attempt(40 * MIB, 0), attempt(50 * MIB, 2)], 90 * MIB),
+        ([attempt(200 * MIB, 0, capped=True)], 200 * MIB),
+        ([attempt(40 * MIB, 0, capped=True)], 0),
+        ([attempt(40 * MIB, 0), attempt(50 * MIB, 0)], 90 * MIB),
+        ([attempt(40 * MIB, 0), attempt(50 * MIB, 2)], 50 * MIB),
     ],
-    ids=["nothing", "one", "the newest counts", "a cap is no limit of the link", "a cap shows more", "together"],
+    ids=[
+        "nothing",
+        "one",
+        "a busy host shows less",
+        "the newest count",
+        "a cap is no limit of the link",
+        "a cap shows more",
+        "a fast cap alone",
+        "a cap alone shows nothing",
+        "together",
+        "one after the other",
+    ],
 )
 def test_the_speed_of_a_link_is_what_migrations_have_shown(oldest_first: list[Record], expected: int) -> None:
     assert link_bytes_per_s(oldest_first[::-1]) == expected
@@ -65,11 +80,21 @@ def test_a_forecast_is_the_last_migration() -> None:
     assert forecast(attempt(100 * MIB, 0).model_copy(update={"outcome": "refused"})) is None
 
 
+def test_the_usual_costs_are_those_in_the_middle_of_the_last_migrations() -> None:
+    assert usual_forecast([]) is None
+    attempts = [attempt(100 * MIB, 0).model_copy(update={"setup_ns": setup_ns}) for setup_ns in (S, 9 * S, 2 * S)]
+    usual = usual_forecast([*attempts, attempt(MIB, 0).model_copy(update={"outcome": "refused"})])
+    assert usual is not None
+    assert (usual.setup_ns, usual.data_bytes, usual.dirty) == (2 * S, 0, ())
+
+
 def test_a_guest_is_described_with_its_group_and_what_its_vmm_may_use() -> None:
-    qemu = guest_document(LocalGuest("db-1", "qemu", GIB, False), 300 * MS, None, ["web-*", "db-*"], ("avx2",))
+    needs = frozenset({"kvm", "qemu machine q35"})
+    qemu = guest_document(LocalGuest("db-1", "qemu", GIB, False), 300 * MS, None, ["web-*", "db-*"], needs, ("avx2",))
     assert (qemu.group, qemu.cpu_features, qemu.forecast) == ("db-*", ("avx2",), None)
-    sim = guest_document(LocalGuest("x", "sim", GIB, False), 300 * MS, None, ["db-*"], ("avx2",))
-    assert (sim.group, sim.cpu_features) == (None, ())
+    assert set(qemu.devices) == needs
+    emulated = guest_document(LocalGuest("x", "qemu", GIB, False), 300 * MS, None, ["db-*"], frozenset(), ("avx2",))
+    assert (emulated.group, emulated.cpu_features, emulated.devices) == (None, (), ())
 
 
 def seen(hosts: list[HostDocument], **extra: Any) -> dict[str, list[str]]:

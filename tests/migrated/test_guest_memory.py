@@ -98,7 +98,7 @@ def noise(count: int, seed: int) -> Words:
 
 
 pages = st.sets(st.integers(0, PAGES - 1), max_size=PAGES).map(lambda found: np.array(sorted(found), np.int64))
-steps = st.lists(st.tuples(st.sampled_from(["write", "write-new", "punch", "in-place"]), pages), max_size=6)
+steps = st.lists(st.tuples(st.sampled_from(["write", "write-new", "punch", "clear", "in-place"]), pages), max_size=6)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -111,8 +111,11 @@ def test_whatever_is_written_is_read_and_is_among_what_holds_data(
     memory.punch(runs_of(everything))
     for turn, (kind, indices) in enumerate(changes):
         words = noise(len(indices), seed + turn)
-        if kind == "punch":
-            memory.punch(runs_of(indices))
+        if kind in ("punch", "clear"):
+            if kind == "punch":
+                memory.punch(runs_of(indices))
+            else:
+                memory.clear(indices)
             truth[indices] = 0
             continue
         truth[indices] = words
@@ -145,7 +148,7 @@ def test_pages_that_were_never_touched_hold_no_data(memory: GuestMemory) -> None
 
 def test_memory_that_is_cleared_is_zero_whatever_was_there(memory: GuestMemory) -> None:
     memory.write(np.array([2, 3, 39, 40, 63]), noise(5, 1))
-    memory.clear()
+    memory.make_zero()
     whole: Words = np.empty((PAGES, WORDS_PER_PAGE), np.uint64)
     memory.read(np.arange(PAGES), whole)
     assert not whole.any()

@@ -75,6 +75,15 @@ async def test_a_stale_socket_is_removed_and_its_name_is_free(short_directory: P
         await registry.destroy(await registry.create(G1))
 
 
+async def test_a_guest_that_is_called_otherwise_than_its_place_is_ended(guests: GuestRegistry) -> None:
+    """An option of the simulated VMM could give it the name of another guest here."""
+    request = GuestRequest("g1", 16 << 20, options={"set": "name=g2"})
+    with pytest.raises(VmmError, match="calls its guest 'g2'"):
+        await guests.create(request, "sim")
+    assert guests.all() == []
+    assert not guests.holds("g1")
+
+
 async def test_of_two_who_want_a_name_one_gets_it(guests: GuestRegistry) -> None:
     answers = await asyncio.gather(guests.create(G1), guests.create(G1), return_exceptions=True)
     (refused,) = [answer for answer in answers if isinstance(answer, BaseException)]

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
+import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+from migrated.state.history import History
 from migrated.state.journal import KEPT_ATTEMPTS, Journal, JournalError
+from migrated.state.learned import keep_resume_costs
+from migrated.state.run_marks import RunMarks
 from protocol.handover import Decision
+from scripts.basics import ROOT
+from scripts.rig.waiting import until
 
 LINE_BYTES = len(b'0badcafe {"migration_id":"m1","role":"source","decision":"commit"}\n')
 FACTS = {"peer": "127.0.0.1:4460", "paused": False}
@@ -174,6 +183,48 @@ def test_the_rewrite_drops_only_the_oldest_closed_attempts(tmp_path: Path) -> No
         assert journal.next_epoch("g1", known=0) == count + 1
 
 
+async def test_a_journal_that_keeps_as_much_as_it_may_is_not_rewritten_with_every_attempt(tmp_path: Path) -> None:
+    """2000 incoming attempts are 10,000 lines by themselves: each further one rewrote them all."""
+
+    def take_in(number: int) -> None:
+        journal.begin(f"m{number}", number + 1, "g1", "destination", FACTS)
+        for decision in (Decision.READY, Decision.COMMIT, Decision.RUNNING):
+            journal.decide(f"m{number}", "destination", decision)
+        journal.close_attempt(f"m{number}", "destination")
+
+    async def rewritten() -> bool:
+        return (tmp_path / "journal").stat().st_ino != first
+
+    with opened(tmp_path) as journal:
+        first = (tmp_path / "journal").stat().st_ino
+        for number in range(KEPT_ATTEMPTS + 20):
+            take_in(number)
+        await until("the journal rewritten", rewritten)
+        inode = (tmp_path / "journal").stat().st_ino
+        for number in range(KEPT_ATTEMPTS + 20, KEPT_ATTEMPTS + 40):
+            take_in(number)
+        await asyncio.sleep(0.3)
+        assert (tmp_path / "journal").stat().st_ino == inode
+    with opened(tmp_path) as journal:
+        attempt = journal.attempt(f"m{KEPT_ATTEMPTS + 39}", "destination")
+        assert attempt is not None
+        assert attempt.closed
+        assert attempt.decisions == [Decision.READY, Decision.COMMIT, Decision.RUNNING]
+
+
+def test_what_the_daemon_keeps_is_for_its_user_and_group(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        for _ in range(2):  # anew, and after a restart
+            with opened(tmp_path), closing(History(tmp_path)), closing(RunMarks(tmp_path)):
+                keep_resume_costs(tmp_path, {})
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) >= 5
+    assert set(modes.values()) == {0o640}, modes
+
+
 def test_a_rewrite_that_was_killed_half_way_costs_nothing(tmp_path: Path) -> None:
     with opened(tmp_path) as journal:
         begin(journal)
@@ -215,3 +266,13 @@ async def test_decisions_that_come_together_are_flushed_once(tmp_path: Path, mon
         async with asyncio.timeout(20):
             await flushed.wait()
         assert count == 1
+
+
+def test_no_decision_is_lost_by_a_kill_at_any_call_while_the_journal_is_rewritten() -> None:
+    """In processes of its own, which fork without threads."""
+    command = [sys.executable, "-m", "scripts.journal_kills", "--attempts", "6"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    counts = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert counts["kills"] > 30
+    assert counts["rewrites"] > 1, "the first is that of its opening"

@@ -19,7 +19,7 @@ import structlog
 from migrated.base.errors import LinkLostError, RefusedError
 from migrated.link import sockets
 from migrated.link.data import DataChannel
-from migrated.link.security import LinkSecurity, PlainRefusedError, is_loopback
+from migrated.link.security import THIS_HOST, LinkSecurity, PlainRefusedError, is_loopback
 from migrated.link.sockets import Connection
 from migrated.link.tls import Credentials, CredentialsError
 from migrated.settings.config import AuthorisationConfig, TlsConfig
@@ -167,6 +167,45 @@ async def test_a_handshake_that_must_fail_says_why_on_both_sides(
     assert mismatch.server_says in line["reason"]
 
 
+@pytest.mark.parametrize("who", ["client", "server"])
+async def test_a_revoked_certificate_is_refused_and_a_list_that_ran_out_lets_nobody_in(
+    pki: Authority, tmp_path: Path, who: str
+) -> None:
+    ends = {"client": pki.host("a.example", "127.0.0.1"), "server": pki.host("b.example", "127.0.0.1")}
+    other = "server" if who == "client" else "client"
+    names = {"client": "a.example", "server": "b.example"}
+
+    def securities(revoked: Path) -> dict[str, LinkSecurity]:
+        """The other end has the list."""
+        sections = {end: files.section() for end, files in ends.items()}
+        sections[other]["revoked"] = str(revoked)
+        return {end: LinkSecurity(TlsConfig(**section), AuthorisationConfig()) for end, section in sections.items()}
+
+    async def said(revoked: Path) -> str:
+        security = securities(revoked)
+        with structlog.testing.capture_logs() as logs:
+            async with listening(security["server"]) as server:
+                with pytest.raises(LinkLostError) as told:
+                    await server.ask(security["client"])
+                await refusal(server)
+        return f"{told.value} {logs}"
+
+    both = await said(pki.revoke(names[who]))
+    assert "its certificate has been revoked" in both
+    assert "it says that our certificate is revoked" in both
+    assert "has run out" in await said(pki.revoke(next_update=past(1)))
+    security = securities(pki.revoke(names[other]))
+    async with listening(security["server"]) as server:
+        assert isinstance(await server.ask(security["client"]), messages.Discarded)
+
+
+def test_a_file_without_a_list_of_revoked_certificates_is_named(pki: Authority, tmp_path: Path) -> None:
+    files = pki.host("a.example", "127.0.0.1")
+    for path in (files.authority, tmp_path / "missing"):
+        with pytest.raises(CredentialsError, match=r"\[tls\] revoked .* cannot be used"):
+            Credentials(files.certificate, files.key, files.authority, path)
+
+
 @pytest.mark.parametrize(
     ("version", "with_certificate", "said"),
     [
@@ -234,6 +273,14 @@ async def test_a_recorded_session_is_worth_nothing(pki: Authority) -> None:
         assert await refusal(server) == "tls"
         assert server.taken.empty()
         writer.close()
+
+
+async def test_no_certificate_makes_a_host_this_one(pki: Authority) -> None:
+    """A peer on this host is known by a name that no rule is asked about."""
+    async with listening(security_of(pki.host("b.example", "127.0.0.1"), names=("c.example",))) as server:
+        with pytest.raises(LinkLostError, match="is a host without a name in its certificate"):
+            await server.ask(security_of(pki.host(*THIS_HOST)))
+        assert await refusal(server) == "authorisation"
 
 
 async def test_names_say_who_is_talked_to_at_all(pki: Authority) -> None:

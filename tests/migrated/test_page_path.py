@@ -10,6 +10,7 @@ import contextlib
 import os
 import pathlib
 import socket
+import threading
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
@@ -393,15 +394,35 @@ async def test_nothing_is_mapped_ahead_once_the_guest_is_stopped() -> None:
         assert mapped_pages(both.destination.guest) == 0
 
 
-async def test_a_page_that_becomes_zero_is_given_back() -> None:
+async def test_pages_that_become_zero_are_given_back_where_they_are_many_in_a_row() -> None:
     async with path(PAGES, 1) as both:
         both.send_with()
         both.source.guest.words[:300] = noise(300, 1)
         await both.round(run(0, 300))
         both.source.guest.words[100:200] = 0
+        both.source.guest.words[210:300:7] = 0
         await both.round(run(0, 300))
         both.assert_equal()
         assert both.destination.backed_pages() == 200
+        both.source.guest.words[100:104] = noise(4, 2)
+        both.source.guest.words[210:214] = noise(4, 3)
+        await both.round(runs_of(np.array([100, 101, 102, 103, 210, 211, 212, 213])))
+        both.assert_equal()
+        assert both.destination.backed_pages() == 204
+
+
+async def test_of_scattered_pages_only_those_travel_that_are_not_zero_to_their_end() -> None:
+    async with path(PAGES, 2) as both:
+        both.send_with()
+        scattered = np.arange(1, PAGES, 3)
+        both.source.guest.words[scattered] = noise(len(scattered), 1)
+        both.source.guest.words[scattered[::5]] = 0
+        both.source.guest.words[scattered[::10], -1] = 7  # only the last word of the page
+        sent, received = await both.round(runs_of(scattered))
+        zero = len(scattered[::5]) - len(scattered[::10])
+        assert (sent.zero_pages, sent.normal_pages) == (zero, len(scattered) - zero)
+        assert (received.zero_pages, received.normal_pages) == (zero, len(scattered) - zero)
+        both.assert_equal()
 
 
 async def test_announced_memory_that_turns_out_zero_is_given_back() -> None:
@@ -509,6 +530,71 @@ def test_whether_the_host_has_shared_huge_pages(tmp_path: Any, monkeypatch: pyte
     ):
         setting.write_text(text)
         assert memory_module.shared_huge_pages() is huge
+
+
+# Section: without threads
+
+
+async def test_a_few_pages_are_sent_without_threads_and_more_of_them_with() -> None:
+    async with path(PAGES) as both:
+        both.send_with()
+        assert both.sender is not None
+        sent_by: set[int | None] = set()
+        send = DataChannel.send
+
+        def noting(channel: DataChannel, *frame: Any, **options: Any) -> int:
+            sent_by.add(threading.get_ident())
+            return send(channel, *frame, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DataChannel, "send", noting)
+            both.source.guest.words[3:6] = noise(3, 1)
+            await both.round(run(3, 3))
+            assert sent_by == {threading.get_ident()}
+            both.assert_equal()
+            sent_by.clear()
+            both.source.guest.words[:100] = noise(100, 2)
+            await both.round(run(0, 100))
+        assert sent_by
+        assert threading.get_ident() not in sent_by
+        both.assert_equal()
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        return near, listener.accept()[0]
+
+
+@pytest.mark.parametrize("pair", [tcp_pair, socket.socketpair])
+def test_room_for_frames_is_room_that_nobody_waits_for(pair: Callable[[], tuple[socket.socket, socket.socket]]) -> None:
+    near, far = pair()
+    try:
+        channel = data_channel(near, 0)
+        at_first_bytes = channel.room_bytes()
+        assert at_first_bytes > 8 * PAGE_SIZE
+        near.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                near.send(bytes(PAGE_SIZE))
+        assert channel.room_bytes() == 0
+        far.setblocking(False)
+        deadline = time.monotonic() + WAIT_S
+        while channel.room_bytes() < at_first_bytes and time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                far.recv(1 << 20)
+        # What it says there is room for goes without waiting: this would raise otherwise.
+        assert channel.room_bytes() == at_first_bytes
+        assert near.send(bytes(at_first_bytes)) == at_first_bytes
+    finally:
+        near.close()
+        far.close()
+
+
+def test_pages_that_take_long_to_encode_are_left_to_threads() -> None:
+    assert BatchEncoder().quick
+    assert BatchEncoder("lz4", cache=DeltaCache(1 << 20)).quick
+    assert not BatchEncoder("zstd", 19).quick
 
 
 # Section: device states
@@ -681,7 +767,7 @@ async def test_no_more_memory_is_announced_than_there_is() -> None:
         assert failure.code is ErrorCode.TOO_LARGE
 
 
-async def test_a_few_bytes_of_zero_pages_take_no_memory_whatever_the_guest_has() -> None:
+async def test_a_few_bytes_of_zero_pages_take_no_more_memory_whatever_the_guest_has() -> None:
     """16 bytes that name all pages of a guest of 256 GiB, one of which holds something."""
     pages = (256 << 30) // PAGE_SIZE
     async with path(pages, 1) as both:
@@ -705,7 +791,7 @@ async def test_a_few_bytes_of_zero_pages_take_no_memory_whatever_the_guest_has()
         assert both.destination_digest.value == 0
         assert received.zero_pages == pages
         assert peak_bytes < 16 << 20
-        assert both.destination.backed_pages() == 0
+        assert both.destination.backed_pages() == 1
 
 
 async def test_a_round_names_each_page_as_zero_about_once() -> None:

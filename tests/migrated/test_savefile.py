@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import random
+import resource
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -387,6 +388,18 @@ async def test_a_cap_holds_and_an_end_is_not_waited_for(tmp_path: Path, memory: 
     with pytest.raises(LinkLostError):
         sink.send(zero)
     writer.abandon()
+
+
+def test_a_note_that_the_disk_takes_half_of_is_not_written(tmp_path: Path) -> None:
+    """The save must not begin: a restarted daemon would not know that its guest stands still."""
+    note = SaveNote("ab", "g1", "/d/.part", "/d/g1", ends_guest=True, was_running=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            SaveNotes(tmp_path).write(note)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_notes_survive_the_daemon_and_a_torn_one_is_none(tmp_path: Path) -> None:

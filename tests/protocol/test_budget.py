@@ -127,5 +127,13 @@ def test_without_drift_the_interval_is_the_two_transits() -> None:
 
 
 def test_clocks_that_disagree_give_the_later_point() -> None:
-    interval = measured_downtime(committed_ns=100, running_ns=120, resumed_after_ns=50, sent_after_ns=60, rho_ppb=0)
+    interval = measured_downtime(committed_ns=100, running_ns=170, resumed_after_ns=50, sent_after_ns=80, rho_ppb=0)
     assert (interval.lower_ns, interval.upper_ns) == (150, 150)
+
+
+@given(ns, ns, st.integers(0, (1 << 63) - 1), st.integers(0, (1 << 63) - 1))
+def test_a_destination_that_lies_moves_the_downtime_only_between_what_the_source_saw(
+    committed: int, exchange: int, resumed_after: int, sent_after: int
+) -> None:
+    interval = measured_downtime(committed, committed + exchange, resumed_after, sent_after)
+    assert committed <= interval.lower_ns <= interval.upper_ns <= committed + exchange

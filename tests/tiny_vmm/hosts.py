@@ -35,6 +35,7 @@ from migrated.settings.config import (
     AuthorisationConfig,
     Config,
     ControlConfig,
+    FleetConfig,
     LimitsConfig,
     StateConfig,
     TlsConfig,
@@ -74,16 +75,20 @@ class TinyHost:
     Args:
         directory: everything of its own is below it; what an earlier host left there is found again.
         access: who may use the control socket.
+        fleet: the fleet that the host belongs to; none unless given.
         limits: further ``[limits]``.
     """
 
-    def __init__(self, directory: Path, access: Access | None = None, **limits: Any) -> None:
+    def __init__(
+        self, directory: Path, access: Access | None = None, fleet: FleetConfig | None = None, **limits: Any
+    ) -> None:
         self.socket = directory / "control.sock"
         config = Config(
             control=ControlConfig(socket=self.socket),
             state=StateConfig(directory=directory / "state"),
             vmm=VmmConfig(directory=directory / "guests", driver="tiny", drivers=(TINY,)),
             limits=LimitsConfig(**({"connect_timeout_s": _LONG_S} | limits)),
+            fleet=fleet or FleetConfig(),
         )
         self.operations = MigrationHost(config, "host", LogCollector())
         self.uri = ""
@@ -99,6 +104,7 @@ class TinyHost:
             await self._control.start()
             await self.operations.start()
             await self._listener.start(Address("127.0.0.1", 0))
+            self.operations.listening(self._listener.address)
         except BaseException:
             await self.__aexit__()
             raise

@@ -24,6 +24,7 @@ from migrated.vmm.qemu.blueprint import Blueprint, unfit
 from migrated.vmm.qemu.costs import SwitchoverCosts
 from migrated.vmm.qemu.definition import CommandLine, load_definition
 from migrated.vmm.qemu.guest import QemuGuest
+from migrated.vmm.qemu.offers import offers
 from migrated.vmm.qemu.places import Place
 from migrated.vmm.qemu.qmp import QUICK_S
 from migrated.vmm.seam import Driver, GuestRequest, Incoming
@@ -61,6 +62,9 @@ class QemuDriver(Driver):
 
     def places(self) -> Sequence[Path]:
         return sorted(self._directory.glob("*.sock"))
+
+    async def offers(self) -> frozenset[str]:
+        return await offers(self.config.qemu.command or _DEFAULT_COMMAND)
 
     def tidy(self, place: Path) -> None:
         places.forget(place)

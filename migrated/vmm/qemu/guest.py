@@ -9,8 +9,7 @@ destination   memory            RAM in a file of ours; video memory and firmware
               state_in          the part, as a migration stream; QEMU stays stopped
               resume            cont: opens the disks, then runs; after that the network is told where it is now
 
-The module is longer than others because every call of the seam stands here, and they go by the same few facts of one
-guest.
+The module is longer than others because all that is asked of one QEMU shares its monitor and its state.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from migrated.vmm.qemu.costs import STEPS, Step, SwitchoverCosts, keys_of
 from migrated.vmm.qemu.findings import Row, refusals
 from migrated.vmm.qemu.handed_over import PrivateView
 from migrated.vmm.qemu.lock import QemuLock
+from migrated.vmm.qemu.offers import words
 from migrated.vmm.qemu.places import Place, PlaceFile
 from migrated.vmm.qemu.qmp import QUICK_S, Qmp, QmpCommandError
 from migrated.vmm.qemu.ram import Ram, find_ram
@@ -205,6 +205,11 @@ class QemuGuest(VmmGuest):
     async def check(self) -> list[Row]:
         """Everything that could break the promise of a migration, each with its verdict."""
         return await check_guest(self._qmp, await find_ram(self._qmp))
+
+    async def needs(self) -> frozenset[str]:
+        machine = await self._qmp.call("qom-get", path="/machine", property="type")
+        kvm = await self._qmp.call("query-kvm")
+        return words(machines=[str(machine).removesuffix("-machine")], kvm=bool(kvm["enabled"]))
 
     async def why_not_migrate(self) -> str | None:
         return refusals(await self.check())

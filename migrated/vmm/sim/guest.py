@@ -92,7 +92,11 @@ class _Lock(OwnershipLock):
         self._calls = calls
 
     async def take(self) -> None:
-        await self._calls.call("lock")
+        await self._calls.call("lock", **({} if self.token is None else {"token": self.token}))
+
+    async def carry(self) -> None:
+        if self.token is not None:
+            await self._calls.call("fence", token=self.token)
 
     async def release(self) -> None:
         await self._calls.call("unlock")

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
 
+import aiohttp
 import pytest
 
 from migrated.fleet.etcd import EtcdStore
@@ -29,6 +30,20 @@ def closed() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+class Stranger:
+    """Something that answers every request with 200 and the same document, and is not etcd."""
+
+    def __init__(self, document: bytes) -> None:
+        self.endpoint = ""
+        self._answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(document), document)
+
+    async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+            await reader.readexactly(length)
+            writer.write(self._answer)
 
 
 class Mute:
@@ -97,5 +112,60 @@ async def test_a_call_that_nobody_answers_ends_in_time(closed: str, mute: Mute) 
                 await store.get("/e/a")
             with pytest.raises(NoAnswerError):
                 await anext(store.watch("/e/", 1))
+    finally:
+        await store.close()
+
+
+@pytest.mark.parametrize(
+    "document", [b"{}", b'{"result": []}', b'{"header": {"revision": "x"}, "kvs": [{}]}', b'{"ID": []}']
+)
+async def test_what_is_not_etcd_is_no_answer_and_never_an_empty_store(document: bytes) -> None:
+    """Above all not to the question who owns a guest."""
+    stranger = Stranger(document)
+    listener = await asyncio.start_server(stranger.take, "127.0.0.1", 0)
+    store = EtcdStore([f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"], TIMEOUT_S)
+    write = Transaction((Missing("/e/a"),), (Put("/e/a", b"1"),))
+    watch = store.watch("/e/", 1)
+    try:
+        for call in (
+            store.get("/e/a"), store.range("/e/"), store.transact(write), store.grant(5), store.keep_alive(5),
+            anext(watch),
+        ):  # fmt: skip
+            with pytest.raises(NoAnswerError):
+                await call
+    finally:
+        await store.close()
+        listener.close()
+
+
+async def test_calls_that_fail_at_once_go_on_at_the_same_endpoint(etcd: str, mute: Mute) -> None:
+    """Each of them moved on by one, which led back to the endpoint that is away."""
+    store = EtcdStore([mute.endpoint, etcd], 1.0)
+    try:
+        await asyncio.gather(store.get("/e/none"), store.get("/e/none"))
+        assert await put(store, "/e/b", b"1")
+    finally:
+        await store.close()
+    store = EtcdStore([mute.endpoint, etcd], 30.0)
+    try:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):  # as a hand-over asks, which has no more time
+                await put(store, "/e/b", b"2")
+        assert await put(store, "/e/b", b"3")
+    finally:
+        await store.close()
+
+
+async def test_a_key_that_is_no_text_hides_no_other(etcd: str) -> None:
+    store = EtcdStore([etcd], TIMEOUT_S)
+    raw = {"key": "L2Uv/w==", "value": "MQ=="}  # b"/e/\xff"
+    try:
+        revision = await put(store, "/e/a", b"1")
+        async with aiohttp.ClientSession() as session, session.post(f"{etcd}/v3/kv/put", json=raw) as answer:
+            assert answer.status == 200
+        assert "/e/a" in [entry.key for entry in (await store.range("/e/")).entries]
+        watch = store.watch("/e/", revision)
+        assert [change.key for _ in range(2) for change in await anext(watch)] == ["/e/a", "/e/\\xff"]
+        await watch.aclose()
     finally:
         await store.close()

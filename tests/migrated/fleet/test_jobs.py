@@ -181,6 +181,20 @@ def test_a_failed_guest_is_tried_elsewhere_after_a_back_off() -> None:
     assert fleet.phase() is JobPhase.DONE
 
 
+def test_a_clock_that_is_set_back_holds_no_guest_up() -> None:
+    """The worker that began the back-off had a clock that was a day ahead; no back-off is that long."""
+    day_ns = 86_400 * S
+    fleet = Fleet([host("a"), host("b"), host("c")], guests=1)
+    fleet.start()
+    fleet.work()
+    fleet.begin()
+    fleet.now_ns = day_ns
+    fleet.end("g0", StepEvent.FAILED, "the link was lost")
+    fleet.now_ns = S
+    fleet.run()
+    assert fleet.phase() is JobPhase.DONE
+
+
 def test_a_guest_that_fails_everywhere_is_listed_with_its_reason_and_others_go_on() -> None:
     fleet = Fleet([host("a"), host("b")], guests=2)
     fleet.start(max_attempts=2)

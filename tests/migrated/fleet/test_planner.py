@@ -10,9 +10,10 @@ import pytest
 
 from migrated.fleet.costs import move_cost
 from migrated.fleet.mirror import Mirror, link_of
-from migrated.fleet.model import Cordon, Fence, HostSlots, JobSpec, Reservation
+from migrated.fleet.model import Cordon, Fence, Forecast, HostSlots, JobSpec, JobStep, Ownership, Reservation
 from migrated.fleet.planner import Plan, plan
 from migrated.fleet.store import Entry
+from migrated.fleet.worker import choose_host
 from scripts.fleet.search import best_plan
 from tests.migrated.fleet.fleets import GIB, KEYS, MIB, MS, S, guest, host, mirror_of, spec
 
@@ -76,7 +77,7 @@ def test_the_limit_of_a_job_counts_where_it_is_lower() -> None:
     ("there", "needs", "says"),
     [
         ({"memory_bytes": 2 * GIB}, {}, "1 with less than 4GiB free"),
-        ({}, {"devices": ("gpu0",)}, "1 without the device gpu0"),
+        ({}, {"devices": ("gpu0",)}, "1 without gpu0"),
         ({"cpu_features": ("avx2",)}, {"cpu_features": ("avx2", "amx")}, "1 without the processor feature amx"),
         ({}, {"vmm": "qemu"}, "1 without the driver qemu"),
         ({"max_inbound": 0}, {}, "1 set to take none"),
@@ -165,3 +166,41 @@ def test_a_plan_is_near_the_best_that_exists(seed: int) -> None:
     else:
         assert not made.refusals
         assert made.total_ns <= 1.25 * best.total_ns, f"{made.total_ns / best.total_ns:.2f} of the best"
+
+
+def test_a_guest_that_no_share_helps_takes_no_more_than_its_lane() -> None:
+    """Its devices alone are over the limit: a wider share would only hold up the others."""
+    stuck = [guest(f"stuck{number}", forecast=Forecast(data_bytes=GIB, fixed_ns=400 * MS)) for number in range(4)]
+    mirror = mirror_of([host("a"), host("b"), host("c")], stuck)
+    made = plan(mirror, spec())
+    assert all(move.doubt for move in made.moves)
+    assert {move.bytes_per_s for move in made.moves} == {GIB // 2}
+
+
+def test_the_part_of_a_mirror_that_another_process_gets_makes_the_same_plan() -> None:
+    guests = [guest(f"g{number}", group="db" if number % 2 else None) for number in range(6)]
+    mirror = mirror_of([host("a"), host("b", used_bytes=GIB), host("c")], guests)
+    others = [guest("elsewhere"), guest("of-the-group", group="db")]
+    for number, other in enumerate(others, 100):
+        mirror.put(Entry(KEYS.guest(other.name), other.to_bytes(), number))
+        mirror.put(Entry(KEYS.owner(other.name), Ownership(owner="c", epoch=1).to_bytes(), number))
+    part = mirror.part("a")
+    assert set(part.guests) == {"of-the-group", *(one.name for one in guests)}
+    assert part.unchanged(KEYS.owner("g1")) == mirror.unchanged(KEYS.owner("g1"))
+    assert plan(part, spec()) == plan(mirror, spec())
+
+
+def test_a_share_is_settled_by_what_is_known_of_the_link_when_it_is_promised() -> None:
+    """The link was measured anew since the plan: half of it is half of what it is now, and a little less of what is
+    left will do."""
+    mirror = mirror_of([host("a", link_bytes_per_s=100 * MIB), host("b"), host("c")], [guest("g0"), guest("g1")])
+    step = JobStep(guest="g1", source="a", destination="b", memory_bytes=4 * GIB, lanes=2, bytes_per_s=GIB)
+    assert choose_host(mirror, spec(), step) == (mirror.hosts["b"], 50 * MIB)
+    held = Reservation(guest="g0", job="j1", peer="c", memory_bytes=GIB, bytes_per_s=52 * MIB, attempt=1)
+    mirror.put(Entry(KEYS.slots_of("a"), HostSlots(outbound=(held,)).to_bytes(), 100))
+    assert choose_host(mirror, spec(), step) == (mirror.hosts["b"], 48 * MIB)
+    held = held.model_copy(update={"bytes_per_s": 90 * MIB})
+    mirror.put(Entry(KEYS.slots_of("a"), HostSlots(outbound=(held,)).to_bytes(), 101))
+    assert choose_host(mirror, spec(), step) is None
+    mirror.put(Entry(KEYS.slots_of("a"), HostSlots(inbound=(held,)).to_bytes(), 102))
+    assert choose_host(mirror, spec(), step) == (mirror.hosts["b"], 50 * MIB), "the other direction is free"

@@ -67,3 +67,24 @@ async def test_qemu_holds_it_when_the_daemon_that_took_it_is_gone(bare_qemu: Bar
     await second.close()
     assert await spawn.make_sure_gone(second.pid, START_S)
     assert not is_held(path)
+
+
+async def test_its_file_carries_the_token_and_refuses_an_older_one(bare_qemu: BareQemu, place: Path) -> None:
+    path = place / "g.lock"
+    here, there = QemuLock(await bare_qemu("-S"), path), QemuLock(await bare_qemu("-S"), path)
+    here.token = 5
+    await here.take()
+    assert int(path.read_bytes()) == 5
+    here.token = 6
+    await here.carry()
+    assert int(path.read_bytes()) == 6
+    await here.release()
+    there.token = 5
+    await there.carry()  # it does not hold it
+    with pytest.raises(VmmError, match="given to another host since"):
+        await there.take()
+    assert not is_held(path)
+    there.token = 7
+    await there.take()
+    assert is_held(path)
+    assert int(path.read_bytes()) == 7

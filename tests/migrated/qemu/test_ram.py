@@ -66,7 +66,7 @@ async def test_an_incoming_qemu_has_firmware_of_its_own_until_its_memory_is_clea
     whole = np.empty((ram.pages, WORDS_PER_PAGE), np.uint64)
     memory.read(np.arange(ram.pages), whole)
     assert whole.any()
-    memory.clear()
+    memory.make_zero()
     memory.read(np.arange(ram.pages), whole)
     assert not whole.any()
     memory.release()

@@ -1,0 +1,80 @@
+"""Owner keys that name this host, of guests that are not here.
+
+    it came by a migration that was discarded here     -> given back to the host that it came from
+    it was here before this host was booted            -> deleted: its process ended with the host
+
+All others stay: only somebody's word (a fence) says that a guest runs nowhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import structlog
+
+from migrated.fleet.mirror import Mirror
+from migrated.member.follower import Follower
+from migrated.member.local import GuestsHere
+from migrated.member.owners import Owners
+
+log = structlog.get_logger()
+
+BOOT_ID = "boot-id"
+"""Name of the file in the state directory with the boot in which the daemon last saw to these keys."""
+
+
+class Leftovers:
+    """Sees to the keys of guests that are not here.
+
+    Args:
+        follower: its mirror.
+        local: this host.
+        owners: writes the keys.
+        host: this host's name in the fleet.
+        state: the state directory.
+    """
+
+    def __init__(self, follower: Follower, local: GuestsHere, owners: Owners, host: str, state: Path) -> None:
+        self._follower = follower
+        self._local = local
+        self._owners = owners
+        self._host = host
+        self._kept = state / BOOT_ID
+        self._boot = boot_id()
+        self._ended: set[str] | None = None
+        """Guests that ended with the last boot; None before the first look."""
+        self._noted = False
+
+    async def see_to(self) -> None:
+        """Change the keys that can be changed. Raises StoreError when the store does not answer."""
+        mirror = self._follower.mirror
+        for guest in self._missing(mirror):
+            known = mirror.owners[guest]
+            migration_id = known.migration_id
+            if known.previous is not None and migration_id is not None and self._local.discarded(migration_id):
+                log.info("a guest that was discarded here is given back", guest=guest, to=known.previous)
+                await self._owners.give_back(guest, migration_id)
+        if not self._noted:
+            self._see_to_boot(mirror)
+
+    def _see_to_boot(self, mirror: Mirror) -> None:
+        """Let go of the guests that ended with the last boot; once that is done, note that this boot was seen to."""
+        before = self._kept.read_text(encoding="ascii").strip() if self._kept.exists() else self._boot
+        if self._ended is None:
+            missing = self._missing(mirror) if before != self._boot else set[str]()
+            self._ended = {guest for guest in missing if mirror.owners[guest].previous is None}
+            for guest in self._ended:
+                log.warning("a guest ended when this host was booted anew: other hosts may start it", guest=guest)
+                self._owners.release(guest)
+        if not self._ended & self._missing(mirror):
+            self._kept.write_text(f"{self._boot}\n", encoding="ascii")
+            self._noted = True
+
+    def _missing(self, mirror: Mirror) -> set[str]:
+        owned = mirror.by_owner.get(self._host, set()) - self._owners.started
+        return {guest for guest in owned if not self._local.is_here(guest)}
+
+
+def boot_id() -> str:
+    """Return the kernel's name of this boot of the host."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

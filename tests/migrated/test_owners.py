@@ -1,0 +1,126 @@
+"""Owner keys as a daemon writes them: fencing tokens, what is given back, and what a boot of the host ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from migrated.fleet.model import Ownership
+from migrated.fleet.store import put
+from migrated.member.follower import Follower
+from migrated.member.leftovers import BOOT_ID, Leftovers, boot_id
+from migrated.member.owners import Owners
+from scripts.fleet.fake_store import FakeStore, FakeStoreClient
+from tests.migrated.fleet.fleets import KEYS
+
+
+@dataclass
+class Here:
+    """What these tests ask of a host."""
+
+    guests: set[str] = field(default_factory=set)
+    discards: set[str] = field(default_factory=set)
+
+    def is_here(self, guest: str) -> bool:
+        return guest in self.guests
+
+    def discarded(self, migration_id: str) -> bool:
+        return migration_id in self.discards
+
+
+@dataclass
+class Fleet:
+    """A store, and host b with its mirror of it."""
+
+    store: FakeStoreClient
+    follower: Follower
+    owners: Owners
+
+    async def own(self, guest: str, owner: str, previous: str | None = None, migration_id: str | None = None) -> int:
+        """Write an owner, and wait until host b has seen it."""
+        owned = Ownership(owner=owner, epoch=3, previous=previous, migration_id=migration_id)
+        revision = await put(self.store, KEYS.owner(guest), owned.to_bytes())
+        assert await self.follower.until(lambda: self.follower.mirror.owners.get(guest) == owned, 5)
+        return revision
+
+    async def owner(self, guest: str) -> Ownership | None:
+        entry = await self.store.get(KEYS.owner(guest))
+        return None if entry is None else Ownership.model_validate_json(entry.value)
+
+
+@pytest.fixture
+async def fleet() -> AsyncIterator[Fleet]:
+    store = FakeStoreClient(FakeStore(lambda: 0))
+    follower = Follower(store, KEYS)
+    owners = Owners(follower, "b")
+    following = asyncio.create_task(follower.run())
+    await follower.ready.wait()
+    yield Fleet(store, follower, owners)
+    await owners.close()
+    following.cancel()
+
+
+async def test_the_token_is_the_revision_at_which_the_host_became_the_owner(fleet: Fleet) -> None:
+    revision = await fleet.own("g", "b")
+    assert await fleet.owners.token("g", arriving=False) == revision
+    await fleet.own("g", "c")
+    assert await fleet.owners.token("g", arriving=False) == revision, "too old for the lock, which is what it is for"
+    kept = await fleet.own("g", "c", previous="b")
+    assert await fleet.owners.token("g", arriving=False) == kept, "the hand-over that it may take back"
+
+
+async def test_the_token_of_an_arrival_is_asked_of_the_store_and_never_an_old_one(fleet: Fleet) -> None:
+    await fleet.own("g", "b")
+    await fleet.owners.token("g", arriving=False)
+    await fleet.own("g", "a", previous="b")
+    assert await fleet.owners.token("g", arriving=True) is None
+    revision = await put(fleet.store, KEYS.owner("g"), Ownership(owner="b", epoch=9, previous="a").to_bytes())
+    assert await fleet.owners.token("g", arriving=True) == revision, "before the watch has told it"
+
+
+async def test_a_discarded_guest_is_given_back_and_no_other(fleet: Fleet, tmp_path: Path) -> None:
+    here = Here(guests={"here"}, discards={"m1", "m2"})
+    leftovers = Leftovers(fleet.follower, here, fleet.owners, "b", tmp_path)
+    await fleet.own("gone", "b", previous="a", migration_id="m1")
+    await fleet.own("here", "b", previous="a", migration_id="m2")
+    await fleet.own("open", "b", previous="a", migration_id="m3")
+    await fleet.own("lost", "b")
+    await leftovers.see_to()
+    assert await fleet.owner("gone") == Ownership(owner="a", epoch=4)
+    for guest in ("here", "open", "lost"):
+        found = await fleet.owner(guest)
+        assert found is not None
+        assert found.owner == "b"
+
+
+@pytest.mark.parametrize("before", [None, "this", "another"])
+async def test_a_boot_ends_the_guests_before_it(fleet: Fleet, tmp_path: Path, before: str | None) -> None:
+    """A daemon that never saw a boot before, or saw this one, lets go of nothing."""
+    if before is not None:
+        (tmp_path / BOOT_ID).write_text(boot_id() if before == "this" else before, encoding="ascii")
+    here = Here(guests={"here"})
+    await fleet.own("ended", "b")
+    await fleet.own("here", "b")
+    await fleet.own("elsewhere", "a")
+    await fleet.own("in-doubt", "b", previous="a", migration_id="m1")
+    leftovers = Leftovers(fleet.follower, here, fleet.owners, "b", tmp_path)
+    await leftovers.see_to()
+    gone = before == "another"
+    assert await fleet.follower.until(lambda: ("ended" not in fleet.follower.mirror.owners) == gone, 5)
+    assert set(fleet.follower.mirror.owners) == {"here", "elsewhere", "in-doubt"} | (set() if gone else {"ended"})
+    await leftovers.see_to()
+    assert (tmp_path / BOOT_ID).read_text(encoding="ascii").strip() == boot_id()
+
+
+async def test_a_guest_that_is_being_started_is_no_leftover(fleet: Fleet, tmp_path: Path) -> None:
+    (tmp_path / BOOT_ID).write_text("another", encoding="ascii")
+    await fleet.owners.claim_new("new")
+    await Leftovers(fleet.follower, Here(), fleet.owners, "b", tmp_path).see_to()
+    await asyncio.sleep(0.1)
+    found = await fleet.owner("new")
+    assert found is not None
+    assert found.owner == "b"
