@@ -390,6 +390,9 @@ class IncomingMigration:
         except (MigrationError, TimeAdjustError, ClockError, ValidationError) as error:
             cause: NoCause = "time" if isinstance(error, TimeAdjustError | ClockError) else "load"
             self._break(DestinationEvent.FAULT, cause, f"the guest could not be loaded: {error}")
+        except Exception as error:  # otherwise the source would wait for a vote for as long as it may
+            log.exception("the guest could not be loaded, for an unexpected reason")
+            self._break(DestinationEvent.FAULT, "load", f"internal error: {error!r}")
         else:
             self._inbox.put_nowait(LoadingDone(time.monotonic_ns()))
 

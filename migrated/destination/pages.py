@@ -25,6 +25,7 @@ import numpy.typing as npt
 import xxhash
 
 from migrated.base.errors import LinkLostError
+from migrated.base.threads import in_thread
 from migrated.destination.ahead import Mapper, Populator
 from migrated.destination.decoding import check_encoding, decode
 from migrated.destination.states import ArrivedState, ArrivingStates
@@ -138,15 +139,20 @@ class PageReceiver:
         self._mapper.end()
         for channel in self._channels.values():
             channel.interrupt()
+        try:
+            await in_thread(self._join)
+        finally:  # the daemon may end meanwhile
+            for channel in self._channels.values():
+                channel.close()
+            self._channels.clear()
+            self._threads.clear()
+            self.states.end()
+
+    def _join(self) -> None:
         for thread in self._threads.values():
-            await asyncio.to_thread(thread.join)
-        await asyncio.to_thread(self.populator.join)
-        await asyncio.to_thread(self._mapper.join)
-        for channel in self._channels.values():
-            channel.close()
-        self._channels.clear()
-        self._threads.clear()
-        self.states.end()
+            thread.join()
+        self.populator.join()
+        self._mapper.join()
 
     def _run(self, channel: FrameSource) -> None:
         receiver = _ChannelReceiver(self, channel)

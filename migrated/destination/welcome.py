@@ -10,6 +10,7 @@ import secrets
 import structlog
 
 from migrated.base.errors import MigrationError, RefusedError, VmmError
+from migrated.base.threads import in_thread
 from migrated.destination.decoding import allowed_encodings
 from migrated.destination.inbox import Broken, RoundArrived
 from migrated.destination.loading import Loading
@@ -49,7 +50,7 @@ async def welcome(env: Environment, offer: Offer) -> IncomingMigration | Refusal
             undo.push_async_callback(offer.control.close)
             try:
                 incoming = await _build(env, offer, undo)
-            except (MigrationError, ProtocolError, TimeAdjustError, JournalError, ValueError) as error:
+            except (MigrationError, ProtocolError, TimeAdjustError, JournalError, OSError, ValueError) as error:
                 refusal = Refusal.because_of(error)
                 view.reason = refusal.reason
                 log.warning("refused an incoming migration", reason=refusal.reason)
@@ -91,6 +92,8 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
         raise RefusedError(f"this host cannot build an equal guest: {'; '.join(differences)}")
     memory = HandedOverMemory(hello.guest.pages) if shared else await guest.vmm.memory()
     undo.push_async_callback(asyncio.to_thread, memory.release)
+    if not shared:
+        await in_thread(memory.make_zero)
     costs = await guest.vmm.expected_costs("load")
     env.journal.begin(
         hello.migration_id,

@@ -292,6 +292,10 @@ class GuestRegistry:
             )
         waiting = self.find(description.name)
         if waiting is not None and waiting.migration_id is None and await waiting.vmm.awaits(description):
+            if waiting.overlay == "incoming" or waiting.pidfd < 0:
+                raise RefusedError(
+                    f"the guest {description.name!r} that waited here was taken, or has ended, meanwhile"
+                )
             waiting.overlay = "incoming"
             return waiting
         place = description.name

@@ -17,7 +17,7 @@ from migrated.base.errors import MigrationError, VmmError
 from migrated.base.tasks import TaskSet
 from migrated.control.operations import OperationError
 from migrated.environment import Environment
-from migrated.guests.registry import Guest
+from migrated.guests.registry import Guest, name_at
 from migrated.guests.reservation import Reservation
 from migrated.host.commands import asked
 from migrated.observe.progress import Progress
@@ -28,6 +28,7 @@ from migrated.savefile.saving import Save
 from migrated.savefile.writer import check_target
 from migrated.settings.parameters import MigrationParameters
 from migrated.state.save_notes import SaveNote, SaveNotes
+from protocol.effects import Result
 from protocol.errors import RemoteProtocolError
 from protocol.guest import GuestName
 from protocol.savefile import PREAMBLE_BYTES, Preamble
@@ -38,6 +39,8 @@ FileAttempt: TypeAlias = Save | Restore
 
 _SHOWN_KEPT: Final = 256
 """Guests whose last attempt is still shown after its end."""
+_ASK_OWNERSHIP_S: Final = 2.0
+"""Time between two questions to the fleet's store."""
 _NAME: Final[TypeAdapter[str]] = TypeAdapter(GuestName)
 
 
@@ -208,15 +211,17 @@ class FileAttempts:
     async def recover(self) -> None:
         """Clean up after saves that the last daemon did not end: their files, and their guests."""
         for note in await asyncio.to_thread(self._notes.read):
-            if note.guest in self._env.guests.silent:
+            if self._env.guests.find_silent(note.guest) is not None:
                 log.error("a save that was cut short waits for its guest to answer", guest=note.guest)
                 self._unsettled[note.guest] = note
-            else:
+            elif self._env.keeper is None:
                 await self._settle(note)
+            else:  # the fleet's store may take its time
+                self._tasks.start(self._settle(note))
 
-    def guest_settled(self, name: str) -> None:
+    def guest_settled(self, place: str) -> None:
         """A guest that was silent when this daemon began has answered, or ended."""
-        if (note := self._unsettled.pop(name, None)) is not None:
+        if (note := self._unsettled.pop(name_at(place), None)) is not None:
             self._tasks.start(self._settle(note))
 
     async def _settle(self, note: SaveNote) -> None:
@@ -225,19 +230,41 @@ class FileAttempts:
         guest = self._env.guests.find(note.guest)
         if guest is not None and guest.migration_id is None:
             try:
-                if complete and note.ends_guest:
-                    log.warning("a guest that was saved before the daemon ended is ended", guest=note.guest)
-                    await self._env.guests.destroy(guest)
-                    self._let_go(note.guest)
-                elif note.was_running and (status := await guest.vmm.status()).state == "paused":
-                    log.warning("a guest whose save was cut short runs again", guest=note.guest)
-                    await guest.vmm.interrupt()
-                    await guest.vmm.resume(status.epoch)
-                    self._env.publish("RESUME", {"guest": note.guest})
+                with Reservation(guest, note.save_id):
+                    await self._settle_guest(guest, note, complete=complete)
             except VmmError as error:
                 log.error("a guest cannot go on after its save was cut short", guest=note.guest, reason=str(error))
                 return
         await asyncio.to_thread(self._notes.remove, note.save_id)
+
+    async def _settle_guest(self, guest: Guest, note: SaveNote, *, complete: bool) -> None:
+        """Do with a guest what its save had left to do. One that runs is not that of the save any more."""
+        status = await guest.vmm.status()
+        if status.state != "paused":
+            return
+        if complete and note.ends_guest:
+            log.warning("a guest that was saved before the daemon ended is ended", guest=note.guest)
+            await self._env.guests.destroy(guest)
+            self._let_go(note.guest)
+        elif note.was_running and await self._is_ours(note.guest):
+            log.warning("a guest whose save was cut short runs again", guest=note.guest)
+            await guest.vmm.interrupt()
+            await guest.vmm.resume(status.epoch)
+            self._env.publish("RESUME", {"guest": note.guest})
+
+    async def _is_ours(self, guest: str) -> bool:
+        """Whether the fleet says that a guest that stood still while this daemon was dead is this host's still: asked
+        until it does, as somebody may have started the guest elsewhere."""
+        while (keeper := self._env.keeper) is not None:
+            outcome = await keeper.confirm(guest)
+            if outcome.result is Result.REFUSED:
+                log.error("a guest whose save was cut short stays stopped", guest=guest, reason=outcome.reason)
+                return False
+            if outcome.result is not Result.FAILED:
+                break
+            log.warning("the fleet cannot be asked yet who owns a guest", guest=guest, reason=outcome.reason)
+            await asyncio.sleep(_ASK_OWNERSHIP_S)
+        return True
 
 
 def _settle_files(note: SaveNote) -> bool:

@@ -77,7 +77,7 @@ class Remapping:
         When it fails, some may be written.
 
         Raises:
-            OSError: the copies cannot be read.
+            OSError: the copies cannot be read, or the files not be written.
         """
         vector = pagemap.make_vector(_RANGES_AT_ONCE)
         for one in self._ranges:
@@ -86,7 +86,7 @@ class Remapping:
                 data = np.empty(end - begin, np.uint8)
                 process_memory.read(self._pid, np.array([[begin, end - begin]], np.uint64), data)
                 self._before.append((one.fd, begin - one.address, os.pread(one.fd, end - begin, begin - one.address)))
-                os.pwrite(one.fd, data.data, begin - one.address)
+                _write_all(one.fd, data.data, begin - one.address)
         self._map("shared")
 
     def put_back(self) -> None:
@@ -97,7 +97,7 @@ class Remapping:
         """
         while self._before:  # the last first, should a page have been written twice
             fd, offset, content = self._before[-1]
-            os.pwrite(fd, content, offset)
+            _write_all(fd, memoryview(content), offset)
             self._before.pop()
 
     def close(self) -> None:
@@ -121,6 +121,13 @@ class Remapping:
                     )
 
         run_inside(self._pid, work, self._sites)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of it: the kernel takes 2 GiB at a time, and less where a file system is nearly full."""
+    while len(data):
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _descriptor_of(pid: int, fd: int) -> int:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from migrated.base.threads import in_thread, made_in_thread
 from migrated.environment import Environment
 from migrated.savefile.writer import FileSink, SaveWriter
 from migrated.settings.parameters import MigrationParameters
@@ -61,6 +64,7 @@ class RoundBook:
         self._writer = writer
         self._digest = digest
         self._closed: dict[int, asyncio.Future[messages.RoundDone]] = {}
+        self._writing: asyncio.Future[object] | None = None
 
     def send(self, message: Message, payload: bytes = b"") -> None:
         """Close the round that the message announces."""
@@ -73,11 +77,22 @@ class RoundBook:
         return self._closed.pop(number)
 
     async def _close(self, number: int) -> messages.RoundDone:
-        await asyncio.to_thread(self._writer.append, messages.Barrier(round=number), (), number)
+        await self._write(partial(self._writer.append, messages.Barrier(round=number), (), number))
         if not self.in_blackout:
             # A round counts as over when little of it is left to flush: then the last one meets an idle disk.
-            await asyncio.to_thread(self._writer.checkpoint)
+            await self._write(self._writer.checkpoint)
         return messages.RoundDone(round=number, bytes=0, digest=self._digest.value)
+
+    async def _write(self, call: Callable[[], object]) -> None:
+        """Write in a thread. Whoever is cancelled does not wait for the disk: the guest may stand still.
+        ``end`` does."""
+        self._writing = asyncio.ensure_future(in_thread(call))
+        await asyncio.shield(self._writing)
+
+    async def end(self) -> None:
+        """Wait until nothing is written any more."""
+        if self._writing is not None:
+            await asyncio.gather(self._writing, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +135,12 @@ async def open_desk(
         SaveFileError, VmmError: something cannot be had.
     """
     description, save_id = offer.description, bytes.fromhex(ledger.migration_id)
-    writer = await asyncio.to_thread(SaveWriter, order.path, save_id, platform.machine(), description.pages)
+    writer = await made_in_thread(
+        SaveWriter.abandon, SaveWriter, order.path, save_id, platform.machine(), description.pages
+    )
     undo.push_async_callback(asyncio.to_thread, writer.abandon)
     hello = hello_of(env, offer, parameters, ledger.migration_id, ledger.epoch, shared=False)
-    await asyncio.to_thread(writer.append, hello)
+    await in_thread(writer.append, hello)
     memory = await vmm.memory()
     undo.push_async_callback(asyncio.to_thread, memory.release)
     log = await vmm.start_dirty_log(parameters.dirty_tracking) if tracked else NoDirtyLog()
@@ -141,5 +158,6 @@ async def open_desk(
     sender.pace(parameters.max_bandwidth_bytes_per_s)
     sender.start()
     book = RoundBook(writer, digest)
+    undo.push_async_callback(book.end)
     transfer = Transfer(vmm, description, memory, log, sender, book, ledger)
     return Desk(offer, writer, book, memory, tracking, digest, transfer)

@@ -18,6 +18,7 @@ import structlog
 import xxhash
 
 from migrated.base.errors import CancelledByOperatorError, MigrationError, RefusedError, VmmError
+from migrated.base.threads import in_thread
 from migrated.destination.decoding import allowed_encodings
 from migrated.destination.loading import Loading
 from migrated.destination.pages import PageReceiver, RoundReceived
@@ -246,6 +247,7 @@ class Restore:
         load = asyncio.create_task(loading.run())
         try:
             receiver.guest_stopped()  # it never ran: no page is prepared for later rounds
+            await in_thread(memory.make_zero)
             for reader in frames.readers:
                 receiver.add_channel(reader)
             await asyncio.wait({load, read_to_end}, return_when=asyncio.FIRST_COMPLETED)
@@ -314,7 +316,7 @@ class Restore:
             return
         if (lock := guest.vmm.lock) is not None:
             await lock.take()
-        self._env.run_marks.write(guest.name, epoch)
+        self._env.run_marks.write(guest.place, epoch)
         await guest.vmm.resume(epoch)
         self._env.publish("RESUME", {"guest": guest.name})
 

@@ -21,6 +21,7 @@ import xxhash
 
 from migrated.base.collector import QuietCollector
 from migrated.base.errors import CancelledByOperatorError, MigrationError, VmmError
+from migrated.base.threads import in_thread
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
 from migrated.guests.reservation import Reservation
@@ -177,6 +178,7 @@ class Save:
                 await self._env.guests.destroy(self._guest)
             except VmmError as error:
                 log.error("the saved guest's process does not end; it stays stopped", reason=str(error))
+                return  # with its note, by which the next daemon ends it
         await asyncio.to_thread(self._notes.remove, self.migration_id)
 
     async def _set_up(self, undo: contextlib.AsyncExitStack) -> Desk:
@@ -226,7 +228,7 @@ class Save:
         self._phase.name = Phase.FINAL_PAGES
         self._view.say("writing the memory of the stopped guest")
         with self._ledger.phase(Phase.FINAL_PAGES):
-            runs = await asyncio.to_thread(desk.memory.data_runs)
+            runs = await in_thread(desk.memory.data_runs)
             memory = self._ledger.memory
             memory.sparse_pages = desk.memory.pages - count_pages(runs)
             sent = await desk.send_pages(runs)
@@ -315,7 +317,7 @@ class Save:
         self._view.say("completing the file")
         if not order.ends_guest:
             await desk.tracking.end()
-            freed_bytes = await asyncio.to_thread(writer.give_back)
+            freed_bytes = await in_thread(writer.give_back)
             log.debug("overtaken batches were given back", mib=freed_bytes >> 20)
         ledger.blackout.source_digest = desk.digest.value
         ledger.memory.encodings = transfer.sender.encodings
@@ -342,16 +344,20 @@ class Save:
                 exported_before_ns=read.before_ns,
             )
 
+        published = False
+
         def complete() -> None:
+            nonlocal published
             for message, payload in tail:
                 writer.append(message, [memoryview(payload)])
             writer.publish(closing, force=order.force)
+            published = True
 
         self._too_late = True
         try:
-            await asyncio.to_thread(complete)
-        except BaseException:
-            self._too_late = False
+            await in_thread(complete)
+        except BaseException:  # the daemon may end meanwhile: what has its name keeps it, and the guest stays stopped
+            self._too_late = published
             raise
 
     async def _leave_guest(self) -> None:

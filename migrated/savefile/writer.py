@@ -200,11 +200,13 @@ class SaveWriter:
 
         Raises:
             SaveFileError: the disk is full or broken, or another file took the name meanwhile.
+            RefusedError: what has the name now may not be replaced.
         """
         self._write([memoryview(closing(self.written_bytes, self._frames).pack())], self.written_bytes)
         with self._named():
             os.fsync(self._fd)
             if force:
+                check_target(self._target, force=True)  # as when this began, which may be long ago
                 self.part.replace(self._target)
             else:
                 try:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from migrated.base.errors import MigrationError
+from migrated.base.threads import in_thread
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
 from migrated.link.control import ControlChannel
@@ -96,7 +97,7 @@ async def _listen(control: ControlChannel, rounds: asyncio.Queue[messages.RoundD
 
 async def _measure_link(session: Session, rounds: asyncio.Queue[messages.RoundDone]) -> tuple[Bandwidth, int]:
     """Send some of the guest's pages as a round that nobody keeps. Returns also the bytes that a first round holds."""
-    runs = await asyncio.to_thread(session.memory.data_runs)
+    runs = await in_thread(session.memory.data_runs)
     bandwidth = Bandwidth()
     burst: Runs = split_runs(runs, _BURST_PAGES)[0] if len(runs) else runs
     for number in (1, 2):  # the first fills the destination's memory for the first time, as the first round will
@@ -118,12 +119,12 @@ async def _measure_guest(session: Session) -> tuple[DirtyCurve, int]:
     """Sample how many unique pages the guest dirties within growing times. Returns also what a scan costs (ns)."""
     curve, log = DirtyCurve(), session.tracking.log
     seen: npt.NDArray[np.bool_] = np.zeros(session.memory.pages, np.bool_)
-    await asyncio.to_thread(log.collect)
+    await in_thread(log.collect)
     begin_ns = time.monotonic_ns()
     scan_ns = 0
     for sample_s in _SAMPLES_S:
         await asyncio.sleep(max(0.0, sample_s - (time.monotonic_ns() - begin_ns) / 1e9))
-        runs, scan_ns = await asyncio.to_thread(log.collect_with_cost)
+        runs, scan_ns = await in_thread(log.collect_with_cost)
         seen[indices_of(runs)] = True
         curve.add(time.monotonic_ns() - begin_ns, int(seen.sum()))
     return curve, scan_ns

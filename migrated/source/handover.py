@@ -78,6 +78,7 @@ class SourceHandover:
         commit_by_ns: instant after which COMMIT is too late, on this host's monotonic clock.
         running: the destination's RUNNING once it came, and when it was read.
         finished: set once it is decided which host runs the guest, and all effects of that are carried out.
+        before_resume: called before the guest is taken back: nothing may be saved of it any more.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class SourceHandover:
         self.running: messages.Running | None = None
         self.running_read_ns = 0
         self.finished = asyncio.Event()
+        self.before_resume: Callable[[], object] = lambda: None
         self._env = env
         self._migration_id = migration_id
         self._guest = guest
@@ -266,6 +268,7 @@ class SourceHandover:
         return DONE
 
     def _resume_begins(self) -> None:
+        self.before_resume()
         self.times.resume_begin_ns = self.times.resume_begin_ns or time.monotonic_ns()
 
     def _not_resumed(self, guest: Guest, error: VmmError) -> Outcome:

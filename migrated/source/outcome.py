@@ -50,7 +50,7 @@ class OutcomeAsker:
             pause_s = min(_MAX_PAUSE_S, max(self.limits.outcome_retry_s, pause_s * 1.5))
             try:
                 answer = await self._exchange("commit")
-            except (MigrationError, RemoteProtocolError, TimeoutError) as error:
+            except (MigrationError, RemoteProtocolError, OSError) as error:  # a TimeoutError is an OSError
                 log.warning("the destination cannot be asked yet", reason=str(error), retry_s=round(pause_s, 1))
                 continue
             if isinstance(answer, messages.Running | messages.Discarded):
@@ -63,7 +63,7 @@ class OutcomeAsker:
             await asyncio.sleep(attempt * self.limits.outcome_retry_s)
             try:
                 await self._exchange("abort")
-            except (MigrationError, RemoteProtocolError, TimeoutError) as error:
+            except (MigrationError, RemoteProtocolError, OSError) as error:
                 log.debug("the destination cannot be told of the abort", reason=str(error))
             else:
                 return

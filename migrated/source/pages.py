@@ -26,6 +26,7 @@ import numpy as np
 import xxhash
 
 from migrated.base.errors import LinkLostError
+from migrated.base.threads import in_thread
 from migrated.link.data import FrameSink
 from migrated.source.encoding import BatchEncoder, EncodedBatch, EncodingTotals
 from migrated.source.zero_test import LONG_RUNS, nonzero, nonzero_at, nonzero_heads
@@ -222,13 +223,18 @@ class PageSender:
             worker.inbox.put(None)
         for channel in self._channels:
             channel.interrupt()
+        try:
+            await in_thread(self._join)
+        finally:  # the daemon may end meanwhile
+            for channel in self._channels:
+                channel.close()
+            self._workers.clear()
+            self._channels = []
+
+    def _join(self) -> None:
         for worker in self._workers:
             if worker.thread.ident is not None:
-                await asyncio.to_thread(worker.thread.join)
-        for channel in self._channels:
-            channel.close()
-        self._workers.clear()
-        self._channels = []
+                worker.thread.join()
 
     def finished(self, work: _Work, sent: Sent) -> None:
         """A worker ran out of jobs (called in its thread)."""

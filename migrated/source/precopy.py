@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError
+from migrated.base.threads import in_thread
 from migrated.kernel.scheduling import SMALL_ROUND_BYTES, Precedence, may_take_precedence, threads_of
 from migrated.prediction.bandwidth import Bandwidth, DirtyCurve
 from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
@@ -98,7 +99,7 @@ class Precopy:
         self._collected_ns = time.monotonic_ns()
         transfer.scan_ns = transfer.scan_cost_ns = 0  # arming walks everything: it tells nothing of what a scan costs
         self._refuse_hopeless()
-        runs = await asyncio.to_thread(transfer.memory.data_runs)  # the kernel walks all of it: 16 ms per GiB
+        runs = await in_thread(transfer.memory.data_runs)  # the kernel walks all of it: 16 ms per GiB
         transfer.ledger.memory.sparse_pages = transfer.memory.pages - count_pages(runs)
         while True:
             scanned = transfer.memory.pages if transfer.round else count_pages(runs)

@@ -134,6 +134,8 @@ class Switchover:
                 return  # it could not be stopped
             self._stopped()
             work = asyncio.create_task(self._move_state())
+            # A save that began behind the resume would stop the guest once more.
+            self._handover.before_resume = work.cancel
             await self._see_through()
         finally:
             if work is not None:
@@ -175,6 +177,9 @@ class Switchover:
             await self._send_last_state()
         except (MigrationError, ProtocolError, OSError) as error:
             self._inbox.put_nowait(Happened(SourceEvent.FAULT, str(error)))
+        except Exception as error:  # without a limit nothing else would end the wait for a vote
+            log.exception("the last state could not be sent, for an unexpected reason")
+            self._inbox.put_nowait(Happened(SourceEvent.FAULT, f"internal error: {error!r}"))
 
     async def _hold_if_asked(self) -> None:
         if self._hold is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import xxhash
 
 from migrated.base.errors import VmmError
+from migrated.base.threads import in_thread
 from migrated.link.reply import Reply
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.pages import OutgoingState, PageSender, Sent
@@ -68,7 +69,7 @@ class Transfer:
         if 0 < self.scan_cost_ns < _QUICK_SCAN_NS:
             runs, self.scan_cost_ns = self.dirty_log.collect_with_cost()  # shorter than the way to a thread and back
         else:
-            runs, self.scan_cost_ns = await asyncio.to_thread(self.dirty_log.collect_with_cost)
+            runs, self.scan_cost_ns = await in_thread(self.dirty_log.collect_with_cost)
         self.scan_ns = time.monotonic_ns() - begin_ns
         self.ledger.memory.dirty_syncs += 1
         self.fence_ns = await self.vmm.fence()

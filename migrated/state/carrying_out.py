@@ -23,15 +23,26 @@ async def carry_out_all(
 ) -> None:
     """Carry out the effects of an event, one after the other, until the executor has none left.
 
+    An error that nobody foresaw is a failure of its effect as any other: an effect without an outcome would keep the
+    hand-over from every further event, and its guest from running.
+
     Args:
         executor: has taken the event.
         carry_out: called with each effect; returns what came of it.
         transitions: notes what each effect changed.
     """
+    unforeseen: list[Exception] = []
     while (effect := executor.effect) is not None:
         before = executor.state
-        executor.done(await carry_out(effect))
+        try:
+            outcome = await carry_out(effect)
+        except Exception as error:
+            unforeseen.append(error)
+            outcome = failed(f"internal error: {error!r}")
+        executor.done(outcome)
         transitions.note(before, effect, executor.state)
+    for cause in unforeseen:  # told when the guest is where it belongs: that takes its time
+        log.error("a step of the hand-over failed unexpectedly", exc_info=cause)
 
 
 def journal_decision(journal: Journal, migration_id: str, role: Role, decision: Decision) -> Outcome:

@@ -27,7 +27,7 @@ from migrated.base.errors import VmmError, VmmGoneError
 from migrated.kernel import memory as kernel_memory
 from migrated.kernel import pagemap, process_memory
 from protocol.guest import PAGE_SIZE
-from protocol.pages import NO_RUNS, Indices, Runs, indices_of, runs_of
+from protocol.pages import NO_RUNS, Indices, Runs, indices_of, runs_of, split_runs
 
 WORDS_PER_PAGE: Final = PAGE_SIZE // 8
 Words: TypeAlias = npt.NDArray[np.uint64]
@@ -36,6 +36,7 @@ Words: TypeAlias = npt.NDArray[np.uint64]
 _HUGE_PAGE_BYTES: Final = 2 << 20
 _VECTOR_RANGES: Final = 4096
 _ZEROS_AT_ONCE: Final = 512
+_CLEARED_AT_ONCE: Final = 512
 _SHMEM_HUGE: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
@@ -91,6 +92,21 @@ class GuestMemory(ABC):
             OSError: the host cannot.
             VmmGoneError, VmmError: as for ``read``.
         """
+
+    def make_zero(self) -> None:
+        """Make all of it zero. A VMM that waits for a guest may have put something there at its start, as its own
+        firmware, and a page that is zero at the source is not sent. Takes as long as it takes to read what is there.
+
+        Raises:
+            OSError, VmmGoneError, VmmError: as for ``punch``.
+        """
+        stage: Words = np.empty((_CLEARED_AT_ONCE, WORDS_PER_PAGE), np.uint64)
+        for runs in split_runs(self.data_runs(), _CLEARED_AT_ONCE):
+            indices = indices_of(runs)
+            pages = stage[: len(indices)]
+            self.read(indices, pages)
+            if len(used := indices[pages.any(axis=1)]):
+                self.punch(runs_of(used))
 
     def clear(self, indices: Indices) -> None:
         """Write zeros to pages, given by ascending numbers. For a few pages here and there this takes less than giving

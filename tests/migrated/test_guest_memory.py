@@ -146,6 +146,14 @@ def test_pages_that_were_never_touched_hold_no_data(memory: GuestMemory) -> None
     assert memory.data_runs().tolist() == [[3, 2], [50, 1]]
 
 
+def test_memory_that_is_cleared_is_zero_whatever_was_there(memory: GuestMemory) -> None:
+    memory.write(np.array([2, 3, 39, 40, 63]), noise(5, 1))
+    memory.make_zero()
+    whole: Words = np.empty((PAGES, WORDS_PER_PAGE), np.uint64)
+    memory.read(np.arange(PAGES), whole)
+    assert not whole.any()
+
+
 def test_runs_are_cut_where_the_kind_of_memory_changes() -> None:
     child = Child()
     mixed = MixedMemory([MappedMemory([region(8)]), child.part(4), MappedMemory([region(8)])])

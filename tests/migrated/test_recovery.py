@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -18,11 +19,14 @@ from migrated.link.listener import Listener
 from migrated.link.security import LinkSecurity
 from migrated.link.sockets import Connection, ask_first, connect, send_first
 from migrated.record.terms import Role
+from migrated.savefile.writer import SaveWriter
 from migrated.settings.config import Address, AuthorisationConfig, LimitsConfig, TlsConfig, parse_uri
 from migrated.state.journal import Attempt
+from migrated.state.save_notes import SaveNote, SaveNotes
 from protocol import messages
 from protocol.handover import Decision
 from protocol.messages import Message
+from protocol.savefile import Closing
 from scripts.rig.processes import is_alive
 from scripts.rig.waiting import until
 from tests.tiny_vmm.hosts import TinyHost, leave_attempt, standing_still
@@ -326,3 +330,60 @@ async def test_nothing_is_decided_before_a_silent_guest_answers(
             (shown,) = await host.operations.guest_list()
             assert (shown["state"], shown["migration_id"]) == ("unresponsive", migration_id)
         assert (await closed(host, migration_id, role)).decisions == decided
+
+
+# Section: saves
+
+
+async def test_a_save_that_the_end_of_the_daemon_meets_while_it_gets_its_name_is_kept(
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has its name, so the guest does not run on; the next daemon ends it. This one waits no longer for it."""
+    monkeypatch.setattr("migrated.host.migration_host._STOP_S", 0.01)
+    begun, may_go_on = threading.Event(), threading.Event()
+    publish = SaveWriter.publish
+
+    def held(writer: SaveWriter, closing: Callable[[int, int], Closing], *, force: bool) -> None:
+        begun.set()
+        assert may_go_on.wait(60)
+        publish(writer, closing, force=force)
+
+    monkeypatch.setattr(SaveWriter, "publish", held)
+    target = short_directory / "g1.saved"
+    async with TinyHost(short_directory) as host:
+        pid = await host.add_guest("g1")
+        await host.operations.save("g1", str(target), ends_guest=True, force=False, overrides={})
+        assert await asyncio.to_thread(begun.wait, 60)
+        ending = asyncio.create_task(host.let_go())
+        asyncio.get_running_loop().call_later(0.2, may_go_on.set)
+        await ending
+    assert is_alive(pid)
+    async with TinyHost(short_directory) as later:
+        assert later.operations.guest_names() == []
+        assert not is_alive(pid)
+        _, name = await later.operations.restore(str(target), None, {})
+        assert name == "g1"
+
+        async def runs() -> bool:
+            return later.operations.guest_names() == ["g1"] and await later.state_of("g1") == "running"
+
+        await until("the guest is restored", runs)
+
+
+async def test_a_guest_that_runs_is_not_ended_for_a_note_of_an_earlier_save(short_directory: Path) -> None:
+    """It was restored since, by the file that its note names."""
+    target = short_directory / "g1.saved"
+    async with TinyHost(short_directory) as host:
+        await host.add_guest("g1")
+        record = await host.operations.wait(
+            await host.operations.save("g1", str(target), ends_guest=False, force=False, overrides={})
+        )
+        assert record["outcome"] == "completed"
+        pid = host.guest("g1").vmm.pid
+        await host.let_go()
+    note = SaveNote(record["migration_id"], "g1", f"{target}.part", str(target), ends_guest=True, was_running=True)
+    SaveNotes(short_directory / "state").write(note)
+    async with TinyHost(short_directory) as later:
+        assert later.guest("g1").vmm.pid == pid
+        assert await later.state_of("g1") == "running"
+    assert not list((short_directory / "state" / "saves").iterdir())

@@ -412,3 +412,13 @@ def test_notes_survive_the_daemon_and_a_torn_one_is_none(tmp_path: Path) -> None
     notes.remove("ab")
     assert notes.read() == []
     assert list((tmp_path / "saves").iterdir()) == []
+
+
+async def test_what_has_the_name_by_the_end_is_looked_at_again(tmp_path: Path) -> None:
+    """A save takes its time: what may be replaced at its begin may be another file at its end."""
+    target, writer = tmp_path / "g1.saved", SaveWriter(tmp_path / "g1.saved", bytes(16), "x86_64", 1)
+    target.write_bytes(b"another file of somebody's")
+    with pytest.raises(RefusedError, match="not a saved guest"):
+        writer.publish(lambda end, frames: Closing(bytes(16), end, frames, 0, bytes(16), 0, 0), force=True)
+    writer.abandon()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"another file of somebody's"]

@@ -449,6 +449,55 @@ async def test_what_ends_an_attempt_before_it_has_begun_ends_it(source: Environm
     await listener.stop()
 
 
+async def test_a_ready_that_comes_before_the_whole_state_is_no_vote(source: Environment, guest: Guest) -> None:
+    """Without a digest nothing else would show that the destination cannot have the guest."""
+
+    async def ready_at_once(control: ControlChannel) -> None:
+        with contextlib.suppress(LinkLostError):
+            while True:
+                message = (await control.receive()).message
+                if isinstance(message, messages.RoundEnd):
+                    control.send(messages.Ready(epoch=1, digest=0, elapsed_ns=0, completing_ns=0))
+                    control.send(messages.RoundDone(round=message.round, bytes=0, digest=0))
+                assert not isinstance(message, messages.Commit)
+
+    async def take_pages() -> None:
+        while True:
+            for connection in destination.data:
+                with contextlib.suppress(BlockingIOError):
+                    connection.wire.sock.recv(1 << 20)
+            await asyncio.sleep(0.002)
+
+    hearing: list[asyncio.Task[None]] = []
+
+    def on_hello(control: ControlChannel) -> None:
+        control.send(WELCOME)
+        hearing.append(asyncio.create_task(ready_at_once(control)))
+        hearing.append(asyncio.create_task(take_pages()))
+
+    destination = Destination(source.clock, on_hello)
+    listener = Listener(destination.connected, source.config.limits, source.security)
+    await listener.start(Address("127.0.0.1", 0))
+    parameters = PARAMETERS.model_copy(update={"digest": False, "downtime_limit_ms": 60_000.0})
+    reservation = Reservation(guest, ID)
+    target = target_of(f"tcp:{listener.address}")
+    migration = OutgoingMigration(source, guest, reservation, target, parameters, ID, 1)
+    with reservation:
+        await migration.run()
+    assert migration.record is not None
+    assert migration.record.outcome == "aborted", migration.record.reason
+    assert "READY before it had the state" in (migration.record.reason or "")
+    assert (await guest.vmm.status()).state == "running"
+    await destination.close()
+    for task in hearing:
+        task.cancel()
+    ends = await asyncio.gather(*hearing, return_exceptions=True)
+    assert all(end is None or isinstance(end, asyncio.CancelledError) for end in ends)
+    for connection in destination.data:
+        connection.wire.close()
+    await listener.stop()
+
+
 # Section: the vote, and what the destination looks at before it resumes
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 
 from migrated.kernel.tracking import why_no_tracking
 from migrated.vmm.qemu.findings import Row
-from migrated.vmm.qemu.process_checks import device_files, fixed_buffers, other_mappers, pinned, tracer
+from migrated.vmm.qemu.process_checks import check_process
 from migrated.vmm.qemu.qmp import Qmp, QmpCommandError
 from migrated.vmm.qemu.ram import Ram
 
@@ -42,14 +42,10 @@ async def check_guest(qmp: Qmp, ram: Ram) -> list[Row]:
     return [
         _version(qmp),
         _kernel(),
-        tracer(qmp.pid),
         await _way(qmp, ram),
         *_memory(ram),
-        *other_mappers(qmp.pid, ram),
-        *device_files(qmp.pid),
+        *await asyncio.to_thread(check_process, qmp.pid, ram),  # reads the map of every process
         *_devices(qmp, tree),
-        fixed_buffers(qmp.pid),
-        pinned(qmp.pid),
         await _confidential(qmp),
         await _blocked(qmp),
         *_drives(nodes),

@@ -89,11 +89,15 @@ class QemuDriver(Driver):
         if options.qmp is not None:
             return await self._adopt(request.name, options.qmp, options)
         line = self._command_line(request.name, options.definition or request.name, Incoming(request.name))
-        guest = await self._start(
-            request.name, line, line.running(paused=request.paused), Incoming(request.name), False
-        )
-        if guest.lock is not None and not request.paused:
-            await guest.lock.take()
+        locks = self.config.lock.directory is not None
+        command = line.running(paused=request.paused or locks)
+        guest = await self._start(request.name, line, command, Incoming(request.name), False)
+        if locks and not request.paused:
+            try:
+                await guest.resume(epoch=0)  # takes the lock before it runs
+            except BaseException:
+                await _end(guest)
+                raise
         return guest
 
     async def create_incoming(self, description: GuestDescription, incoming: Incoming) -> QemuGuest:
@@ -113,8 +117,7 @@ class QemuDriver(Driver):
                     f"{'; '.join(found)}. Change {self.config.qemu.definitions / definition}.toml there"
                 )
         except BaseException:
-            with contextlib.suppress(VmmError):
-                await guest.destroy()
+            await _end(guest)
             raise
         return guest
 
@@ -124,9 +127,8 @@ class QemuDriver(Driver):
             known = places.read_place(api_socket)
         except VmmError:
             return None
-        if known.run_log is None:
-            return None
-        return known.epoch == epoch and (known.published or places.ran_after(known.run_log, known.run_log_bytes))
+        ran = known.published or places.ran_after(known.run_log, known.run_log_bytes)
+        return None if ran is None else known.epoch == epoch and ran
 
     def _command_line(self, name: str, definition: str, incoming: Incoming) -> CommandLine:
         qemu = self.config.qemu
@@ -143,8 +145,12 @@ class QemuDriver(Driver):
     async def _adopt(self, name: str, qmp: Path, options: _Options) -> QemuGuest:
         """Take over a QEMU that somebody else started; it runs on undisturbed."""
         api_socket = self._directory / f"{name}.sock"
-        if api_socket.is_symlink() or api_socket.exists():
-            raise VmmError(f"{api_socket} is there already: a guest named {name!r} was adopted or created before")
+        self._make_free(api_socket)
+        if options.run_log is not None and places.ran_after(options.run_log, 0) is None:
+            raise VmmError(
+                f"{options.run_log} cannot be read as the run log of guest {name!r}: name the file that its QEMU was "
+                "given with -D"
+            )
         place = Place(
             name=name,
             started_here=False,
@@ -152,9 +158,9 @@ class QemuDriver(Driver):
             agent=options.guest_agent,
             incoming=options.incoming,
         )
-        api_socket.symlink_to(qmp.absolute())
-        places.write_place(api_socket, place)
         try:
+            places.write_place(api_socket, place)
+            api_socket.symlink_to(qmp.absolute())
             guest = await self.attach(api_socket)
             try:
                 if guest.lock is not None and (await guest.status()).state == "running":
@@ -167,35 +173,70 @@ class QemuDriver(Driver):
             raise
         return guest
 
+    def _make_free(self, api_socket: Path) -> None:
+        """See that no guest is at a place, and remove what an ended one left there.
+
+        Raises:
+            VmmError: a QEMU is there, of which this daemon may know nothing: it could not be used when it was found.
+        """
+        if places.somebody_listens(api_socket):
+            raise VmmError(
+                f"a QEMU listens on {api_socket} already: the guest is here, and if it is not listed this daemon could "
+                "not use it, and its log says why"
+            )
+        places.forget(api_socket)
+
     async def _start(
         self, name: str, line: CommandLine, command: list[str], started: Incoming, incoming: bool
     ) -> QemuGuest:
         """Start QEMU and connect to it."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self.config.qemu.ram_directory.mkdir(parents=True, exist_ok=True)
         api_socket = self._directory / f"{started.place}.sock"
         log_path = api_socket.with_suffix(".log")
-        line.run_log.unlink(missing_ok=True)
         place = Place(name=name, started_here=True, run_log=line.run_log, agent=line.clock_setter, incoming=incoming)
-        places.write_place(api_socket, place)
-        pid = spawn.start_process(command, log_path, started.memory)
-        timeout_s = self.config.vmm.start_timeout_s
-        deadline = time.monotonic() + timeout_s
         try:
-            while True:
-                if api_socket.exists():
-                    with contextlib.suppress(VmmGoneError):
-                        return await self.attach(api_socket)
-                if spawn.reap(pid):
-                    raise VmmError(f"QEMU ended at once: {spawn.last_lines(log_path) or 'it said nothing'}")
-                if time.monotonic() > deadline:
-                    raise VmmError(f"QEMU did not answer within {timeout_s:g} s; its log is {log_path}")
-                await asyncio.sleep(_LOOK_AGAIN_S)
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self.config.qemu.ram_directory.mkdir(parents=True, exist_ok=True)
+            self._make_free(api_socket)
+            line.run_log.unlink(missing_ok=True)
+            places.write_place(api_socket, place)
+        except OSError as error:
+            raise VmmError(f"QEMU cannot be started: {error.filename}: {error.strerror}") from error
+        try:
+            pid = spawn.start_process(command, log_path, started.memory)
+            try:
+                return await self._started(pid, api_socket, log_path)
+            except BaseException:
+                await spawn.make_sure_gone(pid, _GONE_S)
+                raise
         except BaseException:
-            await spawn.make_sure_gone(pid, _GONE_S)
             places.forget(api_socket)
             raise
         finally:
             # QEMU has them open: without a name they go when it goes, whatever happens to us.
             for path in line.ram_files():
                 path.unlink(missing_ok=True)
+
+    async def _started(self, pid: int, api_socket: Path, log_path: Path) -> QemuGuest:
+        """Wait until a QEMU that has been started answers, and connect to it."""
+        timeout_s = self.config.vmm.start_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while True:
+            unusable: VmmError | None = None
+            if api_socket.exists():
+                try:
+                    return await self.attach(api_socket)
+                except VmmError as error:
+                    unusable = error
+            if spawn.reap(pid):
+                raise VmmError(f"QEMU ended at once: {spawn.last_lines(log_path) or 'it said nothing'}")
+            if unusable is not None and not isinstance(unusable, VmmGoneError):
+                raise unusable
+            if time.monotonic() > deadline:
+                raise VmmError(f"QEMU did not answer within {timeout_s:g} s; its log is {log_path}")
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+
+async def _end(guest: QemuGuest) -> None:
+    """End a guest that has just been started and cannot be used."""
+    with contextlib.suppress(VmmError):
+        await guest.destroy()

@@ -14,7 +14,6 @@ The module is longer than others because all that is asked of one QEMU shares it
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from migrated.base.errors import RefusedError, VmmError, VmmGoneError
+from migrated.base.threads import in_thread, made_in_thread
 from migrated.kernel.errors import OtherProcessError
 from migrated.kernel.tracking import WriteTracking, start_tracking
 from migrated.vmm import spawn
@@ -37,10 +37,11 @@ from migrated.vmm.qemu.findings import Row, refusals
 from migrated.vmm.qemu.handed_over import PrivateView
 from migrated.vmm.qemu.lock import QemuLock
 from migrated.vmm.qemu.offers import words
-from migrated.vmm.qemu.places import Place
-from migrated.vmm.qemu.qmp import QUICK_S, Qmp, QmpCommandError, stamp_ns
+from migrated.vmm.qemu.places import Place, PlaceFile
+from migrated.vmm.qemu.qmp import QUICK_S, Qmp, QmpCommandError
 from migrated.vmm.qemu.ram import Ram, find_ram
 from migrated.vmm.qemu.state import StateLoad, StateSave
+from migrated.vmm.qemu.vcpus import Vcpus
 from migrated.vmm.seam import (
     DirtyTracking,
     ExpectedCosts,
@@ -76,9 +77,11 @@ class QemuGuest(VmmGuest):
         self.pid = qmp.pid
         self.api_socket = api_socket
         self._qmp = qmp
-        self._place = place
+        self._record = PlaceFile(api_socket, place)
         self._ram = ram
         self._stop_timeout_s = stop_timeout_s
+        self._vcpus = Vcpus(qmp, stop_timeout_s)
+        self._may_have_run = False
         self._tracking: WriteTracking | None = None
         self._fenced = False
         self._hands_over = False
@@ -119,7 +122,7 @@ class QemuGuest(VmmGuest):
             guest = cls(qmp, api_socket, place, await find_ram(qmp), stop_timeout_s, costs)
             guest._fenced = drives_bypass_page_tables(await qmp.call("query-named-block-nodes"))
             if lock_directory is not None:
-                guest.lock = QemuLock(qmp, lock_directory / f"{(await guest.describe()).uuid}.lock")
+                guest.lock = QemuLock(qmp, lock_directory / f"{(await guest._draw()).uuid}.lock")
             return guest
         except BaseException:
             await qmp.close()
@@ -131,8 +134,8 @@ class QemuGuest(VmmGuest):
             names = ", ".join(block.name for block in self._ram.lost)
             raise VmmError(
                 f"memory of guest {self.name!r} cannot be found in QEMU (process {self.pid}): {names}. The guest "
-                "does not "
-                "see it just now, and no one mapping has its size; start QEMU 10.0 or newer, which tells where it is"
+                "does not see it just now, and no one mapping has its size; start QEMU 10.0 or newer, which tells "
+                "where it is"
             )
         blueprint = await self._draw()
         expected = {step: self._costs.expect(keys_of(blueprint), step).ns for step in STEPS}
@@ -168,6 +171,10 @@ class QemuGuest(VmmGuest):
             vmm_config=blueprint.pack(),
         )
 
+    @property
+    def _place(self) -> Place:
+        return self._record.known
+
     def _state_bytes(self) -> int:
         """Expected size of what ``state_out`` gives. Memory that is QEMU's own is in it where main memory is handed
         over; else it travels as pages."""
@@ -191,13 +198,13 @@ class QemuGuest(VmmGuest):
         return GuestStatus(state=state, pid=self.pid, epoch=self._place.epoch, detail=detail)
 
     def _has_run(self) -> bool:
-        """Whether the vCPUs ran since the resume that was asked for last."""
-        log = self._place.run_log
-        return log is not None and places.ran_after(log, self._place.run_log_bytes)
+        """Whether the vCPUs ran since the resume that was asked for last; whether they may have, where no log tells."""
+        ran = places.ran_after(self._place.run_log, self._place.run_log_bytes)
+        return self._may_have_run if ran is None else ran
 
     async def check(self) -> list[Row]:
         """Everything that could break the promise of a migration, each with its verdict."""
-        return await check_guest(self._qmp, self._ram)
+        return await check_guest(self._qmp, await find_ram(self._qmp))
 
     async def needs(self) -> frozenset[str]:
         machine = await self._qmp.call("qom-get", path="/machine", property="type")
@@ -208,28 +215,28 @@ class QemuGuest(VmmGuest):
         return refusals(await self.check())
 
     async def memory_files(self) -> Sequence[int]:
-        files = await asyncio.to_thread(handed_over.main_files, self.pid, self._ram)
+        files = await made_in_thread(handed_over.close_files, handed_over.main_files, self.pid, self._ram)
         self._hands_over = bool(files)
         return files
 
     async def keep_memory_private(self) -> None:
         """Keep memory that was handed over from what QEMU writes to it, until it is resumed."""
-        self._private_view = await asyncio.to_thread(PrivateView, self.pid, self._ram)
-        await asyncio.to_thread(self._private_view.begin)
-        self._remember(private_view=True)
+        self._private_view = await made_in_thread(PrivateView.close, PrivateView, self.pid, self._ram)
+        await in_thread(self._private_view.begin)
+        self._record.change(private_view=True)
 
     async def memory(self) -> GuestMemory:
-        return await asyncio.to_thread(access.open_memory, self.name, self.pid, self._ram)
+        self._hands_over = False  # all of it is copied: nothing of it travels with the devices
+        return await made_in_thread(GuestMemory.release, access.open_memory, self.name, self.pid, self._ram)
 
     async def start_dirty_log(self, mode: DirtyTracking) -> DirtyLog:
         if mode == "logged":
             raise VmmError(f"QEMU keeps no dirty log that guest {self.name!r} could be followed by: use pagemap-scan")
         await self.stop_dirty_log()
-        self._hands_over = False  # what is tracked is copied
         self._fenced = drives_bypass_page_tables(await self._qmp.call("query-named-block-nodes"))
         ranges = [carried.range for carried in self._ram.carried]
         try:
-            tracking = await asyncio.to_thread(start_tracking, self.pid, ranges)
+            tracking = await made_in_thread(WriteTracking.close, start_tracking, self.pid, ranges)
         except OtherProcessError as error:
             raise VmmError(f"guest {self.name!r} cannot be tracked: {error}") from error
         self._tracking = tracking
@@ -243,7 +250,7 @@ class QemuGuest(VmmGuest):
     async def stop_dirty_log(self) -> None:
         tracking, self._tracking = self._tracking, None
         if tracking is not None:
-            await asyncio.to_thread(tracking.close)
+            await in_thread(tracking.close)
 
     @property
     def needs_fence(self) -> bool:
@@ -260,21 +267,14 @@ class QemuGuest(VmmGuest):
         await self._save.prepare()
 
     async def pause(self) -> PauseTime:
-        begin_ns = time.monotonic_ns()
-        async with self._qmp.listen("STOP") as next_event:
-            stopped = asyncio.ensure_future(next_event())
-            try:
-                await self._qmp.call("stop", self._stop_timeout_s)
-                end_ns = time.monotonic_ns()
-                # No event where it stood already. QEMU sends it when the vCPUs stand, before it drains and flushes.
-                drain_ns = end_ns - max(begin_ns, stamp_ns(stopped.result())) if stopped.done() else 0
-            finally:
-                stopped.cancel()
-        self._note("stop", end_ns - begin_ns)
-        if self._place.incoming:
+        pause, ran = await self._vcpus.stop()
+        self._note("stop", pause.total_ns)
+        if self._place.incoming:  # it arrives paused: its disks are opened when it is resumed
             await self._publish()
-            self._now_ours()
-        return PauseTime(end_ns - begin_ns, drain_ns)
+            self._now_ours(disks_released=True)
+        elif ran and self._place.disks_released:  # somebody else let it run
+            self._record.change(disks_released=False)
+        return pause
 
     def _note(self, step: Step, took_ns: int) -> None:
         if self._blueprint is not None:  # never described, it was no part of a migration
@@ -285,24 +285,24 @@ class QemuGuest(VmmGuest):
         if self.lock is not None:
             await self.lock.take()
         arriving = self._place.incoming
+        # Of one that arrives, a daemon after this one must be able to tell whether it ran.
+        change = self._record.change if arriving else self._record.change_if_possible
         log_bytes = places.log_size(self._place.run_log)
-        self._remember(epoch=epoch, run_log_bytes=log_bytes, published=self._place.private_view)
+        change(epoch=epoch, run_log_bytes=log_bytes, published=self._place.private_view)
         await self._publish()
-        async with self._qmp.listen("RESUME") as next_event:
-            resumed = asyncio.ensure_future(next_event())
-            try:
-                await self._qmp.call("cont", self._stop_timeout_s)
-                # The event's own stamp: the guest's clock goes on within 0.1 ms of it, the reply is heard later.
-                running_at_ns = time.monotonic_ns()
-                if resumed.done():
-                    running_at_ns = min(running_at_ns, stamp_ns(resumed.result()))
-            finally:
-                resumed.cancel()
+        self._may_have_run = True
+        try:
+            running_at_ns = await self._vcpus.run()
+        except QmpCommandError:
+            self._may_have_run = False
+            raise
         self._note("resume", running_at_ns - begin_ns)
         self._hands_over = False
         await self._save.release()
+        if not arriving and self._place.disks_released:
+            self._record.change_if_possible(disks_released=False)
         if arriving:
-            self._now_ours()
+            self._now_ours(disks_released=False)
             with contextlib.suppress(QmpCommandError):  # a guest without a network has nobody to tell
                 await self._qmp.call("announce-self", initial=50, max=550, rounds=5, step=100)
         return running_at_ns
@@ -312,12 +312,14 @@ class QemuGuest(VmmGuest):
         if not self._place.private_view:
             return
         if self._private_view is None:  # a daemon before this one began it
-            self._private_view = await asyncio.to_thread(PrivateView, self.pid, self._ram)
-        await asyncio.to_thread(self._private_view.end)
+            self._private_view = await made_in_thread(PrivateView.close, PrivateView, self.pid, self._ram)
+        await in_thread(self._private_view.end)
 
-    def _now_ours(self) -> None:
+    def _now_ours(self, *, disks_released: bool) -> None:
         """The guest runs here, or stands here as it is to stand: memory that was handed over is this QEMU's."""
-        self._remember(incoming=False, private_view=False, published=False)
+        self._record.change_if_possible(
+            incoming=False, private_view=False, published=False, disks_released=disks_released
+        )
         if self._private_view is not None:
             self._private_view.close()
             self._private_view = None
@@ -328,10 +330,6 @@ class QemuGuest(VmmGuest):
         behind_ns = await set_wall_clock(self._place.agent, _AGENT_S)
         return f"The guest agent set the guest's wall clock, which was {behind_ns / 1e6:.0f}ms behind"
 
-    def _remember(self, **changes: Any) -> None:
-        self._place = self._place.model_copy(update=changes)
-        places.write_place(self.api_socket, self._place)
-
     async def interrupt(self) -> None:
         # A save takes milliseconds and cannot hang: it writes to memory.
         self._load.interrupt()
@@ -339,8 +337,16 @@ class QemuGuest(VmmGuest):
     async def state_out(self, kind: DeviceKind) -> AsyncIterator[Sequence[StatePart]]:
         if kind == "iterable":
             return
-        data, took_ns = await self._save.save((self._blueprint or await self._draw()).machine)
-        self._place = self._place.model_copy(update={"state_bytes": len(data)})
+        machine = (self._blueprint or await self._draw()).machine
+        released = self._place.disks_released
+        # Before it is so: a QEMU that is asked to let go of its disks twice aborts.
+        self._record.change(disks_released=True)
+        try:
+            data, took_ns = await self._save.save(machine, release_disks=not released)
+        except QmpCommandError:
+            self._record.change(disks_released=released)
+            raise
+        self._record.known = self._place.model_copy(update={"state_bytes": len(data)})
         if self._hands_over:
             begin_ns = time.monotonic_ns()
             data = handed_over.read_own(self.name, self.pid, self._ram) + data
@@ -405,7 +411,7 @@ class QemuGuest(VmmGuest):
             if not await spawn.make_sure_gone(self.pid, _GONE_S):
                 raise VmmError(f"QEMU of guest {self.name!r} (process {self.pid}) does not end; end it by hand")
             if view is not None and not self._has_run():
-                await asyncio.to_thread(view.put_back)
+                await in_thread(view.put_back)
         finally:
             if view is not None:
                 view.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -38,11 +39,17 @@ def main_files(pid: int, ram: Ram) -> list[int]:
     if not main or not all(carried.block.shared for carried in main):
         return []
     regions = open_mapped(pid, main)
+    files = [region.fd for region in regions]
     if any(region.offset for region in regions):
-        for region in regions:
-            os.close(region.fd)
+        close_files(files)
         return []
-    return [region.fd for region in regions]
+    return files
+
+
+def close_files(files: Iterable[int]) -> None:
+    """Close descriptors that ``main_files`` gave and nobody wants."""
+    for fd in files:
+        os.close(fd)
 
 
 class PrivateView:

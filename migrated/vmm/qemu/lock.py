@@ -47,6 +47,8 @@ class QemuLock(OwnershipLock):
             if not self._open_in_qemu():
                 raise VmmError(f"another VMM holds the ownership lock {self._path}: it must let go first") from error
             self._write(fd)
+        except OSError as error:
+            raise VmmError(f"the ownership lock {self._path} cannot be taken: {error.strerror}") from error
         finally:
             os.close(fd)
         self._held = True

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from migrated.base.errors import VmmError
+
+log = structlog.get_logger()
 
 _ROOM_BYTES: Final = 4096
 _RUNS: Final = re.compile(rb"\bvm_state_notify running 1\b")
@@ -38,6 +42,7 @@ class Place(BaseModel):
         published: what it wrote meanwhile goes into that memory since its last resume was asked for. The daemon that
             began that can put everything back, a later one cannot: for it the guest counts as one that ran.
         state_bytes: what its device state weighed when it was last saved; 0 before.
+        disks_released: its QEMU has let go of its disks, or has not opened them yet: it does so when it is resumed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +57,7 @@ class Place(BaseModel):
     private_view: bool = False
     published: bool = False
     state_bytes: int = 0
+    disks_released: bool = False
 
 
 def place_path(api_socket: Path) -> Path:
@@ -86,35 +92,88 @@ def write_place(api_socket: Path, place: Place) -> None:
 
     In place where it fits: a guest stands still while this is written, and a busy file system may take its time for a
     new name. One write of a page is not cut short by a kill; white space fills it up.
+
+    Raises:
+        VmmError: it cannot be written.
     """
     path = place_path(api_socket)
     text = place.model_dump_json().encode()
     text += b" " * (-len(text) % _ROOM_BYTES)
-    if len(text) == _ROOM_BYTES and path.exists() and path.stat().st_size == _ROOM_BYTES:
-        with path.open("r+b", buffering=0) as file:
-            file.write(text)
-        return
-    fresh = path.with_suffix(".place.new")
-    fresh.write_bytes(text)
-    os.replace(fresh, path)
-
-
-def log_size(path: Path | None) -> int:
-    """Return the present length of a run log (bytes)."""
     try:
-        return path.stat().st_size if path is not None else 0
-    except FileNotFoundError:
+        if len(text) == _ROOM_BYTES and path.exists() and path.stat().st_size == _ROOM_BYTES:
+            with path.open("r+b", buffering=0) as file:
+                file.write(text)
+            return
+        fresh = path.with_suffix(".place.new")
+        fresh.write_bytes(text)
+        os.replace(fresh, path)
+    except OSError as error:
+        raise VmmError(f"the record {path} of a QEMU guest cannot be written: {error.strerror}") from error
+
+
+class PlaceFile:
+    """The record of one guest that is connected: what is known now, and its file.
+
+    Args:
+        api_socket: of the guest.
+        place: what the file holds.
+    """
+
+    def __init__(self, api_socket: Path, place: Place) -> None:
+        self.known = place
+        self._api_socket = api_socket
+
+    def change(self, **changes: Any) -> None:
+        """Change some of it.
+
+        Raises:
+            VmmError: it cannot be written; this daemon goes by it all the same.
+        """
+        self.known = self.known.model_copy(update=changes)
+        write_place(self._api_socket, self.known)
+
+    def change_if_possible(self, **changes: Any) -> None:
+        """Change what nobody must wait for, nor a guest be kept from running for want of it."""
+        try:
+            self.change(**changes)
+        except VmmError as error:
+            log.warning("the guest goes on all the same", guest=self.known.name, reason=str(error))
+
+
+def log_size(run_log: Path | None) -> int:
+    """Return the present length of a run log (bytes), 0 where there is none."""
+    try:
+        return run_log.stat().st_size if run_log is not None else 0
+    except OSError:
         return 0
 
 
-def ran_after(path: Path, offset: int) -> bool:
-    """Whether the run log says that vCPUs ran, from a byte on."""
+def ran_after(run_log: Path | None, offset: int) -> bool | None:
+    """Whether vCPUs ran since the run log was ``offset`` bytes long; None where it does not tell: there is none, it
+    cannot be read, or what was in it has been taken away."""
+    if run_log is None:
+        return None
     try:
-        with path.open("rb") as file:
+        with run_log.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < offset:
+                return None
             file.seek(offset)
             return _RUNS.search(file.read()) is not None
-    except FileNotFoundError:
-        return False
+    except OSError:
+        return None
+
+
+def somebody_listens(api_socket: Path) -> bool:
+    """Whether a process listens on a guest's socket, whatever else it does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
+        stream.setblocking(False)
+        try:
+            stream.connect(str(api_socket))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except OSError:
+            return True  # its queue is full, or it may not be asked
+    return True
 
 
 def forget(api_socket: Path) -> None:

@@ -3,6 +3,7 @@ or through them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,17 @@ _DEVICE_FILES: Final = (
 )
 _FIXED_BUFFERS: Final = re.compile(r"^UserBufs:\s*(\d+)", re.MULTILINE)
 _NAMED: Final = 5
+
+
+def check_process(pid: int, ram: Ram) -> list[Row]:
+    """Look at everything that the kernel says of a QEMU. Blocks: call it off the event loop."""
+    return [
+        tracer(pid),
+        *other_mappers(pid, ram),
+        *device_files(pid),
+        fixed_buffers(pid),
+        pinned(pid),
+    ]
 
 
 def tracer(pid: int) -> Row:
@@ -102,7 +114,12 @@ def _maps_one(entry: Path, files: Mapping[tuple[str, int], str]) -> str | None:
 
 def device_files(pid: int) -> Iterator[Row]:
     clean = True
-    for target in _open_files(pid):
+    try:
+        targets = _open_files(pid)
+    except OSError as error:
+        yield _unseen("device files", pid, "the files that it has open", error)
+        return
+    for target in targets:
         for pattern, name, why, change in _DEVICE_FILES:
             if pattern.match(target):
                 clean = False
@@ -113,22 +130,27 @@ def device_files(pid: int) -> Iterator[Row]:
 
 def _open_files(pid: int) -> list[str]:
     targets = []
-    root = Path(f"/proc/{pid}/fd")
-    try:
-        names = list(root.iterdir())
-    except OSError:
-        return []
-    for name in names:
-        try:
+    for name in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             targets.append(os.readlink(name))
-        except OSError:
-            continue
     return targets
+
+
+def _unseen(check: str, pid: int, what: str, error: OSError) -> Row:
+    return Row(
+        check,
+        "refused",
+        f"{what} cannot be seen of QEMU (process {pid}): {error.strerror}; run the daemon as root or as QEMU's user",
+    )
 
 
 def fixed_buffers(pid: int) -> Row:
     """io_uring's fixed buffers stay pinned: reads into them bypass the page tables for as long as they exist."""
-    for name in Path(f"/proc/{pid}/fdinfo").iterdir():
+    try:
+        names = list(Path(f"/proc/{pid}/fdinfo").iterdir())
+    except OSError as error:
+        return _unseen("io_uring", pid, "its buffers of io_uring", error)
+    for name in names:
         found = _FIXED_BUFFERS.search(_read(name))
         if found is not None and int(found[1]):
             return Row(
@@ -141,7 +163,10 @@ def fixed_buffers(pid: int) -> Row:
 
 
 def pinned(pid: int) -> Row:
-    status = _read(Path(f"/proc/{pid}/status"))
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError as error:
+        return _unseen("pinned memory", pid, "its pinned memory", error)
     for field in ("VmPin", "VmLck"):
         found = re.search(rf"^{field}:\s*(\d+) kB", status, re.MULTILINE)
         if found is not None and int(found[1]):

@@ -83,6 +83,8 @@ class Qmp:
                 await client.connect(stream)
             made = cls(path, client, stream)
             made.pid = await made._process(listener)
+            if not made.pid:
+                raise VmmError(f"the process of the QEMU behind {path} cannot be told: it is in another namespace")
         except (ConnectionRefusedError, FileNotFoundError) as error:
             stream.close()
             raise VmmGoneError(f"no QEMU listens on {path}") from error

@@ -66,8 +66,13 @@ class StateSave:
             self.close()
             raise
 
-    async def save(self, machine: str) -> tuple[bytes, int]:
-        """Save the state of a stopped guest; its disks are free for the destination afterwards.
+    async def save(self, machine: str, *, release_disks: bool) -> tuple[bytes, int]:
+        """Save the state of a stopped guest.
+
+        Args:
+            machine: its type, for the stream.
+            release_disks: let go of its disks, so that the destination can open them; until ``cont`` QEMU must not be
+                asked for that again: 7.2 aborts.
 
         Returns:
             The stream, and what saving took (ns).
@@ -76,7 +81,7 @@ class StateSave:
         os.ftruncate(self._writing, 0)
         os.lseek(self._writing, 0, os.SEEK_SET)
         begin_ns = time.monotonic_ns()
-        await self._qmp.call("xen-save-devices-state", _SAVE_S, filename=self._path, live=True)
+        await self._qmp.call("xen-save-devices-state", _SAVE_S, filename=self._path, live=release_disks)
         took_ns = time.monotonic_ns() - begin_ns
         return with_machine(os.pread(self._reading, os.fstat(self._reading).st_size, 0), machine), took_ns
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from migrated.vmm.qemu.checks import check_guest, drives_bypass_page_tables
 from migrated.vmm.qemu.findings import Row, refusals
+from migrated.vmm.qemu.process_checks import check_process
 from migrated.vmm.qemu.qmp import Qmp
 from migrated.vmm.qemu.ram import Ram, RamBlock, find_ram
 from scripts.rig.waiting import until
@@ -176,3 +178,13 @@ async def test_every_sentence_says_something(bare_qemu: BareQemu) -> None:
     rows = await check_guest(qmp := await bare_qemu(), await find_ram(qmp))
     assert all(len(row.sentence) > 10 and row.verdict in ("ok", "warning", "refused") for row in rows)
     assert os.getpid() != qmp.pid
+
+
+def test_a_process_that_may_not_be_looked_into_is_not_taken_for_a_clean_one() -> None:
+    """What cannot be seen is refused, with what it is."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()  # its number is free, and nothing is to be seen of it
+    rows = {row.name: row for row in check_process(ended.pid, Ram(()))}
+    for name, what in (("device files", "files"), ("io_uring", "buffers"), ("pinned memory", "pinned")):
+        assert rows[name].verdict == "refused"
+        assert what in rows[name].sentence

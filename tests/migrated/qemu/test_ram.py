@@ -10,6 +10,8 @@ import pytest
 
 from migrated.base.errors import VmmError
 from migrated.kernel import process_memory
+from migrated.vmm.memory import WORDS_PER_PAGE
+from migrated.vmm.qemu.access import open_memory
 from migrated.vmm.qemu.ram import (
     Mapping,
     Ram,
@@ -49,6 +51,25 @@ async def test_an_incoming_qemu_has_the_same_pages(bare_qemu: BareQemu) -> None:
     arguments = ("-device", "VGA")
     here, there = await bare_qemu(*arguments), await bare_qemu(*arguments, "-incoming", "defer", "-S")
     assert carried(await find_ram(here)) == carried(await find_ram(there))
+
+
+async def test_an_incoming_qemu_has_firmware_of_its_own_until_its_memory_is_cleared(
+    bare_qemu: BareQemu, place: Path
+) -> None:
+    """Where the source's has a page of zeros, none is sent: what stands there would stay."""
+    (place / "flash").write_bytes(b"other" * (1 << 18))
+    os.truncate(place / "flash", 1 << 20)
+    flash = f"if=pflash,format=raw,readonly=on,file={place}/flash"
+    qmp = await bare_qemu("-drive", flash, "-incoming", "defer", "-S")
+    ram = await find_ram(qmp)
+    memory = open_memory("g1", qmp.pid, ram)
+    whole = np.empty((ram.pages, WORDS_PER_PAGE), np.uint64)
+    memory.read(np.arange(ram.pages), whole)
+    assert whole.any()
+    memory.make_zero()
+    memory.read(np.arange(ram.pages), whole)
+    assert not whole.any()
+    memory.release()
 
 
 @pytest.mark.parametrize("kind", ["file", "memfd"])

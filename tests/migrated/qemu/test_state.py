@@ -36,7 +36,7 @@ async def test_devices_go_from_one_qemu_to_another(bare_qemu: BareQemu) -> None:
     save, load = StateSave(source), StateLoad(target)
     await save.prepare()
     await load.prepare()
-    stream, save_ns = await save.save(await machine_of(source))
+    stream, save_ns = await save.save(await machine_of(source), release_disks=True)
     assert save_ns > 0
     assert 10_000 < len(stream) < 4 << 20
     assert await load.load(stream) > 0
@@ -52,8 +52,8 @@ async def test_devices_go_from_one_qemu_to_another(bare_qemu: BareQemu) -> None:
 async def test_a_guest_can_be_saved_again_and_weighs_the_same(bare_qemu: BareQemu) -> None:
     qmp = await bare_qemu("-S")
     save = StateSave(qmp)
-    first, _ = await save.save(MACHINE)
-    second, _ = await save.save(MACHINE)
+    first, _ = await save.save(MACHINE, release_disks=True)
+    second, _ = await save.save(MACHINE, release_disks=True)
     assert len(first) == len(second)
     await qmp.call("cont")
     await save.release()
@@ -80,7 +80,7 @@ async def test_a_load_lets_go_of_its_stream(bare_qemu: BareQemu) -> None:
     source, target = await bare_qemu("-S"), await bare_qemu("-incoming", "defer", "-S")
     save, load = StateSave(source), StateLoad(target)
     before = len(os.listdir("/proc/self/fd"))
-    stream, _ = await save.save(await machine_of(source))
+    stream, _ = await save.save(await machine_of(source), release_disks=True)
     save.close()
     await load.load(stream)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -96,7 +96,7 @@ async def test_a_disk_is_free_for_the_destination_after_the_save_and_taken_back_
     source, target = await bare_qemu(*drive, "-S"), await bare_qemu(*drive, "-incoming", "defer", "-S")
     save, load = StateSave(source), StateLoad(target)
     await load.prepare()
-    stream, _ = await save.save(await machine_of(source))
+    stream, _ = await save.save(await machine_of(source), release_disks=True)
     await load.load(stream)
     await target.call("cont")
     with pytest.raises(VmmError, match="lock"):
@@ -108,7 +108,7 @@ async def test_a_disk_is_free_for_the_destination_after_the_save_and_taken_back_
 async def test_a_stream_of_another_machine_is_refused(bare_qemu: BareQemu) -> None:
     source, target = await bare_qemu("-S", machine="pc,accel=tcg"), await bare_qemu("-incoming", "defer", "-S")
     save, load = StateSave(source), StateLoad(target)
-    stream, _ = await save.save(await machine_of(source))
+    stream, _ = await save.save(await machine_of(source), release_disks=True)
     with pytest.raises(VmmError, match=r"refused the guest's device state|is lost|did not load"):
         await load.load(stream)
     save.close()
