@@ -94,7 +94,10 @@ def change_in(event: Mapping[str, Any]) -> Change:
 
 def document_of(body: bytes) -> dict[str, Any]:
     """An answer, or one line of it. Raises ValueError when it is none."""
-    found = json.loads(body)
+    try:
+        found = json.loads(body)
+    except ValueError as error:
+        raise ValueError(f"no JSON: {body[:100]!r}") from error  # it may be the sentence of a refusal
     if not isinstance(found, dict):
         raise ValueError(f"no JSON object: {body[:100]!r}")
     return found
