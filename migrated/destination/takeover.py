@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
 import structlog
 
@@ -23,7 +22,6 @@ from migrated.link.reply import Reply
 from migrated.observe.transitions import Transitions
 from migrated.state.carrying_out import carry_out_all, journal_decision
 from migrated.state.run_marks import RunMarkError
-from migrated.vmm.spawn import has_ended
 from protocol import effects, messages
 from protocol.effects import DONE, DestinationEffect, Outcome, Result, failed
 from protocol.executor import DestinationExecutor
@@ -31,10 +29,6 @@ from protocol.handover import Decision, DestinationEvent, DestinationState
 from protocol.messages import Message, NoCause
 
 log = structlog.get_logger()
-
-_LOOK_COUNTS_NS: Final = 10_000_000
-"""What the VMM answered counts for so long after it was asked, if its process is still there: nobody but this hand-over
-can let the guest run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +118,6 @@ class Takeover:
         self._commit_read_ns = 0
         self._commit_journaled_ns = 0
         self._transitions = Transitions()
-        self._looked: tuple[int, asyncio.Task[Outcome]] | None = None
-        """A look at the guest that began before it was needed, and when (monotonic, ns)."""
         if self._executor.final:
             self.finished.set()
 
@@ -211,10 +203,7 @@ class Takeover:
             case effects.ConfirmOwnership():
                 return DONE if self._env.keeper is None else await self._env.keeper.confirm(name_at(self._place))
             case effects.SendReady():
-                outcome = self._send(reply, self.make_ready())
-                # COMMIT comes next, and its first step takes as long as COMMIT takes to come.
-                self._looked = time.monotonic_ns(), asyncio.create_task(self._ask_state())
-                return outcome
+                return self._send(reply, self.make_ready())
             case effects.SendNo(cause=cause, reason=reason):
                 return self._send(reply, messages.No(epoch=self.epoch, cause=cause, reason=reason[:2000]))
             case effects.SendRunning() | effects.SendDiscarded() | effects.SendOpen():
@@ -249,20 +238,8 @@ class Takeover:
         return DONE
 
     async def _look(self) -> Outcome:
-        looked, self._looked = self._looked, None
-        outcome = await (self._ask_state() if looked is None or self._outdated(looked[0]) else looked[1])
-        if outcome.result is Result.RUNS and self._guest is not None:
-            # The VMM's answer to a resume was lost, but the guest may run.
-            self._is_ours(self._guest, time.monotonic_ns())
-        return outcome
-
-    def _outdated(self, asked_ns: int) -> bool:
-        """Whether what the VMM answered to a question at that instant tells nothing of it now."""
-        guest = self._guest
-        return guest is None or time.monotonic_ns() - asked_ns > _LOOK_COUNTS_NS or has_ended(guest.vmm.pid)
-
-    async def _ask_state(self) -> Outcome:
-        """Ask the VMM whether the guest waits, stands or runs."""
+        """Ask the VMM whether the guest waits, stands or runs. Only after COMMIT has come: by an older answer the guest
+        of a VMM that was killed meanwhile would be marked as one that ran, and the source would not take it back."""
         guest = self._guest
         if guest is None:
             return _process_gone()
@@ -272,8 +249,10 @@ class Takeover:
             return failed(error)
         if state == "incoming":
             return Outcome(Result.WAITS)
-        runs = state == "running" or self._keep_paused
-        return Outcome(Result.RUNS if runs else Result.STANDS)
+        if state == "running" or self._keep_paused:
+            self._is_ours(guest, time.monotonic_ns())  # the VMM's answer to a resume was lost, but the guest may run
+            return Outcome(Result.RUNS)
+        return Outcome(Result.STANDS)
 
     def _mark(self, *, ran: bool) -> Outcome:
         marks = self._env.run_marks

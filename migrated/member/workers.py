@@ -94,9 +94,10 @@ class Workers:
             await self._forget_old()
         finally:
             self._working.discard(job)
-            if (state := self._follower.mirror.states.get(job)) is None or is_over(state):
-                self._mine.pop(job, None)
-                self._own.discard(job)
+            # The claim of a job that is over stands: an operator may resume it, and then this daemon goes on with it.
+            known = self._follower.mirror.states.keys()
+            self._mine = {mine: lease for mine, lease in self._mine.items() if mine in known}
+            self._own &= known
 
     async def _claim(self, job: str) -> bool:
         """Be the job's worker; False when another daemon is."""

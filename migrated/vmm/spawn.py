@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,20 +44,6 @@ def reap(pid: int) -> bool:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:  # not our child: it was started before this daemon
         return False
-
-
-def has_ended(pid: int) -> bool:
-    """Return whether a process has ended, also one that nobody has collected yet."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        return bool(poll.poll(0))
-    finally:
-        os.close(pidfd)
 
 
 def last_lines(path: Path, count: int = 3) -> str:

@@ -22,7 +22,6 @@ import pytest
 
 from migrated.base.clock import HostClock
 from migrated.base.errors import LinkLostError, MigrationError, RefusedError, VmmError
-from migrated.destination import takeover as takeover_module
 from migrated.destination.migration import IncomingMigration
 from migrated.destination.offer import Offer, Refusal
 from migrated.destination.takeover import Takeover
@@ -50,13 +49,10 @@ from migrated.state.run_marks import RunMarks
 from migrated.vmm.drivers import load_drivers
 from migrated.vmm.resume_costs import ResumeCosts
 from migrated.vmm.seam import GuestRequest, Replacement
-from migrated.vmm.sim.calls import Calls
-from migrated.vmm.spawn import has_ended
 from protocol import messages
 from protocol.errors import ErrorCode
 from protocol.handover import DestinationEvent, DestinationState
 from protocol.messages import Message
-from scripts.rig.waiting import until
 
 ID = "0123456789abcdef" * 2
 PARAMETERS = MigrationParameters(channels=2)
@@ -501,56 +497,17 @@ async def test_a_ready_that_comes_before_the_whole_state_is_no_vote(source: Envi
 # Section: the vote, and what the destination looks at before it resumes
 
 
-async def voted(env: Environment, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> tuple[Takeover, Guest, list[str]]:
-    """A hand-over that has voted READY, its guest, of which no device is loaded, and the calls that its VMM got since;
-    the answer to the first is here."""
-    incoming = await env.guests.create_incoming(await guest.vmm.describe(), replacement=Replacement())
+async def test_a_vmm_that_was_killed_after_the_vote_is_not_taken_for_one_that_may_have_run(
+    source: Environment, guest: Guest
+) -> None:
+    incoming = await source.guests.create_incoming(await guest.vmm.describe(), replacement=Replacement())
     facts = {"paused": False, "driver": "sim", "place": incoming.place, "started_at": "2026-01-01T00:00:00Z"}
-    env.journal.begin(ID, 1, "g1", "destination", facts)
-    calls: list[str] = []
-    call = Calls.call
-
-    async def noting(self: Calls, op: str, *arguments: Any, **options: Any) -> Any:
-        reply = await call(self, op, *arguments, **options)
-        calls.append(op)
-        return reply
-
-    monkeypatch.setattr(Calls, "call", noting)
-    takeover = Takeover(env, ID, 1, incoming.place, "sim", incoming)
+    source.journal.begin(ID, 1, "g1", "destination", facts)
+    takeover = Takeover(source, ID, 1, incoming.place, "sim", incoming)
     takeover.make_ready = lambda: messages.Ready(epoch=1, digest=0, elapsed_ns=0, completing_ns=0)
     await takeover.take(DestinationEvent.LOADED, Nobody())
-    assert takeover.state is DestinationState.READY
-
-    async def answered() -> bool:
-        return bool(calls)
-
-    await until("the VMM was asked", answered)
-    return takeover, incoming, calls
-
-
-@pytest.mark.parametrize(("counts_ns", "asked"), [(60 * 10**9, 1), (0, 2)])
-async def test_the_vmm_is_asked_while_commit_is_on_its_way_and_again_only_if_that_took_long(
-    source: Environment, guest: Guest, monkeypatch: pytest.MonkeyPatch, counts_ns: int, asked: int
-) -> None:
-    monkeypatch.setattr(takeover_module, "_LOOK_COUNTS_NS", counts_ns)
-    takeover, _, calls = await voted(source, guest, monkeypatch)
-    await takeover.take(DestinationEvent.COMMIT, Nobody())
-    # It is not complete and refuses to run, so it is looked at once more.
-    assert calls[:-1] == ["status"] * (asked + 1)
-    assert takeover.state is DestinationState.DISCARDED
-
-
-async def test_a_vmm_that_ended_after_its_answer_is_not_taken_for_one_that_may_have_run(
-    source: Environment, guest: Guest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(takeover_module, "_LOOK_COUNTS_NS", 60 * 10**9)
-    takeover, incoming, _ = await voted(source, guest, monkeypatch)
+    assert takeover.awaits_decision
     os.kill(incoming.vmm.pid, signal.SIGKILL)
-
-    async def ended() -> bool:
-        return has_ended(incoming.vmm.pid)
-
-    await until("the VMM has ended", ended)
     await takeover.take(DestinationEvent.COMMIT, Nobody())
     assert takeover.state is DestinationState.DISCARDED
     assert not source.run_marks.ran(incoming.place, 1)
