@@ -38,6 +38,8 @@ log = structlog.get_logger()
 
 _STRANGER_S: Final = 10.0
 """A connection that has not told what it is by then is dropped."""
+_NOT_ACCEPTED_S: Final = 0.1
+"""Pause after a connection that could not be accepted."""
 _FAREWELL_S: Final = 1.0
 """How long a peer that is told why it is refused may take to hear it."""
 _LOG_LINES: Final = 50
@@ -138,49 +140,60 @@ class Listener:
         sock.setblocking(False)
         sock.listen(128)
         self._sockets.append(sock)
-        self._tasks.start(self._accept(sock))
+        self._watch(sock)
 
     async def stop(self) -> None:
         """Stop listening; connections that were handed over go on."""
-        await self._tasks.stop()
         while self._sockets:
             sock = self._sockets.pop()
+            asyncio.get_running_loop().remove_reader(sock)
             if sock.family == socket.AF_UNIX:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(sock.getsockname())
             sock.close()
+        await self._tasks.stop()
 
     @property
     def connections(self) -> int:
         """Number of connections that are held, those included that have not told what they are."""
         return self._places.held
 
-    async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, where = await loop.sock_accept(listening)
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    self._refused("full", "this daemon has no file descriptor left; raise its LimitNOFILE", "anybody")
-                else:
-                    self._refused("full", f"a connection could not be accepted: {error.strerror}", "anybody")
-                await asyncio.sleep(0.1)  # let some be freed
-                continue
-            local = sock.family == socket.AF_UNIX
-            address = "this host" if local else str(where[0])
-            if (full := self._places.why_full(address)) is not None:
-                reason = f"this host takes no more connections: {full} ([limits] max_connections)"
-                self._refused("full", reason, address)
-                self._turn_away(sock, reason)
-                continue
-            self._places.take(address)
-            self._make_room(address)
-            tls = None if local else self._security.accepting(str(Address(*where[:2])))
-            wire = Wire(sock, tls, partial(self._places.give_back, address))
-            task = self._tasks.start(self._welcome(wire, address))
-            self._strangers[task] = address
-            task.add_done_callback(self._known)
+    def _watch(self, listening: socket.socket) -> None:
+        """Accept what comes. By callback, not by a task: one that is cancelled as it accepts would lose the connection,
+        open."""
+        if listening in self._sockets:
+            asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            sock, where = listening.accept()
+        except BlockingIOError:
+            return  # it is gone again
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._refused("full", "this daemon has no file descriptor left; raise its LimitNOFILE", "anybody")
+            else:
+                self._refused("full", f"a connection could not be accepted: {error.strerror}", "anybody")
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listening)
+            loop.call_later(_NOT_ACCEPTED_S, self._watch, listening)  # some may be freed until then
+            return
+        sock.setblocking(False)
+        local = sock.family == socket.AF_UNIX
+        address = "this host" if local else str(where[0])
+        if (full := self._places.why_full(address)) is not None:
+            reason = f"this host takes no more connections: {full} ([limits] max_connections)"
+            self._refused("full", reason, address)
+            self._turn_away(sock, reason)
+            return
+        self._places.take(address)
+        self._make_room(address)
+        tls = None if local else self._security.accepting(str(Address(*where[:2])))
+        wire = Wire(sock, tls, partial(self._places.give_back, address))
+        task = self._tasks.start(self._welcome(wire, address))
+        self._strangers[task] = address
+        task.add_done_callback(self._known)
+        task.add_done_callback(partial(_close_if_cancelled, wire))
 
     def _make_room(self, address: str) -> None:
         """Drop the oldest stranger, of this address or of all, when there are as many as may be: who is honest tells
@@ -248,6 +261,12 @@ class Listener:
         self._on_refused(kind)
         if self._lines.take(1, time.monotonic()):
             log.warning("a connection was refused", reason=reason, kind=kind, peer=address)
+
+
+def _close_if_cancelled(wire: Wire, task: asyncio.Task[None]) -> None:
+    """Close a connection whose task was cancelled: one that had not begun could not do so itself."""
+    if task.cancelled():
+        wire.close()
 
 
 def _is_served(path: Path) -> bool:

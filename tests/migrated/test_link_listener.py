@@ -194,6 +194,17 @@ async def test_strangers_of_one_address_do_not_push_out_those_of_another() -> No
         connection.wire.close()
 
 
+async def test_a_connection_that_comes_as_the_listener_stops_keeps_no_place() -> None:
+    for turns in range(8):  # of the event loop between the connection and the stop
+        async with listening(PLAIN) as server:
+            with socket.create_connection(("127.0.0.1", server.port)):
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await server.listener.stop()
+                await asyncio.sleep(0)
+                assert server.listener.connections == 0, turns
+
+
 async def test_descriptors_come_with_a_first_frame_over_a_unix_socket(short_directory: Path) -> None:
     server, path = Server(PLAIN), short_directory / "listen.sock"
     server.listener.start_unix(path)

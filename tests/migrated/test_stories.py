@@ -452,8 +452,9 @@ async def test_a_ready_that_comes_before_the_whole_state_is_no_vote(source: Envi
         with contextlib.suppress(LinkLostError):
             while True:
                 message = (await control.receive()).message
-                if isinstance(message, messages.RoundEnd):
+                if isinstance(message, messages.Downtime):
                     control.send(messages.Ready(epoch=1, digest=0, elapsed_ns=0, completing_ns=0))
+                if isinstance(message, messages.RoundEnd):
                     control.send(messages.RoundDone(round=message.round, bytes=0, digest=0))
                 assert not isinstance(message, messages.Commit)
 
