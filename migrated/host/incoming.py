@@ -251,14 +251,19 @@ class IncomingAttempts:
             return
         self._running[migration_id] = answer
         self._last[offer.hello.guest.name] = answer.progress
+        daemon_ends = False
         try:
             await answer.run()
+        except asyncio.CancelledError:
+            daemon_ends = True  # what is open then is in the journal, and the next daemon settles it
+            raise
         finally:
             del self._running[migration_id]
             self._show_as_ended(answer.guest_name, answer.progress)
             costs = self._env.resume_costs.document()
             await asyncio.to_thread(keep_resume_costs, self._env.config.state.directory, costs)
-            await self._keep(migration_id, answer.takeover)
+            if not daemon_ends:
+                await self._keep(migration_id, answer.takeover)
 
     async def _keep(self, migration_id: str, takeover: Takeover) -> None:
         """Keep the little that a late question needs, once it is decided who runs the guest."""
