@@ -81,7 +81,7 @@ async def _write(directory: Path, attempts: int, acknowledge: Callable[[str], No
         if number % 2:
             book.close_attempt(migration_id, _ROLE)
         await asyncio.sleep(0)  # rewriting goes on in its thread and in this loop
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # the last rewriting may be killed too; one that is not over yet is no fault
     book.close()
 
 

@@ -105,7 +105,7 @@ class Run:
                     self.found.add(f"{name} was promised more migrations than it has slots")
                 if host["reserved_bytes"] + host["used_bytes"] > host["memory_bytes"]:
                     self.found.add(f"{name} was promised more memory than it gives")
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.2)  # it looks for as long as the run lasts
 
     async def _hosts(self) -> list[dict[str, Any]]:
         for name in HOSTS:

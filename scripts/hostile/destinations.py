@@ -118,7 +118,7 @@ async def nothing(_: Liar, __: Hostile, ___: Message) -> None:
 
 async def _too_long(liar: Liar, _: Hostile, __: Message) -> None:
     """Twice as long as the guest may stand still."""
-    await asyncio.sleep(2 * liar.ground.limit_ms / 1e3)
+    await asyncio.sleep(2 * liar.ground.limit_ms / 1e3)  # the lateness is the lie
 
 
 def _welcome(**lies: Any) -> Hook:

@@ -370,7 +370,7 @@ async def _drip(connection: Hostile, data: bytes) -> None:
         async with asyncio.timeout(2 * HANDSHAKE_S):
             for byte in data:
                 await connection.wire.send(bytes([byte]))
-                await asyncio.sleep(0.25)
+                await asyncio.sleep(0.25)  # the slowness is the attack
 
 
 async def slow_everywhere(ground: Ground) -> None:

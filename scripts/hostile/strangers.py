@@ -82,7 +82,7 @@ async def slow_handshakes(ground: Ground) -> None:
         with sock, contextlib.suppress(OSError):
             for byte in hello[:40]:
                 await loop.sock_sendall(sock, bytes([byte]))
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.1)  # the slowness is the attack
 
     await asyncio.gather(*(drip() for _ in range(24)))
     await connections_gone(ground, _GONE_S)

@@ -203,7 +203,7 @@ async def test_a_journal_that_keeps_as_much_as_it_may_is_not_rewritten_with_ever
         inode = (tmp_path / "journal").stat().st_ino
         for number in range(KEPT_ATTEMPTS + 20, KEPT_ATTEMPTS + 40):
             take_in(number)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3)  # a rewriting that began by mistake would be over by then
         assert (tmp_path / "journal").stat().st_ino == inode
     with opened(tmp_path) as journal:
         attempt = journal.attempt(f"m{KEPT_ATTEMPTS + 39}", "destination")

@@ -120,7 +120,7 @@ async def test_a_guest_that_is_being_started_is_no_leftover(fleet: Fleet, tmp_pa
     (tmp_path / BOOT_ID).write_text("another", encoding="ascii")
     await fleet.owners.claim_new("new")
     await Leftovers(fleet.follower, Here(), fleet.owners, "b", tmp_path).see_to()
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)  # a key that was let go of by mistake would be deleted by a task of its own
     found = await fleet.owner("new")
     assert found is not None
     assert found.owner == "b"

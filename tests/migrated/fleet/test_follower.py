@@ -72,6 +72,6 @@ async def test_a_watch_that_always_ends_at_once_keeps_nobody_busy() -> None:
     store = Unsteady()
     store.always_ends = True
     running = asyncio.create_task(Follower(store, KEYS).run())
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.3)  # how often it watches in that time is what counts
     running.cancel()
     assert 1 <= store.watches <= 10
