@@ -232,7 +232,7 @@ class EtcdStore:
                         if not again:
                             break
                     except (aiohttp.ClientError, TimeoutError, NoAnswerError) as error:
-                        why = f"{endpoint}: {error or 'no answer'}"
+                        why = f"{endpoint}: {_told(error, endpoint)}"
                         if not again:
                             break
                     self._pass_over(endpoint)
@@ -318,14 +318,12 @@ class EtcdStore:
                         with understood():
                             token = await self._log_in(endpoint, renew=False)
                         response = await self._request(endpoint, path, wanted, token, quiet_s=_QUIET_S)
-                    except (
-                        _UnreachableError,
-                        _RefusedError,
-                        aiohttp.ClientError,
-                        TimeoutError,
-                        NoAnswerError,
-                    ) as error:
+                    except _UnreachableError as error:
                         why = str(error)
+                        self._pass_over(endpoint)
+                        continue
+                    except (_RefusedError, aiohttp.ClientError, TimeoutError, NoAnswerError) as error:
+                        why = f"{endpoint}: {_told(error, endpoint)}"
                         self._pass_over(endpoint)
                         continue
                     if response.status == 200:
@@ -338,6 +336,17 @@ class EtcdStore:
             self._pass_over(endpoint)
             why = f"no answer within {self._timeout_s:g} s"
         raise NoAnswerError(f"etcd does not answer ({', '.join(self._endpoints)}): {why}.")
+
+
+def _told(error: Exception, endpoint: str) -> str:
+    """The words for a call that failed.
+
+    In TLS 1.3 an endpoint turns away whom it does not accept only after the handshake: who writes at that moment sees
+    a connection that was closed, and may never read the alert that says why.
+    """
+    if isinstance(error, aiohttp.ClientOSError) and not error.errno and endpoint.startswith("https:"):
+        return "it closed the connection while the call was sent: see whether it accepts this host's certificate"
+    return str(error) or "no answer"
 
 
 async def _body(response: aiohttp.ClientResponse) -> bytes:

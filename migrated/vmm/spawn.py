@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from migrated.base.errors import VmmError
+
+_LOOK_AGAIN_S: Final = 0.01
 
 
 def _set(future: asyncio.Future[None]) -> None:
@@ -44,6 +48,16 @@ def reap(pid: int) -> bool:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:  # not our child: it was started before this daemon
         return False
+
+
+async def reap_within(pid: int, timeout_s: float) -> bool:
+    """Collect a child that has ended, or ends within ``timeout_s`` (0: look once). Returns whether it has."""
+    deadline = time.monotonic() + timeout_s
+    while not reap(pid):
+        if time.monotonic() >= deadline:
+            return False
+        await asyncio.sleep(_LOOK_AGAIN_S)
+    return True
 
 
 def last_lines(path: Path, count: int = 3) -> str:

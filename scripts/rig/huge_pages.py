@@ -17,11 +17,13 @@ _MADV_COLLAPSE: Final = 25
 
 def aligned_memory(memory_bytes: int) -> GuestMemory:
     """Guest memory, nothing of it touched, at an address where huge pages can be mapped."""
-    between = []
+    others: list[GuestMemory | mmap.mmap] = []
     while (memory := GuestMemory(memory_bytes)).address % HUGE_BYTES:
         # The kernel puts one mapping below the other; huge pages need the next one to begin at a multiple of theirs.
-        between.append(mmap.mmap(-1, memory.address % HUGE_BYTES))
-        assert len(between) < 100, "the kernel gives no address at which huge pages can be mapped"
+        # What was mapped stays until the right one is found: each attempt fills one of the holes that lead astray.
+        os.close(memory.fd)
+        others += [memory, mmap.mmap(-1, memory.address % HUGE_BYTES)]
+        assert len(others) < 1000, "the kernel gives no address at which huge pages can be mapped"
     return memory
 
 

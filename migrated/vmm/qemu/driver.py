@@ -31,6 +31,8 @@ from migrated.vmm.seam import Driver, GuestRequest, Incoming
 from protocol.guest import GuestDescription
 
 _LOOK_AGAIN_S: Final = 0.01
+_ENDING_S: Final = 1.0
+"""For this long a QEMU whose monitor could not be used may turn out to be one that is just ending."""
 _GONE_S: Final = 10.0
 _DEFAULT_COMMAND: Final = ("qemu-system-x86_64",)
 
@@ -227,9 +229,11 @@ class QemuDriver(Driver):
                     return await self.attach(api_socket)
                 except VmmError as error:
                     unusable = error
-            if spawn.reap(pid):
+            refused = unusable is not None and not isinstance(unusable, VmmGoneError)
+            # A QEMU that ends closes its monitor first, and its own words say more than that it hung up.
+            if await spawn.reap_within(pid, _ENDING_S if refused else 0.0):
                 raise VmmError(f"QEMU ended at once: {spawn.last_lines(log_path) or 'it said nothing'}")
-            if unusable is not None and not isinstance(unusable, VmmGoneError):
+            if unusable is not None and refused:
                 raise unusable
             if time.monotonic() > deadline:
                 raise VmmError(f"QEMU did not answer within {timeout_s:g} s; its log is {log_path}")
