@@ -24,6 +24,7 @@ from migrated.fleet.model import JobSpec, JobStep, StepState
 from migrated.fleet.store import StoreError, Transaction
 from migrated.fleet.worker import begin, ended, is_cancelled, steps_here
 from migrated.member.follower import Follower
+from migrated.member.identity import Identity
 from migrated.member.local import LocalHost
 
 log = structlog.get_logger()
@@ -46,13 +47,17 @@ class StepRunner:
         local: this host.
         follower: the mirror.
         host: this host's name in the fleet.
+        identity: whether that is its own; if it is not, the steps are another host's.
         told: called when an attempt has begun or ended.
     """
 
-    def __init__(self, local: LocalHost, follower: Follower, host: str, told: Callable[[], None]) -> None:
+    def __init__(
+        self, local: LocalHost, follower: Follower, host: str, identity: Identity, told: Callable[[], None]
+    ) -> None:
         self._local = local
         self._follower = follower
         self._host = host
+        self._identity = identity
         self._told = told
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
         """By job and guest."""
@@ -63,7 +68,9 @@ class StepRunner:
         """See to the steps until cancelled."""
         await self._follower.ready.wait()
         while True:
-            for spec, step in list(steps_here(self._follower.mirror, self._host)):
+            mirror = self._follower.mirror
+            mine = () if self._identity.stranger(mirror) is not None else tuple(steps_here(mirror, self._host))
+            for spec, step in mine:
                 key = (spec.job, step.guest)
                 if key not in self._running:
                     task = self._running[key] = self._tasks.start(self._carry_out(spec, step))

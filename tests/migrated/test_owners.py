@@ -12,6 +12,7 @@ import pytest
 from migrated.fleet.model import Ownership
 from migrated.fleet.store import put
 from migrated.member.follower import Follower
+from migrated.member.identity import Identity
 from migrated.member.leftovers import BOOT_ID, Leftovers, boot_id
 from migrated.member.owners import Owners
 from scripts.fleet.fake_store import FakeStore, FakeStoreClient
@@ -53,10 +54,10 @@ class Fleet:
 
 
 @pytest.fixture
-async def fleet() -> AsyncIterator[Fleet]:
+async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     store = FakeStoreClient(FakeStore(lambda: 0))
     follower = Follower(store, KEYS)
-    owners = Owners(follower, "b")
+    owners = Owners(follower, "b", Identity("b", tmp_path))
     following = asyncio.create_task(follower.run())
     await follower.ready.wait()
     yield Fleet(store, follower, owners)
