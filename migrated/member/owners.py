@@ -247,7 +247,9 @@ class Owners:
         if arriving and not self._is_owner(guest):
             with contextlib.suppress(TimeoutError, StoreError):
                 async with asyncio.timeout(_TOKEN_S):
-                    await self._look(guest)
+                    now, _ = await self._look(guest)
+                if now is not None and now.owner != self._host:
+                    raise NotTheOwnerError(f"The guest belongs to {now.owner} now, not to {self._host}.")
         known, revision = self._follower.mirror.owners.get(guest), self._revision(guest)
         if self._is_owner(guest) or (not arriving and known is not None and known.previous == self._host):
             self._tokens[guest] = revision

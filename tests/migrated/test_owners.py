@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from migrated.fleet.model import Ownership
+from migrated.fleet.ownership import NotTheOwnerError
 from migrated.fleet.store import put
 from migrated.member.follower import Follower
 from migrated.member.identity import Identity
@@ -78,7 +79,9 @@ async def test_the_token_of_an_arrival_is_asked_of_the_store_and_never_an_old_on
     await fleet.own("g", "b")
     await fleet.owners.token("g", arriving=False)
     await fleet.own("g", "a", previous="b")
-    assert await fleet.owners.token("g", arriving=True) is None
+    with pytest.raises(NotTheOwnerError, match="belongs to a now, not to b"):
+        await fleet.owners.token("g", arriving=True)  # what arrives was handed over before that
+    assert await fleet.owners.token("unknown", arriving=True) is None
     revision = await put(fleet.store, KEYS.owner("g"), Ownership(owner="b", epoch=9, previous="a").to_bytes())
     assert await fleet.owners.token("g", arriving=True) == revision, "before the watch has told it"
 
