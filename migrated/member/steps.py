@@ -26,6 +26,7 @@ from migrated.fleet.worker import begin, ended, is_cancelled, steps_here
 from migrated.member.follower import Follower
 from migrated.member.identity import Identity
 from migrated.member.local import LocalHost
+from migrated.member.sharing import LinkSharing
 
 log = structlog.get_logger()
 
@@ -62,6 +63,7 @@ class StepRunner:
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
         """By job and guest."""
         self._changed = asyncio.Event()
+        self._sharing = LinkSharing(local, follower, host)
         self._tasks = TaskSet()
 
     async def run(self) -> None:
@@ -92,6 +94,7 @@ class StepRunner:
     async def close(self) -> None:
         """Leave the steps as the keys have them; attempts are the host's."""
         await self._tasks.stop()
+        await self._sharing.close()
 
     def _ended(self, key: tuple[str, str], _task: asyncio.Task[None]) -> None:
         self._running.pop(key, None)
@@ -149,7 +152,10 @@ class StepRunner:
         except OperationError as error:
             return _End(StepEvent.FAILED, str(error))
         self._told()
-        return await self._outcome(spec, step, migration_id)
+        if "max_bandwidth_bytes_per_s" not in overrides:
+            return await self._outcome(spec, step, migration_id)
+        with self._sharing.share(migration_id, destination.name, step.bytes_per_s):
+            return await self._outcome(spec, step, migration_id)
 
     async def _outcome(self, spec: JobSpec, step: JobStep, migration_id: str) -> _End:
         """Wait for the end of an attempt; one that nobody here knows of has never begun."""
