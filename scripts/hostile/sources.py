@@ -378,6 +378,7 @@ async def slow_everywhere(ground: Ground) -> None:
     """Byte by byte in every phase: the first frame, a frame of the control channel, of a data channel, its payload."""
     first = await ground.connect()
     async with ground.session() as (control, data):
+        control.answers_clocks = False
         page = {"encoding": "plain", "runs": _runs(0, 1), "digest": 0}
         await data.wire.send(data.frame(FrameType.PAGES, page, 2, missing_bytes=PAGE_SIZE))
         await asyncio.gather(
