@@ -21,11 +21,12 @@ from migrated.control.access import Access, AccessError
 from migrated.control.server import ControlServer, ControlSocketError
 from migrated.environment import DaemonRole
 from migrated.host.migration_host import MigrationHost
-from migrated.kernel.memory import bound_heap
+from migrated.kernel.memory import bound_heap, give_back_heap
 from migrated.link.listener import Listener, bind
 from migrated.link.security import PlainRefusedError
 from migrated.link.tls import CredentialsError
 from migrated.observe.logs import LogCollector, configure, set_level
+from migrated.record.terms import FINISHED
 from migrated.service.activation import ActivationError, inherited_socket
 from migrated.service.notify import Notifier
 from migrated.service.user import UserError, give_up_privileges
@@ -244,8 +245,15 @@ def _look_at_certificate(host: MigrationHost) -> None:
 
 
 async def _track(host: MigrationHost, listener: Listener) -> None:
-    """Keep the gauges of running migrations up to date."""
+    """Keep the gauges of running migrations up to date, and after migrations let go of what they left behind."""
+    tidied: set[str] = set()
     while True:
-        host.metrics.track(host.progress(None))
+        progress = host.progress(None)
+        host.metrics.track(progress)
         host.metrics.connections(listener.connections)
+        ended = {one.migration_id for one in progress if one.status in FINISHED}
+        if len(ended) == len(progress) and ended != tidied:
+            tidied = ended
+            gc.collect()  # no guest waits for anything now
+            await asyncio.to_thread(give_back_heap)
         await asyncio.sleep(_TRACK_S)
