@@ -85,7 +85,7 @@ class Downtime(RecordModel):
     predicted_parts_ns: dict[str, int] = Field(default_factory=dict)
     predicted_bases_ns: dict[str, int] = Field(default_factory=dict)
     """The base of each component: measured or tried in this attempt, before earlier records corrected it."""
-    predicted_regime: str = ""
+    predicted_regime: Annotated[str, Field(max_length=100)] = ""
     """The kind of attempt among which the bound must hold: first or later, host, link, what it waited for."""
     predicted_scale_ns: int = 0
     """How far such a prediction is usually off: the unit in which bounds are learned. 0 where it is not known."""

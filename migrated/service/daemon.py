@@ -254,6 +254,7 @@ async def _track(host: MigrationHost, listener: Listener) -> None:
         ended = {one.migration_id for one in progress if one.status in FINISHED}
         if len(ended) == len(progress) and ended != tidied:
             tidied = ended
+            host.tidy()
             gc.collect()  # no guest waits for anything now
             await asyncio.to_thread(give_back_heap)
         await asyncio.sleep(_TRACK_S)
