@@ -46,6 +46,8 @@ class Bases:
         load: how much longer things take here because they wait for a processor, at least 1.
         memory_waited: whether every round waited for a processor behind others, as the blackout will not. Then
             ``memory_ns`` is what memory takes at most.
+        whole_steps: whether the figures of stop, saves, loads and resume are of whole steps, with all calls and
+            wake-ups, and not of the VMM's part in them.
         spreads_ns: how far single tries lay from the base, for components that were tried more than once.
     """
 
@@ -61,6 +63,7 @@ class Bases:
     bandwidth_bytes_per_s: float = 0.0
     load: float = 1.0
     memory_waited: bool = False
+    whole_steps: bool = False
     spreads_ns: Mapping[Component, int] = field(default_factory=dict)
 
     @property
@@ -77,6 +80,19 @@ class Bases:
     def busy(self) -> bool:
         """Whether what is due waits for others on this host."""
         return self.load >= _BUSY_LOAD
+
+    def beside(self, component: Component) -> float:
+        """How many times that which a component costs beside its base on a calm host comes on top of it: it is mostly
+        waiting for a processor, and takes as long again for each task that is ahead. The base of a whole step has it
+        once already."""
+        match component:
+            case Component.STOP | Component.DEVICE_LOADS | Component.RESUME:
+                whole = self.whole_steps
+            case Component.STATE:
+                whole = self.whole_steps and not self.memory_bound
+            case _:
+                whole = False
+        return self.load - 1.0 if whole else self.load
 
     def regime(self, *, first: bool) -> str:
         """The kind of attempt that this one is like, by the host, the link, what it waits for, and whether that was

@@ -37,14 +37,14 @@ class ComponentPrior:
     spread: float
     spread_ns: int
 
-    def expected_ns(self, base_ns: int, devices: int, device_bytes: int, load: float) -> int:
+    def expected_ns(self, base_ns: int, devices: int, device_bytes: int, beside: float) -> int:
         """The component's cost without anything learned.
 
         Args:
-            load: of the host; what is beside the base is mostly waiting for a processor, and takes that much longer.
+            beside: how many times what is beside the base comes on top (``Bases.beside``).
         """
         beside_ns = self.overhead_ns + devices * self.per_device_ns + self.per_mib_ns * device_bytes // _MIB
-        return int(base_ns * self.factor + load * beside_ns)
+        return int(base_ns * self.factor + beside * beside_ns)
 
 
 @dataclass(frozen=True, slots=True)
