@@ -81,18 +81,15 @@ class Bases:
         """Whether what is due waits for others on this host."""
         return self.load >= _BUSY_LOAD
 
-    def beside(self, component: Component) -> float:
-        """How many times that which a component costs beside its base on a calm host comes on top of it: it is mostly
-        waiting for a processor, and takes as long again for each task that is ahead. The base of a whole step has it
-        once already."""
+    def whole(self, component: Component) -> bool:
+        """Whether the base of a component is that of a whole step (``whole_steps``)."""
         match component:
             case Component.STOP | Component.DEVICE_LOADS | Component.RESUME:
-                whole = self.whole_steps
+                return self.whole_steps
             case Component.STATE:
-                whole = self.whole_steps and not self.memory_bound
-            case _:
-                whole = False
-        return self.load - 1.0 if whole else self.load
+                return self.whole_steps and not self.memory_bound
+            case Component.DIRTY_LOG | Component.LEGS:
+                return False
 
     def regime(self, *, first: bool) -> str:
         """The kind of attempt that this one is like, by the host, the link, what it waits for, and whether that was
