@@ -113,6 +113,7 @@ async def _serve(
         if bound is not None:
             _listen(listener, config, bound)
             undo(listener.stop)
+            _check_told(config, listener.address)
             host.listening(listener.address)
         stop_metrics = _serve_metrics(host, config)
         if stop_metrics is not None:
@@ -216,6 +217,16 @@ def _told_as(key: str, where: Address | Path) -> Iterator[None]:
             f"cannot listen on {where}: {error.strerror or error}; is another daemon running there? "
             f"Set [listen] {key} to a free one"
         ) from error
+
+
+def _check_told(config: Config, address: Address | None) -> None:
+    """Make sure that the other hosts of the fleet can be told where this one listens. Of the configured address that
+    was known before; a service manager may have passed a socket with another one."""
+    if config.fleet.endpoints and config.fleet.address is None and address is not None and address.is_wildcard:
+        raise StartError(
+            f"[fleet] address must say where other hosts reach this one: the socket from the service manager listens "
+            f"at {address}, which stands for all of its addresses"
+        )
 
 
 def _serve_metrics(host: MigrationHost, config: Config) -> Callable[[], None] | None:
