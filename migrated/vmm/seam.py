@@ -103,10 +103,15 @@ def total_cost(costs: Iterable[DeviceCost]) -> tuple[int, int]:
 @dataclass(frozen=True, slots=True)
 class PauseTime:
     """The time that stopping a guest took (ns). ``drain_ns``, of ``total_ns``, came when its vCPUs stood already: block
-    I/O that was in flight was drained and flushed; 0 where the VMM does not tell that apart."""
+    I/O that was in flight was drained and flushed; 0 where the VMM does not tell that apart.
+
+    ``guest_time`` is the guest's time as it was read once the guest stood, where the VMM tells it with the stop: then
+    ``GuestTime.export_time`` need not be asked, a call less in the blackout.
+    """
 
     total_ns: int
     drain_ns: int = 0
+    guest_time: VmTimeData | None = None
 
 
 @dataclass(frozen=True, slots=True)
