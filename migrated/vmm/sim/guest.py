@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, TypeVar
 
+from pydantic import ValidationError
+
 from migrated.base.errors import VmmError
 from migrated.kernel.scheduling import Precedence, threads_of
 from migrated.vmm import spawn
