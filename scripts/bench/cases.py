@@ -53,6 +53,7 @@ FINAL_PARTS: Final = frozenset(
 TRACKED_MIB: Final = 64
 RSS_GUESTS: Final = {"256MiB": (256, "100%"), "4GiB": (4096, "25%")}
 """Guests whose move is watched for the daemons' memory: size in MiB, and how much of it they have touched."""
+SMALL_MIB: Final = 16
 SPARSE_GIB: Final = 64
 """Such a one beside them that has touched 256 MiB; half as large, and so on, where a host would refuse it."""
 RSS_POLL_S: Final = 0.01
@@ -72,6 +73,13 @@ def peak_rss_mib(pid: int) -> float:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     return 0.0
+
+
+def most_that_fits(memory_mib: int) -> int:
+    """Guest memory that a host takes now (MiB): as much as asked for, or that halved as often as needed."""
+    while memory_mib * MIB > available_bytes() - GIB:
+        memory_mib //= 2
+    return memory_mib
 
 
 def profiled_pair(network: Network | None = None) -> Pair:
@@ -250,8 +258,19 @@ class Bench:
         await self._bulk(self.case("zero", "GiB/s"), "zero", content="zero")
         await self.drop("zero")
 
+    async def small_move(self) -> None:
+        """A stopped guest of hardly any memory: what a move costs both daemons whatever is moved."""
+        await self.guest("small", SMALL_MIB, touched="100%")
+        await self.stop("small")
+        _, spent = await self._timed_move("small")
+        case = self.case("small-move", "s")
+        case.samples.append(sum(spent.values()))
+        case.note(**{side.removesuffix("_per_gib"): seconds for side, seconds in spent.items()})
+
     async def sparse(self) -> None:
-        await self._whole("sparse", 16 * self.size_mib, touched=f"{self.size_mib // 4}MiB")
+        memory_mib = most_that_fits(16 * self.size_mib)
+        await self._whole("sparse", memory_mib, touched=f"{self.size_mib // 4}MiB")
+        self.case("sparse", "s").note(memory_mib=memory_mib)
 
     async def touched(self) -> None:
         await self._whole("touched", self.size_mib // 4, touched="100%")
@@ -354,9 +373,7 @@ class Bench:
         """The daemons' own memory while guests of several sizes move; once in a run, since it hardly varies."""
         if self.rss_mib:
             return
-        sparse_gib = SPARSE_GIB
-        while sparse_gib * GIB > available_bytes() - GIB:
-            sparse_gib //= 2
+        sparse_gib = most_that_fits(SPARSE_GIB * 1024) // 1024
         for name, (memory_mib, touched) in {
             **RSS_GUESTS,
             f"{sparse_gib}GiB-sparse": (1024 * sparse_gib, "256MiB"),
@@ -414,6 +431,7 @@ CASES: Final[dict[str, Callable[[Bench], Awaitable[None]]]] = {
     "random": Bench.random,
     "qemu-zero": Bench.qemu_zero,
     "zero": Bench.zero,
+    "small-move": Bench.small_move,
     "sparse": Bench.sparse,
     "touched": Bench.touched,
     "scattered": Bench.scattered,

@@ -32,6 +32,7 @@ from migrated.vmm.seam import (
     OwnershipLock,
     PauseTime,
     Side,
+    StateBounds,
     StatePart,
     Throttle,
     TimeImport,
@@ -59,7 +60,7 @@ class _Time(GuestTime):
         self._calls = calls
 
     async def export_time(self) -> VmTimeData:
-        return VmTimeData.model_validate((await self._calls.call("time-export")).meta["time"])
+        return _time_in((await self._calls.call("time-export")).meta)
 
     async def import_time(self, time: VmTimeData, error_ns: int) -> TimeImport:
         meta = (await self._calls.call("time-import", time=time.model_dump(), error_ns=error_ns)).meta
@@ -124,6 +125,9 @@ class SimGuest(VmmGuest):
         self.lock = _Lock(calls) if locked else None
         self._calls = calls
         self._description: GuestDescription | None = None
+        self._largest_bytes: list[int] = []
+        """Size that no state of a device exceeds, for each device of the description; empty where the VMM does not
+        tell."""
         self._costs_ns: dict[tuple[str, str], int] = {}
         """Expected duration of saving, or of loading, each device (ns), by name and kind; of the direction that was
         asked for last."""
@@ -132,9 +136,16 @@ class SimGuest(VmmGuest):
         reply = await self._calls.call("describe")
         try:
             self._description = GuestDescription.model_validate(reply.meta["description"])
-        except (KeyError, ValidationError) as error:
+            self._largest_bytes = [int(size) for size in reply.meta.get("largest_bytes", ())]
+        except (KeyError, ValueError, TypeError) as error:
             raise VmmError(f"the VMM of guest {self.name} describes it in a way we cannot use: {error}") from error
         return self._description
+
+    def state_bounds(self, description: GuestDescription) -> StateBounds:
+        if len(self._largest_bytes) != len(description.devices):
+            return super().state_bounds(description)
+        devices = [(device.name, device.kind) for device in description.devices]
+        return StateBounds(dict(zip(devices, self._largest_bytes, strict=True)), sum(self._largest_bytes))
 
     async def status(self) -> GuestStatus:
         meta = (await self._calls.call("status")).meta
@@ -169,7 +180,8 @@ class SimGuest(VmmGuest):
         await self._calls.call("dirty-log-stop")
 
     async def pause(self) -> PauseTime:
-        return PauseTime(int((await self._calls.call("pause", PAUSE_S)).meta["ns"]))
+        meta = (await self._calls.call("pause", PAUSE_S)).meta
+        return PauseTime(int(meta["ns"]), guest_time=_time_in(meta))
 
     async def resume(self, epoch: int) -> int:
         return int((await self._calls.call("resume", PAUSE_S, epoch=epoch)).meta["running_at_ns"])
@@ -278,6 +290,14 @@ class SimGuest(VmmGuest):
 
     async def close(self) -> None:
         await self._calls.close()
+
+
+def _time_in(meta: Mapping[str, Any]) -> VmTimeData:
+    """The guest's time in an answer of the VMM."""
+    try:
+        return VmTimeData.model_validate(meta.get("time"))
+    except ValidationError as error:
+        raise VmmError(f"the VMM gives a guest time that we cannot use: {error.errors()[0]['msg']}") from error
 
 
 def _with_call(cost: DeviceCost, call: tuple[int, int] | None) -> DeviceCost:
