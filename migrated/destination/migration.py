@@ -41,6 +41,7 @@ from migrated.link.sockets import Connection
 from migrated.observe.progress import Progress
 from migrated.record.model import Record
 from migrated.record.received import read_received
+from migrated.vmm.handed_over import HandedOverMemory
 from migrated.vmm.memory import GuestMemory
 from migrated.vmm.seam import ExpectedCosts
 from protocol import messages
@@ -85,6 +86,11 @@ class Equipment:
     welcome: messages.Welcome
     costs: ExpectedCosts
 
+    @property
+    def shared(self) -> bool:
+        """Whether the memory is handed over, so that there are no rounds."""
+        return isinstance(self.memory, HandedOverMemory)
+
 
 class IncomingMigration:
     """One attempt to take a guest in.
@@ -112,7 +118,10 @@ class IncomingMigration:
         self._phase: Arriving = Arriving(terms)
         self._times = VoteTimes()
         self._asked: dict[int, int] = {}
-        """Instant of the last two TIME_ASKs (raw clock, ns), by nonce: the older one may be answered as well."""
+        """Instant of the last two TIME_ASKs that are not answered (raw clock, ns), by nonce: the older one may be
+        answered as well."""
+        self._asked_ns: int | None = None
+        """Instant of the last one, None before there was any."""
         self._ready_alarm = Alarm()
         self._tasks = TaskSet()
         self._link_gone = False
@@ -218,6 +227,8 @@ class IncomingMigration:
     def _begin(self) -> None:
         self._tasks.start(self._load())
         self._tell(self._equipment.welcome)
+        if self._equipment.shared:
+            self._ask_time()
         self._view.set_status("active")
         hello = self._offer.hello
         log.info("taking a guest in", memory_mib=hello.guest.memory_bytes >> 20, source=hello.host)
@@ -347,7 +358,7 @@ class IncomingMigration:
         first = not isinstance(self._phase, Blackout)
         blackout = self._phase = self._phase.hear(told, received)
         if first:
-            if self._asked_ns() < self._env.clock.hrtime_ns() - _ASK_AGAIN_NS:
+            if self._asked_ns is None or self._asked_ns < self._env.clock.hrtime_ns() - _ASK_AGAIN_NS:
                 self._ask_time()  # first of all: its answer takes longer than what is done here meanwhile
             self._haste.guest_stopped()
             self._equipment.receiver.guest_stopped()
@@ -360,23 +371,20 @@ class IncomingMigration:
         self._check_complete()
 
     def _ask_time(self) -> None:
-        """Ask for the guest's time, if it travels: with each round that is in place, and at the stop if that is long
-        ago."""
+        """Ask for the guest's time, if it travels: with each round that is in place, or with the welcome where there
+        are none, and at the stop if that is long ago."""
         if not self._offer.hello.guest.guest_time:
             return
         nonce, before = secrets.randbits(63), list(self._asked.items())[-1:]
-        self._asked = {**dict(before), nonce: self._env.clock.hrtime_ns()}
+        self._asked_ns = self._env.clock.hrtime_ns()
+        self._asked = {**dict(before), nonce: self._asked_ns}
         self._tell(messages.TimeAsk(nonce=nonce))
-
-    def _asked_ns(self) -> int:
-        """The instant of the last TIME_ASK (raw clock, ns), or one long ago."""
-        return max(self._asked.values(), default=-(1 << 62))
 
     def _hear_time(self, data: messages.TimeData, received: Received) -> None:
         asked_at_ns = self._asked.pop(data.nonce, None)
         if asked_at_ns is None:
             raise RemoteProtocolError("time data answers no ask of ours", ErrorCode.TIME)
-        if asked_at_ns < self._asked_ns():
+        if asked_at_ns != self._asked_ns:
             return  # the answer to a newer one is on its way
         arrived = ArrivedTime(data, asked_at_ns, received.read_at_hrtime_ns, self._control.offset())
         self._equipment.loading.add_time(arrived)
