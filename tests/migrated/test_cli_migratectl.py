@@ -10,7 +10,6 @@ import json
 import os
 import pty
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from migrated.settings.parameters import MigrationParameters
 from protocol import messages
 from protocol.errors import ErrorCode
 from protocol.messages import Message
+from scripts.rig.ports import free_port
 from tests.tiny_vmm.hosts import TinyHost, TinyHosts, damage, need_write_tracking
 
 URI = "tcp:127.0.0.1:4460"
@@ -53,12 +53,6 @@ def destination(served: TinyHosts) -> TinyHost:
 def in_doubt(served: TinyHosts) -> str:
     """The id of a migration of g1 that is in doubt: COMMIT was journaled, and nobody answers where it went."""
     return served.doubt("g1")
-
-
-def unused_port() -> int:
-    """A port at which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as closed_at_once:
-        return int(closed_at_once.getsockname()[1])
 
 
 def document(result: Result) -> Any:
@@ -173,7 +167,7 @@ def test_a_refusal_has_its_exit_status_and_no_control_sequences(
 
 
 def test_an_attempt_that_fails_has_its_exit_status_and_reason(ctl: Callable[..., Result]) -> None:
-    result = ctl("--json", "migrate", "g1", f"tcp:127.0.0.1:{unused_port()}")
+    result = ctl("--json", "migrate", "g1", f"tcp:127.0.0.1:{free_port()}")
     assert (result.exit_code, document(result)["outcome"]) == (1, "failed")
     assert "is `migrated destination` listening there?" in result.stderr
 
