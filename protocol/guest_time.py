@@ -162,6 +162,17 @@ def adjust_time_data(
     return TimeAdjustment(adjusted, guest_uptime_ns=uptime, tsc_delta=ticks, boot_hrtime_delta=total)
 
 
+def read_later(earlier: VmTimeData, hrtime: int, wall: tuple[int, int]) -> VmTimeData:
+    """The guest's time as its VMM would read it now, from what it read ``earlier`` on the same host.
+
+    ``hrtime`` (ns) and ``wall`` (seconds, nanoseconds) are that host's clocks now. Guest time runs on while a guest
+    stands still, so this is exact up to the rounding of one TSC tick, and, for a guest whose TSC is not scaled, to what
+    the host's frequency differs from the guest's in between. Raises :class:`TimeAdjustError`.
+    """
+    elapsed_ns = hrtime - earlier.hrtime
+    return adjust_time_data(earlier, destination_hrtime=hrtime, destination_wall=wall, elapsed_ns=elapsed_ns).adjusted
+
+
 def choose_elapsed(interval: ElapsedInterval, policy: Policy) -> int:
     """The elapsed time (ns) that ``policy`` takes out of ``interval``.
 

@@ -200,7 +200,8 @@ class Downtime(Message):
 
 
 class TimeAsk(Message):
-    """The destination asks for the guest's time. The exchange wraps the export (protocol/clock.py)."""
+    """The destination asks for the guest's time, with every round that is in place; the source answers the newest ask
+    once the guest has stopped. The exchange wraps the export (protocol/clock.py)."""
 
     TYPE = FrameType.TIME_ASK
     nonce: Nonce

@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from migrated.prediction.knowledge import Knowledge
 from migrated.prediction.model import Bases, Prediction, was_unrehearsed
@@ -41,6 +42,8 @@ _CALM: Final = 2.0
 _MIDDLE: Final = 0.68
 _SCORES: Final = 40
 _COVERAGE: Final = 0.95
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +102,28 @@ def _component(component: Component, seen: Sequence[Switchover], before: Compone
         per_device, per_mib = _beside((truth - base) / load, devices, mib)
     # What is beside the base is mostly waiting for a processor: it takes that much longer on a busy host.
     rest = (truth - base) / load - per_device * devices - per_mib * mib
-    small, large = base < _LARGE_NS, base >= _LARGE_NS
-    # A base that was tried on a busy host contains that waiting already: it says nothing of the factor.
-    calm = large & (load < _CALM)
-    overhead, factor, spread, spread_ns = before.overhead_ns, before.factor, before.spread, before.spread_ns
+    calm, small = load < _CALM, base < _LARGE_NS
+    overhead, factor, spread = before.overhead_ns, before.factor, before.spread
     if small.sum() >= _ENOUGH:
         overhead = max(0, int(median(rest[small])))
-        spread_ns = max(1, int(np.quantile(np.abs(rest - overhead)[small], _MIDDLE)))
+    off = load * np.abs(rest - overhead)
+    spread_ns = _middle(off[small & calm], before.spread_ns)
+    waited = small & ~calm
+    waiting_spread_ns = _middle((off[waited] - spread_ns) / (load[waited] - 1.0), before.waiting_spread_ns)
     beside = load * (overhead + per_device * devices + per_mib * mib)
-    if calm.sum() >= _ENOUGH:
-        factor = round(max(0.1, float(median((truth - beside)[calm] / base[calm]))), 3)
-    if large.sum() >= _ENOUGH:
-        off = np.abs(truth - beside - factor * base)[large] - spread_ns * load[large]
-        spread = round(max(0.01, float(np.quantile(off / base[large], _MIDDLE))), 3)
-    return ComponentPrior(factor, overhead, per_device, per_mib, spread, spread_ns)
+    # A base that was tried on a busy host contains that waiting already: it says nothing of the factor.
+    if (tried := calm & ~small).sum() >= _ENOUGH:
+        factor = round(max(0.1, float(median((truth - beside)[tried] / base[tried]))), 3)
+    if (~small).sum() >= _ENOUGH:
+        beside_spread = spread_ns + (load - 1.0) * waiting_spread_ns
+        further = (np.abs(truth - beside - factor * base) - beside_spread)[~small]
+        spread = round(max(0.01, float(np.quantile(further / base[~small], _MIDDLE))), 3)
+    return ComponentPrior(factor, overhead, per_device, per_mib, spread, spread_ns, waiting_spread_ns)
+
+
+def _middle(off: Floats, before_ns: int) -> int:
+    """The distance that two thirds stay within (ns); as it was before where they are few."""
+    return max(1, int(np.quantile(off, _MIDDLE))) if len(off) >= _ENOUGH else before_ns
 
 
 def _row(component: Component, one: Switchover) -> tuple[int, int, int, float, float]:

@@ -20,7 +20,7 @@ from typing import Any
 from scripts import prove_aborts, prove_matrix, prove_retries, soak
 from scripts.basics import say
 from scripts.proof.explorer import explore
-from scripts.proof.fleet_mutants import FLEET, FLEET_MUTANTS
+from scripts.proof.fleet_mutants import FLEET, FLEET_MUTANTS, SHARED_LOCK
 from scripts.proof.model import Marks, Model
 from scripts.proof.mutants import MUTANTS, SHARED
 from scripts.proof.simulator import simulate
@@ -34,9 +34,11 @@ def prove_explorer(options: argparse.Namespace) -> tuple[dict[str, int], bool]:
     say(f"explorer: {by_daemon.states:,} states with the daemon's own marks, two epochs, {by_daemon.seconds:.1f} s")
     in_fleet = explore(replace(FLEET, epochs=(1,)))
     say(f"explorer: {in_fleet.states:,} states in a fleet, one epoch, {in_fleet.seconds:.1f} s")
+    by_lock = explore(SHARED_LOCK)
+    say(f"explorer: {by_lock.states:,} states in a fleet with a shared lock and untrue fences, {by_lock.seconds:.1f} s")
     handed_over = explore(SHARED)
     say(f"explorer: {handed_over.states:,} states where memory is handed over, one epoch, {handed_over.seconds:.1f} s")
-    explored = (found, by_daemon, in_fleet, handed_over)
+    explored = (found, by_daemon, in_fleet, by_lock, handed_over)
     for violation in (each.violation for each in explored):
         if violation is not None:
             say(str(violation))
@@ -50,7 +52,7 @@ def prove_explorer(options: argparse.Namespace) -> tuple[dict[str, int], bool]:
         if options.traces:
             say(f"{disaster.violation}\n")
     violations = sum(each.violation is not None for each in explored)
-    states = found.states + in_fleet.states + handed_over.states
+    states = found.states + in_fleet.states + by_lock.states + handed_over.states
     counts = {"states": states, "violations": violations, "mutants": len(mutants), "mutants_caught": caught}
     return counts, not violations and caught == len(mutants)
 

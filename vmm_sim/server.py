@@ -1,7 +1,7 @@
-"""The API socket's server: one thread per connection reads requests; operations that may take long run in a pool.
+"""The API socket's server: the thread that reads a request carries it out, and another one of the connection reads on.
 
-A reply may thus overtake another; requests carry an id. ``interrupt`` and ``status`` are answered while a device is
-being saved or loaded.
+So no thread must be woken before an operation begins. A reply may overtake another; requests carry an id.
+``interrupt`` and ``status`` are answered while a device is being saved or loaded.
 
 The module is longer than others because every request of the API has its method here.
 """
@@ -14,7 +14,6 @@ import selectors
 import socket
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +23,8 @@ from vmm_sim.tracking import MODES
 from vmm_sim.vmm import Vmm
 from vmm_sim.wire import HEADER, FrameError, check_header, decode_meta, encode_head
 
-WORKERS: Final = 64
+MOST_THREADS: Final = 64
+"""Threads of one connection: as many operations of a client are carried out at once, the next one is read later."""
 MAX_TIMER_NS: Final = 86_400_000_000_000
 MAX_RATE: Final = 1 << 40
 
@@ -134,7 +134,6 @@ class ApiServer:
         self._listener = bind(path)
         self._inode = os.stat(path).st_ino
         self._wake_receive, self._wake_send = socket.socketpair()
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="op")
         self._handlers: dict[str, Handler] = {
             "describe": self._describe,
             "status": self._status,
@@ -259,7 +258,7 @@ class ApiServer:
     INLINE: Final = frozenset(
         {"status", "interrupt", "describe", "memory", "throttle", "timer-arm", "set-rate", "destroy"}
     )
-    """Answered by the connection's own thread: they never wait."""
+    """Answered before the next request is read: they never wait."""
 
     def serve(self) -> None:
         """Accept connections until stopped. Returns with the socket path removed."""
@@ -284,8 +283,7 @@ class ApiServer:
             self._wake_send.send(b"\0")
 
     def close(self) -> None:
-        """Release the pool and the connections that are left after :meth:`serve`."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Release what is left after :meth:`serve`."""
         self._wake_receive.close()
         self._wake_send.close()
 
@@ -301,30 +299,69 @@ class ApiServer:
         taken.done()
         return op, action
 
-    def submit(self, task: Callable[[], None]) -> None:
-        """Run ``task`` in the pool."""
-        self._pool.submit(task)
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A request that may take long, its arguments checked."""
+
+    request_id: object
+    action: Callable[[], Answer]
 
 
-class _Connection(threading.Thread):
-    """One client: reads its requests and sends the replies."""
+class _Connection:
+    """One client: its threads take turns at reading requests, and each carries out what it has read."""
 
     def __init__(self, connection: socket.socket, server: ApiServer) -> None:
-        super().__init__(name="api", daemon=True)
         self._socket = connection
         self._socket.setblocking(True)
         self._server = server
         self._send_lock = threading.Lock()
+        self._reading = threading.Lock()
+        self._counting = threading.Lock()
+        self._threads = 0
+        self._free = 0
+        """Threads that read, or wait for their turn to read."""
 
-    def run(self) -> None:
-        with self._socket, contextlib.suppress(OSError, EOFError):
+    def start(self) -> None:
+        """Begin to serve, in threads of the connection's own."""
+        for _ in range(2):
+            self._add_thread()
+
+    def _add_thread(self) -> None:
+        with self._counting:
+            self._threads += 1
+            self._free += 1
+        threading.Thread(target=self._take_turns, name="api", daemon=True).start()
+
+    def _take_turns(self) -> None:
+        while True:
+            with self._reading:
+                request = self._next_request()
+                if request is None:
+                    self._socket.close()
+                    return
+                with self._counting:
+                    self._free -= 1
+                    nobody_reads = not self._free and self._threads < MOST_THREADS
+            if nobody_reads:
+                self._add_thread()
+            self._run(request.request_id, request.action)
+            with self._counting:
+                self._free += 1
+
+    def _next_request(self) -> _Request | None:
+        """Read up to the next request that may take long, and answer the others. Returns None when there are no
+        more."""
+        with contextlib.suppress(OSError, EOFError):
             while True:
                 try:
                     meta, payload = self._receive()
                 except FrameError as error:
                     self._fail(None, VmmError("BadFrame", str(error)))
-                    return
-                self._serve(meta, payload)
+                    return None
+                if (request := self._serve(meta, payload)) is not None:
+                    return request
+        return None
 
     def _receive(self) -> tuple[dict[str, Any], bytearray]:
         meta_len, payload_len = check_header(self._read(HEADER.size))
@@ -342,19 +379,20 @@ class _Connection(threading.Thread):
                 done += received
         return data
 
-    def _serve(self, meta: dict[str, Any], payload: bytearray) -> None:
+    def _serve(self, meta: dict[str, Any], payload: bytearray) -> _Request | None:
+        """Answer a request, or return it when that may take long."""
         request_id = meta.get("id")
         try:
             op, action = self._server.prepare(meta, payload)
         except VmmError as error:
             self._fail(request_id, error)
-            return
-        if op in ApiServer.INLINE:
-            self._run(request_id, action)
-        else:
-            self._server.submit(lambda: self._run(request_id, action))
+            return None
+        if op not in ApiServer.INLINE:
+            return _Request(request_id, action)
+        self._run(request_id, action)
         if op == "destroy":
             self._server.stop()
+        return None
 
     def _run(self, request_id: object, action: Callable[[], Answer]) -> None:
         try:

@@ -1,6 +1,10 @@
 """The thread that is the guest's vCPUs: executes the workload in quanta, beats, and serves the timers.
 
 start --> beat, [ quantum, beat, timers ]*, beat --> stopped, exactly between two steps
+
+The workload writes at its rate for as long as the thread has a processor. Time that the host keeps it from running is
+lost, as it is to a vCPU (KVM counts it as stolen): no burst follows, in which the guest would write just when it is to
+stop what it was kept from writing before.
 """
 
 from __future__ import annotations
@@ -21,8 +25,8 @@ from vmm_sim.platform import Platform
 from vmm_sim.workload import Workload
 
 TICK_NS: Final = 1_000_000
-BACKLOG_NS: Final = 50_000_000
-"""Most time that the vCPU catches up after the scheduler kept it from running (ns)."""
+LATE_TICK_NS: Final = 2 * TICK_NS
+"""Most time whose writes are made at once (ns): a tick, and how late the next one may come."""
 READ_ATTEMPTS: Final = 3
 READ_TOLERANCE_NS: Final = 20_000
 CRASHED: Final = 70
@@ -34,6 +38,30 @@ class StopGap:
 
     guest_ns: int
     host_ns: int
+
+
+class Pace:
+    """The writes that are due at a rate.
+
+    Args:
+        now_ns: since when they are counted (CLOCK_MONOTONIC).
+    """
+
+    def __init__(self, now_ns: int) -> None:
+        self._counted_ns = now_ns
+        self._due = 0.0
+
+    def due(self, now_ns: int, bytes_per_s: float) -> int:
+        """Return how many writes of a page are due now, at a rate that was in force since the last call."""
+        pages_per_ns = bytes_per_s / (1e9 * PAGE_SIZE)
+        earned = (now_ns - self._counted_ns) * pages_per_ns
+        self._due = min(self._due + earned, LATE_TICK_NS * pages_per_ns + 1)
+        self._counted_ns = now_ns
+        return int(self._due)
+
+    def made(self, writes: int) -> None:
+        """So many of them were made."""
+        self._due -= writes
 
 
 class Vcpu(threading.Thread):
@@ -126,21 +154,19 @@ class Vcpu(threading.Thread):
         self._beat(resumed=self._counts_as_stop)
         halt, workload = self._halt, self._workload
         idle = not workload.streams
-        tick = earned_from = time.monotonic_ns()
-        rest_until = 0
-        credit = 0.0
+        tick = time.monotonic_ns()
+        pace, rest_until = Pace(tick), 0
         while not halt.is_set():
             begun = time.monotonic_ns()
             rate, awake = self.rate_bytes_per_s, 100 - self.throttle_percent
             beats = self.heartbeat.beats
             if rate and not idle:
-                pages_per_ns = rate * awake / (100 * 1e9 * PAGE_SIZE)
-                credit = min(credit + (begun - earned_from) * pages_per_ns, BACKLOG_NS * pages_per_ns + 1)
-                earned_from = begun
-                while credit >= 1 and not halt.is_set():
-                    steps = min(int(credit), workload.quantum_steps)
+                due = pace.due(begun, rate * awake / 100)
+                while due and not halt.is_set():
+                    steps = min(due, workload.quantum_steps)
                     self._quantum(steps)
-                    credit -= steps
+                    pace.made(steps)
+                    due -= steps
             elif not idle and begun >= rest_until:
                 self._quantum(workload.quantum_steps)
                 if awake == 100:

@@ -145,7 +145,7 @@ class Vmm:
 
     def pause(self) -> dict[str, Any]:
         """Stop the vCPUs at a step boundary, then pay the stop costs. Idempotent (``was_paused``); a complete incoming
-        guest becomes a paused one."""
+        guest becomes a paused one. ``time`` is the guest's time data at the end of that."""
         self._booted.wait()
         self._verification.set()
         with self._life:
@@ -155,12 +155,12 @@ class Vmm:
                 self.memory.publish()
                 self.state = "paused"
             if self.state == "paused":
-                return {"step": self.vcpu.step, "ns": 0, "was_paused": True}
+                return {"step": self.vcpu.step, "ns": 0, "was_paused": True, "time": self.export_time()}
             self.vcpu.stop_running()
             self._run_log.write("stop", self.vcpu.step, self.epoch)
             self.state = "paused"
             wait_until(begun + self._costs.transition_ns("stop", self._parts()), self._exiting)
-            return {"step": self.vcpu.step, "ns": time.monotonic_ns() - begun}
+            return {"step": self.vcpu.step, "ns": time.monotonic_ns() - begun, "time": self.export_time()}
 
     def resume(self, epoch: int | None = None) -> dict[str, Any]:
         """End running saves, pay the resume costs, run. Idempotent (``was_running``)."""

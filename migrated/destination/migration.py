@@ -41,7 +41,6 @@ from migrated.link.sockets import Connection
 from migrated.observe.progress import Progress
 from migrated.record.model import Record
 from migrated.record.received import read_received
-from migrated.vmm.handed_over import HandedOverMemory
 from migrated.vmm.memory import GuestMemory
 from migrated.vmm.seam import ExpectedCosts
 from protocol import messages
@@ -57,6 +56,8 @@ from protocol.messages import NoCause
 log = structlog.get_logger()
 
 _RECORD_S = 5.0
+_ASK_AGAIN_NS = 1_000_000_000
+"""A TIME_ASK that is older when the guest stops is sent anew: clocks have drifted since, which widens its interval."""
 _PROGRESS_BYTES = 1 << 20
 """Bytes that must arrive over the data channels within stall_timeout_s while the guest is loaded, or it has stalled."""
 
@@ -83,11 +84,6 @@ class Equipment:
     takeover: Takeover
     welcome: messages.Welcome
     costs: ExpectedCosts
-
-    @property
-    def shared(self) -> bool:
-        """Whether the memory is handed over, so that no page comes."""
-        return isinstance(self.memory, HandedOverMemory)
 
 
 class IncomingMigration:
@@ -116,7 +112,7 @@ class IncomingMigration:
         self._phase: Arriving = Arriving(terms)
         self._times = VoteTimes()
         self._asked: dict[int, int] = {}
-        """Instant of each TIME_ASK (raw clock, ns), by nonce."""
+        """Instant of the last two TIME_ASKs (raw clock, ns), by nonce: the older one may be answered as well."""
         self._ready_alarm = Alarm()
         self._tasks = TaskSet()
         self._link_gone = False
@@ -309,7 +305,7 @@ class IncomingMigration:
                     self._hear_downtime(downtime, received)
             case messages.TimeData() as data:
                 self._hear_time(data, received)
-            case messages.DeviceState() as meta if self._equipment.shared:
+            case messages.DeviceState(final=True) as meta:
                 self._hear_state(meta, received.payload)
             case messages.StateEnd(epoch=epoch) as end:
                 if check_epoch(takeover.epoch, epoch):
@@ -328,6 +324,8 @@ class IncomingMigration:
         """Acknowledge a round that is in place."""
         if done is not None:
             self._tell(done)
+            if not isinstance(self._phase, Blackout):
+                self._ask_time()  # the source answers as soon as it stops the guest, which may be next
             if self._haste.round_over():
                 self._tasks.start(self._measure_legs_anew())
             self._check_complete()
@@ -349,7 +347,7 @@ class IncomingMigration:
         first = not isinstance(self._phase, Blackout)
         blackout = self._phase = self._phase.hear(told, received)
         if first:
-            if self._offer.hello.guest.guest_time:
+            if self._asked_ns() < self._env.clock.hrtime_ns() - _ASK_AGAIN_NS:
                 self._ask_time()  # first of all: its answer takes longer than what is done here meanwhile
             self._haste.guest_stopped()
             self._equipment.receiver.guest_stopped()
@@ -362,14 +360,24 @@ class IncomingMigration:
         self._check_complete()
 
     def _ask_time(self) -> None:
-        nonce = secrets.randbits(63)
-        self._asked[nonce] = self._env.clock.hrtime_ns()
+        """Ask for the guest's time, if it travels: with each round that is in place, and at the stop if that is long
+        ago."""
+        if not self._offer.hello.guest.guest_time:
+            return
+        nonce, before = secrets.randbits(63), list(self._asked.items())[-1:]
+        self._asked = {**dict(before), nonce: self._env.clock.hrtime_ns()}
         self._tell(messages.TimeAsk(nonce=nonce))
+
+    def _asked_ns(self) -> int:
+        """The instant of the last TIME_ASK (raw clock, ns), or one long ago."""
+        return max(self._asked.values(), default=-(1 << 62))
 
     def _hear_time(self, data: messages.TimeData, received: Received) -> None:
         asked_at_ns = self._asked.pop(data.nonce, None)
         if asked_at_ns is None:
             raise RemoteProtocolError("time data answers no ask of ours", ErrorCode.TIME)
+        if asked_at_ns < self._asked_ns():
+            return  # the answer to a newer one is on its way
         arrived = ArrivedTime(data, asked_at_ns, received.read_at_hrtime_ns, self._control.offset())
         self._equipment.loading.add_time(arrived)
 

@@ -17,6 +17,7 @@ import structlog
 
 from migrated.base.errors import LinkLostError, VmmError
 from migrated.environment import Environment
+from migrated.fleet.ownership import NotTheOwnerError
 from migrated.guests.registry import Guest, name_at
 from migrated.link.reply import Reply
 from migrated.observe.transitions import Transitions
@@ -233,7 +234,7 @@ class Takeover:
             if self._env.keeper is not None:
                 lock.token = await self._env.keeper.token(name_at(self._place), arriving=True)
             await lock.take()
-        except VmmError as error:
+        except (VmmError, NotTheOwnerError) as error:
             return failed(error)
         return DONE
 

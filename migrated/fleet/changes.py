@@ -33,7 +33,8 @@ def publish(
     counted: Collection[str],
     gone: Collection[Reservation] = (),
 ) -> Transaction:
-    """Publish what a host says of itself, under its lease.
+    """Publish what a host says of itself, under its lease. Whoever did that under the same name meanwhile is not
+    overwritten.
 
     Args:
         counted: guests here whose memory ``used_bytes`` counts: their reservations end with this.
@@ -41,12 +42,13 @@ def publish(
     """
     keys, slots = mirror.keys, mirror.slots_of(document.name)
     write = Put(keys.host(document.name), document.to_bytes(), lease)
+    seen = mirror.unchanged(write.key)
     left = tuple(one for one in slots.inbound if one.guest not in counted and one not in gone)
     if len(left) == len(slots.inbound):
-        return Transaction((), (write,))
+        return Transaction((seen,), (write,))
     key = keys.slots_of(document.name)
     after = slots.model_copy(update={"inbound": left})
-    return Transaction((mirror.unchanged(key),), (write, Put(key, after.to_bytes())))
+    return Transaction((seen, mirror.unchanged(key)), (write, Put(key, after.to_bytes())))
 
 
 def cordon(mirror: Mirror, host: str, by: str, now_utc_ns: int, reason: str = "") -> Transaction:

@@ -74,6 +74,7 @@ class HostDocument(Document):
 
     Attributes:
         address: where it takes migrations (``tcp:HOST:PORT``).
+        daemon: tells the daemon that wrote this from another one of the same name (``migrated.member.identity``).
         version: of the daemon.
         capabilities: of the protocol.
         vmms: drivers whose guests it can run.
@@ -91,6 +92,7 @@ class HostDocument(Document):
 
     name: GuestName
     address: Name
+    daemon: Name = ""
     version: Name
     capabilities: Names = ()
     vmms: Names = ()

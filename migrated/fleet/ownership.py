@@ -133,6 +133,10 @@ class Keeper(Protocol):
         Args:
             arriving: a hand-over to here was just committed, so that the news may still be on its way; it is asked for
                 for a few milliseconds then.
+
+        Raises:
+            NotTheOwnerError: the guest arrives, and the store says that it belongs to another host: the hand-over is
+                overtaken, and the guest must not run here.
         """
         ...
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
+from zlib import crc32
 
 from migrated.fleet.mirror import Mirror
 from migrated.fleet.model import GuestDocument, HostDocument
 from protocol.units import format_size
 
-_REASONS_TOLD = 4
+_REASONS_TOLD: Final = 4
+_FIRST_LOOKED_AT: Final = 64
+"""Hosts among which a source chooses the least used ones first, about, where there are more."""
 
 
 def why_not(mirror: Mirror, guest: GuestDocument, host: HostDocument) -> str | None:
@@ -68,6 +71,7 @@ class PossibleHosts:
 
     def __init__(self, mirror: Mirror, source: str, to: Collection[str] = ()) -> None:
         self._mirror = mirror
+        self._source = source
         names = [name for name in to if name in mirror.hosts] if to else list(mirror.hosts)
         self._hosts = [mirror.hosts[name] for name in names if name != source]
         self._unknown = [name for name in to if name not in mirror.hosts]
@@ -76,7 +80,8 @@ class PossibleHosts:
     def of(self, guest: GuestDocument) -> tuple[list[HostDocument], str]:
         """Return the hosts that can take a guest, and a sentence that says why the others cannot, for when there are
         none. The hosts come with the fewest of the guest's group first, then those with a free slot, then the least
-        used."""
+        used. In a large fleet each source has some that it looks at before all others: if hosts that are emptied at
+        once all chose the least used one, every promise but one would be decided on old news."""
         fit = self._fit(guest)
         found = [host for free, host in fit.hosts if free >= guest.memory_bytes]
         if found:
@@ -98,13 +103,15 @@ class PossibleHosts:
                     fit.hosts.append((self._mirror.free_bytes(host), host))
                 else:
                     fit.reasons[reason] += 1
-            fit.hosts.sort(key=self._rank)
+            parts = max(1, len(fit.hosts) // _FIRST_LOOKED_AT)
+            fit.hosts.sort(key=lambda found: self._rank(found[0], found[1], parts))
         return fit
 
-    def _rank(self, found: tuple[int, HostDocument]) -> tuple[bool, float, str]:
-        free, host = found
+    def _rank(self, free: int, host: HostDocument, parts: int) -> tuple[bool, bool, float, str]:
+        """The place of a host in the order. The hosts are divided into ``parts``, one of which comes first here."""
         busy = len(self._mirror.slots_of(host.name).arriving) >= host.max_inbound
-        return busy, -free / max(1, host.memory_bytes), host.name
+        later = crc32(f"{self._source} {host.name}".encode()) % parts != 0
+        return busy, later, -free / max(1, host.memory_bytes), host.name
 
     def _refusal(self, guest: GuestDocument, reasons: Counter[str]) -> str:
         told = [f"{count} {reason}" for reason, count in reasons.most_common(_REASONS_TOLD)]

@@ -31,6 +31,10 @@ class LeaseEndedError(StoreError):
     """The lease has ended, and with it every key that was put under it."""
 
 
+class NameTakenError(StoreError):
+    """Another daemon is in the fleet under the name of this host; the message says what to do."""
+
+
 class CompactedError(StoreError):
     """The revision to watch from is no longer kept: read the range again and watch from there."""
 

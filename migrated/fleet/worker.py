@@ -50,10 +50,12 @@ def next_work(mirror: Mirror, job: str, now_utc_ns: int) -> Work | Wait:
     if state.phase is JobPhase.RUNNING and (missing := _without_step(mirror, spec, steps)):
         return _create_steps(mirror, spec, missing, len(steps), now_utc_ns)
     waits: list[int] = []
+    possible = PossibleHosts(mirror, spec.host, spec.to)
     for step in steps:
         if step.state in FINAL:
             continue
-        found = _next_of_step(mirror, spec, step, now_utc_ns, cancelling=state.phase is JobPhase.CANCELLING)
+        cancelling = state.phase is JobPhase.CANCELLING
+        found = _next_of_step(mirror, spec, step, possible, now_utc_ns, cancelling=cancelling)
         if isinstance(found, Work):
             return found
         if found.until_utc_ns is not None:
@@ -97,7 +99,9 @@ def _create_steps(mirror: Mirror, spec: JobSpec, missing: set[str], first: int, 
     return Work(f"plan {len(steps)} guests", create_steps(mirror, spec.job, steps))
 
 
-def _next_of_step(mirror: Mirror, spec: JobSpec, step: JobStep, now_utc_ns: int, *, cancelling: bool) -> Work | Wait:
+def _next_of_step(
+    mirror: Mirror, spec: JobSpec, step: JobStep, possible: PossibleHosts, now_utc_ns: int, *, cancelling: bool
+) -> Work | Wait:
     """Return the worker's next piece of work for one step that is not final."""
 
     def work(event: StepEvent, reason: str = "", **facts: object) -> Work:
@@ -127,7 +131,7 @@ def _next_of_step(mirror: Mirror, spec: JobSpec, step: JobStep, now_utc_ns: int,
         return work(StepEvent.GIVE_UP, step.reason)
     if 0 < step.not_before_utc_ns - now_utc_ns <= LONGEST_BACK_OFF_NS:  # later than that: a clock was set back
         return Wait(step.not_before_utc_ns)
-    chosen = choose_host(mirror, spec, step)
+    chosen = choose_host(mirror, spec, step, possible)
     if isinstance(chosen, str):
         return work(StepEvent.NO_HOST, chosen)
     if chosen is None:
@@ -152,11 +156,16 @@ def _end(mirror: Mirror, spec: JobSpec, steps: list[JobStep], now_utc_ns: int) -
     return Work(f"end the job: {event}", change_job(mirror, spec.job, event, now_utc_ns, reason))
 
 
-def choose_host(mirror: Mirror, spec: JobSpec, step: JobStep) -> tuple[HostDocument, int] | str | None:
+def choose_host(
+    mirror: Mirror, spec: JobSpec, step: JobStep, possible: PossibleHosts
+) -> tuple[HostDocument, int] | str | None:
     """The host that a step goes to now, with its share of the link; None when it must wait for a slot or a link; a
     sentence when no host can take it.
 
     The planned host comes first while it was not tried, then whichever is least full. Hosts that were tried come last.
+
+    Args:
+        possible: the hosts that this job's guests can go to, as the mirror is now.
     """
     guest, source = mirror.guests.get(step.guest), mirror.hosts.get(step.source)
     if guest is None:
@@ -184,7 +193,7 @@ def choose_host(mirror: Mirror, spec: JobSpec, step: JobStep) -> tuple[HostDocum
         rate = _rate_to(mirror, planned, cost, share)
         if rate:
             return planned, rate
-    hosts, refusal = PossibleHosts(mirror, step.source, spec.to).of(guest)
+    hosts, refusal = possible.of(guest)
     if not hosts:
         return refusal
     untried = [host for host in hosts if host.name not in step.tried]

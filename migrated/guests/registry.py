@@ -136,8 +136,8 @@ class GuestRegistry:
         """Called when a guest's process ended by itself."""
         self.silent: dict[str, SilentGuest] = {}
         """Guests that have not answered since ``open``; they are asked until they do."""
-        self.on_settled: Callable[[str], None] = lambda _name: None
-        """Called with the place of a silent guest that has answered, or has ended."""
+        self.on_settled: Callable[[str, bool], None] = lambda _place, _ended: None
+        """Called with the place of a silent guest that has answered, or whose process has ended, and which it was."""
         self._asking = TaskSet()
         self._closing = TaskSet()
 
@@ -159,8 +159,8 @@ class GuestRegistry:
             self.silent[path.stem] = SilentGuest(name_at(path.stem), error.pid or None, path, reason)
             self._asking.start(self._keep_asking(driver, path))
 
-    async def _take_up(self, driver: Driver, path: Path, timeout_s: float | None) -> None:
-        """Take up the guest behind a socket, if it is one that can be used.
+    async def _take_up(self, driver: Driver, path: Path, timeout_s: float | None) -> bool:
+        """Take up the guest behind a socket, if it is one that can be used. Returns whether its process has ended.
 
         Raises:
             VmmSilentError: it did not answer in time.
@@ -177,22 +177,24 @@ class GuestRegistry:
         except VmmGoneError as error:
             log.warning("a stale API socket was left behind", socket=str(path), reason=str(error))
             driver.tidy(path)
+            return True
         except VmmSilentError:
             raise
         except VmmError as error:
             log.error("a guest cannot be used", socket=str(path), reason=str(error))
+        return False
 
     async def _keep_asking(self, driver: Driver, path: Path) -> None:
         """Wait for as long as it takes until a silent guest answers or ends; one connection waits, none piles up."""
         while True:
             try:
-                await self._take_up(driver, path, None)
+                ended = await self._take_up(driver, path, None)
             except VmmSilentError:
                 await asyncio.sleep(_AGAIN_S)
             else:
                 break
         del self.silent[path.stem]
-        self.on_settled(path.stem)
+        self.on_settled(path.stem, ended)
 
     async def close(self) -> None:
         """Let go of every guest without touching it."""
@@ -320,7 +322,7 @@ class GuestRegistry:
         """End a guest and forget it. When this returns its process is gone, whoever else was ending it already.
 
         Raises:
-            VmmError: the process does not end.
+            VmmError: the process does not end. The guest stays known, so that its name is not given to another one.
         """
         while (ending := self._ending.get(guest.place)) is not None:
             await ending.wait()
@@ -331,6 +333,10 @@ class GuestRegistry:
         try:
             await guest.vmm.destroy()
             guest.ended = True
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):  # it has ended after all
+                self._watch(guest)
+            raise
         finally:
             del self._ending[guest.place]
             ended.set()
@@ -385,12 +391,16 @@ class GuestRegistry:
             )
         guest = Guest(description.name, description.uuid, description.memory_bytes, vmm, vmm.api_socket)
         try:
-            guest.pidfd = os.pidfd_open(vmm.pid)
+            self._watch(guest)
         except ProcessLookupError as error:
             raise VmmGoneError(f"the VMM of guest {vmm.name} ended") from error
+        return guest
+
+    def _watch(self, guest: Guest) -> None:
+        """Take a guest into the table, until its process ends. Raises ProcessLookupError when it has ended."""
+        guest.pidfd = os.pidfd_open(guest.vmm.pid)
         asyncio.get_running_loop().add_reader(guest.pidfd, self._ended, guest)
         self._guests[guest.place] = guest
-        return guest
 
     def _ended(self, guest: Guest) -> None:
         self._forget(guest)

@@ -18,6 +18,7 @@ from migrated.host.records import FinishedRecords
 from migrated.member.local import LocalGuest
 from migrated.record.model import Record
 from migrated.record.reading import read_record
+from migrated.record.terms import Stage
 from migrated.settings.parameters import MigrationParameters
 from migrated.state.history import HistoryQuery
 from protocol.handover import Decision
@@ -98,6 +99,14 @@ class FleetSide:
     def attempts(self) -> tuple[int, int]:
         """As ``LocalHost.attempts``."""
         return self._incoming.under_way, len(self._outgoing.running)
+
+    def stage(self, migration_id: str) -> Stage:
+        """As ``LocalHost.stage``."""
+        return self._outgoing.stage(migration_id)
+
+    def pace_first_round(self, migration_id: str, bytes_per_s: int) -> None:
+        """As ``LocalHost.pace_first_round``."""
+        self._outgoing.pace_first_round(migration_id, bytes_per_s)
 
     def parameters(self, guest: str | None) -> MigrationParameters:
         """As ``LocalHost.parameters``."""

@@ -19,7 +19,7 @@ from migrated.base.clock import HostClock
 from migrated.base.tasks import TaskSet
 from migrated.control.operations import AdoptSpec, EventBus, FleetOperations, GuestSpec, OperationError
 from migrated.environment import DaemonRole, Environment, host_name
-from migrated.guests.registry import Guest, GuestRegistry
+from migrated.guests.registry import Guest, GuestRegistry, name_at
 from migrated.host.commands import target_of, with_values
 from migrated.host.files import FileAttempts
 from migrated.host.fleet_side import FleetSide
@@ -172,9 +172,12 @@ class MigrationHost:
     async def quit(self) -> None:
         self.stopping.set()
 
-    def _guest_settled(self, name: str) -> None:
-        self._recovery.guest_settled(name)
-        self._files.guest_settled(name)
+    def _guest_settled(self, place: str, ended: bool) -> None:
+        attempt = self._recovery.postponed_of(place)
+        self._recovery.guest_settled(place)
+        self._files.guest_settled(place)
+        if ended and attempt is None:  # an attempt that waited for it says itself whose the guest is now
+            self._let_go_of(name_at(place))
 
     @property
     def fleet(self) -> FleetOperations | None:

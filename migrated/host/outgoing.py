@@ -15,6 +15,7 @@ from migrated.guests.registry import Guest
 from migrated.guests.reservation import Reservation
 from migrated.host.commands import asked, target_of, with_values
 from migrated.observe.progress import Progress
+from migrated.record.terms import Stage
 from migrated.settings.parameters import MigrationParameters
 from migrated.source.estimate import estimate
 from migrated.source.migration import OutgoingMigration
@@ -156,6 +157,16 @@ class OutgoingAttempts:
     def running(self) -> frozenset[str]:
         """Ids of the attempts under way, those in doubt too."""
         return frozenset(self._running)
+
+    def stage(self, migration_id: str) -> Stage:
+        """How far an attempt has come with the sending of memory; one that is not under way sends nothing."""
+        migration = self._running.get(migration_id)
+        return "setting-up" if migration is None else migration.stage
+
+    def pace_first_round(self, migration_id: str, bytes_per_s: int) -> None:
+        """Let the first round of an attempt go faster or slower than its cap, if it has not ended."""
+        if (migration := self._running.get(migration_id)) is not None:
+            migration.pace_first_round(bytes_per_s)
 
     def knows(self, guest: str) -> bool:
         """Return whether an attempt to move a guest of this name was made since the daemon's start."""

@@ -95,8 +95,11 @@ def forecast(record: Record) -> Forecast | None:
     fixed_ns = margin_ns = 0
     if (downtime := record.downtime) is not None:
         last_ns = 0
-        if first.bandwidth_bytes_per_s > 0:
-            last_ns = int(record.ram.downtime_pages * PAGE_SIZE * 1e9 / first.bandwidth_bytes_per_s)
+        rate = first.bandwidth_bytes_per_s
+        if cap := record.parameters.max_bandwidth_bytes_per_s:
+            rate = min(rate, cap)  # a first round may go faster, the blackout may not
+        if rate > 0:
+            last_ns = int(record.ram.downtime_pages * PAGE_SIZE * 1e9 / rate)
         fixed_ns = max(0, downtime.measured_ns - last_ns)
         if downtime.predicted_upper_ns is not None and downtime.predicted_ns is not None:
             margin_ns = max(0, downtime.predicted_upper_ns - downtime.predicted_ns)

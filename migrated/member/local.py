@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from migrated.environment import DaemonRole
 from migrated.record.model import Record
+from migrated.record.terms import Stage
 from migrated.settings.parameters import MigrationParameters
 
 
@@ -63,6 +64,15 @@ class LocalHost(GuestsHere, Protocol):
 
     async def begin_migration(self, guest: str, uri: str, overrides: dict[str, object], migration_id: str) -> None:
         """Begin an attempt under an id that was written down before."""
+        ...
+
+    def stage(self, migration_id: str) -> Stage:
+        """How far an attempt to move a guest away has come with the sending of memory; one that is not under way sends
+        nothing."""
+        ...
+
+    def pace_first_round(self, migration_id: str, bytes_per_s: int) -> None:
+        """Let the first round of an attempt go faster or slower than its cap, if it has not ended."""
         ...
 
     async def outcome(self, migration_id: str) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from migrated.fleet.etcd import EtcdStore, Login
 from migrated.fleet.keys import Keys, last_part
 from migrated.fleet.store import StoreError
 from migrated.member.follower import Follower
+from migrated.member.identity import Identity
 from migrated.member.local import LocalHost
 from migrated.member.membership import Membership
 from migrated.member.operator import FleetOperator
@@ -52,6 +53,7 @@ class FleetMember:
 
     Raises:
         ConfigError: a file of ``[fleet]`` cannot be used.
+        OSError: the state directory cannot.
     """
 
     def __init__(self, env: Environment, local: LocalHost, count: Callable[[dict[str, int]], None]) -> None:
@@ -67,13 +69,14 @@ class FleetMember:
         )
         self._follower = Follower(self._store, Keys(f"{fleet.prefix.rstrip('/')}/"))
         self._follower.on_change = self._publish
-        self.owners = Owners(self._follower, name)
+        identity = Identity(name, env.config.state.directory)
+        self.owners = Owners(self._follower, name, identity)
         self._membership = Membership(
-            env, local, self._store, self._follower, self.owners, lambda: self._store.clock_offset_ns
+            env, local, self._store, self._follower, self.owners, identity, lambda: self._store.clock_offset_ns
         )
-        self._steps = StepRunner(local, self._follower, name, self._membership.look_again)
+        self._steps = StepRunner(local, self._follower, name, identity, self._membership.look_again)
         self._workers = Workers(self._follower, name, lambda: self._membership.lease)
-        self.operator = FleetOperator(self._follower, self._workers, name)
+        self.operator = FleetOperator(self._follower, self._workers, name, identity)
         self._told: dict[str, str] = {}
         self._tasks = TaskSet()
 

@@ -1,6 +1,7 @@
 """The keys with which a host tells the fleet of itself and of its guests, under a lease that ends with its daemon.
 
 every third of the lease, and when something here changed:
+another daemon has this host's name? -> keep out of the fleet
 lease alive? -> no: a new one -> host's key, if it changed -> owner and document of each guest here, if they did
              -> owner keys of guests that are not here (migrated.member.leftovers)
 """
@@ -8,6 +9,7 @@ lease alive? -> no: a new one -> host's key, if it changed -> owner and document
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import math
 import time
@@ -21,9 +23,10 @@ from migrated.control.operations import OperationError
 from migrated.environment import Environment, fleet_name
 from migrated.fleet.changes import publish
 from migrated.fleet.model import MAX_NAMES, Forecast, GuestDocument, HostDocument
-from migrated.fleet.store import LeaseEndedError, Put, Store, StoreError, Transaction
+from migrated.fleet.store import LeaseEndedError, NameTakenError, Put, Store, StoreError, Transaction
 from migrated.member.facts import forecast, guest_document, link_bytes_per_s, usual_forecast
 from migrated.member.follower import Follower
+from migrated.member.identity import Identity
 from migrated.member.leftovers import Leftovers
 from migrated.member.local import LocalGuest, LocalHost
 from migrated.member.owners import Owners
@@ -46,6 +49,7 @@ class Membership:
         store: of the fleet.
         follower: its mirror.
         owners: claims guests that are here.
+        identity: whether this host's name is its own.
         clock_offset_ns: how far this host's clock is ahead of the store's, None while that is unknown.
 
     Attributes:
@@ -59,6 +63,7 @@ class Membership:
         store: Store,
         follower: Follower,
         owners: Owners,
+        identity: Identity,
         clock_offset_ns: Callable[[], int | None],
     ) -> None:
         self.lease = 0
@@ -67,6 +72,7 @@ class Membership:
         self._store = store
         self._follower = follower
         self._owners = owners
+        self._identity = identity
         self._clock_offset_ns = clock_offset_ns
         self._name = fleet_name(env.config)
         self._cpu_features = _cpu_features()
@@ -76,6 +82,8 @@ class Membership:
         self._address = env.config.fleet.address or env.config.listen.address
         self._kept_ns = 0
         self._told: HostDocument | None = None
+        self._kept_out = ""
+        """Why this host is not in its fleet, as it was logged last."""
         self._link = _Link()
         self._leftovers = Leftovers(follower, local, owners, self._name, env.config.state.directory)
         self._new = asyncio.Event()
@@ -102,6 +110,8 @@ class Membership:
             self._new.clear()
             try:
                 await self._tell()
+            except NameTakenError as error:
+                await self._keep_out(error)
             except LeaseEndedError:
                 log.warning("the lease of this host has ended: it is told anew", host=self._name)
                 self.lease = 0
@@ -120,7 +130,19 @@ class Membership:
         if self.lease:
             await self._store.revoke(self.lease)
 
+    async def _keep_out(self, reason: NameTakenError) -> None:
+        """Have no part in the fleet, as another daemon has this host's name."""
+        if str(reason) != self._kept_out:
+            log.error("this host is not in its fleet", reason=str(reason))
+            self._kept_out = str(reason)
+        lease, self.lease = self.lease, 0
+        if lease:
+            with contextlib.suppress(StoreError):
+                await self._store.revoke(lease)
+
     async def _tell(self) -> None:
+        if (refusal := self._identity.stranger(self._follower.mirror)) is not None:
+            raise NameTakenError(refusal)
         await self._keep_lease()
         records = self._local.recent
         guests = self._local.local_guests()
@@ -134,6 +156,7 @@ class Membership:
         document = HostDocument(
             name=self._name,
             address=f"tcp:{self._address}",
+            daemon=self._identity.daemon,
             version=_VERSION,
             capabilities=tuple(sorted(CAPABILITIES)),
             vmms=tuple(sorted(self._env.guests.driver_names())),
@@ -152,10 +175,12 @@ class Membership:
         mirror = self._follower.mirror
         if document != self._told or mirror.hosts.get(self._name) != document or here & promised or gone:
             answer = await self._follower.transact(publish(mirror, document, self.lease, here, gone))
-            if answer.succeeded:
-                self._told = document
-            else:
+            if not answer.succeeded:  # decided on old news, or another daemon of this name was faster
                 self._new.set()
+                return
+            self._told = document
+            self._identity.told()
+            self._kept_out = ""
         await self._leftovers.see_to()
         last = {record.guest: known for record in reversed(records) if (known := forecast(record)) is not None}
         usual = usual_forecast(records)

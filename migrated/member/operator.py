@@ -16,6 +16,7 @@ from migrated.fleet.planner import guests_of, plan
 from migrated.fleet.store import StoreError, Transaction
 from migrated.fleet.worker import resume_steps
 from migrated.member.follower import Follower
+from migrated.member.identity import Identity
 from migrated.member.planning import PlanningError, elsewhere
 from migrated.member.views import hosts_view, job_view, jobs_view, plan_view
 from migrated.member.workers import Workers
@@ -32,18 +33,25 @@ class FleetOperator:
         follower: the mirror.
         workers: takes up new jobs at once.
         host: this host's name in the fleet.
+        identity: whether that is its own.
     """
 
-    def __init__(self, follower: Follower, workers: Workers, host: str) -> None:
+    def __init__(self, follower: Follower, workers: Workers, host: str, identity: Identity) -> None:
         self._follower = follower
         self._workers = workers
         self._host = host
+        self._identity = identity
 
     # Section: what is seen
 
     async def hosts(self) -> list[dict[str, Any]]:
         """All hosts with what is wrong with them."""
-        return hosts_view(await self._mirror())
+        mirror = await self._mirror()
+        views = hosts_view(mirror)
+        if (refusal := self._identity.stranger(mirror)) is not None:
+            for view in views:
+                view["problems"] += [refusal] if view["name"] == self._host else []
+        return views
 
     async def jobs(self, job: str | None) -> list[dict[str, Any]]:
         """All jobs, newest first; or one, by a unique beginning of its id."""

@@ -25,8 +25,9 @@ from migrated.fleet.ownership import (
     taken,
     transferred,
 )
-from migrated.fleet.store import Delete, Exists, StoreError, Transaction, Unchanged
+from migrated.fleet.store import Delete, Exists, NameTakenError, StoreError, Transaction, Unchanged
 from migrated.member.follower import Follower
+from migrated.member.identity import Identity
 from migrated.source.target import HERE
 from protocol.effects import DONE, Outcome, Result, failed
 
@@ -56,17 +57,19 @@ class Owners:
     Args:
         follower: the mirror.
         host: this host's name in the fleet.
+        identity: whether that is its own.
 
     Attributes:
         strangers: for each guest that is here and belongs to another host, a sentence.
         started: guests that were claimed because this daemon starts them.
     """
 
-    def __init__(self, follower: Follower, host: str) -> None:
+    def __init__(self, follower: Follower, host: str, identity: Identity) -> None:
         self.strangers: dict[str, str] = {}
         self.started: set[str] = set()
         self._follower = follower
         self._host: Final = host
+        self._identity = identity
         self._begun: dict[str, _Begun] = {}
         """By migration id."""
         self._tokens: dict[str, int] = {}
@@ -91,7 +94,10 @@ class Owners:
             releasing.cancel()  # what it has sent is void once the claim is there, and no hindrance before
             await asyncio.wait([releasing])
         try:
+            await self._check_name()
             refusal = await self._claim(guest, new=True) and await self._claim(guest, new=True)
+        except NameTakenError as error:
+            raise OperationError(f"Guest {guest!r} is not started here. {error}") from error
         except StoreError as error:
             raise OperationError(
                 f"Guest {guest!r} is not started: only the fleet's store can say that no other host has it. {error}"
@@ -211,6 +217,7 @@ class Owners:
         if destination is None:
             return f"No host of the fleet takes guests at {uri}; `migratectl hosts` shows where they do."
         try:
+            await self._check_name()
             known, revision = await self._look(guest)
             wanted = self._own(known)
             change = change_owner(self._follower.mirror.keys, guest, revision, wanted, by=self._host)
@@ -240,7 +247,9 @@ class Owners:
         if arriving and not self._is_owner(guest):
             with contextlib.suppress(TimeoutError, StoreError):
                 async with asyncio.timeout(_TOKEN_S):
-                    await self._look(guest)
+                    now, _ = await self._look(guest)
+                if now is not None and now.owner != self._host:
+                    raise NotTheOwnerError(f"The guest belongs to {now.owner} now, not to {self._host}.")
         known, revision = self._follower.mirror.owners.get(guest), self._revision(guest)
         if self._is_owner(guest) or (not arriving and known is not None and known.previous == self._host):
             self._tokens[guest] = revision
@@ -259,6 +268,7 @@ class Owners:
     async def confirm(self, guest: str) -> Outcome:
         """As ``Keeper.confirm``."""
         try:
+            await self._check_name()
             known, revision = await self._look(guest)
             wanted = self._own(known)
         except NotTheOwnerError as error:
@@ -290,6 +300,17 @@ class Owners:
             await self._follower.change(_AGAIN_S)
 
     # Section: the store
+
+    async def _check_name(self) -> None:
+        """Make sure that what the keys say of this host's name is said of this host.
+
+        Raises:
+            NameTakenError: another daemon is in the fleet under that name.
+            StoreError: the store does not say.
+        """
+        await self._follower.look(self._follower.mirror.keys.host(self._host))
+        if (refusal := self._identity.stranger(self._follower.mirror)) is not None:
+            raise NameTakenError(refusal)
 
     async def _look(self, guest: str) -> tuple[Ownership | None, int]:
         """The owner of a guest as the store has it now, and the revision of that.

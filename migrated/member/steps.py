@@ -24,7 +24,9 @@ from migrated.fleet.model import JobSpec, JobStep, StepState
 from migrated.fleet.store import StoreError, Transaction
 from migrated.fleet.worker import begin, ended, is_cancelled, steps_here
 from migrated.member.follower import Follower
+from migrated.member.identity import Identity
 from migrated.member.local import LocalHost
+from migrated.member.sharing import LinkSharing
 
 log = structlog.get_logger()
 
@@ -46,24 +48,31 @@ class StepRunner:
         local: this host.
         follower: the mirror.
         host: this host's name in the fleet.
+        identity: whether that is its own; if it is not, the steps are another host's.
         told: called when an attempt has begun or ended.
     """
 
-    def __init__(self, local: LocalHost, follower: Follower, host: str, told: Callable[[], None]) -> None:
+    def __init__(
+        self, local: LocalHost, follower: Follower, host: str, identity: Identity, told: Callable[[], None]
+    ) -> None:
         self._local = local
         self._follower = follower
         self._host = host
+        self._identity = identity
         self._told = told
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
         """By job and guest."""
         self._changed = asyncio.Event()
+        self._sharing = LinkSharing(local, follower, host)
         self._tasks = TaskSet()
 
     async def run(self) -> None:
         """See to the steps until cancelled."""
         await self._follower.ready.wait()
         while True:
-            for spec, step in list(steps_here(self._follower.mirror, self._host)):
+            mirror = self._follower.mirror
+            mine = () if self._identity.stranger(mirror) is not None else tuple(steps_here(mirror, self._host))
+            for spec, step in mine:
                 key = (spec.job, step.guest)
                 if key not in self._running:
                     task = self._running[key] = self._tasks.start(self._carry_out(spec, step))
@@ -85,6 +94,7 @@ class StepRunner:
     async def close(self) -> None:
         """Leave the steps as the keys have them; attempts are the host's."""
         await self._tasks.stop()
+        await self._sharing.close()
 
     def _ended(self, key: tuple[str, str], _task: asyncio.Task[None]) -> None:
         self._running.pop(key, None)
@@ -142,7 +152,10 @@ class StepRunner:
         except OperationError as error:
             return _End(StepEvent.FAILED, str(error))
         self._told()
-        return await self._outcome(spec, step, migration_id)
+        if "max_bandwidth_bytes_per_s" not in overrides:
+            return await self._outcome(spec, step, migration_id)
+        with self._sharing.share(migration_id, destination.name, step.bytes_per_s):
+            return await self._outcome(spec, step, migration_id)
 
     async def _outcome(self, spec: JobSpec, step: JobStep, migration_id: str) -> _End:
         """Wait for the end of an attempt; one that nobody here knows of has never begun."""

@@ -104,7 +104,7 @@ class DirtyCurve:
 
         Args:
             kept_to: the pages that it dirtied in the round, where that went before others and kept it from writing
-                more: it makes up for it as soon as it can.
+                more: it goes on as soon as it can.
         """
         written = self.pages_within(round_ns) if kept_to is None else kept_to
         return max(0, int(self.pages_within(round_ns + ns) - written))

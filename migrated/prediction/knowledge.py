@@ -142,14 +142,15 @@ class Knowledge:
         """A component, corrected, with its spread."""
         prior, base_ns = self._prior.components[component], bases.of(component)
         scale = base_ns if base_ns >= _LARGE_NS else 1
-        ns = prior.expected_ns(base_ns, bases.devices, bases.device_bytes, bases.load)
-        tried_ns = bases.spreads_ns.get(component)
+        whole, tried_ns = bases.whole(component), bases.spreads_ns.get(component)
+        ns = prior.expected_ns(base_ns, bases.devices, bases.device_bytes, bases.load, whole=whole)
         share_ns = base_ns * prior.spread
         if component is Component.STATE and bases.unrehearsed:
             known_ns = base_ns * _UNREHEARSED_SPREAD
         else:
             known_ns = _UNTRIED * share_ns if tried_ns is None else math.hypot(share_ns, tried_ns)
-        spread = (known_ns + prior.spread_ns * bases.load) / scale
+        beside_ns = prior.beside_spread_ns(bases.load, whole=whole and tried_ns is not None)
+        spread = (known_ns + beside_ns) / scale
         state = _state_of(memory_bound=bases.memory_bound, unrehearsed=bases.unrehearsed)
         own, *_ = keys = list(_keys(guest, kind))
         for key in reversed(keys):

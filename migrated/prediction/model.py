@@ -46,6 +46,8 @@ class Bases:
         load: how much longer things take here because they wait for a processor, at least 1.
         memory_waited: whether every round waited for a processor behind others, as the blackout will not. Then
             ``memory_ns`` is what memory takes at most.
+        whole_steps: whether the figures of stop, saves, loads and resume are of whole steps, with all calls and
+            wake-ups, and not of the VMM's part in them.
         spreads_ns: how far single tries lay from the base, for components that were tried more than once.
     """
 
@@ -61,6 +63,7 @@ class Bases:
     bandwidth_bytes_per_s: float = 0.0
     load: float = 1.0
     memory_waited: bool = False
+    whole_steps: bool = False
     spreads_ns: Mapping[Component, int] = field(default_factory=dict)
 
     @property
@@ -77,6 +80,16 @@ class Bases:
     def busy(self) -> bool:
         """Whether what is due waits for others on this host."""
         return self.load >= _BUSY_LOAD
+
+    def whole(self, component: Component) -> bool:
+        """Whether the base of a component is that of a whole step (``whole_steps``)."""
+        match component:
+            case Component.STOP | Component.DEVICE_LOADS | Component.RESUME:
+                return self.whole_steps
+            case Component.STATE:
+                return self.whole_steps and not self.memory_bound
+            case Component.DIRTY_LOG | Component.LEGS:
+                return False
 
     def regime(self, *, first: bool) -> str:
         """The kind of attempt that this one is like, by the host, the link, what it waits for, and whether that was

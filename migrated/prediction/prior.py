@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from migrated.record.parts import Component
 
-VERSION: Final = 1
+VERSION: Final = 2
 _MIB: Final = 1 << 20
 
 
@@ -27,7 +27,8 @@ class ComponentPrior:
         per_device_ns: the same for every device of the guest.
         per_mib_ns: for every MiB of device state, which is copied to and from the VMM.
         spread: how far truths lie from that, as a share of the base.
-        spread_ns: and the amount that comes on top.
+        spread_ns: and the amount that comes on top, on a calm host.
+        waiting_spread_ns: and the amount for each task that is ahead of what waits for a processor.
     """
 
     factor: float
@@ -36,15 +37,21 @@ class ComponentPrior:
     per_mib_ns: int
     spread: float
     spread_ns: int
+    waiting_spread_ns: int
 
-    def expected_ns(self, base_ns: int, devices: int, device_bytes: int, load: float) -> int:
+    def expected_ns(self, base_ns: int, devices: int, device_bytes: int, load: float, *, whole: bool = False) -> int:
         """The component's cost without anything learned.
 
         Args:
             load: of the host; what is beside the base is mostly waiting for a processor, and takes that much longer.
+            whole: the base is of a whole step, and has what is beside it on a calm host.
         """
         beside_ns = self.overhead_ns + devices * self.per_device_ns + self.per_mib_ns * device_bytes // _MIB
-        return int(base_ns * self.factor + load * beside_ns)
+        return int(base_ns * self.factor + (load - whole) * beside_ns)
+
+    def beside_spread_ns(self, load: float, *, whole: bool = False) -> float:
+        """How far what is beside the base lies from what is expected of it; arguments as above."""
+        return (0 if whole else self.spread_ns) + (load - 1.0) * self.waiting_spread_ns
 
 
 @dataclass(frozen=True, slots=True)

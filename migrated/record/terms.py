@@ -59,6 +59,10 @@ class Phase(StrEnum):
     FINISH = "Finish"
 
 
+Stage = Literal["setting-up", "first-round", "later"]
+"""How far an attempt has come with the sending of memory: nothing, most of it, what was written meanwhile."""
+
+
 class QemuCheckpoint(Enum):
     """QEMU's downtime checkpoints in the order of time: name, the side whose count it is on, and the event that it
     marks."""

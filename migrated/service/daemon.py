@@ -27,7 +27,7 @@ from migrated.link.tls import CredentialsError
 from migrated.observe.logs import LogCollector, configure, set_level
 from migrated.service.activation import ActivationError, inherited_socket
 from migrated.service.notify import Notifier
-from migrated.settings.config import Config, ConfigError
+from migrated.settings.config import Address, Config, ConfigError
 from migrated.state.history import HistoryError
 from migrated.state.journal import JournalError
 from migrated.state.run_marks import RunMarkError
@@ -105,6 +105,7 @@ async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read
         if role != "source":
             await _listen(listener, config, inherited)
             undo(listener.stop)
+            _check_told(config, listener.address)
             host.listening(listener.address)
         stop_metrics = _serve_metrics(host, config)
         if stop_metrics is not None:
@@ -190,6 +191,16 @@ async def _listen(listener: Listener, config: Config, inherited: socket.socket |
             f"cannot listen on {where}: {error.strerror or error}; is another daemon running there? "
             f"Set [listen] {key} to a free one"
         ) from error
+
+
+def _check_told(config: Config, address: Address | None) -> None:
+    """Make sure that the other hosts of the fleet can be told where this one listens. Of the configured address that
+    was known before; a service manager may have passed a socket with another one."""
+    if config.fleet.endpoints and config.fleet.address is None and address is not None and address.is_wildcard:
+        raise StartError(
+            f"[fleet] address must say where other hosts reach this one: the socket from the service manager listens "
+            f"at {address}, which stands for all of its addresses"
+        )
 
 
 def _serve_metrics(host: MigrationHost, config: Config) -> Callable[[], None] | None:

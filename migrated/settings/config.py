@@ -15,6 +15,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
@@ -35,6 +36,14 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether it stands for all addresses of a host, so that nobody else can connect to it."""
+        try:
+            return ip_address(self.host).is_unspecified
+        except ValueError:  # a name
+            return False
 
 
 def parse_address(text: str) -> Address:
@@ -400,7 +409,7 @@ class Config(Section):
     def _fleet_knows_where(self) -> Config:
         """Hosts of a fleet are told apart by their addresses."""
         where = self.fleet.address or self.listen.address
-        if self.fleet.endpoints and where.host in ("0.0.0.0", "::"):
+        if self.fleet.endpoints and where.is_wildcard:
             raise ValueError(
                 f"[fleet] address must say where other hosts reach this one: {where} stands for all of its addresses"
             )

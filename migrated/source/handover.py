@@ -29,6 +29,7 @@ from migrated.state.run_marks import RunMarkError
 from protocol import effects, messages
 from protocol.effects import DONE, Outcome, SourceEffect, failed
 from protocol.executor import SourceExecutor
+from protocol.guest_time import VmTimeData
 from protocol.handover import Decision, SourceEvent, SourceState
 
 log = structlog.get_logger()
@@ -75,6 +76,7 @@ class SourceHandover:
 
     Attributes:
         times: instants of its steps.
+        guest_time: the guest's time at its stop, None where its VMM does not tell it with the stop.
         commit_by_ns: instant after which COMMIT is too late, on this host's monotonic clock.
         running: the destination's RUNNING once it came, and when it was read.
         finished: set once it is decided which host runs the guest, and all effects of that are carried out.
@@ -95,6 +97,7 @@ class SourceHandover:
     ) -> None:
         self.epoch = epoch
         self.times = HandoverTimes()
+        self.guest_time: VmTimeData | None = None
         self.commit_by_ns = 0
         self.running: messages.Running | None = None
         self.running_read_ns = 0
@@ -206,9 +209,10 @@ class SourceHandover:
         if not self._was_paused:
             self._env.hold_events(self._migration_id)
             try:
-                self.times.drained_ns = (await self._guest.vmm.pause()).drain_ns
+                pause = await self._guest.vmm.pause()
             except VmmError as error:
                 return failed(error)
+            self.times.drained_ns, self.guest_time = pause.drain_ns, pause.guest_time
             self._env.publish("STOP", {"guest": self._guest.name})
         self.times.stopped_at_ns = time.monotonic_ns()
         return DONE

@@ -8,7 +8,7 @@ import asyncio
 import structlog
 
 from migrated.base.errors import CancelledByOperatorError, DocumentError, LinkLostError, MigrationError
-from migrated.link.control import ControlChannel
+from migrated.link.control import ControlChannel, Received
 from migrated.observe.progress import Acknowledged
 from migrated.record.model import DestinationHalf
 from migrated.record.received import read_received
@@ -32,11 +32,13 @@ class Listener:
     Attributes:
         acknowledged: figures that the destination reported, for operators.
         reported: set when its half of the record came, or will not come any more.
+        time_ask: the newest TIME_ASK that came while the guest ran, to be answered at the stop; None before.
     """
 
     def __init__(self, ledger: OutgoingLedger, interruption: Interruption, inbox: asyncio.Queue[Item]) -> None:
         self.acknowledged = Acknowledged()
         self.reported = asyncio.Event()
+        self.time_ask: Received | None = None
         self._ledger = ledger
         self._interruption = interruption
         self._inbox = inbox
@@ -64,6 +66,8 @@ class Listener:
                     case messages.No(reason=reason, cause=cause) if self._interruption.undisturbed:
                         kind = CancelledByOperatorError if cause == "cancelled" else MigrationError
                         self._give_up(kind(f"the destination gave up: {reason}"))
+                    case messages.TimeAsk() if self._interruption.undisturbed:
+                        self.time_ask = received
                     case message if self._interruption.undisturbed and self._interruption.error is None:
                         self._give_up(MigrationError(f"the destination sent {message.TYPE.name} out of turn"))
                     case messages.RoundDone():

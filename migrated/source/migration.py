@@ -25,7 +25,7 @@ from migrated.guests.registry import Guest
 from migrated.guests.reservation import Reservation
 from migrated.observe.progress import Progress
 from migrated.record.model import Record
-from migrated.record.terms import STATUS_OF, Outcome, Phase, Status
+from migrated.record.terms import STATUS_OF, Outcome, Phase, Stage, Status
 from migrated.settings.parameters import MigrationParameters, in_force
 from migrated.source.ending import log_outcome, outcome_of_error
 from migrated.source.interruption import Interruption
@@ -140,6 +140,15 @@ class OutgoingMigration:
             self._ledger.parameters = in_force(self._ledger.parameters, parameters)
         if parameters.max_bandwidth_bytes_per_s != previous.max_bandwidth_bytes_per_s:
             self._story.phase.pace(parameters.max_bandwidth_bytes_per_s)
+
+    @property
+    def stage(self) -> Stage:
+        """How far the attempt has come with the sending of memory."""
+        return self._story.phase.stage
+
+    def pace_first_round(self, bytes_per_s: int) -> None:
+        """Let the first round go faster or slower than the cap, if it has not ended."""
+        self._story.phase.pace_first_round(bytes_per_s)
 
     def progress(self) -> Progress:
         """A snapshot for an operator."""

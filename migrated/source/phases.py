@@ -19,7 +19,7 @@ from typing import Final
 
 from migrated.base.errors import LinkLostError, VmmError
 from migrated.record.model import Record
-from migrated.record.terms import Outcome, Phase
+from migrated.record.terms import Outcome, Phase, Stage
 from migrated.source.handover import OPERATOR_KEEPS, SourceHandover
 from migrated.source.ledger import OutgoingLedger
 from migrated.source.precopy import Precopy
@@ -87,6 +87,11 @@ class Beginning:
         """True when the attempt cannot be cancelled any more."""
         return False
 
+    @property
+    def stage(self) -> Stage:
+        """How far the attempt has come with the sending of memory."""
+        return "setting-up"
+
     def figures(self) -> Figures:
         """Figures of the rounds."""
         return Figures()
@@ -97,6 +102,9 @@ class Beginning:
 
     def pace(self, bytes_per_s: int) -> None:
         """Take over a cap on the bandwidth that an operator changed."""
+
+    def pace_first_round(self, bytes_per_s: int) -> None:
+        """Let the first round go faster or slower than the cap."""
 
     def continue_switchover(self) -> bool:
         """Let a held switchover go on. Returns False when none is held."""
@@ -184,12 +192,18 @@ class Prepared(Opened):
     def label(self) -> str:
         return Phase.PRE_COPY
 
+    @property
+    def stage(self) -> Stage:
+        return "first-round" if self.precopy.in_first_round else "later"
+
     def figures(self) -> Figures:
         return figures_of(self.ledger, self.precopy, self.sent_bytes())
 
     def pace(self, bytes_per_s: int) -> None:
-        super().pace(bytes_per_s)
-        self.precopy.bandwidth.forget()
+        self.precopy.cap_changed()
+
+    def pace_first_round(self, bytes_per_s: int) -> None:
+        self.precopy.pace_first_round(bytes_per_s)
 
     async def give_up(self, reason: str) -> None:
         if self.handover.state in (SourceState.RUNNING, SourceState.STOPPED):

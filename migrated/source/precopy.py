@@ -22,6 +22,7 @@ from migrated.prediction.decision import Decider, Observation, Outlook, Verdict
 from migrated.prediction.model import Prediction
 from migrated.record.model import RoundRow
 from migrated.settings.parameters import MigrationParameters, limit_of
+from migrated.source.first_round import FirstRoundPace
 from migrated.source.transfer import Transfer
 from protocol import messages
 from protocol.guest import PAGE_SIZE
@@ -75,9 +76,41 @@ class Precopy:
         self.remaining_pages = 0
         self.dirty_pages_per_s = 0.0
         self.throttle_percent = 0
+        self._first_round: FirstRoundPace | None = FirstRoundPace()
         self._collected_ns = 0
         self._verdict_ns = _VERDICT_NS
         self._went_ahead = False
+
+    def cap_changed(self) -> None:
+        """The cap on the bandwidth is another one: what the rounds have shown does not hold any more."""
+        self.bandwidth.forget()
+        self._pace()
+
+    @property
+    def in_first_round(self) -> bool:
+        """Whether the first round is not over yet."""
+        return self._first_round is not None
+
+    def pace_first_round(self, bytes_per_s: int) -> None:
+        """Let the first round go faster or slower than the cap, if it is not over and there is a cap."""
+        cap = self._parameters().max_bandwidth_bytes_per_s
+        if cap and self._first_round is not None:
+            self._first_round.change(bytes_per_s, cap, time.monotonic_ns())
+            self._pace()
+
+    def _pace(self) -> None:
+        cap = self._parameters().max_bandwidth_bytes_per_s
+        own = self._first_round.bytes_per_s if self._first_round is not None else 0
+        self._transfer.sender.pace(own if own and cap else cap)
+
+    def _end_first_round(self, sent_bytes: int, sending_ns: int) -> int:
+        """The first round has sent so much in so long. Returns how long that takes at the pace of those after it."""
+        first, self._first_round = self._first_round, None
+        cap = self._parameters().max_bandwidth_bytes_per_s
+        if first is None or not first.bytes_per_s or not cap:
+            return sending_ns
+        self._pace()
+        return first.ns_at_cap(sent_bytes, cap, time.monotonic_ns())
 
     async def run(self) -> Runs:
         """Run rounds until a stop fits. Returns the pages that are dirty and not sent, shape (n, 2).
@@ -216,6 +249,8 @@ class Precopy:
         """
         transfer = self._transfer
         begin_ns = time.monotonic_ns()
+        if self._first_round is not None:
+            self._first_round.begin(begin_ns)
         scan_ns, fence_ns = transfer.scan_ns, transfer.fence_ns
         # Devices first: the barrier of the round then covers them, and the acknowledged bytes are those of the time.
         device_bytes = 0
@@ -229,11 +264,12 @@ class Precopy:
         sending_ns = time.monotonic_ns() - begin_ns
         ns = sending_ns + fence_ns
         acknowledged_bytes = sent.wire_bytes + device_bytes
+        telling_ns = self._end_first_round(acknowledged_bytes, sending_ns)
         # What is left is counted in pages: where encodings gain, they move faster than their bytes.
         self.bandwidth.add(
             sent.normal_pages,
             max(sent.wire_bytes, sent.normal_pages * PAGE_SIZE) + device_bytes,
-            sending_ns,
+            telling_ns,
             as_the_blackout=as_the_blackout,
         )
         ledger = transfer.ledger

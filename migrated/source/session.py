@@ -236,7 +236,7 @@ def bases_of(
         save_ns += bandwidth.expect(0, max(device.state_bytes for device in offer.description.devices)).ns
     load_ns, load_spread_ns = total_cost(load_costs)
     spreads_ns = {Component.STATE: memory.spread_ns if memory.ns >= save_ns else save_spread_ns}
-    if costs.basis != "guessed":
+    if costs.basis != "guessed" or costs.whole_steps:
         spreads_ns[Component.STOP] = costs.pause_spread_ns
     if load_spread_ns:
         spreads_ns[Component.DEVICE_LOADS] = load_spread_ns
@@ -253,6 +253,7 @@ def bases_of(
         bandwidth_bytes_per_s=bandwidth.bytes_per_s,
         load=1.0 if may_take_precedence() else min(load.now(), _MOST_LOAD),
         memory_waited=may_take_precedence() and not bandwidth.rehearsed,
+        whole_steps=costs.whole_steps,
         spreads_ns=spreads_ns,
     )
 

@@ -208,6 +208,8 @@ class Story:
             view.tell_passes,
         )
         self.phase = Blackout(prepared, switchover, hold)
+        if (ask := self._listener.time_ask) is not None:
+            self._inbox.put_nowait(ask)  # answered as soon as the guest stands: the destination imports it meanwhile
         await switchover.run()
         if switchover.gave_back_ns is not None and not session.offer.was_paused:
             env.resume_costs.add(driver, switchover.gave_back_ns, costs)

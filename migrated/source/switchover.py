@@ -34,6 +34,7 @@ from protocol.blackout import SourceBudget, SourceReserves
 from protocol.budget import DowntimeInterval, measured_downtime
 from protocol.errors import ProtocolError, RemoteProtocolError
 from protocol.guest import DeviceKind
+from protocol.guest_time import TimeAdjustError, read_later
 from protocol.handover import SourceEvent, SourceState, check_epoch
 from protocol.messages import Limits
 from protocol.pages import Runs
@@ -364,13 +365,16 @@ class Switchover:
             await self._handover.take(SourceEvent.FAULT, self._control, reason)
             return
         try:
-            exported = await guest_time.export_time()
+            if (exported := self._handover.guest_time) is not None:
+                exported = read_later(exported, self._clock.hrtime_ns(), self._clock.wall())
+            else:
+                exported = await guest_time.export_time()
             self._control.send(
                 messages.TimeData(
                     nonce=ask.nonce, time=exported, t2_ns=received.read_at_hrtime_ns, t3_ns=self._clock.hrtime_ns()
                 )
             )
-        except (VmmError, LinkLostError) as error:
+        except (VmmError, LinkLostError, TimeAdjustError) as error:
             await self._handover.take(SourceEvent.FAULT, self._control, f"the guest's time cannot be exported: {error}")
         self._ledger.add_phase(Phase.TIME_DATA, begin_ns, time.monotonic_ns())
 

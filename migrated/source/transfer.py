@@ -22,8 +22,11 @@ from protocol.guest import DeviceDescription, GuestDescription
 from protocol.pages import NO_RUNS, Runs
 
 _QUICK_SCAN_NS = 1_000_000
-_BESIDE_BYTES = 1 << 20
-"""Device states that go over the control channel where memory is handed over; what is beyond goes as everywhere."""
+_BESIDE_BYTES = 12 << 10
+"""Final device states that go over the control channel, which wakes no thread: as much as a connection that was quiet
+sends without waiting for an acknowledgement (ten segments). What is beyond goes over the data channels."""
+_BESIDE_LOCAL_BYTES = 1 << 20
+"""The same where memory is handed over: a unix socket has no segments, and nothing else is to be sent."""
 
 
 @dataclass(slots=True)
@@ -129,8 +132,7 @@ class Transfer:
                 )
             figures.save_ns, figures.final_bytes = part.save_ns, len(part.data)
             state = self._state(part, final=True)
-            if self.shared and self.beside_bytes + len(part.data) <= _BESIDE_BYTES:
-                # Nothing else is to be sent, and a small state is there sooner than a thread is woken.
+            if self.beside_bytes + len(part.data) <= (_BESIDE_LOCAL_BYTES if self.shared else _BESIDE_BYTES):
                 self.control.send(state.meta, bytes(state.data))
                 self.beside_bytes += len(part.data)
                 self.ledger.memory.downtime_bytes += len(part.data)

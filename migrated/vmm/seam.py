@@ -79,6 +79,8 @@ class ExpectedCosts:
     or a configured floor.
     ``call_ns`` is the longest round trip of a call to the VMM that was seen while finding out. Each device's cost has
     the spread of its tries beside it, ``pause_spread_ns`` is that of the stop; a prior has spreads too.
+    ``whole_steps`` says that the figures are of whole steps as earlier moves made them, with all calls and wake-ups; a
+    rehearsal knows the VMM's part alone, and the rest comes on top of it.
     """
 
     devices: tuple[DeviceCost, ...]
@@ -87,6 +89,7 @@ class ExpectedCosts:
     call_ns: int
     basis: Literal["tried", "learned", "guessed"]
     pause_spread_ns: int = 0
+    whole_steps: bool = False
 
 
 def total_cost(costs: Iterable[DeviceCost]) -> tuple[int, int]:
@@ -98,10 +101,15 @@ def total_cost(costs: Iterable[DeviceCost]) -> tuple[int, int]:
 @dataclass(frozen=True, slots=True)
 class PauseTime:
     """The time that stopping a guest took (ns). ``drain_ns``, of ``total_ns``, came when its vCPUs stood already: block
-    I/O that was in flight was drained and flushed; 0 where the VMM does not tell that apart."""
+    I/O that was in flight was drained and flushed; 0 where the VMM does not tell that apart.
+
+    ``guest_time`` is the guest's time as it was read once the guest stood, where the VMM tells it with the stop: then
+    ``GuestTime.export_time`` need not be asked, a call less in the blackout.
+    """
 
     total_ns: int
     drain_ns: int = 0
+    guest_time: VmTimeData | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ may be given back to the host within seconds: before every sample as much memory
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -97,6 +98,8 @@ def huge_pages() -> Iterator[None]:
 
 def main() -> int:
     """Run it. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # all settings come from the environment, so that make passes them on
     size_mib, repeats = int(os.environ.get("BENCH_SIZE_MIB", "1024")), int(os.environ.get("BENCH_REPEATS", "5"))
     names = [name for name in os.environ.get("BENCH_CASES", "").split(",") if name] or list(CASES)
     if unknown := [name for name in names if name not in CASES]:

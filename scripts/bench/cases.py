@@ -74,6 +74,13 @@ def peak_rss_mib(pid: int) -> float:
     return 0.0
 
 
+def most_that_fits(memory_mib: int) -> int:
+    """Guest memory that a host takes now (MiB): as much as asked for, or that halved as often as needed."""
+    while memory_mib * MIB > available_bytes() - GIB:
+        memory_mib //= 2
+    return memory_mib
+
+
 def profiled_pair(network: Network | None = None) -> Pair:
     """Two hosts that are not started yet, and take profiles of guests from the pair's directory."""
     pair = Pair(network=network, log={"level": "info"}, tls={"insecure": network is not None})
@@ -251,7 +258,9 @@ class Bench:
         await self.drop("zero")
 
     async def sparse(self) -> None:
-        await self._whole("sparse", 16 * self.size_mib, touched=f"{self.size_mib // 4}MiB")
+        memory_mib = most_that_fits(16 * self.size_mib)
+        await self._whole("sparse", memory_mib, touched=f"{self.size_mib // 4}MiB")
+        self.case("sparse", "s").note(memory_mib=memory_mib)
 
     async def touched(self) -> None:
         await self._whole("touched", self.size_mib // 4, touched="100%")
@@ -354,9 +363,7 @@ class Bench:
         """The daemons' own memory while guests of several sizes move; once in a run, since it hardly varies."""
         if self.rss_mib:
             return
-        sparse_gib = SPARSE_GIB
-        while sparse_gib * GIB > available_bytes() - GIB:
-            sparse_gib //= 2
+        sparse_gib = most_that_fits(SPARSE_GIB * 1024) // 1024
         for name, (memory_mib, touched) in {
             **RSS_GUESTS,
             f"{sparse_gib}GiB-sparse": (1024 * sparse_gib, "256MiB"),

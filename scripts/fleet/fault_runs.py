@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 from typing import Any, Final
 
 from migrated.control.client import CommandError, DaemonUnreachableError
@@ -157,7 +158,10 @@ async def wrong(fleet: Fleet, names: Collection[str], jobs: Collection[dict[str,
         found += fleet.double_runs(name)
 
     async def at_rest() -> bool:
-        hosts = await fleet["b"].command("x-migrated-fleet-hosts")
+        try:
+            hosts = await fleet["b"].command("x-migrated-fleet-hosts")
+        except _NOT_NOW:
+            return False  # a member of etcd that was cut off comes back with an election
         return all(
             one["lease"]
             and not (one["reserved_bytes"] or one["reserved_inbound"] or one["reserved_outbound"])
@@ -167,7 +171,7 @@ async def wrong(fleet: Fleet, names: Collection[str], jobs: Collection[dict[str,
 
     try:
         await until("owners and slots as the guests are", at_rest, 30.0)
-    except (RigError, *_NOT_NOW) as error:
+    except RigError as error:
         found.append(str(error))
     return found + fleet.bugs()
 
@@ -196,5 +200,17 @@ async def fault_run(
         found = [str(error)]
     finally:
         watching.cancel()
-    await fleet.remove_guests()
+    try:
+        await until("everything of the run removed", partial(_removed, fleet), JOB_S)
+    except (RigError, *_NOT_NOW) as error:
+        found.append(str(error))
     return [*found, *sorted(run.found)]
+
+
+async def _removed(fleet: Fleet) -> bool:
+    """Remove what a run left; False where the store, which was harmed a moment ago, did not answer meanwhile."""
+    try:
+        await fleet.remove_guests()
+    except _NOT_NOW:
+        return False
+    return True

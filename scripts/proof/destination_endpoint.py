@@ -82,7 +82,7 @@ class Incoming(Actor[DestinationState, DestinationEvent, DestinationEffect]):
         self._budget: DestinationBudget | None = None
         self._told_limits: Limits | None = None
         self._deadline = 0
-        self._time_asked_ns = 0
+        self._asked_ns: dict[int, int] = {}
         self._time_imported = False
         self._resumed = Resumed()
         if state is not DestinationState.LOADING:
@@ -181,6 +181,8 @@ class Incoming(Actor[DestinationState, DestinationEvent, DestinationEffect]):
         self._rounds_done = number
         done = messages.RoundDone(round=number, bytes=current.payload_bytes, digest=self._digest.value)
         self.control.send(done)
+        if self._budget is None:
+            self._ask_time()
         self._go_on()
 
     # Section: the blackout
@@ -197,8 +199,8 @@ class Incoming(Actor[DestinationState, DestinationEvent, DestinationEffect]):
             budget = self._budget = self.daemon.model.destination_budget(
                 self._hello.limits, self.vmm.resume_cost_ns, count
             )
-            self._time_asked_ns = now_ns
-            self.control.send(messages.TimeAsk(nonce=1))
+            if max(self._asked_ns.values(), default=now_ns - 2 * SECOND) < now_ns - SECOND:
+                self._ask_time()
         else:
             budget.count.hear(source_downtime_ns, transit_ns, now_ns)
         if downtime is not None:
@@ -227,11 +229,19 @@ class Incoming(Actor[DestinationState, DestinationEvent, DestinationEffect]):
             vote = budget.over_limit(self.control.round_trip_ns(), self.host.clock_ns())
             self.take(vote.event, self.control, vote.reason or "")
 
+    def _ask_time(self) -> None:
+        assert self.control is not None
+        nonce = len(self._asked_ns)
+        self._asked_ns[nonce] = self.host.clock_ns()
+        self.control.send(messages.TimeAsk(nonce=nonce))
+
     def _import_time(self, data: messages.TimeData) -> None:
         """The interval for the elapsed time contains the truth."""
         assert self.vmm is not None
+        if data.nonce != max(self._asked_ns):
+            return  # the answer to a newer one is on its way
         now_ns = self.host.clock_ns()
-        exchange = ExportExchange(self._time_asked_ns, data.t2_ns, data.time.hrtime, data.t3_ns, now_ns, now_ns)
+        exchange = ExportExchange(self._asked_ns[data.nonce], data.t2_ns, data.time.hrtime, data.t3_ns, now_ns, now_ns)
         assert self.control is not None
         elapsed = exchange.elapsed(offset=self.control.offset())
         truth_ns = self.world.now_ns - self.daemon.exported_true_ns()

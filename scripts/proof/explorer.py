@@ -20,7 +20,9 @@ carried out late; an operator fences hosts at any moment, before it is true as w
 as soon as the store lets it and the operator's word is true. A dead daemon then stays dead for a while.
 
 The explorer watches the guests. Nobody here relies on the ownership lock to keep two guests apart (it need not be on a
-directory that both hosts share): only the order in which it is taken and let go of is watched.
+directory that both hosts share): only the order in which it is taken and let go of is watched. A model of its own
+(``scripts.proof.store.SharedLock``) has a lock that all hosts share and operators whose word is not true: what keeps
+the guest from running twice, or from running again as it was once, is then the lock with the fencing token in it.
 
 The module is longer than others because moves, rules and the search share how a state is packed into an integer.
 """
@@ -58,6 +60,7 @@ UNLOCKED: Final = "I8: a guest runs without its ownership lock"
 BOTH_LOCK: Final = "I8: both sides need the ownership lock at once: one of them would stay stopped"
 BOTH_WRITE: Final = "M1: two VMMs write the same memory"
 CHANGED: Final = "M2: the source runs on memory that another VMM has changed"
+OVERTAKEN: Final = "O2: a host runs the guest as it was before a third host ran it"
 STUCK: Final = "L1: no way leads to exactly one settled guest without a further fault"
 
 
@@ -253,6 +256,8 @@ class Explorer:
         that it runs nothing, and will not before its daemon is restarted; a third host then starts the guest."""
         owned = self._store.states[state >> STORE_SHIFT]
         if owned.elsewhere:
+            if rules.lock is not None:
+                yield "the guest ends on the third host", owned._replace(elsewhere=False)
             return
         for attempt in range(1, len(self._model.epochs) + 1):
             after = rules.transfer(attempt, yes=True)(owned) if state & Message.TRANSFER.bit(attempt) else None
@@ -266,7 +271,8 @@ class Explorer:
                 yield f"the fence of the {host} is true now", owned._replace(sure=owned.sure | {host})
         for host in owned.fenced:
             yield f"the fence of the {host} is withdrawn", owned.without_fence(host)
-        if owned.fenced == owned.sure and (after := rules.take(owned)) is not None:
+        may_start = owned.fenced == owned.sure if rules.lock is None else not (here.holds or there.holds)
+        if may_start and (after := rules.take(owned)) is not None:
             yield "a third host starts the guest", after
 
     def _allows(self, guard: int, state: int) -> bool:
@@ -312,9 +318,12 @@ class Explorer:
         runs_here, runs_there = source.guest is Guest.RUNS, destination.guest is Guest.RUNS
         forbidden: list[tuple[int, str]] = []
         broken = ""
-        elsewhere = self._store.states[pair >> 2 * SIDE_BITS].elsewhere
-        if runs_here + runs_there + elsewhere > 1:
+        owned = self._store.states[pair >> 2 * SIDE_BITS]
+        elsewhere = owned.elsewhere or owned.overtaken
+        if runs_here + runs_there + owned.elsewhere > 1:
             broken = TWO_RUN
+        elif owned.overtaken and (runs_here or runs_there):
+            broken = OVERTAKEN
         elif runs_here and destination.changed:
             broken = CHANGED
         elif runs_here and destination.writes:
@@ -326,7 +335,7 @@ class Explorer:
         elif runs_there and Decision.DISCARD in destination.journal:
             broken = WITHDRAWN
         elif elsewhere:
-            broken = ""  # both hosts are fenced, and what they hold does not count any more
+            broken = ""  # both hosts are fenced, or were, and what they hold does not count any more
         elif (source.guest is Guest.NONE and not destination.ran and not self._died_at_the_mark(destination)) or (
             destination.ran and destination.guest not in (Guest.RUNS, Guest.DEAD)
         ):
@@ -390,7 +399,7 @@ class Explorer:
         source, destination = self._pair(state >> DESTINATION_SHIFT)
         if self._model.fleet is not None:
             owned = self._store.states[state >> STORE_SHIFT]
-            if owned.fenced or source.told_no:
+            if owned.fenced or owned.overtaken or source.told_no:
                 return True  # an operator has to decide
             if source.down or destination.down or source.reclaims or not self._key_is_true(owned, source, destination):
                 return False

@@ -16,15 +16,17 @@ from migrated.fleet.ownership import reclaimed, taken
 from protocol.effects import DONE, Outcome, Result
 from protocol.executor import DestinationExecutor, SourceExecutor, Step
 from protocol.handover import FLEET_SOURCE, Action, SourceEvent, SourceState
-from scripts.proof.explorer import STUCK, TWO_RUN
+from scripts.proof.explorer import OVERTAKEN, STUCK, TWO_RUN
 from scripts.proof.model import NOT_THE_OWNER, Model
 from scripts.proof.mutants import Mutant
-from scripts.proof.store import Rules
+from scripts.proof.store import Rules, SharedLock
 
 S, E, A = SourceState, SourceEvent, Action
 
 FLEET: Final = Model(source=FLEET_SOURCE, fleet=Rules())
 CALM: Final = replace(FLEET, epochs=(1,), calm=True)
+SHARED_LOCK: Final = replace(CALM, fleet=Rules(lock=SharedLock()))
+"""The same with a lock that all hosts share, and fences that may be untrue."""
 
 
 def _source(state: SourceState, event: SourceEvent, after: SourceState, *actions: Action) -> Model:
@@ -133,6 +135,8 @@ FLEET_MUTANTS: Final = (
     Mutant(
         "a confirmation ends the source's claim before the guest runs", _rules(reclaimed=_forgets_previous), TWO_RUN
     ),
+    Mutant("the lock carries no token", _rules(lock=SharedLock(tokens=False)), OVERTAKEN),
+    Mutant("an arriving guest takes the lock without its token", _rules(lock=SharedLock(asks=False)), OVERTAKEN),
     Mutant(
         "a restarted source without an answer does not ask again",
         _source(S.ABORTED, E.OWNERSHIP_UNKNOWN, S.HELD, A.SEND_ABORT),

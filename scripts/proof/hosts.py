@@ -214,7 +214,7 @@ class Source:
                 # A VMM does not let go of the lock of a guest that runs.
                 yield Done(failed(""), note=": it runs") if side.guest is Guest.RUNS else Done(changes={"holds": False})
             case effects.TakeLock():
-                yield Done(changes={"holds": side.guest in ALIVE})
+                yield from _lock(self._model.fleet, SOURCE_HOST, side)
             case effects.WriteMark():
                 yield Done()
             case effects.ResumeGuest():
@@ -246,6 +246,16 @@ class Source:
                 yield Done(changes={"reclaims": True})
             case effects.AskOwnership():
                 yield Done(changes={"asks": True})
+
+
+def _lock(rules: Rules | None, host: str, side: SideT) -> Iterator[Done]:
+    """The ways in which taking the lock can end for a host."""
+    taken = Done(changes={"holds": side.guest in ALIVE})
+    if rules is None or rules.lock is None or side.holds:
+        yield taken
+        return
+    yield taken._replace(store=rules.lock.taken(host, yes=True))
+    yield Done(failed(""), store=rules.lock.taken(host, yes=False), note=" is refused")
 
 
 def _confirmed(rules: Rules, host: str, owned: dict[str, Any], lost: dict[str, Any]) -> Iterator[Done]:
@@ -402,8 +412,10 @@ class Destination:
             case effects.Journal(decision=decision):
                 yield Done(changes={"journal": _append(side.journal, decision)})
                 yield NOT_WRITTEN
+            case effects.TakeLock() if side.guest not in ALIVE:
+                yield Done(failed(""), note=": no VMM")
             case effects.TakeLock():
-                yield Done(changes={"holds": True}) if side.guest in ALIVE else Done(failed(""), note=": no VMM")
+                yield from _lock(self._model.fleet, DESTINATION_HOST, side)
             case effects.LookAtGuest():
                 yield Done(self._seen(side), note=f": {side.guest}")
                 if side.guest is Guest.RUNS:

@@ -75,6 +75,7 @@ class Outgoing(Actor[SourceState, SourceEvent, SourceEffect]):
         self._orders = 0
         self._digest = MemoryDigest(len(self.vmm.memory))
         self._budget = model.source_budget(wish.limits, SourceReserves(0, self.vmm.resume_cost_ns))
+        self._time_ask: tuple[messages.TimeAsk, int] | None = None  # that came before the stop, and when
         self._held_ns = 0
         self._holding_since_ns: tuple[int, int] | None = None  # by the host's clock and in true time
         self._stop_true_ns = 0
@@ -262,6 +263,8 @@ class Outgoing(Actor[SourceState, SourceEvent, SourceEffect]):
 
     def _blackout(self) -> Steps:
         assert self.control is not None
+        if self._time_ask is not None:
+            self._export_time(*self._time_ask)
         if self.wish.hold_ns:
             self._holding_since_ns = (self.host.clock_ns(), self.world.now_ns)
             self._budget.hold_begins(self._holding_since_ns[0])
@@ -320,20 +323,20 @@ class Outgoing(Actor[SourceState, SourceEvent, SourceEffect]):
         )
         self._orders += 1
 
-    def _export_time(self, ask: messages.TimeAsk) -> None:
+    def _export_time(self, ask: messages.TimeAsk, read_ns: int) -> None:
         assert self.control is not None
-        read_ns = self.host.clock_ns()
+        now_ns = self.host.clock_ns()
         self.daemon.exported_true_ns = self.world.now_ns
         seconds, nanoseconds = divmod(self.world.now_ns, SECOND)
         exported = VmTimeData(
             guest_freq=GUEST_FREQ,
             guest_tsc=0,
-            hrtime=read_ns,
+            hrtime=now_ns,
             hres_sec=seconds,
             hres_ns=nanoseconds,
             boot_hrtime=self.vmm.boot_hrtime,
         )
-        self.control.send(messages.TimeData(nonce=ask.nonce, time=exported, t2_ns=read_ns, t3_ns=self.host.clock_ns()))
+        self.control.send(messages.TimeData(nonce=ask.nonce, time=exported, t2_ns=read_ns, t3_ns=now_ns))
 
     # Section: hearing and deciding
 
@@ -345,8 +348,10 @@ class Outgoing(Actor[SourceState, SourceEvent, SourceEffect]):
                 self._failed(reason)
             case messages.RoundDone():
                 self._round_done(message)
+            case messages.TimeAsk() if self._stopped():
+                self._export_time(message, self.host.clock_ns())
             case messages.TimeAsk():
-                self._export_time(message)
+                self._time_ask = message, self.host.clock_ns()
             case messages.Ready(epoch=epoch) if check_epoch(self.attempt.epoch, epoch):
                 self._decide(message)
             case messages.No(epoch=epoch, reason=reason) if check_epoch(self.attempt.epoch, epoch):

@@ -31,6 +31,7 @@ class Owned(NamedTuple):
         fenced: hosts.
         sure: those of them whose fence is true: somebody saw it, once.
         elsewhere: a third host runs the guest.
+        overtaken: it has run there, and the lock carries the token of that host. Only with a lock that is shared.
     """
 
     ownership: Ownership = Ownership(owner=SOURCE_HOST, epoch=0)
@@ -38,6 +39,7 @@ class Owned(NamedTuple):
     fenced: frozenset[str] = frozenset()
     sure: frozenset[str] = frozenset()
     elsewhere: bool = False
+    overtaken: bool = False
 
     def without_fence(self, host: str) -> Owned:
         """The same when the fence of a host is withdrawn."""
@@ -49,6 +51,33 @@ StoreStep: TypeAlias = Callable[[Owned], Owned | None]
 
 
 @dataclass(frozen=True)
+class SharedLock:
+    """The ownership lock on storage that all hosts share. A mutant breaks one rule.
+
+    With it nothing rests on the truth of a fence: a third host starts the guest as soon as store and lock let it, and
+    its guest may end again, which leaves the lock free.
+
+    Attributes:
+        tokens: the lock carries the revision of its holder's key, and refuses a holder that comes with an older one.
+        asks: a destination takes the lock when the store has shown that it is the owner, and then with its token.
+    """
+
+    tokens: bool = True
+    asks: bool = True
+
+    def taken(self, host: str, *, yes: bool) -> StoreStep:
+        """One of the two hosts asks for the lock, which it does not hold, and is or is not given it."""
+
+        def step(owned: Owned) -> Owned | None:
+            has_token = host == SOURCE_HOST or self.asks
+            owner = host == SOURCE_HOST or not self.asks or owned.ownership.owner == host
+            stale = owned.overtaken and self.tokens and has_token
+            return owned if (owner and not owned.elsewhere and not stale) is yes else None
+
+        return step
+
+
+@dataclass(frozen=True)
 class Rules:
     """The rules of ownership; a mutant replaces one.
 
@@ -56,6 +85,8 @@ class Rules:
         compares: a transfer compares the revision that the attempt's begin wrote.
         minds_fences: transfers and confirmations compare that the host is not fenced.
         begins: an attempt writes the key anew when it begins.
+        lock: that keeps hosts apart, whatever the operator says; None where fences are true before a third host starts
+            the guest, and the lock keeps nobody out.
     """
 
     transferred: Callable[[Ownership, str, str], Ownership] = ownership.transferred
@@ -66,6 +97,7 @@ class Rules:
     compares: bool = True
     minds_fences: bool = True
     begins: bool = True
+    lock: SharedLock | None = None
 
     def begin(self, attempt: int) -> StoreStep:
         """An attempt begins: the key is read, and written anew."""
@@ -121,7 +153,7 @@ class Rules:
     def take(self, owned: Owned) -> Owned | None:
         """A third host starts the guest."""
         after = _written(owned, lambda: self.taken(owned.ownership, THIRD_HOST, owned.fenced))
-        return None if after is None else after._replace(elsewhere=True)
+        return None if after is None else after._replace(elsewhere=True, overtaken=self.lock is not None)
 
     def _fenced(self, owned: Owned, host: str) -> bool:
         return self.minds_fences and host in owned.fenced

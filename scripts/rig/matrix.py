@@ -52,7 +52,7 @@ STEPS: Final = (
     Step("round-end", FrameType.ROUND_END, "rounds"),
     Step("round-done", FrameType.ROUND_DONE, "rounds"),
     Step("downtime", FrameType.DOWNTIME, "stopped"),
-    Step("time-ask", FrameType.TIME_ASK, "stopped"),
+    Step("time-ask", FrameType.TIME_ASK, "rounds"),
     Step("time-data", FrameType.TIME_DATA, "stopped"),
     Step("device-state", FrameType.DEVICE_STATE, "stopped"),
     Step("state-end", FrameType.STATE_END, "stopped"),

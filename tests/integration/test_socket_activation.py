@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ PATIENT = {"handshake_timeout_s": 60.0, "connect_timeout_s": 30.0}
 class Manager:
     """What a service manager is to a daemon: it holds the listening socket, and is told how the daemon is."""
 
-    def __init__(self, directory: Path) -> None:
-        self.listening = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, directory: Path, address: str = "127.0.0.1") -> None:
+        self.listening = socket.create_server((address, 0))
         self._notifications = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notifications.bind(str(directory / "notify"))
 
@@ -101,9 +102,9 @@ async def pair() -> AsyncIterator[Pair]:
 
 
 @contextlib.contextmanager
-def ended_at_last(daemon: subprocess.Popen[Any]) -> Iterator[None]:
+def ended_at_last(daemon: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
     try:
-        yield
+        yield daemon
     finally:
         if daemon.poll() is None:
             daemon.kill()
@@ -177,3 +178,17 @@ async def test_systemd_starts_the_daemon_for_the_first_migration(pair: Pair) -> 
         assert (await pair.b.verify())["ok"]
         activator.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(activator.wait, 30) == 0
+
+
+async def test_a_host_of_a_fleet_does_not_tell_the_others_of_an_address_that_stands_for_all(tmp_path: Path) -> None:
+    """They would connect to themselves."""
+    with (
+        tempfile.TemporaryDirectory(prefix="activation-") as directory,  # short enough for the path of a socket
+        contextlib.closing(Manager(tmp_path, "0.0.0.0")) as manager,
+    ):
+        host = Host(Path(directory), "a", role="host")
+        host.configure(fleet={"endpoints": ["http://127.0.0.1:9"]}, tls={"insecure": True})
+        with ended_at_last(manager.start(host)) as daemon:
+            assert await asyncio.to_thread(daemon.wait, 60) == 1
+        (entry,) = [entry for entry in host.log() if entry["event"] == "the daemon cannot start"]
+        assert "[fleet] address must say where other hosts reach this one: the socket from the" in entry["reason"]

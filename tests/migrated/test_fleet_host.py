@@ -73,6 +73,49 @@ async def test_a_guest_that_does_not_answer_keeps_its_owner_when_its_name_is_ask
         await until("g1 answers", lambda: _runs(later, "g1"))
 
 
+async def test_a_guest_that_does_not_answer_and_then_ends_has_no_owner_any_more(
+    short_directory: Path, fleet: FleetConfig, keys: Keys, store: EtcdStore
+) -> None:
+    async with TinyHost(short_directory, fleet=fleet) as first:
+        pid = await first.add_guest("g1")
+        await first.let_go()
+    with standing_still(pid):
+        async with TinyHost(short_directory, fleet=fleet):
+            assert await owner_of(store, keys.owner("g1")) is not None
+            os.kill(pid, signal.SIGKILL)
+
+            async def free() -> bool:
+                return await store.get(keys.owner("g1")) is None
+
+            await until("the key of the guest that ended deleted", free)
+
+
+async def test_a_daemon_with_a_name_that_is_taken_keeps_out_of_the_fleet(
+    short_directory: Path, fleet: FleetConfig, keys: Keys, store: EtcdStore
+) -> None:
+    """Else both would count each other's guests as their own. When the other one leaves, the name is free."""
+    async with TinyHost(short_directory / "1", fleet=fleet) as first, contextlib.AsyncExitStack() as stack:
+        await first.add_guest("g1")
+        await until("the first one in the fleet", lambda: _there(first))
+        second = await stack.enter_async_context(TinyHost(short_directory / "2", fleet=fleet))
+        with pytest.raises(OperationError, match=f"Another daemon is in the fleet as 'b', at {first.uri}"):
+            await second.add_guest("g2")
+        assert await store.get(keys.owner("g2")) is None
+        assert second.operations.fleet is not None
+        (seen,) = await second.operations.fleet.hosts()
+        assert seen["address"] == first.uri
+        assert [problem for problem in seen["problems"] if "Another daemon" in problem]
+        await first.let_go()
+
+        async def in_its_place() -> bool:
+            try:
+                return bool(await second.add_guest("g2"))
+            except OperationError:
+                return False
+
+        await until("the second one in the place of the first", in_its_place)
+
+
 async def _runs(here: TinyHost, name: str) -> bool:
     return {one["name"]: one["state"] for one in await here.operations.guest_list()}.get(name) == "running"
 

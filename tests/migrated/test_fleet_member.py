@@ -11,6 +11,7 @@ from migrated.fleet.mirror import Mirror
 from migrated.fleet.model import Fence, HostDocument, JobState, JobStep, StepState
 from migrated.fleet.store import Entry
 from migrated.member.facts import forecast, guest_document, link_bytes_per_s, usual_forecast
+from migrated.member.identity import Identity
 from migrated.member.local import LocalGuest
 from migrated.member.views import hosts_view, job_view
 from migrated.prediction.knowledge import Knowledge
@@ -115,6 +116,25 @@ def test_what_is_wrong_with_a_host_is_said() -> None:
     assert "holds no lease" in lost
     assert lost.endswith(": 1.")
     assert any("fenced" in line for line in seen(healthy, b=Fence(by="x", since_utc_ns=0))["b"])
+
+
+def there(daemon: str) -> Mirror:
+    return mirror_of([host("a", daemon=daemon)], [])
+
+
+def test_a_daemon_knows_the_one_before_it_from_another_one_of_its_name(tmp_path: Path) -> None:
+    before = Identity("a", tmp_path)
+    now = Identity("a", tmp_path)
+    assert now.stranger(mirror_of([], [])) is None
+    assert now.stranger(there(before.daemon)) is None, "it was killed, and its lease has not ended yet"
+    now.told()
+    assert now.stranger(there(now.daemon)) is None
+    copied = now.stranger(there(before.daemon))
+    assert copied is not None, "a machine that was copied with its state directory"
+    (tmp_path / "other").mkdir()
+    refusal = now.stranger(there(Identity("a", tmp_path / "other").daemon))
+    assert refusal == copied
+    assert "as 'a', at tcp:a:7000" in refusal
 
 
 def job_mirror() -> Mirror:

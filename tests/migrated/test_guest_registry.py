@@ -149,18 +149,41 @@ async def test_who_wants_the_name_of_a_guest_that_is_ending_waits_for_its_end(gu
     assert guests.names() == ["g1"]
 
 
+async def test_a_guest_whose_process_does_not_end_keeps_its_name(
+    guests: GuestRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one of its name would run beside it."""
+
+    async def stands_in_the_kernel() -> None:
+        raise VmmError("the VMM does not end")
+
+    gone = asyncio.get_running_loop().create_future()
+    guests.on_gone = gone.set_result
+    guest = await guests.create(G1)
+    with monkeypatch.context() as patched:
+        patched.setattr(guest.vmm, "destroy", stands_in_the_kernel)
+        with pytest.raises(VmmError, match="does not end"):
+            await guests.destroy(guest)
+    assert guests.find("g1") is guest
+    with pytest.raises(RefusedError, match="a guest named 'g1' is already on this host"):
+        await guests.create(G1)
+    os.kill(guest.vmm.pid, signal.SIGKILL)
+    assert await asyncio.wait_for(gone, WAIT_S) is guest, "its end is noticed as any other's"
+    assert not guests.holds("g1")
+
+
 async def test_a_silent_guest_keeps_its_name_until_it_ends(short_directory: Path) -> None:
     async with opened(short_directory) as first:
         pid = (await first.create(G1)).vmm.pid
-    settled = asyncio.Event()
+    settled = asyncio.get_running_loop().create_future()
     os.kill(pid, signal.SIGSTOP)
     async with opened(short_directory) as registry:
-        registry.on_settled = lambda _: settled.set()
+        registry.on_settled = lambda place, ended: settled.set_result((place, ended))
         assert list(registry.silent) == ["g1"]
         with pytest.raises(RefusedError, match="a guest named 'g1' is already on this host"):
             await registry.create(G1)
         assert await spawn.make_sure_gone(pid, WAIT_S)
-        await asyncio.wait_for(settled.wait(), WAIT_S)
+        assert await asyncio.wait_for(settled, WAIT_S) == ("g1", True)
         assert registry.silent == {}
         await registry.destroy(await registry.create(G1))
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from migrated.fleet.model import Ownership
+from migrated.fleet.ownership import NotTheOwnerError
 from migrated.fleet.store import put
 from migrated.member.follower import Follower
+from migrated.member.identity import Identity
 from migrated.member.leftovers import BOOT_ID, Leftovers, boot_id
 from migrated.member.owners import Owners
 from scripts.fleet.fake_store import FakeStore, FakeStoreClient
@@ -53,10 +55,10 @@ class Fleet:
 
 
 @pytest.fixture
-async def fleet() -> AsyncIterator[Fleet]:
+async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     store = FakeStoreClient(FakeStore(lambda: 0))
     follower = Follower(store, KEYS)
-    owners = Owners(follower, "b")
+    owners = Owners(follower, "b", Identity("b", tmp_path))
     following = asyncio.create_task(follower.run())
     await follower.ready.wait()
     yield Fleet(store, follower, owners)
@@ -77,7 +79,9 @@ async def test_the_token_of_an_arrival_is_asked_of_the_store_and_never_an_old_on
     await fleet.own("g", "b")
     await fleet.owners.token("g", arriving=False)
     await fleet.own("g", "a", previous="b")
-    assert await fleet.owners.token("g", arriving=True) is None
+    with pytest.raises(NotTheOwnerError, match="belongs to a now, not to b"):
+        await fleet.owners.token("g", arriving=True)  # what arrives was handed over before that
+    assert await fleet.owners.token("unknown", arriving=True) is None
     revision = await put(fleet.store, KEYS.owner("g"), Ownership(owner="b", epoch=9, previous="a").to_bytes())
     assert await fleet.owners.token("g", arriving=True) == revision, "before the watch has told it"
 

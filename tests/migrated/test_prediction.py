@@ -301,6 +301,24 @@ def test_tries_that_lay_close_together_make_a_narrow_bound() -> None:
     assert restless.upper_ns > 600 * MS
 
 
+def test_nothing_comes_on_top_of_a_step_that_was_timed_whole() -> None:
+    """A driver that learns from moves has the calls and wake-ups in its figures; they are not added a second time, nor
+    is how much those vary, which the spread of the moves shows."""
+    tried_ns = dict.fromkeys((Component.STOP, Component.STATE, Component.DEVICE_LOADS), MS // 4)
+    whole = Bases(
+        stop_ns=MS, dirty_log_ns=MS // 2, memory_ns=MS, save_ns=4 * MS, load_ns=4 * MS, legs_ns=MS // 4,
+        resume_ns=2 * MS, devices=1, device_bytes=1 << 17, whole_steps=True, spreads_ns=tried_ns,
+    )  # fmt: skip
+    prediction = predict(Knowledge(PRIOR), bases=whole)
+    timed = (Component.STOP, Component.STATE, Component.DEVICE_LOADS, Component.RESUME)
+    assert sum(prediction.components[component] for component in timed) == pytest.approx(11 * MS, rel=0.05)
+    of_the_vmm_alone = predict(Knowledge(PRIOR), bases=dataclasses.replace(whole, whole_steps=False))
+    assert of_the_vmm_alone.total_ns > prediction.total_ns + 2 * MS
+    assert of_the_vmm_alone.upper_ns - of_the_vmm_alone.total_ns > prediction.upper_ns - prediction.total_ns
+    waiting = predict(Knowledge(PRIOR), bases=dataclasses.replace(whole, load=4.0))
+    assert waiting.total_ns > 1.5 * prediction.total_ns
+
+
 def test_on_a_busy_host_what_waits_for_a_processor_takes_longer() -> None:
     knowledge = Knowledge(PRIOR)
     busy = dataclasses.replace(SMALL, load=4.0)

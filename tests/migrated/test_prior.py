@@ -43,14 +43,19 @@ def outcomes(
 
 
 @pytest.mark.parametrize("load", [1.0, 3.0])
-def test_the_table_has_the_costs_and_spreads_of_the_records_for_a_load_of_one(
+def test_the_table_has_the_costs_of_the_records_for_a_load_of_one_and_the_spread_of_each_load(
     record_of: Callable[..., Any], downtime_of: Callable[..., Any], load: float
 ) -> None:
     seen = switchovers(outcomes(record_of, downtime_of, 60, load=load))
     made = Prior.from_document(json.loads(text(table(seen, load_prior(), {"made_by": "a test"}))))
     resume, loads = made.components[Component.RESUME], made.components[Component.DEVICE_LOADS]
     assert resume.overhead_ns == pytest.approx(3 * MS, rel=0.1)
-    assert resume.spread_ns == pytest.approx(0.5 * MS, rel=0.5)
+    assert resume.beside_spread_ns(load) == pytest.approx(load * 0.5 * MS, rel=0.5)
+    other = load_prior().components[Component.RESUME]
+    if load == 1.0:
+        assert resume.waiting_spread_ns == other.waiting_spread_ns
+    else:  # nothing was seen of a calm host
+        assert resume.spread_ns == other.spread_ns
     if load == 1.0:  # what was tried on a busy host contains the waiting there, and says nothing of a factor
         assert loads.expected_ns(40 * MS, 0, 0, load) == pytest.approx(60 * MS, rel=0.05)
         assert loads.spread < 0.06

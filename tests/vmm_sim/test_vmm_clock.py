@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.guest_time import VmTimeData, adjust_time_data
+from protocol.guest_time import VmTimeData, adjust_time_data, read_later
 from vmm_sim.clock import GuestClock, HostTsc, parse_time_data
 from vmm_sim.errors import VmmError
 from vmm_sim.heartbeat import Heartbeat
@@ -57,6 +57,19 @@ def test_scaled_tsc_never_runs_backwards_and_keeps_its_frequency(freq: int, star
         wanted = stride * freq // GHZ
         # One tick of the host's TSC is up to 14 of the guest's; the multiplier has 32 fraction bits.
         assert abs(ticks - wanted) <= 16 + (wanted >> 31)
+
+
+@given(st.integers(500_000_000, 14 * GHZ), st.integers(0, 1 << 45))
+def test_an_earlier_reading_tells_the_time_as_the_clock_itself_would(freq: int, later_ns: int) -> None:
+    host = HostClock()
+    clock = GuestClock(host, HostTsc(GHZ), freq)
+    earlier = clock.read()
+    now, wall = earlier.hrtime + later_ns, (1_700_000_000, 5)
+    later = read_later(earlier, now, wall)
+    assert (later.boot_hrtime, later.hrtime, later.wall_ns) == (earlier.boot_hrtime, now, 1_700_000_000 * GHZ + 5)
+    wrong = (later.guest_tsc - clock.tsc_at(now) + (U64 >> 1)) % U64 - (U64 >> 1)
+    # As above: a tick of the host's TSC is up to 14 of the guest's, and the multiplier has 32 fraction bits.
+    assert abs(wrong) <= 16 + (later_ns * freq // GHZ >> 31)
 
 
 def test_published_values_are_imported_with_the_latency_added(still_clock: Any) -> None:

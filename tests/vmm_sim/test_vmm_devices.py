@@ -199,7 +199,8 @@ def test_an_incoming_guest_runs_only_when_complete(source: Vmm, destination: Vmm
         assert raised.value.name == "GuestIncomplete"
         assert "cpu" in raised.value.message
     load(destination, "cpu", "non-iterable", source.save_device("cpu", "non-iterable", None)[1])
-    assert destination.pause() == {"step": source.vcpu.step, "ns": 0, "was_paused": True}
+    stopped = destination.pause()
+    assert (stopped["step"], stopped["ns"], stopped["was_paused"]) == (source.vcpu.step, 0, True)
     assert destination.state == "paused"
 
 

@@ -384,6 +384,7 @@ class QemuGuest(VmmGuest):
             call_ns=call_ns,
             basis="learned" if device.tries else "guessed",
             pause_spread_ns=stop.spread_ns,
+            whole_steps=True,
         )
 
     async def awaits(self, description: GuestDescription) -> bool:

@@ -59,7 +59,7 @@ class _Time(GuestTime):
         self._calls = calls
 
     async def export_time(self) -> VmTimeData:
-        return VmTimeData.model_validate((await self._calls.call("time-export")).meta["time"])
+        return _time_in((await self._calls.call("time-export")).meta)
 
     async def import_time(self, time: VmTimeData, error_ns: int) -> TimeImport:
         meta = (await self._calls.call("time-import", time=time.model_dump(), error_ns=error_ns)).meta
@@ -169,7 +169,8 @@ class SimGuest(VmmGuest):
         await self._calls.call("dirty-log-stop")
 
     async def pause(self) -> PauseTime:
-        return PauseTime(int((await self._calls.call("pause", PAUSE_S)).meta["ns"]))
+        meta = (await self._calls.call("pause", PAUSE_S)).meta
+        return PauseTime(int(meta["ns"]), guest_time=_time_in(meta))
 
     async def resume(self, epoch: int) -> int:
         return int((await self._calls.call("resume", PAUSE_S, epoch=epoch)).meta["running_at_ns"])
@@ -278,6 +279,14 @@ class SimGuest(VmmGuest):
 
     async def close(self) -> None:
         await self._calls.close()
+
+
+def _time_in(meta: Mapping[str, Any]) -> VmTimeData:
+    """The guest's time in an answer of the VMM."""
+    try:
+        return VmTimeData.model_validate(meta.get("time"))
+    except ValidationError as error:
+        raise VmmError(f"the VMM gives a guest time that we cannot use: {error.errors()[0]['msg']}") from error
 
 
 def _with_call(cost: DeviceCost, call: tuple[int, int] | None) -> DeviceCost:

@@ -10,7 +10,18 @@ import pytest
 
 from migrated.fleet.costs import move_cost
 from migrated.fleet.mirror import Mirror, link_of
-from migrated.fleet.model import Cordon, Fence, Forecast, HostSlots, JobSpec, JobStep, Ownership, Reservation
+from migrated.fleet.model import (
+    Cordon,
+    Fence,
+    Forecast,
+    HostDocument,
+    HostSlots,
+    JobSpec,
+    JobStep,
+    Ownership,
+    Reservation,
+)
+from migrated.fleet.placement import PossibleHosts
 from migrated.fleet.planner import Plan, plan
 from migrated.fleet.store import Entry
 from migrated.fleet.worker import choose_host
@@ -195,12 +206,26 @@ def test_a_share_is_settled_by_what_is_known_of_the_link_when_it_is_promised() -
     left will do."""
     mirror = mirror_of([host("a", link_bytes_per_s=100 * MIB), host("b"), host("c")], [guest("g0"), guest("g1")])
     step = JobStep(guest="g1", source="a", destination="b", memory_bytes=4 * GIB, lanes=2, bytes_per_s=GIB)
-    assert choose_host(mirror, spec(), step) == (mirror.hosts["b"], 50 * MIB)
+
+    def chosen() -> tuple[HostDocument, int] | str | None:
+        return choose_host(mirror, spec(), step, PossibleHosts(mirror, "a"))
+
+    assert chosen() == (mirror.hosts["b"], 50 * MIB)
     held = Reservation(guest="g0", job="j1", peer="c", memory_bytes=GIB, bytes_per_s=52 * MIB, attempt=1)
     mirror.put(Entry(KEYS.slots_of("a"), HostSlots(outbound=(held,)).to_bytes(), 100))
-    assert choose_host(mirror, spec(), step) == (mirror.hosts["b"], 48 * MIB)
+    assert chosen() == (mirror.hosts["b"], 48 * MIB)
     held = held.model_copy(update={"bytes_per_s": 90 * MIB})
     mirror.put(Entry(KEYS.slots_of("a"), HostSlots(outbound=(held,)).to_bytes(), 101))
-    assert choose_host(mirror, spec(), step) is None
+    assert chosen() is None
     mirror.put(Entry(KEYS.slots_of("a"), HostSlots(inbound=(held,)).to_bytes(), 102))
-    assert choose_host(mirror, spec(), step) == (mirror.hosts["b"], 50 * MIB), "the other direction is free"
+    assert chosen() == (mirror.hosts["b"], 50 * MIB), "the other direction is free"
+
+
+def test_hosts_of_a_large_fleet_that_are_emptied_at_once_do_not_all_choose_the_same_ones() -> None:
+    mirror = mirror_of([host(f"h{number:03}") for number in range(640)], [])
+    chosen = [
+        {one.name for one in PossibleHosts(mirror, source).of(guest("g1"))[0][:32]} for source in ("h001", "h002")
+    ]
+    assert len(chosen[0] & chosen[1]) < 16
+    few = mirror_of([host("c", used_bytes=GIB), host("b", used_bytes=2 * GIB)], [])
+    assert [one.name for one in PossibleHosts(few, "a").of(guest("g1"))[0]] == ["c", "b"]
