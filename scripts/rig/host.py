@@ -28,6 +28,8 @@ from scripts.rig.waiting import POLL_S, RigError, until
 from vmm_sim.client import VmmClient
 
 START_TIMEOUT_S: Final = 60.0
+GUEST_START_TIMEOUT_S: Final = 30.0
+"""A busy machine may take longer than the ten seconds that a guest has by default."""
 COMMAND_TIMEOUT_S: Final = 40.0
 """For one command: a migration may be waited for. Below the time that pytest gives a test, which would end nothing."""
 CANCEL_S: Final = 0.2
@@ -141,7 +143,11 @@ class Host:
             "control": {"socket": str(self.socket)},
             "state": {"directory": str(self.directory / "state")},
             "listen": {"address": f"{self.address}:{self.port}", "unix": str(self.unix_socket)},
-            "vmm": {"directory": str(self.directory / "guests"), "profiles": str(ROOT / "configs" / "guests")},
+            "vmm": {
+                "directory": str(self.directory / "guests"),
+                "profiles": str(ROOT / "configs" / "guests"),
+                "start_timeout_s": GUEST_START_TIMEOUT_S,
+            },
             "log": {"level": "debug", "format": "json", "file": str(self.log_path)},
         }
         for section, values in self._sections.items():
