@@ -26,6 +26,8 @@ from scripts.rig.waiting import RigError
 GUEST: Final = "g1"
 PARAMETERS: Final = {"downtime_limit": 20_000, "timeout_s": 0.1, "on_timeout": "force"}
 _SAMPLES: Final = 10
+_REST_S: Final = 1.5
+"""How long a daemon is left alone before it is measured: it lets go of what migrations left behind once none runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +96,12 @@ async def growth(pair: Pair, migrations: int, warm_up: int, offers: int, memory_
     if offers:
         await refused(pair, min(offers, 20))
     await there_and_back(pair, warm_up, "warm-up")
+    await asyncio.sleep(_REST_S)
     before = {host: Size.of(host) for host in pair.hosts}
     await there_and_back(pair, migrations, "migration")
     if offers:
         await refused(pair, offers)
+    await asyncio.sleep(_REST_S)
     return {host.name: Size.of(host).since(before[host]) for host in pair.hosts}
 
 

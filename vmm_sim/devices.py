@@ -26,6 +26,10 @@ _MAGIC: Final = b"VSDS"
 _FINAL: Final = 1
 _CHUNK_BYTES: Final = 4 << 20
 ENVELOPE_BYTES: Final = _HEADER.size
+_NUMBER_BYTES: Final = 9
+"""A number takes 1 to 9 bytes in a state, by its size."""
+_LISTS_BYTES: Final = 16 << 10
+"""More than the timers and gaps of a guest that has run take; one that has not has none."""
 
 
 class Body(Protocol):
@@ -33,6 +37,10 @@ class Body(Protocol):
 
     def expected_bytes(self) -> int:
         """Usual size of the final state (bytes)."""
+        ...
+
+    def largest_bytes(self) -> int:
+        """Size that no piece exceeds (bytes)."""
         ...
 
     def save(self, pieces: int, final: bool, interrupt: threading.Event) -> bytearray:
@@ -53,6 +61,9 @@ class SyntheticBody:
 
     def expected_bytes(self) -> int:
         return max(self._config.state, self._config.shrink_to)
+
+    def largest_bytes(self) -> int:
+        return max(self._config.state, self._config.initial_state)
 
     def size_of(self, pieces: int, final: bool) -> int:
         """Bytes of the piece after ``pieces`` others."""
@@ -92,6 +103,9 @@ class StateBody:
     def expected_bytes(self) -> int:
         # Rounded up: the encoding of the same state grows with its numbers.
         return -(-len(msgpack.packb(self._save())) // 512) * 512
+
+    def largest_bytes(self) -> int:
+        return _NUMBER_BYTES * self.expected_bytes() + _LISTS_BYTES
 
     def save(self, pieces: int, final: bool, interrupt: threading.Event) -> bytearray:
         packed: bytes = msgpack.packb(self._save())
@@ -185,6 +199,11 @@ class Device:
             self.loaded = True
         else:
             self._loaded_pieces += 1
+
+    @property
+    def largest_bytes(self) -> int:
+        """Size that none of its pieces exceeds, in a round or at last (bytes)."""
+        return self.body.largest_bytes() + ENVELOPE_BYTES
 
     def describe(self) -> dict[str, Any]:
         """The device's entry in the guest's description."""

@@ -443,10 +443,12 @@ class Vmm:
     # Reports and settings
 
     def describe(self) -> dict[str, Any]:
-        """The guest's description, as :class:`protocol.guest.GuestDescription` dumps it."""
+        """The guest's description, as :class:`protocol.guest.GuestDescription` dumps it, and beside it the size that no
+        piece of state exceeds, for each of its devices."""
         # The other host's costs are its own, and no two attempts should draw alike: a fresh seed every time.
         description = build_description(self.config, self.devices.values(), self._costs.fresh_seed())
-        return {"description": description.model_dump()}
+        largest_bytes = [device.largest_bytes for device in self.devices.values()]
+        return {"description": description.model_dump(), "largest_bytes": largest_bytes}
 
     def status(self) -> dict[str, Any]:
         """Return all figures that a poller may want; never waits."""

@@ -382,7 +382,9 @@ class IncomingMigration:
         self._equipment.loading.add_time(arrived)
 
     def _hear_state(self, meta: messages.DeviceState, payload: bytes) -> None:
-        """Take a device state that came beside the data channels."""
+        """Take a device state that came beside the data channels: a final one, since there are no rounds."""
+        if not meta.final:
+            raise RemoteProtocolError("device state of a round came, and there are no rounds", ErrorCode.UNEXPECTED)
         states = self._equipment.receiver.states
         state, view = states.place(meta, len(payload))
         view[:] = payload

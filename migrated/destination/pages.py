@@ -139,6 +139,7 @@ class PageReceiver:
         self._mapper.end()
         for channel in self._channels.values():
             channel.interrupt()
+        self.states.end()  # a channel may be waiting there
         try:
             await in_thread(self._join)
         finally:  # the daemon may end meanwhile
@@ -146,7 +147,6 @@ class PageReceiver:
                 channel.close()
             self._channels.clear()
             self._threads.clear()
-            self.states.end()
 
     def _join(self) -> None:
         for thread in self._threads.values():

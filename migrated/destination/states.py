@@ -1,26 +1,27 @@
 """Device states as they arrive, in pieces and over several data channels: where each piece goes, and how much memory
-all of them may take. What the peer claims is bounded by what our own VMM said of the guest's devices."""
+all of them may take. What the peer claims is bounded by what our own VMM knows of the guest's devices.
+
+    final state      each device's once, so all that wait fit into what the VMM allows for them
+    state in rounds  loaded as it comes; while two of the largest wait to be loaded, the channel that brings more waits
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 import xxhash
 
+from migrated.vmm.seam import StateBounds
 from protocol import messages
 from protocol.errors import ErrorCode, RemoteProtocolError
-from protocol.guest import DeviceDescription, DeviceKind
+from protocol.guest import DeviceKind
 from protocol.messages import MAX_STATES
 
-_SPARE_STATE_BYTES: Final = 16 << 20
-"""Size that one state may have beyond twice its usual size."""
-_SPARE_BYTES: Final = 64 << 20
-"""Size that all waiting states together may have beyond twice their usual size: those of rounds come faster than some
-VMMs load them."""
+_WAITING_STATES: Final = 2
+"""States of rounds, each as large as may be, that may wait to be loaded: one arrives while another is loaded."""
 _LEAST_PIECE_BYTES: Final = 4096
 _SPARE_PIECES: Final = 16
 
@@ -40,33 +41,44 @@ class ArrivedState:
 
 
 class ArrivingStates:
-    """The device states of one incoming guest, until they are loaded. May be called from any thread.
+    """The device states of one incoming guest, until they are loaded, in the order of their numbers. May be called from
+    any thread.
 
     Args:
-        devices: what our VMM says that the guest has.
+        bounds: what our VMM says that they may take.
     """
 
-    def __init__(self, devices: Iterable[DeviceDescription]) -> None:
-        self._limits = {(d.name, d.kind): 2 * d.state_bytes + _SPARE_STATE_BYTES for d in devices}
-        self._limit_bytes = sum(self._limits.values(), _SPARE_BYTES - len(self._limits) * _SPARE_STATE_BYTES)
+    def __init__(self, bounds: StateBounds) -> None:
+        self._bounds = bounds
+        largest_bytes = max((size for (_, kind), size in bounds.states.items() if kind == "iterable"), default=0)
+        self._round_limit_bytes = _WAITING_STATES * largest_bytes
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._arriving: dict[int, ArrivedState] = {}
         self._orders: set[int] = set()
         self._final: set[tuple[str, DeviceKind]] = set()
-        self._held_bytes = 0
+        self._final_bytes = 0
+        """Of final states that wait to be loaded."""
+        self._round_bytes = 0
+        """The same of states of rounds."""
+        self._loaded = 0
         self._ended = False
 
     def place(self, meta: messages.DeviceState, piece_bytes: int) -> tuple[ArrivedState, memoryview]:
-        """Return the state that a piece belongs to, and the buffer that its bytes are to be read into.
+        """Return the state that a piece belongs to, and the buffer that its bytes are to be read into. Where a state of
+        a round begins and too many of those wait, this waits until one is loaded; a final state never waits.
 
         Raises:
-            RemoteProtocolError: the guest has no such device, the state is larger or comes more often than it may, all
-                that wait are too large, or the piece does not fit the others.
+            RemoteProtocolError: the guest has no such device, the state is larger or comes more often than it may, the
+                piece does not fit the others, or the migration is ending.
         """
         with self._lock:
-            state = self._arriving.get(meta.order)
-            if state is None:
-                state = self._begin(meta)
+            while (state := self._arriving.get(meta.order)) is None:
+                self._check_new(meta)
+                if meta.final or self._has_room(meta):
+                    state = self._begin(meta)
+                    break
+                self._changed.wait()
             same = meta.model_copy(update={"offset": state.meta.offset}) == state.meta
             if not same or meta.offset in state.offsets or meta.offset + piece_bytes > meta.total_bytes:
                 raise RemoteProtocolError(f"a piece of the state of device {meta.name} does not fit the others")
@@ -78,14 +90,26 @@ class ArrivingStates:
             state.offsets.add(meta.offset)
             return state, state.data[meta.offset : meta.offset + piece_bytes]
 
-    def _begin(self, meta: messages.DeviceState) -> ArrivedState:
+    def _check_new(self, meta: messages.DeviceState) -> None:
+        """Check that a state may come.
+
+        Raises:
+            RemoteProtocolError: it may not.
+        """
+        if self._ended:
+            raise RemoteProtocolError("device state comes for a migration that is ending", ErrorCode.UNEXPECTED)
         device = (meta.name, meta.kind)
-        limit_bytes = self._limits.get(device)
+        limit_bytes = self._bounds.states.get(device)
         if limit_bytes is None:
             raise RemoteProtocolError(f"state of device {meta.name} ({meta.kind}), which the guest lacks")
+        if not meta.final and meta.kind != "iterable":
+            raise RemoteProtocolError(
+                f"state of device {meta.name} ({meta.kind}) comes in a round, which only iterable devices have",
+                ErrorCode.UNEXPECTED,
+            )
         if meta.total_bytes > limit_bytes:
             raise RemoteProtocolError(
-                f"state of device {meta.name} has {meta.total_bytes} bytes, at most {limit_bytes} were announced",
+                f"state of device {meta.name} has {meta.total_bytes} bytes, our VMM takes at most {limit_bytes}",
                 ErrorCode.TOO_LARGE,
             )
         if meta.order >= MAX_STATES or meta.order in self._orders:
@@ -97,20 +121,29 @@ class ArrivingStates:
             raise RemoteProtocolError(
                 f"the final state of device {meta.name} ({meta.kind}) comes twice", ErrorCode.UNEXPECTED
             )
-        if self._held_bytes + meta.total_bytes > self._limit_bytes:
+        final_bytes = self._final_bytes + meta.total_bytes
+        if meta.final and final_bytes > self._bounds.final_bytes:
             raise RemoteProtocolError(
-                f"device states of {self._held_bytes + meta.total_bytes} bytes wait to be loaded, at most "
-                f"{self._limit_bytes} may",
+                f"final states of {final_bytes} bytes wait to be loaded, our VMM takes at most "
+                f"{self._bounds.final_bytes}",
                 ErrorCode.TOO_LARGE,
             )
-        if self._ended:
-            raise RemoteProtocolError("device state comes for a migration that is ending", ErrorCode.UNEXPECTED)
+
+    def _has_room(self, meta: messages.DeviceState) -> bool:
+        """Whether a state of a round may begin. The one that is to be loaded next always may, since nothing is loaded
+        before it. A source sends the pieces of states in their order on every channel, so what waits here is in the way
+        of no piece of an earlier state."""
+        return meta.order == self._loaded or self._round_bytes + meta.total_bytes <= self._round_limit_bytes
+
+    def _begin(self, meta: messages.DeviceState) -> ArrivedState:
         state = ArrivedState(meta, np.zeros(meta.total_bytes, np.uint8).data, meta.total_bytes)
         self._arriving[meta.order] = state
         self._orders.add(meta.order)
         if meta.final:
-            self._final.add(device)
-        self._held_bytes += meta.total_bytes
+            self._final.add((meta.name, meta.kind))
+            self._final_bytes += meta.total_bytes
+        else:
+            self._round_bytes += meta.total_bytes
         return state
 
     def piece_done(self, state: ArrivedState, piece_bytes: int) -> bool:
@@ -130,12 +163,18 @@ class ArrivingStates:
         return True
 
     def loaded(self, state: ArrivedState) -> None:
-        """A state is in the guest, and its memory is free."""
+        """The next state in order is in the guest, and its memory is free."""
         with self._lock:
-            self._held_bytes -= state.meta.total_bytes
+            self._loaded += 1
+            if state.meta.final:
+                self._final_bytes -= state.meta.total_bytes
+            else:
+                self._round_bytes -= state.meta.total_bytes
+            self._changed.notify_all()
 
     def end(self) -> None:
-        """Let go of what never became whole; nothing more is taken."""
+        """Let go of what never became whole; nothing more is taken, and nobody waits any more."""
         with self._lock:
             self._ended = True
             self._arriving.clear()
+            self._changed.notify_all()

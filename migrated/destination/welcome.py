@@ -120,7 +120,7 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
         if takeover.state is DestinationState.LOADING:
             inbox.put_nowait(Broken(DestinationEvent.FAULT, "fault", f"a data channel failed: {error}"))
 
-    states = ArrivingStates(built.devices)
+    states = ArrivingStates(guest.vmm.state_bounds(built))
     receiver = PageReceiver(
         memory,
         states,

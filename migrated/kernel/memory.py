@@ -33,6 +33,7 @@ _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.malloc_trim.argtypes = [ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
@@ -71,11 +72,17 @@ def map_shared_at(address: int, size: int, fd: int, offset: int) -> None:
 
 
 def bound_heap() -> None:
-    """Keep the C library from holding what a migration needed. Buffers of 4 MiB come from the kernel and go back to it,
+    """Keep the C library from holding what a migration needed. Buffers of 1 MiB come from the kernel and go back to it,
     where otherwise the first one that is freed raises that bound to 32 MiB; and threads, of which every migration has
     new ones, share two heaps, where otherwise each begins one that is never given back."""
-    _libc.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+    _libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
     _libc.mallopt(_M_ARENA_MAX, 2)
+
+
+def give_back_heap() -> None:
+    """Give the kernel back what is free between the pieces that are in use. It takes a millisecond for 10 MiB, in which
+    whoever needs memory waits."""
+    _libc.malloc_trim(0)
 
 
 def available_bytes() -> int:

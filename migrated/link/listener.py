@@ -53,6 +53,23 @@ Refusal: TypeAlias = Literal["full", "slow", "tls", "authorisation", "protocol"]
 """Why a connection was not taken: no place, not told in time what it is, no TLS, not allowed, broken protocol."""
 
 
+def bind(address: Address) -> socket.socket:
+    """A socket that is bound to an address, for ``Listener.start``. Nobody can connect to it yet.
+
+    Raises:
+        OSError: the address cannot be bound, or is none.
+    """
+    family, kind, number, _, where = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind, number)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 class Listener:
     """Accepts migration connections.
 
@@ -83,34 +100,21 @@ class Listener:
         self._lines = Allowance(_LOG_LINES, _LOG_LINES_PER_S)
         self.address: Address | None = None
 
-    async def start(self, address: Address, inherited: socket.socket | None = None) -> None:
-        """Listen.
-
-        Args:
-            inherited: a socket from the service manager, used instead of binding one.
+    def start(self, bound: socket.socket) -> None:
+        """Listen on a socket that is bound to an address (``bind``), owned from here on.
 
         Raises:
-            OSError: the address cannot be bound.
+            OSError: it cannot listen.
             PlainRefusedError: other hosts could come without TLS, and nobody has allowed it.
         """
-        if inherited is not None:
-            sock = inherited
-        else:
-            loop = asyncio.get_running_loop()
-            found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-            family, kind, number, _, where = found[0]
-            self._security.check_listen(str(where[0]))
-            sock = socket.socket(family, kind, number)
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                sock.bind(where)
-            except BaseException:
-                sock.close()
-                raise
-        host, port = sock.getsockname()[:2]
-        self._security.check_listen(host)
+        host, port = bound.getsockname()[:2]
+        try:
+            self._security.check_listen(host)
+            self._begin(bound)
+        except BaseException:
+            bound.close()
+            raise
         self.address = Address(host, port)
-        self._begin(sock)
 
     def start_unix(self, path: Path) -> None:
         """Listen on a unix socket that this user alone may open, in place of one that a daemon left behind.

@@ -16,6 +16,10 @@ DOWNTIME_BUCKETS_S: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5,
 TOTAL_BUCKETS_S: Final = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 ERROR_BUCKETS: Final = (0.01, 0.02, 0.05, 0.08, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 BANDWIDTH_BUCKETS: Final = tuple(float(1 << power) for power in range(20, 37, 2))
+MOST_REGIMES: Final = 64
+"""Kinds of attempts with figures of their own, more than there are. Those of incoming attempts are a peer's word, and
+each has its figures for as long as the daemon runs."""
+OTHER_REGIMES: Final = "other"
 ROUND_BUCKETS: Final = (1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 34.0, 55.0, 89.0, 144.0)
 
 
@@ -25,6 +29,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._regimes: dict[Role, set[str]] = {one: set() for one in ROLES}
         role = ("role",)
         self._migrations = Counter(
             "migrated_migrations", "Finished migration attempts.", ("role", "outcome"), registry=self.registry
@@ -151,9 +156,17 @@ class Metrics:
         if downtime.predicted_ns is not None and downtime.counted_ns > 0:
             self._prediction_error.labels(role).observe(abs(downtime.predicted_ns / downtime.counted_ns - 1))
         if downtime.predicted_upper_ns is not None:
-            kind = (role, downtime.predicted_regime or "unknown")
+            kind = (role, self._regime(role, downtime.predicted_regime or "unknown"))
             self._bounds.labels(*kind).inc()
             self._late_predictions.labels(*kind).inc(downtime.counted_ns > downtime.predicted_upper_ns)
+
+    def _regime(self, role: Role, name: str) -> str:
+        """The name under which a kind of attempt is counted."""
+        known = self._regimes[role]
+        if name not in known and len(known) >= MOST_REGIMES:
+            return OTHER_REGIMES
+        known.add(name)
+        return name
 
     def connection_refused(self, reason: str) -> None:
         """Count a connection that was not taken, by the kind of the reason."""

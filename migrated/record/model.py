@@ -8,15 +8,20 @@ share crosses the wire as a ``DestinationHalf`` and is merged by the source.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from migrated.record.parts import Component, LogGroup, Part, find_part
 from migrated.record.terms import HANDED_OVER, Outcome, QemuCheckpoint, Role, Side
 from migrated.settings.parameters import MigrationParameters
 from protocol.guest import DeviceKind
 from protocol.guest_time import TimeStage, VmTimeData
+
+Row = TypeVar("Row")
+Rows: TypeAlias = Annotated[tuple[Row, ...], FailFast()]
+"""Rows of a record. The first one that is none ends the reading: a peer's may have any number of faults, and each takes
+a kilobyte."""
 
 
 class RecordModel(BaseModel):
@@ -72,7 +77,7 @@ class Downtime(RecordModel):
     limit_violated: bool
     predicted_ns: int | None
     predicted_upper_ns: int | None
-    parts: tuple[DowntimePart, ...]
+    parts: Rows[DowntimePart]
     unattributed_ns: int
     source_reported_ns: int | None
     destination_measured_ns: int | None
@@ -80,7 +85,7 @@ class Downtime(RecordModel):
     predicted_parts_ns: dict[str, int] = Field(default_factory=dict)
     predicted_bases_ns: dict[str, int] = Field(default_factory=dict)
     """The base of each component: measured or tried in this attempt, before earlier records corrected it."""
-    predicted_regime: str = ""
+    predicted_regime: Annotated[str, Field(max_length=100)] = ""
     """The kind of attempt among which the bound must hold: first or later, host, link, what it waited for."""
     predicted_scale_ns: int = 0
     """How far such a prediction is usually off: the unit in which bounds are learned. 0 where it is not known."""
@@ -189,7 +194,7 @@ class Ram(RecordModel):
     shared: bool = False
     """Memory was handed over on the same host; False: it was copied."""
     postponed_pages: int = 0
-    encodings: tuple[EncodingRow, ...] = ()
+    encodings: Rows[EncodingRow] = ()
 
 
 class PhaseRow(RecordModel):
@@ -214,7 +219,7 @@ class TimeSummary(RecordModel):
     boot_hrtime_delta: int
     wall_clock_skew_ns: tuple[int, int]
     round_trip_ns: int
-    stages: tuple[TimeStage, ...]
+    stages: Rows[TimeStage]
 
 
 class GuestGap(RecordModel):
@@ -258,15 +263,15 @@ class Record(RecordModel):
     total_ns: int
     setup_ns: int
     downtime: Downtime | None
-    devices: tuple[DeviceRow, ...]
-    checkpoints: tuple[Checkpoint, ...]
-    rounds: tuple[RoundRow, ...]
+    devices: Rows[DeviceRow]
+    checkpoints: Rows[Checkpoint]
+    rounds: Rows[RoundRow]
     ram: Ram
-    phases: tuple[PhaseRow, ...]
+    phases: Rows[PhaseRow]
     time: TimeSummary | None
     digest: Digest
     guest_gap: GuestGap | None = None
-    events: tuple[LogLine, ...] = ()
+    events: Rows[LogLine] = ()
 
     @property
     def stop_name(self) -> str:
@@ -284,8 +289,8 @@ class DestinationHalf(RecordModel):
     host: str
     load_ns: dict[str, int] = Field(default_factory=dict)
     """Per device, keyed ``name/kind``."""
-    checkpoints: tuple[Checkpoint, ...] = ()
-    parts: tuple[DowntimePart, ...] = ()
+    checkpoints: Rows[Checkpoint] = ()
+    parts: Rows[DowntimePart] = ()
     """Consecutive pieces of the time from reading STATE_END to writing READY, and of the resume."""
     counted_ns: int | None = None
     source_reported_ns: int | None = None
@@ -294,7 +299,7 @@ class DestinationHalf(RecordModel):
     digest: str | None = None
     guest_gap: GuestGap | None = None
     reason: str | None = None
-    events: Annotated[tuple[LogLine, ...], Field(max_length=4096)] = ()
+    events: Annotated[Rows[LogLine], Field(max_length=4096)] = ()
 
 
 def counted_ns(measured_ns: int, hold_ns: int) -> int:

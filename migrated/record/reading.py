@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from migrated.base.errors import DocumentError
 from migrated.record.model import Record
+
+_UNKNOWN: Final = "extra_forbidden"
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -35,10 +37,15 @@ def read_document(model: type[Model], document: Mapping[str, Any], what: str) ->
         DocumentError: a member is missing or has a value that the model cannot take.
     """
     try:
-        try:
-            return model.model_validate(document)
-        except ValidationError as error:
-            return model.model_validate(_without_unknown(document, error))
+        while True:
+            try:
+                return model.model_validate(document)
+            except ValidationError as error:
+                if not (unknown := [problem["loc"] for problem in error.errors() if problem["type"] == _UNKNOWN]):
+                    raise
+            document = copy.deepcopy(document)
+            for path in unknown:
+                _remove(document, path)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the document"
@@ -48,15 +55,15 @@ def read_document(model: type[Model], document: Mapping[str, Any], what: str) ->
         ) from error
 
 
-def _without_unknown(document: Mapping[str, Any], error: ValidationError) -> Any:
-    known = copy.deepcopy(document)
-    for problem in error.errors():
-        if problem["type"] == "extra_forbidden":
-            _remove(known, problem["loc"])
-    return known
-
-
 def _remove(document: Any, path: Sequence[int | str]) -> None:
-    for step in path[:-1]:
-        document = document[step]
-    del document[path[-1]]
+    """Remove a member, and that of its name from all other rows of the lists on the way: a model tells of the first row
+    only."""
+    step, rest = path[0], path[1:]
+    if isinstance(step, int):
+        for row in document:
+            _remove(row, rest)
+    elif rest:
+        if isinstance(document, dict) and step in document:
+            _remove(document[step], rest)
+    elif isinstance(document, dict):
+        document.pop(step, None)

@@ -211,7 +211,7 @@ class Restore:
         reading = set(range(READERS))
         digest = MemoryDigest(hello.guest.pages)
         built = await guest.vmm.describe()
-        states = ArrivingStates(built.devices)
+        states = ArrivingStates(guest.vmm.state_bounds(built))
         loading = Loading(
             guest.vmm, {(d.name, d.kind) for d in hello.guest.devices}, self._rules, self._env.clock, states
         )

@@ -9,7 +9,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -20,13 +21,15 @@ from migrated.control.access import Access, AccessError
 from migrated.control.server import ControlServer, ControlSocketError
 from migrated.environment import DaemonRole
 from migrated.host.migration_host import MigrationHost
-from migrated.kernel.memory import bound_heap
-from migrated.link.listener import Listener
+from migrated.kernel.memory import bound_heap, give_back_heap
+from migrated.link.listener import Listener, bind
 from migrated.link.security import PlainRefusedError
 from migrated.link.tls import CredentialsError
 from migrated.observe.logs import LogCollector, configure, set_level
+from migrated.record.terms import FINISHED
 from migrated.service.activation import ActivationError, inherited_socket
 from migrated.service.notify import Notifier
+from migrated.service.user import UserError, give_up_privileges
 from migrated.settings.config import Address, Config, ConfigError
 from migrated.state.history import HistoryError
 from migrated.state.journal import JournalError
@@ -65,9 +68,12 @@ def run_daemon(config: Config, role: DaemonRole, read_again: Callable[[], Config
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     bound_heap()
     try:
-        uvloop.run(_serve(config, role, collector, read_again))
+        bound = _bind(config, role)
+        give_up_privileges(config)
+        uvloop.run(_serve(config, role, collector, read_again, bound))
     except (
         StartError,
+        UserError,
         ConfigError,
         ActivationError,
         CredentialsError,
@@ -81,16 +87,18 @@ def run_daemon(config: Config, role: DaemonRole, read_again: Callable[[], Config
     return EXIT_OK
 
 
-async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read_again: Callable[[], Config]) -> None:
+async def _serve(
+    config: Config,
+    role: DaemonRole,
+    collector: LogCollector,
+    read_again: Callable[[], Config],
+    bound: socket.socket | None,
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stop)
     notifier = Notifier.from_environment()
-    inherited = inherited_socket()
-    if inherited is not None and role == "source":
-        log.warning("the socket from the service manager is not used: a source takes no guests in")
-        inherited.close()
     tasks = TaskSet()
     # The control socket comes first: its lock keeps a second daemon away from the same journal and guests.
     host = MigrationHost(config, role, collector)
@@ -102,8 +110,8 @@ async def _serve(config: Config, role: DaemonRole, collector: LogCollector, read
         undo(control.close)
         await _start(host)
         listener = Listener(host.connected, config.limits, host.security, host.metrics.connection_refused)
-        if role != "source":
-            await _listen(listener, config, inherited)
+        if bound is not None:
+            _listen(listener, config, bound)
             undo(listener.stop)
             _check_told(config, listener.address)
             host.listening(listener.address)
@@ -177,13 +185,31 @@ def _on_signal(stop: asyncio.Event) -> None:
     stop.set()
 
 
-async def _listen(listener: Listener, config: Config, inherited: socket.socket | None) -> None:
-    where, key = str(config.listen.address), "address"
-    try:
-        await listener.start(config.listen.address, inherited)
-        if config.listen.unix is not None:
-            where, key = str(config.listen.unix), "unix"
+def _bind(config: Config, role: DaemonRole) -> socket.socket | None:
+    """The socket that sources will connect to, from the service manager or bound here; None for a source."""
+    inherited = inherited_socket()
+    if role != "source":
+        with _told_as("address", config.listen.address):
+            return inherited or bind(config.listen.address)
+    if inherited is not None:
+        log.warning("the socket from the service manager is not used: a source takes no guests in")
+        inherited.close()
+    return None
+
+
+def _listen(listener: Listener, config: Config, bound: socket.socket) -> None:
+    with _told_as("address", config.listen.address):
+        listener.start(bound)
+    if config.listen.unix is not None:
+        with _told_as("unix", config.listen.unix):
             listener.start_unix(config.listen.unix)
+
+
+@contextlib.contextmanager
+def _told_as(key: str, where: Address | Path) -> Iterator[None]:
+    """Tell an operator why it cannot be listened at a place that a key of ``[listen]`` names."""
+    try:
+        yield
     except PlainRefusedError as error:
         raise StartError(str(error)) from error
     except OSError as error:
@@ -230,8 +256,16 @@ def _look_at_certificate(host: MigrationHost) -> None:
 
 
 async def _track(host: MigrationHost, listener: Listener) -> None:
-    """Keep the gauges of running migrations up to date."""
+    """Keep the gauges of running migrations up to date, and after migrations let go of what they left behind."""
+    tidied: set[str] = set()
     while True:
-        host.metrics.track(host.progress(None))
+        progress = host.progress(None)
+        host.metrics.track(progress)
         host.metrics.connections(listener.connections)
+        ended = {one.migration_id for one in progress if one.status in FINISHED}
+        if len(ended) == len(progress) and ended != tidied:
+            tidied = ended
+            host.tidy()
+            gc.collect()  # no guest waits for anything now
+            await asyncio.to_thread(give_back_heap)
         await asyncio.sleep(_TRACK_S)

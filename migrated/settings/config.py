@@ -21,6 +21,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from migrated.kernel.privileges import Capability
 from migrated.settings.parameters import Bytes, BytesPerSecond, MigrationParameters, Milliseconds, Seconds
 
 ENV_PREFIX: Final = "MIGRATED_"
@@ -163,6 +164,17 @@ class ControlConfig(Section):
     """Group whose members may do everything."""
     readers: str | None = Field(default=None, min_length=1)
     """Group whose members may look but change nothing."""
+
+
+class ProcessConfig(Section):
+    """``[process]``: the daemon gives up what it does not need. Without a user it stays who started it."""
+
+    user: str | None = Field(default=None, min_length=1)
+    """Who the daemon, started as root, goes on as once its address is bound; all files of the configuration but this
+    one must be that user's to read."""
+    capabilities: tuple[Capability, ...] = ("CAP_SYS_NICE",)
+    """What it keeps then, of what it has: CAP_SYS_NICE lets threads run before others from stop to run, CAP_SYS_PTRACE
+    is for QEMUs that their user may not trace (Yama). Guests get none."""
 
 
 class StateConfig(Section):
@@ -390,6 +402,7 @@ class Config(Section):
     """The whole configuration."""
 
     control: ControlConfig = ControlConfig()
+    process: ProcessConfig = ProcessConfig()
     state: StateConfig = StateConfig()
     history: HistoryConfig = HistoryConfig()
     listen: ListenConfig = ListenConfig()

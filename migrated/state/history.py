@@ -25,6 +25,8 @@ from migrated.record.terms import Outcome, Role
 
 FILE_NAME: Final = "history.sqlite"
 BUSY_TIMEOUT_S: Final = 5.0
+_CACHE_KIB: Final = 512
+"""Memory for pages of the file: one record and the indexes that it belongs to. SQLite takes 2 MiB unless told."""
 _SHARE: Final = 10
 """One in so many records may be of a guest that was offered to this host and was not taken over."""
 
@@ -46,6 +48,11 @@ SCHEMA: Final[tuple[str, ...]] = (
     CREATE INDEX records_by_start ON records (started_at_us);
     CREATE INDEX records_by_guest ON records (guest, started_at_us);
     CREATE INDEX records_by_outcome ON records (outcome, started_at_us);
+    """,
+    # Otherwise every record that is added has all others read.
+    """
+    CREATE INDEX records_offered ON records (started_at_us)
+        WHERE role = 'destination' AND outcome NOT IN ('completed', 'in-doubt');
     """,
 )
 """Step n brings a file of schema version n to n + 1 (SQLite's user_version). Steps are only ever added."""
@@ -259,6 +266,7 @@ def _open(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         # A killed daemon loses nothing with NORMAL; only a dead host may lose the last rows, and its guests with them.
         connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > len(SCHEMA):
             raise sqlite3.NotSupportedError(

@@ -13,8 +13,10 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -32,8 +34,9 @@ KEPT_ATTEMPTS: Final = 2000
 """Closed attempts kept when the journal is rewritten; a late COMMIT for an older one is answered as unknown."""
 KEPT_UNDECIDED: Final = 100
 """Of those in which nothing was decided but to give up, so many: a peer can make any number of them."""
-_FACTS_KEPT: Final = ("peer_names",)
-"""Facts of a closed attempt that stay: who may ask for its outcome."""
+_KEPT_FACT: Final = "peer_names"
+"""The fact of a closed attempt that stays: who may ask for its outcome."""
+_NO_FACTS: Final[dict[str, Any]] = {}
 _MORE_LINES: Final = 10_000
 """Lines after which the journal is rewritten while the daemon runs, if it has twice as many as it was left with."""
 _MODE: Final = 0o640
@@ -73,7 +76,17 @@ class Attempt:
     def without_facts(self) -> Attempt:
         """The same with no more facts than a late question needs: thousands of closed attempts are kept. Whoever holds
         this one, as an attempt that was recovered and is still shown, goes on to have them all."""
-        return replace(self, facts={name: self.facts[name] for name in _FACTS_KEPT if name in self.facts})
+        return replace(self, guest=sys.intern(self.guest), facts=_facts_of_closed(self.facts))
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_facts(names: tuple[str, ...]) -> dict[str, Any]:
+    return {_KEPT_FACT: list(names)}
+
+
+def _facts_of_closed(facts: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of facts: one object for all attempts of a peer."""
+    return _kept_facts(tuple(facts[_KEPT_FACT])) if _KEPT_FACT in facts else _NO_FACTS
 
 
 class _Snapshot(NamedTuple):

@@ -17,6 +17,8 @@ from typing import Final
 
 KEPT_MARKS: Final = 2000
 """Marks that are kept, the newest ones; a mark is asked for only while its attempt is open."""
+_MORE_LINES: Final = 8000
+"""Lines beyond those after which the file is rewritten."""
 
 
 class RunMarkError(Exception):
@@ -36,6 +38,7 @@ class RunMarks:
     def __init__(self, directory: Path) -> None:
         self._path = directory / "run-marks"
         self._marks: dict[tuple[str, int], bool] = {}
+        self._lines = 0
         try:
             self._read()
             self._fd = self._rewritten()
@@ -64,6 +67,15 @@ class RunMarks:
         if self.ran(guest, epoch):
             self._append(guest, epoch, ran=False)
 
+    def tidy(self) -> None:
+        """Rewrite the file if much of it is not kept any more; call it while no guest waits to be run. It takes some
+        milliseconds. What cannot be rewritten goes on to grow."""
+        if self._fd >= 0 and self._lines > KEPT_MARKS + _MORE_LINES:
+            with contextlib.suppress(OSError):
+                fd = self._rewritten()
+                os.close(self._fd)
+                self._fd = fd
+
     def close(self) -> None:
         """Close the file; without effect the second time."""
         if self._fd >= 0:
@@ -80,6 +92,7 @@ class RunMarks:
             with contextlib.suppress(OSError):
                 os.write(self._fd, b"\n")  # so that the next mark begins on a line of its own
             raise RunMarkError(f"the run marks {self._path} took only a part of a line: the disk is full")
+        self._lines += 1
         self._keep(guest, epoch, ran)
 
     def _keep(self, guest: str, epoch: int, ran: bool) -> None:
@@ -96,13 +109,19 @@ class RunMarks:
                     self._keep(str(entry["guest"]), int(entry["epoch"]), bool(entry["ran"]))
 
     def _rewritten(self) -> int:
-        """Leave out what is not kept, once for every life of the daemon. Returns the file, open for appending."""
+        """Leave out what is not kept. Returns the file, open for appending."""
         temporary = self._path.with_suffix(".new")
         temporary.unlink(missing_ok=True)
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640), "wb") as file:
             file.writelines(_line(*key, ran) for key, ran in self._marks.items())
-        temporary.replace(self._path)
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        fd = os.open(temporary, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            temporary.replace(self._path)
+        except OSError:
+            os.close(fd)
+            raise
+        self._lines = len(self._marks)
+        return fd
 
 
 def _line(guest: str, epoch: int, ran: bool) -> bytes:

@@ -34,6 +34,8 @@ GuestState: TypeAlias = Literal["running", "paused", "incoming"]
 DirtyTracking: TypeAlias = Literal["auto", "pagemap-scan", "logged"]
 Side: TypeAlias = Literal["save", "load"]
 StateBytes: TypeAlias = bytes | bytearray | memoryview
+_SPARE_STATE_BYTES: Final = 16 << 20
+_SPARE_FINAL_BYTES: Final = 64 << 20
 KVM: Final = "kvm"
 """The word of ``Driver.offers`` for KVM: a guest under it may use each feature of its host's processors."""
 
@@ -121,6 +123,19 @@ class TimeImport:
     vmm_ticks: int
 
 
+@dataclass(frozen=True, slots=True)
+class StateBounds:
+    """The most bytes of device state that an incoming guest is sent; a peer that sends more is refused.
+
+    Attributes:
+        states: of one state, in a round or at last, by name and kind of its device.
+        final_bytes: of all final states together.
+    """
+
+    states: Mapping[tuple[str, DeviceKind], int]
+    final_bytes: int
+
+
 class GuestTime(ABC):
     """Facet: the guest's time apart from its devices (docs/guest-time.md)."""
 
@@ -202,6 +217,16 @@ class VmmGuest(ABC):
     @abstractmethod
     async def describe(self) -> GuestDescription:
         """The guest as it would be described to a destination."""
+
+    def state_bounds(self, description: GuestDescription) -> StateBounds:
+        """Return what the states of this incoming guest, which was just described so, may take at most. Where a driver
+        does not know better, usual sizes may be guesses: twice such a size is allowed, and 16 MiB, of final states
+        together 64 MiB."""
+        usual = {(device.name, device.kind): device.state_bytes for device in description.devices}
+        return StateBounds(
+            {device: 2 * size + _SPARE_STATE_BYTES for device, size in usual.items()},
+            2 * sum(usual.values()) + min(len(usual) * _SPARE_STATE_BYTES, _SPARE_FINAL_BYTES),
+        )
 
     @abstractmethod
     async def status(self) -> GuestStatus:

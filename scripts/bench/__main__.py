@@ -38,7 +38,7 @@ from scripts.bench.plot import plot
 from scripts.bench.result import SHMEM_HUGE, block, machine, table
 from scripts.rig.network import Network
 
-ON_HUGE_PAGES: Final = ("raw", "qemu", "qemu-multifd", "random", "zero", "scattered", "tracking", "rss")
+ON_HUGE_PAGES: Final = ("raw", "qemu", "qemu-multifd", "random", "zero", "small-move", "scattered", "tracking", "rss")
 
 
 def missing(name: str, size_mib: int) -> str | None:

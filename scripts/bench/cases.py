@@ -53,6 +53,7 @@ FINAL_PARTS: Final = frozenset(
 TRACKED_MIB: Final = 64
 RSS_GUESTS: Final = {"256MiB": (256, "100%"), "4GiB": (4096, "25%")}
 """Guests whose move is watched for the daemons' memory: size in MiB, and how much of it they have touched."""
+SMALL_MIB: Final = 16
 SPARSE_GIB: Final = 64
 """Such a one beside them that has touched 256 MiB; half as large, and so on, where a host would refuse it."""
 RSS_POLL_S: Final = 0.01
@@ -257,6 +258,15 @@ class Bench:
         await self._bulk(self.case("zero", "GiB/s"), "zero", content="zero")
         await self.drop("zero")
 
+    async def small_move(self) -> None:
+        """A stopped guest of hardly any memory: what a move costs both daemons whatever is moved."""
+        await self.guest("small", SMALL_MIB, touched="100%")
+        await self.stop("small")
+        _, spent = await self._timed_move("small")
+        case = self.case("small-move", "s")
+        case.samples.append(sum(spent.values()))
+        case.note(**{side.removesuffix("_per_gib"): seconds for side, seconds in spent.items()})
+
     async def sparse(self) -> None:
         memory_mib = most_that_fits(16 * self.size_mib)
         await self._whole("sparse", memory_mib, touched=f"{self.size_mib // 4}MiB")
@@ -421,6 +431,7 @@ CASES: Final[dict[str, Callable[[Bench], Awaitable[None]]]] = {
     "random": Bench.random,
     "qemu-zero": Bench.qemu_zero,
     "zero": Bench.zero,
+    "small-move": Bench.small_move,
     "sparse": Bench.sparse,
     "touched": Bench.touched,
     "scattered": Bench.scattered,

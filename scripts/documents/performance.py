@@ -91,7 +91,7 @@ def time_rows(block: dict[str, Any]) -> list[str]:
     return rows
 
 
-def cpu_rows(block: dict[str, Any], most: float) -> list[str]:
+def cpu_rows(block: dict[str, Any], most: float, size_gib: float) -> list[str]:
     """The table of processor time, with what random memory takes beside the bare pair."""
     sums = {name: sum(sides.values()) for name, sides in block["cpu"].items()}
     rows = ["| CPU s/GiB | source | destination | sum |", "|---|---|---|---|"]
@@ -103,6 +103,12 @@ def cpu_rows(block: dict[str, Any], most: float) -> list[str]:
         rows += [
             "",
             f"random/raw in processor time: {figure(ratio)}, wanted at most {most:g}: {met('at most', most, ratio)}.",
+        ]
+        small = [case["median"] for case in block["cases"] if case["name"] == "small-move"]
+        rows += [
+            f"Of it {figure(fixed_s)} s are what any move takes (`small-move`); without them "
+            f"{figure((sums['random'] - fixed_s / size_gib) / sums['raw'])}."
+            for fixed_s in small
         ]
     return rows
 
@@ -132,7 +138,7 @@ def further_rows(block: dict[str, Any]) -> list[str]:
 
 def figures(result: dict[str, Any]) -> str:
     """The block of the document."""
-    machine = result["machine"]
+    machine, size_gib = result["machine"], result["size_mib"] / 1024
     heading = (
         f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_mib']} MiB, Linux {machine['kernel']}, "
         f"Python {machine['python']}; {result['size_mib']} MiB per bulk case, {result['repeats']} repetitions, load "
@@ -141,7 +147,7 @@ def figures(result: dict[str, Any]) -> str:
     lines = [
         heading,
         "",
-        *cpu_rows(result, CPU_TARGET),
+        *cpu_rows(result, CPU_TARGET, size_gib),
         "",
         *case_rows(result),
         "",
@@ -153,7 +159,8 @@ def figures(result: dict[str, Any]) -> str:
     ]
     if huge := result.get("with_huge_pages"):
         lines += ["", "With huge pages for shared memory (`shmem_enabled` = `advise`):", ""]
-        lines += [*cpu_rows(huge, HUGE_CPU_TARGET), "", *case_rows(huge), "", *ratio_rows(huge, HUGE_RATIO_TARGETS), ""]
+        lines += [*cpu_rows(huge, HUGE_CPU_TARGET, size_gib), "", *case_rows(huge), ""]
+        lines += [*ratio_rows(huge, HUGE_RATIO_TARGETS), ""]
         lines += further_rows(huge)
     lines += [f"\nLeft out: `{name}`: {reason}." for name, reason in result["skipped"].items()]
     return "\n".join(lines)

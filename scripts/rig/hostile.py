@@ -36,6 +36,8 @@ class Hostile:
         self.wire = connection.wire
         self.version = connection.agreed.version
         self.sequence = 0
+        self.answers_clocks = True
+        """Whether ``receive`` answers CLOCK_ASK: whoever sends a frame byte by byte must send nothing in between."""
         self.migration_id = ""
         """Of the session that this control channel opened."""
 
@@ -66,6 +68,8 @@ class Hostile:
             await self.wire.read_exactly(header.payload_bytes)
             message = messages.decode(header.type, meta)
             if isinstance(message, messages.ClockAsk):
+                if not self.answers_clocks:
+                    continue
                 now = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
                 await self.send(FrameType.CLOCK_REPLY, {"nonce": message.nonce, "t2_ns": now, "t3_ns": now})
                 continue

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from migrated.link import sockets
-from migrated.link.listener import Listener
+from migrated.link.listener import Listener, bind
 from migrated.link.security import LinkSecurity
 from migrated.link.sockets import Connection
 from migrated.settings.config import Address, AuthorisationConfig, LimitsConfig, TlsConfig
@@ -67,7 +67,7 @@ class Server:
 @contextlib.asynccontextmanager
 async def listening(security: LinkSecurity, **limits: Any) -> AsyncIterator[Server]:
     server = Server(security, LimitsConfig(tcp_user_timeout_s=5.0, **limits))
-    await server.listener.start(Address("127.0.0.1", 0))
+    server.listener.start(bind(Address("127.0.0.1", 0)))
     try:
         yield server
     finally:

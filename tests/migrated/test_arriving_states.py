@@ -5,22 +5,24 @@ DEVICE_STATE -> place -> piece_done -> (loaded) -> memory is free again
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import xxhash
 
 from migrated.destination.states import ArrivedState, ArrivingStates
+from migrated.vmm.seam import StateBounds
 from protocol import messages
 from protocol.errors import ErrorCode, RemoteProtocolError
-from protocol.guest import DeviceDescription
 from protocol.messages import MAX_STATES
 
 MIB = 1 << 20
-DEVICES = (
-    *(DeviceDescription(name=f"d{n}", kind="non-iterable", state_bytes=MIB) for n in range(64)),
-    DeviceDescription(name="ram", kind="iterable", state_bytes=0),
+WAIT_S = 10.0
+BOUNDS = StateBounds(
+    {**{(f"d{n}", "non-iterable"): 16 * MIB for n in range(64)}, ("ram", "iterable"): 16 * MIB}, 192 * MIB
 )
+"""Every device may have a large state, but not all of them at once."""
 
 
 def piece(order: int = 0, **changes: Any) -> messages.DeviceState:
@@ -29,6 +31,10 @@ def piece(order: int = 0, **changes: Any) -> messages.DeviceState:
         "digest": xxhash.xxh3_64_intdigest(bytes(8)), "save_ns": 0,
     }  # fmt: skip
     return messages.DeviceState(**{**values, **changes})
+
+
+def final(order: int, **changes: Any) -> messages.DeviceState:
+    return piece(order, **{"name": f"d{order}", "kind": "non-iterable", "final": True, **changes})
 
 
 def arrive(states: ArrivingStates, meta: messages.DeviceState) -> ArrivedState:
@@ -40,7 +46,7 @@ def arrive(states: ArrivingStates, meta: messages.DeviceState) -> ArrivedState:
 
 
 def test_a_state_is_whole_when_all_its_pieces_are_there() -> None:
-    states = ArrivingStates(DEVICES)
+    states = ArrivingStates(BOUNDS)
     digest = xxhash.xxh3_64_intdigest(b"abcdefgh")
     first, view = states.place(piece(digest=digest), 3)
     view[:] = b"abc"
@@ -53,10 +59,10 @@ def test_a_state_is_whole_when_all_its_pieces_are_there() -> None:
 
 
 def test_a_promise_takes_no_memory() -> None:
-    states = ArrivingStates(DEVICES)
+    states = ArrivingStates(BOUNDS)
     before_kib = _resident_kib()
     for order in range(12):
-        states.place(piece(order, name=f"d{order}", kind="non-iterable", total_bytes=16 * MIB), 1)
+        states.place(final(order, total_bytes=16 * MIB), 1)
     assert _resident_kib() - before_kib < 8 << 10, "192 MiB were promised"
 
 
@@ -65,16 +71,71 @@ def _resident_kib() -> int:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
 
 
-def test_what_waits_to_be_loaded_is_bounded_and_becomes_free_by_loading() -> None:
-    states = ArrivingStates(DEVICES)
-    bound = 2 * 64 * MIB + 64 * MIB
-    waiting = [states.place(piece(order, total_bytes=16 * MIB), 1)[0] for order in range(bound // (16 * MIB))]
-    one_more = piece(len(waiting), total_bytes=16 * MIB)
+def test_final_states_are_bounded_together_and_become_free_by_loading() -> None:
+    states = ArrivingStates(BOUNDS)
+    waiting = [states.place(final(order, total_bytes=16 * MIB), 1)[0] for order in range(12)]
     with pytest.raises(RemoteProtocolError, match="wait to be loaded") as refused:
-        states.place(one_more, 1)
+        states.place(final(12), 1)
     assert refused.value.code is ErrorCode.TOO_LARGE
     states.loaded(waiting[0])
-    states.place(one_more, 1)
+    states.place(final(12), 1)
+
+
+class Bringing(threading.Thread):
+    """A channel that brings the first piece of a state. ``outcome`` is what became of it."""
+
+    def __init__(self, states: ArrivingStates, meta: messages.DeviceState) -> None:
+        super().__init__(daemon=True)
+        self.outcome: ArrivedState | RemoteProtocolError | None = None
+        self._states, self._meta = states, meta
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.outcome, _ = self._states.place(self._meta, 1)
+        except RemoteProtocolError as error:
+            self.outcome = error
+
+
+def test_a_channel_waits_while_states_of_rounds_wait_to_be_loaded() -> None:
+    """0, 1 wait to be loaded | 2 begins, as large | 0 is loaded | 2 is taken"""
+    states = ArrivingStates(BOUNDS)
+    waiting = [states.place(piece(order, total_bytes=16 * MIB), 1)[0] for order in range(2)]
+    bringing = Bringing(states, piece(2, total_bytes=16 * MIB))
+    bringing.join(0.05)
+    assert bringing.is_alive()
+    states.loaded(waiting[0])
+    bringing.join(WAIT_S)
+    assert isinstance(bringing.outcome, ArrivedState)
+
+
+def test_two_channels_that_waited_for_the_same_state_are_given_the_same_one() -> None:
+    states = ArrivingStates(BOUNDS)
+    waiting = [states.place(piece(order, total_bytes=16 * MIB), 1)[0] for order in range(2)]
+    bringing = [Bringing(states, piece(2, total_bytes=MIB, offset=offset)) for offset in (0, 1)]
+    states.loaded(waiting[0])
+    for one in bringing:
+        one.join(WAIT_S)
+    assert isinstance(bringing[0].outcome, ArrivedState)
+    assert bringing[0].outcome is bringing[1].outcome
+
+
+def test_the_state_that_is_loaded_next_never_waits_for_those_behind_it() -> None:
+    states = ArrivingStates(BOUNDS)
+    for order in (1, 2):
+        states.place(piece(order, total_bytes=16 * MIB), 1)
+    states.place(piece(0, total_bytes=16 * MIB), 1)
+
+
+def test_nobody_waits_beyond_the_end() -> None:
+    states = ArrivingStates(BOUNDS)
+    for order in range(2):
+        states.place(piece(order, total_bytes=16 * MIB), 1)
+    bringing = Bringing(states, piece(2, total_bytes=16 * MIB))
+    bringing.join(0.05)
+    states.end()
+    bringing.join(WAIT_S)
+    assert "is ending" in str(bringing.outcome)
 
 
 @pytest.mark.parametrize(
@@ -83,21 +144,22 @@ def test_what_waits_to_be_loaded_is_bounded_and_becomes_free_by_loading() -> Non
         (piece(0), piece(0), "comes twice"),
         (piece(0), piece(MAX_STATES), "beyond the 1024"),
         (piece(0, final=True), piece(1, final=True), "final state of device ram .* comes twice"),
-        (piece(0), piece(1, total_bytes=17 * MIB), "at most 16777216 were announced"),
+        (piece(0), piece(1, total_bytes=17 * MIB), "our VMM takes at most 16777216"),
+        (piece(0), piece(1, name="d0", kind="non-iterable"), "comes in a round, which only iterable devices have"),
         (piece(0), piece(1, name="d0", kind="iterable"), "which the guest lacks"),
     ],
 )
 def test_every_state_comes_once_and_of_a_device_that_is_there(
     first: messages.DeviceState, second: messages.DeviceState, words: str
 ) -> None:
-    states = ArrivingStates(DEVICES)
+    states = ArrivingStates(BOUNDS)
     arrive(states, first)
     with pytest.raises(RemoteProtocolError, match=words):
         states.place(second, 1)
 
 
 def test_a_state_cannot_be_cut_into_pieces_of_a_byte() -> None:
-    states = ArrivingStates(DEVICES)
+    states = ArrivingStates(BOUNDS)
     most = 16 + MIB // 4096
     for offset in range(most):
         states.place(piece(0, total_bytes=MIB, offset=offset), 1)
@@ -106,7 +168,7 @@ def test_a_state_cannot_be_cut_into_pieces_of_a_byte() -> None:
 
 
 def test_pieces_that_overlap_never_make_a_state_whole_twice() -> None:
-    states = ArrivingStates(DEVICES)
+    states = ArrivingStates(BOUNDS)
     state, _ = states.place(piece(0), 5)
     other, _ = states.place(piece(0, offset=3), 5)
     assert not states.piece_done(state, 5)
@@ -114,7 +176,7 @@ def test_pieces_that_overlap_never_make_a_state_whole_twice() -> None:
 
 
 def test_after_the_end_nothing_is_taken() -> None:
-    states = ArrivingStates(DEVICES)
+    states = ArrivingStates(BOUNDS)
     states.end()
     with pytest.raises(RemoteProtocolError, match="is ending"):
         states.place(piece(0), 1)

@@ -91,7 +91,7 @@ def test_every_problem_is_told_with_file_key_and_reason(file: Path) -> None:
     assert all(line.startswith(f"{file}: ") for line in found)
     told = {line.split(": ")[1]: line for line in found}
     assert told["control.sokcet"].endswith("is an unknown key; did you mean 'socket'?")
-    assert "is an unknown section; known here: control, state" in told["quantum"]
+    assert "is an unknown section; known here: control, process, state" in told["quantum"]
     assert "is not HOST:PORT" in told["listen.address"]
     assert "greater than or equal to 1" in told["limits.max_incoming"]
     assert "'soon' is not a duration" in told["limits.connect_timeout_s"]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from migrated.link import sockets
-from migrated.link.listener import Listener
+from migrated.link.listener import Listener, bind
 from migrated.link.security import THIS_HOST
 from migrated.link.sockets import Connection
 from migrated.settings.config import Address, LimitsConfig
@@ -142,7 +142,7 @@ async def test_what_the_handler_does_not_take_is_told_and_frees_its_place() -> N
         raise RemoteProtocolError("this token was used before", ErrorCode.AUTH)
 
     listener = Listener(handler, LimitsConfig(), PLAIN, refused.put_nowait)
-    await listener.start(Address("127.0.0.1", 0))
+    listener.start(bind(Address("127.0.0.1", 0)))
     assert listener.address is not None
     async with calling(listener.address.port, PREFACE + first(JOIN)) as caller:
         said = await caller.told()

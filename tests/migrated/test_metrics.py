@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from migrated.observe.metrics import Metrics
+from migrated.observe.metrics import MOST_REGIMES, Metrics
 from migrated.service.notify import Notifier
 from migrated.settings.config import Address
 from scripts.rig.ports import free_port
@@ -62,6 +62,19 @@ def test_misses_of_the_bound_are_counted_by_the_kind_of_attempt(
     found = values(metrics)
     assert found["migrated_prediction_bounds_total", "later/fast-link", "source"] == 3
     assert found["migrated_prediction_bound_exceeded_total", "later/fast-link", "source"] == 1
+
+
+def test_kinds_of_attempts_that_peers_make_up_are_counted_together(
+    record_of: Callable[..., Any], downtime_of: Callable[..., Any]
+) -> None:
+    metrics = Metrics()
+    for number in range(200):
+        downtime = downtime_of(50_000_000, predicted_upper_ns=75_000_000, predicted_regime=f"made up {number}")
+        metrics.observe(record_of(downtime=downtime), "destination")
+    name = "migrated_prediction_bounds_total"
+    counted = [line for line in metrics.text().decode().splitlines() if line.startswith(name)]
+    assert len(counted) == MOST_REGIMES + 1
+    assert f'{name}{{regime="other",role="destination"}} {200 - MOST_REGIMES}.0' in counted
 
 
 def test_what_an_operator_held_is_no_error_of_the_prediction(

@@ -35,11 +35,12 @@ from migrated.source.encoding import BatchEncoder, DeltaCache, EncodingTotals, L
 from migrated.source.pages import OutgoingState, PageSender, Sent
 from migrated.vmm import memory as memory_module
 from migrated.vmm.memory import WORDS_PER_PAGE, FileRegion, MappedMemory
+from migrated.vmm.seam import StateBounds
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.errors import ErrorCode, ProtocolError, RemoteProtocolError
 from protocol.frames import MAX_PAYLOAD_BYTES
-from protocol.guest import PAGE_SIZE, DeviceDescription, GuestDescription, MemoryRegion
+from protocol.guest import PAGE_SIZE
 from protocol.messages import Encoding
 from protocol.pages import NO_RUNS, Runs, pack_runs, runs_of, split_runs
 from protocol.versions import CAPABILITIES, MAJOR
@@ -69,24 +70,12 @@ class Memory:
         os.close(self.file)
 
 
-def description_of(pages: int) -> GuestDescription:
-    return GuestDescription(
-        name="g1",
-        uuid="00000000-0000-0000-0000-0000000000a1",
-        vmm="sim",
-        guest_time=True,
-        machine="sim",
-        page_size=PAGE_SIZE,
-        memory=(MemoryRegion(name="ram", guest_address=0, size_bytes=pages * PAGE_SIZE, offset_pages=0),),
-        devices=(DeviceDescription(name="disk", kind="non-iterable", state_bytes=1 << 20),),
-        vcpus=1,
-        guest_freq=2_000_000_000,
-    )
-
-
 def data_channel(sock: socket.socket, number: int, peer_max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> DataChannel:
     """A data channel over one end of a connection, as it is after JOIN."""
     return DataChannel(Connection(Wire(sock, None), Agreed(MAJOR, peer_max_payload_bytes)), number)
+
+
+STATES = StateBounds({("disk", "non-iterable"): 8 << 20}, 8 << 20)
 
 
 class Path:
@@ -103,7 +92,7 @@ class Path:
         self.failures: asyncio.Queue[Exception] = asyncio.Queue()
         self.receiver = PageReceiver(
             self.destination.guest,
-            ArrivingStates(description_of(pages).devices),
+            ArrivingStates(STATES),
             self.destination_digest,
             channels,
             allowed_encodings(capabilities),
@@ -702,7 +691,7 @@ HOSTILE: dict[str, tuple[messages.Message, bytes, ErrorCode, str]] = {
         messages.DeviceState(
             order=0, name="disk", kind="non-iterable", final=True, offset=0, total_bytes=1 << 31, digest=0, save_ns=0
         ),
-        b"x", ErrorCode.TOO_LARGE, "were announced",
+        b"x", ErrorCode.TOO_LARGE, "our VMM takes at most",
     ),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.link.listener import Listener
+from migrated.link.listener import Listener, bind
 from migrated.link.security import LinkSecurity
 from migrated.link.sockets import Connection, ask_first, connect, send_first
 from migrated.record.terms import Role
@@ -56,7 +56,7 @@ async def answering(answer: Message) -> AsyncIterator[tuple[str, list[Message]]]
         connection.wire.close()
 
     listener = Listener(hear, LimitsConfig(), SECURITY)
-    await listener.start(Address("127.0.0.1", 0))
+    listener.start(bind(Address("127.0.0.1", 0)))
     yield f"tcp:{listener.address}", asked
     await listener.stop()
 

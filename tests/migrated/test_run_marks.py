@@ -82,3 +82,18 @@ def test_a_mark_that_cannot_be_written_is_none(tmp_path: Path) -> None:
         marks.write("g1", 1)
     assert not marks.ran("g1", 1)
     marks.close()
+
+
+def test_a_file_that_has_grown_is_put_in_order_while_the_daemon_runs(tmp_path: Path) -> None:
+    marks = RunMarks(tmp_path)
+    for epoch in range(5 * KEPT_MARKS + 1):
+        marks.write("g1", epoch)
+    marks.tidy()
+    assert len((tmp_path / "run-marks").read_bytes().splitlines()) == KEPT_MARKS
+    marks.write("g2", 1)
+    marks.tidy()
+    marks.close()
+    again = RunMarks(tmp_path)
+    assert again.ran("g2", 1)
+    assert again.ran("g1", 5 * KEPT_MARKS)
+    again.close()

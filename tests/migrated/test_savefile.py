@@ -36,6 +36,7 @@ from migrated.source.encoding import BatchEncoder
 from migrated.source.pages import PageSender
 from migrated.state.save_notes import SaveNote, SaveNotes
 from migrated.vmm.memory import FileRegion, MappedMemory
+from migrated.vmm.seam import StateBounds
 from protocol import messages
 from protocol.digest import MemoryDigest
 from protocol.frames import HEADER_BYTES
@@ -65,6 +66,9 @@ def guest() -> GuestDescription:
         vcpus=1,
         guest_freq=0,
     )
+
+
+STATES = StateBounds({("disk", "non-iterable"): len(DISK)}, len(DISK))
 
 
 def hello() -> messages.Hello:
@@ -169,7 +173,7 @@ async def read(path: Path, readers: int = 3) -> bytes:
     frames = FileFrames(file, xxhash.xxh3_64_intdigest, readers)
     reading = set(range(readers))
     receiver = PageReceiver(
-        memory, ArrivingStates(guest().devices), digest, readers, allowed_encodings(CAPABILITIES), announced=False,
+        memory, ArrivingStates(STATES), digest, readers, allowed_encodings(CAPABILITIES), announced=False,
         on_round=on_round, on_state=lambda state: states.append(bytes(state.data)), on_failure=on_failure,
     )  # fmt: skip
     try:

@@ -31,7 +31,7 @@ from migrated.environment import Environment
 from migrated.guests.registry import Guest, GuestRegistry
 from migrated.guests.reservation import Reservation
 from migrated.link.control import ControlChannel
-from migrated.link.listener import Listener
+from migrated.link.listener import Listener, bind
 from migrated.link.reply import Nobody
 from migrated.link.security import LinkSecurity
 from migrated.link.sockets import Connection, send_first
@@ -196,7 +196,7 @@ async def open_to(
         kept: called with the session while it is open.
     """
     listener = Listener(handler, env.config.limits, env.security)
-    await listener.start(Address("127.0.0.1", 0))
+    listener.start(bind(Address("127.0.0.1", 0)))
     assert listener.address is not None
     description = await guest.vmm.describe()
     connection = await connect(env, listener.address)
@@ -430,7 +430,7 @@ async def test_a_guest_is_free_again_when_the_record_cannot_be_kept(source: Envi
 async def test_what_ends_an_attempt_before_it_has_begun_ends_it(source: Environment, guest: Guest) -> None:
     destination = Destination(source.clock, says(WELCOME))
     listener = Listener(destination.connected, source.config.limits, source.security)
-    await listener.start(Address("127.0.0.1", 0))
+    listener.start(bind(Address("127.0.0.1", 0)))
     assert listener.address is not None
     host, port = listener.address
     reservation = Reservation(guest, ID)
@@ -473,7 +473,7 @@ async def test_a_ready_that_comes_before_the_whole_state_is_no_vote(source: Envi
 
     destination = Destination(source.clock, on_hello)
     listener = Listener(destination.connected, source.config.limits, source.security)
-    await listener.start(Address("127.0.0.1", 0))
+    listener.start(bind(Address("127.0.0.1", 0)))
     parameters = PARAMETERS.model_copy(update={"digest": False, "downtime_limit_ms": 60_000.0})
     reservation = Reservation(guest, ID)
     target = target_of(f"tcp:{listener.address}")

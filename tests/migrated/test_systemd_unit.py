@@ -30,10 +30,12 @@ pytestmark = pytest.mark.skipif(version() < OLDEST, reason=f"systemd-analyze {OL
 
 @pytest.fixture
 def units(tmp_path: Path) -> Path:
-    """A directory with the units as instance "host", with a program that exists."""
-    for template in DIRECTORY.iterdir():
-        path = tmp_path / template.name.replace("@", "@host")
-        path.write_text(template.read_text().replace("/usr/bin/migrated", "/bin/true"))
+    """A directory with the units as instance "host" and their drop-ins, with a program that exists."""
+    for template in DIRECTORY.glob("**/*.*"):
+        path = tmp_path / str(template.relative_to(DIRECTORY)).replace("@", "@host")
+        if template.is_file():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(template.read_text().replace("/usr/bin/migrated", "/bin/true"))
     return tmp_path
 
 
@@ -53,6 +55,8 @@ def test_it_is_valid(units: Path, name: str) -> None:
     [
         ("migrated@host.service", "WatchdogSec=", "WatchdogSeconds="),
         ("migrated@host.socket", "ListenStream=127.0.0.1:4460", "ListenStream=nowhere:port"),
+        ("migrated@host.service.d/precedence.conf", "RestrictRealtime=no", "RestrictRealtime=rather not"),
+        ("migrated@host.service.d/qemu.conf", "ptrace pidfd_getfd", "ptrace pidfd_get"),
     ],
 )
 def test_what_is_wrong_would_be_told(units: Path, name: str, good: str, bad: str) -> None:
@@ -60,10 +64,11 @@ def test_what_is_wrong_would_be_told(units: Path, name: str, good: str, bad: str
     assert good in unit.read_text()
     unit.write_text(unit.read_text().replace(good, bad))
     with pytest.raises((AssertionError, pytest.fail.Exception)):
-        test_it_is_valid(units, name)
+        test_it_is_valid(units, name.partition(".d/")[0])
 
 
 def test_it_is_hardened(units: Path) -> None:
+    shutil.rmtree(units / "migrated@host.service.d")
     told = analyze("security", "--offline=true", "--no-pager", str(units / "migrated@host.service"))
     exposure = re.search(r"exposure level for \S+: ([\d.]+)", told)
     assert exposure is not None

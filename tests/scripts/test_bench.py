@@ -21,7 +21,7 @@ from scripts.bench.result import quantile
 NAMES = {
     "raw", "iperf3", "qemu", "qemu-multifd", "qemu-zero", "random", "zero", "sparse", "touched", "scattered",
     "final-round", "plain-capped", "delta-capped", "downtime-idle", "downtime-busy", "loop-lag",
-    "tracking", "rss", "link-1gbit", "link-5gbit",
+    "tracking", "rss", "small-move", "link-1gbit", "link-5gbit",
 }  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_a_small_run_gives_one_document_and_a_plot(tmp_path: Path) -> None:
     done = run(
         BENCH_SIZE_MIB="16",
         BENCH_REPEATS="2",
-        BENCH_CASES="raw,random,zero,sparse,touched,tracking",
+        BENCH_CASES="raw,random,zero,small-move,sparse,touched,tracking",
         BENCH_OUT=str(out),
     )
     assert done.returncode == 0, done.stderr
@@ -51,13 +51,13 @@ def test_a_small_run_gives_one_document_and_a_plot(tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == document
     cases = {case["name"]: case for case in document["cases"]}
     assert document["tracking"]["reported_per_written"] == cases.pop("tracking")["median"] == 1
-    assert set(cases) == {"raw", "random", "zero", "sparse", "touched"}, document["skipped"]
+    assert set(cases) == {"raw", "random", "zero", "small-move", "sparse", "touched"}, document["skipped"]
     assert set(document["cpu"]) == {"raw", "random", "zero"}
     for sides in document["cpu"].values():
         assert set(sides) == {"source_s_per_gib", "destination_s_per_gib"}
         assert all(seconds >= 0 for seconds in sides.values())
     for case in cases.values():
-        assert case["unit"] == ("s" if case["name"] in ("sparse", "touched") else "GiB/s")
+        assert case["unit"] == ("s" if case["name"] in ("small-move", "sparse", "touched") else "GiB/s")
         assert len(case["samples"]) == 2
         assert case["median"] == statistics.median(case["samples"])
         assert min(case["samples"]) > 0

@@ -25,7 +25,7 @@ from migrated.control.server import ControlServer
 from migrated.guests.registry import Guest
 from migrated.host.migration_host import MigrationHost
 from migrated.kernel import userfault
-from migrated.link.listener import Handler, Listener
+from migrated.link.listener import Handler, Listener, bind
 from migrated.link.security import LinkSecurity
 from migrated.observe.logs import LogCollector
 from migrated.record.model import Record
@@ -103,7 +103,7 @@ class TinyHost:
         try:
             await self._control.start()
             await self.operations.start()
-            await self._listener.start(Address("127.0.0.1", 0))
+            self._listener.start(bind(Address("127.0.0.1", 0)))
             self.operations.listening(self._listener.address)
         except BaseException:
             await self.__aexit__()
@@ -246,7 +246,7 @@ class TinyHosts:
         async def start() -> str:
             limits, security = LimitsConfig(), LinkSecurity(TlsConfig(), AuthorisationConfig())
             listener = Listener(handler, limits, security)
-            await listener.start(Address("127.0.0.1", 0))
+            listener.start(bind(Address("127.0.0.1", 0)))
             self._stack.push_async_callback(listener.stop)
             return f"tcp:{listener.address}"
 

@@ -32,6 +32,7 @@ from migrated.vmm.seam import (
     OwnershipLock,
     PauseTime,
     Side,
+    StateBounds,
     StatePart,
     Throttle,
     TimeImport,
@@ -124,6 +125,9 @@ class SimGuest(VmmGuest):
         self.lock = _Lock(calls) if locked else None
         self._calls = calls
         self._description: GuestDescription | None = None
+        self._largest_bytes: list[int] = []
+        """Size that no state of a device exceeds, for each device of the description; empty where the VMM does not
+        tell."""
         self._costs_ns: dict[tuple[str, str], int] = {}
         """Expected duration of saving, or of loading, each device (ns), by name and kind; of the direction that was
         asked for last."""
@@ -132,9 +136,16 @@ class SimGuest(VmmGuest):
         reply = await self._calls.call("describe")
         try:
             self._description = GuestDescription.model_validate(reply.meta["description"])
-        except (KeyError, ValidationError) as error:
+            self._largest_bytes = [int(size) for size in reply.meta.get("largest_bytes", ())]
+        except (KeyError, ValueError, TypeError) as error:
             raise VmmError(f"the VMM of guest {self.name} describes it in a way we cannot use: {error}") from error
         return self._description
+
+    def state_bounds(self, description: GuestDescription) -> StateBounds:
+        if len(self._largest_bytes) != len(description.devices):
+            return super().state_bounds(description)
+        devices = [(device.name, device.kind) for device in description.devices]
+        return StateBounds(dict(zip(devices, self._largest_bytes, strict=True)), sum(self._largest_bytes))
 
     async def status(self) -> GuestStatus:
         meta = (await self._calls.call("status")).meta
