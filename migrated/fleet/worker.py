@@ -17,7 +17,7 @@ from migrated.fleet.changes import change_job, change_step, create_steps
 from migrated.fleet.costs import MoveCost, limit_of, move_cost, narrowest_share
 from migrated.fleet.jobs import ACTIVE, FINAL, LONGEST_BACK_OFF_NS, JobEvent, StepEvent, failure, is_over, job_after
 from migrated.fleet.mirror import Mirror, link_of
-from migrated.fleet.model import HostDocument, JobPhase, JobSpec, JobStep, StepState
+from migrated.fleet.model import HostDocument, JobKind, JobPhase, JobSpec, JobStep, StepState
 from migrated.fleet.placement import PossibleHosts, why_not
 from migrated.fleet.planner import guests_of, plan
 from migrated.fleet.store import Transaction
@@ -61,8 +61,22 @@ def next_work(mirror: Mirror, job: str, now_utc_ns: int) -> Work | Wait:
         if found.until_utc_ns is not None:
             waits.append(found.until_utc_ns)
     if all(step.state in FINAL for step in steps):
-        return _end(mirror, spec, steps, now_utc_ns)
+        coming = _on_their_way(mirror, spec) if state.phase is JobPhase.RUNNING else ()
+        if coming and not _is_late(spec, now_utc_ns):
+            return Wait(spec.created_utc_ns + spec.deadline_ns if spec.deadline_ns else None)
+        return _end(mirror, spec, steps, coming, now_utc_ns)
     return Wait(min(waits, default=None))
+
+
+def _on_their_way(mirror: Mirror, spec: JobSpec) -> tuple[str, ...]:
+    """Guests that another job is moving to the host that this one empties: that was promised before it was cordoned."""
+    if spec.kind is not JobKind.EVACUATE or spec.guests:
+        return ()
+    return tuple(one.guest for one in mirror.slots_of(spec.host).arriving)
+
+
+def _is_late(spec: JobSpec, now_utc_ns: int) -> bool:
+    return bool(spec.deadline_ns) and now_utc_ns >= spec.created_utc_ns + spec.deadline_ns
 
 
 def _without_step(mirror: Mirror, spec: JobSpec, steps: list[JobStep]) -> set[str]:
@@ -125,7 +139,7 @@ def _next_of_step(
         if step.destination in mirror.fences or step.destination in mirror.cordons:
             return work(failure(step, spec), f"The host {step.destination} takes no guests any more.")
         return Wait(None)
-    if spec.deadline_ns and now_utc_ns >= spec.created_utc_ns + spec.deadline_ns:
+    if _is_late(spec, now_utc_ns):
         return work(StepEvent.GIVE_UP, _late(step))
     if step.attempt >= spec.max_attempts:
         return work(StepEvent.GIVE_UP, step.reason)
@@ -146,11 +160,18 @@ def _late(step: JobStep) -> str:
     return f"The job's deadline passed before {step.guest} could begin.{why}"
 
 
-def _end(mirror: Mirror, spec: JobSpec, steps: list[JobStep], now_utc_ns: int) -> Work:
+def _end(mirror: Mirror, spec: JobSpec, steps: list[JobStep], coming: tuple[str, ...], now_utc_ns: int) -> Work:
+    """End a job whose steps are all final.
+
+    Args:
+        coming: guests that were on their way to its host when its deadline passed.
+    """
     left = [step for step in steps if step.state is not StepState.DONE]
     event, reason = JobEvent.ALL_DONE, ""
     if left:
         event, reason = JobEvent.SOME_LEFT, f"{len(left)} of {len(steps)} guests did not move."
+    elif coming:
+        event, reason = JobEvent.SOME_LEFT, f"{' and '.join(coming)} may still come to {spec.host} by another job."
     elif spec.guests and not steps:
         event, reason = JobEvent.SOME_LEFT, f"The host {spec.host} owns no guest named {' or '.join(spec.guests[:3])}."
     return Work(f"end the job: {event}", change_job(mirror, spec.job, event, now_utc_ns, reason))

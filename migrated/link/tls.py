@@ -161,7 +161,7 @@ class TlsSession:
         for piece in plain:
             view = memoryview(piece)
             while len(view):
-                view = view[self._tls.write(view) :]  # one record at a time
+                view = view[self._tls.write(view) :]  # mostly all of it: memory has room for every record
         return self._outgoing.read()
 
     def receive(self, received: bytes | memoryview) -> None:

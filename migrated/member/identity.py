@@ -1,7 +1,7 @@
 """Whether the name of this host in its fleet is its own: owners, slots and steps go by it, so one daemon has it.
 
 hosts/NAME is missing, or this daemon wrote it     -> the name is free, or ours
-the daemon before this one wrote it                -> ours: it has ended, its lease has not yet
+the daemon before this one wrote it, in this boot  -> ours: it has ended, its lease has not yet
 anybody else wrote it, and their lease lives       -> taken: this daemon keeps out of the fleet until that ends
 """
 
@@ -23,16 +23,16 @@ class Identity:
 
     Args:
         host: this host's name in the fleet.
-        state: the state directory.
+        state: the state directory, whose lock no two daemons of one machine have at once.
+        boot: the kernel's name of this boot. A machine that was copied with its state directory has another one.
 
     Attributes:
-        daemon: goes into ``HostDocument.daemon``: the id of the state directory, and that of this run of the daemon. A
-            machine that was copied with its state directory is told apart by the second.
+        daemon: goes into ``HostDocument.daemon``: the id of the state directory, the boot, and an id of this run.
     """
 
-    def __init__(self, host: str, state: Path) -> None:
+    def __init__(self, host: str, state: Path, boot: str) -> None:
         self._host = host
-        self._member = _kept_id(state / MEMBER_ID)
+        self._member = f"{_kept_id(state / MEMBER_ID)}{_LIFE}{boot}"
         self.daemon: Final = f"{self._member}{_LIFE}{secrets.token_hex(8)}"
         self._told = False
 
@@ -52,6 +52,11 @@ class Identity:
             f"Another daemon is in the fleet as {self._host!r}, at {there.address}: this one keeps out of the fleet "
             "until that one has left. Give one of the two another [fleet] name and restart it."
         )
+
+
+def boot_id() -> str:
+    """Return the kernel's name of this boot of the host."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def _kept_id(path: Path) -> str:

@@ -14,6 +14,7 @@ import structlog
 
 from migrated.fleet.mirror import Mirror
 from migrated.member.follower import Follower
+from migrated.member.identity import boot_id
 from migrated.member.local import GuestsHere
 from migrated.member.owners import Owners
 
@@ -73,8 +74,3 @@ class Leftovers:
     def _missing(self, mirror: Mirror) -> set[str]:
         owned = mirror.by_owner.get(self._host, set()) - self._owners.started
         return {guest for guest in owned if not self._local.is_here(guest)}
-
-
-def boot_id() -> str:
-    """Return the kernel's name of this boot of the host."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -23,7 +23,7 @@ from migrated.fleet.etcd import EtcdStore, Login
 from migrated.fleet.keys import Keys, last_part
 from migrated.fleet.store import StoreError
 from migrated.member.follower import Follower
-from migrated.member.identity import Identity
+from migrated.member.identity import Identity, boot_id
 from migrated.member.local import LocalHost
 from migrated.member.membership import Membership
 from migrated.member.operator import FleetOperator
@@ -69,7 +69,7 @@ class FleetMember:
         )
         self._follower = Follower(self._store, Keys(f"{fleet.prefix.rstrip('/')}/"))
         self._follower.on_change = self._publish
-        identity = Identity(name, env.config.state.directory)
+        identity = Identity(name, env.config.state.directory, boot_id())
         self.owners = Owners(self._follower, name, identity)
         self._membership = Membership(
             env, local, self._store, self._follower, self.owners, identity, lambda: self._store.clock_offset_ns

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from migrated.control.client import CommandError
-from migrated.member.leftovers import BOOT_ID, boot_id
+from migrated.member.identity import boot_id
+from migrated.member.leftovers import BOOT_ID
 from scripts.fleet.etcd_cluster import why_no_etcd
 from scripts.fleet.rig import Fleet
 from scripts.rig.waiting import until

@@ -123,17 +123,17 @@ def there(daemon: str) -> Mirror:
 
 
 def test_a_daemon_knows_the_one_before_it_from_another_one_of_its_name(tmp_path: Path) -> None:
-    before = Identity("a", tmp_path)
-    now = Identity("a", tmp_path)
+    before, now = Identity("a", tmp_path, "boot-1"), Identity("a", tmp_path, "boot-1")
     assert now.stranger(mirror_of([], [])) is None
     assert now.stranger(there(before.daemon)) is None, "it was killed, and its lease has not ended yet"
+    copied = Identity("a", tmp_path, "boot-2")
+    assert copied.stranger(there(before.daemon)) is not None, "a machine that was copied with its state directory"
     now.told()
     assert now.stranger(there(now.daemon)) is None
-    copied = now.stranger(there(before.daemon))
-    assert copied is not None, "a machine that was copied with its state directory"
+    assert now.stranger(there(before.daemon)) is not None, "it has ended, and cannot have written after this one"
     (tmp_path / "other").mkdir()
-    refusal = now.stranger(there(Identity("a", tmp_path / "other").daemon))
-    assert refusal == copied
+    refusal = now.stranger(there(Identity("a", tmp_path / "other", "boot-1").daemon))
+    assert refusal is not None
     assert "as 'a', at tcp:a:7000" in refusal
 
 

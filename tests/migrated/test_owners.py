@@ -13,8 +13,8 @@ from migrated.fleet.model import Ownership
 from migrated.fleet.ownership import NotTheOwnerError
 from migrated.fleet.store import put
 from migrated.member.follower import Follower
-from migrated.member.identity import Identity
-from migrated.member.leftovers import BOOT_ID, Leftovers, boot_id
+from migrated.member.identity import Identity, boot_id
+from migrated.member.leftovers import BOOT_ID, Leftovers
 from migrated.member.owners import Owners
 from scripts.fleet.fake_store import FakeStore, FakeStoreClient
 from tests.migrated.fleet.fleets import KEYS
@@ -58,7 +58,7 @@ class Fleet:
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     store = FakeStoreClient(FakeStore(lambda: 0))
     follower = Follower(store, KEYS)
-    owners = Owners(follower, "b", Identity("b", tmp_path))
+    owners = Owners(follower, "b", Identity("b", tmp_path, boot_id()))
     following = asyncio.create_task(follower.run())
     await follower.ready.wait()
     yield Fleet(store, follower, owners)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -49,9 +50,17 @@ async def _machines(command: Sequence[str]) -> list[str]:
         async with asyncio.timeout(_ANSWER_S):
             told, _ = await process.communicate()
     except TimeoutError:
-        process.kill()
-        await process.wait()
+        await _end(process)
         log.warning("QEMU does not say which machines it has", command=command[0])
         return []
+    except asyncio.CancelledError:  # the daemon ends
+        await _end(process)
+        raise
     _heading, *lines = told.decode(errors="replace").splitlines() or [""]
     return [line.split()[0] for line in lines if line.split()]
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+        process.kill()
+    await process.wait()

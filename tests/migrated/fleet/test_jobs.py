@@ -288,6 +288,29 @@ def test_two_jobs_that_overlap_keep_slots_and_memory_and_move_no_guest_twice() -
         assert sum(fleet.mirror.steps[job][name].migration_id is not None for job in ("j1", "j2")) == 1
 
 
+@pytest.mark.parametrize("deadline_ns", [0, 60 * S])
+def test_a_host_is_not_empty_while_a_guest_is_on_its_way_to_it(deadline_ns: int) -> None:
+    """It was promised before the host was cordoned, and would be left there by a job that is over."""
+    fleet = Fleet([host("a"), host("b"), host("c")], guests=1)
+    fleet.start(to=("b",))
+    fleet.work()
+    assert fleet.begin() == ["g0"]
+    fleet.must(changes.create_job(fleet.mirror, spec(job="j2", host="b", deadline_ns=deadline_ns)))
+    fleet.must(changes.claim_job(fleet.mirror, "j2", "c", fleet.leases["c"], 0))
+    assert next_work(fleet.mirror, "j2", S) == Wait(deadline_ns or None)
+    if deadline_ns:
+        late = next_work(fleet.mirror, "j2", deadline_ns)
+        assert isinstance(late, Work)
+        fleet.must(late.transaction)
+        assert fleet.mirror.states["j2"].phase is JobPhase.FAILED
+        assert fleet.mirror.states["j2"].reason == "g0 may still come to b by another job."
+        return
+    fleet.end("g0")
+    found = next_work(fleet.mirror, "j2", S)
+    assert isinstance(found, Work)
+    assert found.what == "plan 1 guests"
+
+
 def test_a_decision_on_old_news_changes_nothing() -> None:
     """Between decision and transaction the destination is cordoned, is fuller, or the guest has another owner."""
     for key, value in (
