@@ -30,7 +30,7 @@ from migrated.source.precopy import Precopy
 from migrated.source.session import Session, connect, offer_of, open_session
 from migrated.source.switchover import Item, Switchover
 from migrated.source.target import HERE, Target
-from migrated.source.transfer import Transfer
+from migrated.source.transfer import BESIDE_BYTES, BESIDE_LOCAL_BYTES, Transfer
 from migrated.source.view import View
 from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
@@ -171,6 +171,7 @@ class Story:
             session.connection.control,
             ledger,
             shared=session.shared,
+            beside_limit_bytes=BESIDE_LOCAL_BYTES if session.shared else BESIDE_BYTES,
         )
         precopy = Precopy(
             transfer,

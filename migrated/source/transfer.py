@@ -22,10 +22,10 @@ from protocol.guest import DeviceDescription, GuestDescription
 from protocol.pages import NO_RUNS, Runs
 
 _QUICK_SCAN_NS = 1_000_000
-_BESIDE_BYTES = 12 << 10
+BESIDE_BYTES = 12 << 10
 """Final device states that go over the control channel, which wakes no thread: as much as a connection that was quiet
 sends without waiting for an acknowledgement (ten segments). What is beyond goes over the data channels."""
-_BESIDE_LOCAL_BYTES = 1 << 20
+BESIDE_LOCAL_BYTES = 1 << 20
 """The same where memory is handed over: a unix socket has no segments, and nothing else is to be sent."""
 
 
@@ -45,6 +45,8 @@ class Transfer:
     """Is told of each round."""
     ledger: OutgoingLedger
     shared: bool = False
+    beside_limit_bytes: int = 0
+    """Bytes of final device states that may go over the control channel; 0 where no destination hears it."""
     beside_bytes: int = 0
     """Bytes of device states that went over the control channel."""
     round: int = 0
@@ -132,7 +134,7 @@ class Transfer:
                 )
             figures.save_ns, figures.final_bytes = part.save_ns, len(part.data)
             state = self._state(part, final=True)
-            if self.beside_bytes + len(part.data) <= (_BESIDE_LOCAL_BYTES if self.shared else _BESIDE_BYTES):
+            if self.beside_bytes + len(part.data) <= self.beside_limit_bytes:
                 self.control.send(state.meta, bytes(state.data))
                 self.beside_bytes += len(part.data)
                 self.ledger.memory.downtime_bytes += len(part.data)

@@ -43,6 +43,7 @@ from scripts.bench import rivals
 from scripts.bench.cases import Bench, moving_s
 from scripts.bench.result import machine
 from scripts.rig.host import Host
+from scripts.rig.ports import free_port
 from scripts.rig.processes import cpu_s
 
 CLIENTS: Final = 20
@@ -50,13 +51,6 @@ SCRAPE_S: Final = 1.0
 ATTACH_TIMEOUT_S: Final = 20.0
 DRAWS: Final = 2000
 COVERAGE: Final = 0.9
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Watcher:

@@ -27,6 +27,7 @@ from typing import Any, Final
 import numpy as np
 
 from scripts.basics import GIB, MIB, ROOT
+from scripts.rig.ports import free_port
 from scripts.rig.processes import cpu_s
 
 PIECE_BYTES: Final = MIB
@@ -138,8 +139,7 @@ def raw(size_mib: int) -> Moved:
 
 def iperf3(seconds: int = 2) -> float:
     """GiB/s of one iperf3 stream over loopback."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     listen = ["iperf3", "-s", "-1", "-B", "127.0.0.1", "-p", port, "--forceflush"]
     server = subprocess.Popen(listen, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None

@@ -14,7 +14,6 @@ import contextlib
 import json
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any, Final
 
 from migrated.fleet.etcd import Login
 from scripts.authority import Authority, HostFiles
+from scripts.rig.ports import free_port
 from scripts.rig.started import Started
 from scripts.rig.waiting import RigError
 
@@ -42,12 +42,6 @@ def why_no_etcd() -> str | None:
     return None
 
 
-def _free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
-
-
 class Member:
     """One member of a cluster.
 
@@ -60,8 +54,8 @@ class Member:
     def __init__(self, directory: Path, name: str, address: str, enter: Sequence[str], files: HostFiles | None) -> None:
         scheme = "http" if files is None else "https"
         self.name = name
-        self.endpoint = f"{scheme}://{address}:{_free_port('127.0.0.1')}"
-        self.peer = f"{scheme}://{address}:{_free_port('127.0.0.1')}"
+        self.endpoint = f"{scheme}://{address}:{free_port()}"
+        self.peer = f"{scheme}://{address}:{free_port()}"
         self._directory = directory
         self._enter = enter
         self._files = files

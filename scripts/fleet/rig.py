@@ -21,7 +21,7 @@ from migrated.fleet.etcd import Login
 from scripts.authority import Authority
 from scripts.fleet.etcd_cluster import EtcdCluster
 from scripts.fleet.network import Switch
-from scripts.rig.host import Host
+from scripts.rig.host import Host, close_side_by_side, start_side_by_side
 from scripts.rig.pair import QUICK_LIMITS
 from scripts.rig.runs import check_runs
 from scripts.rig.started import Started
@@ -91,8 +91,7 @@ class Fleet(Started):
         """Start etcd and every daemon."""
         if self._own_etcd:
             self.etcd.start()
-        for host in self.hosts.values():
-            self.start_host(host)
+        start_side_by_side(self.hosts.values())
 
     def start_host(self, host: Host) -> None:
         """Start one daemon, for the first time or again. Others reach it at the port that it got the first time."""
@@ -198,8 +197,7 @@ class Fleet(Started):
     def close(self) -> None:
         """End everything and remove the directory."""
         try:
-            for host in self.hosts.values():
-                host.close()
+            close_side_by_side(self.hosts.values())
         finally:
             if self._own_etcd:
                 self.etcd.close()

@@ -52,7 +52,6 @@ PATIENT_LIMIT_MS: Final = 1500
 _ANSWER_S: Final = 20.0
 _HONEST_CONNECTIONS: Final = 8
 """What the migrations beside a case have open at most."""
-_START_S: Final = 60.0
 _STATE_BYTES: Final = 16 << 20
 
 
@@ -205,7 +204,7 @@ async def prepared(*, patient: bool = False, disks: bool = False) -> AsyncIterat
     """
     with tempfile.TemporaryDirectory(prefix="pki-") as place:
         authority = Authority(Path(place))
-        pair = Pair(limits=PATIENT if patient else LIMITS, vmm={"start_timeout_s": _START_S})
+        pair = Pair(limits=PATIENT if patient else LIMITS)
         for host in pair.hosts:
             host.configure(
                 tls=authority.host(f"{host.name}.example", host.address).section(),

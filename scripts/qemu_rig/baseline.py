@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -78,9 +78,11 @@ class DamagedGuestError(RigError):
 
 
 @contextlib.asynccontextmanager
-async def booted(spec: QemuSpec, image: GuestImage, directory: Path, incarnation: int = 0) -> AsyncIterator[Qemu]:
-    """A QEMU whose guest is up and beats."""
-    async with running_qemu(spec, image, directory, incarnation) as qemu:
+async def booted(
+    spec: QemuSpec, image: GuestImage, directory: Path, incarnation: int = 0, *, extra: Sequence[str] = ()
+) -> AsyncIterator[Qemu]:
+    """A QEMU whose guest is up and beats; arguments as of ``running_qemu``."""
+    async with running_qemu(spec, image, directory, incarnation, extra=extra) as qemu:
         await asyncio.to_thread(qemu.console.wait_for, "READY", BOOT_TIMEOUT_S)
         await asyncio.to_thread(qemu.console.wait_for_beats, _WARM_BEATS, BOOT_TIMEOUT_S)
         yield qemu

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from migrated.control.client import CommandError, DaemonUnreachableError
 from scripts.rig.faults import Fault
-from scripts.rig.host import Host
+from scripts.rig.host import Host, start_side_by_side
 from scripts.rig.pair import Pair
 from scripts.rig.proxy import Proxy, UnixProxy
 from scripts.rig.waiting import RigError, until
@@ -91,9 +91,7 @@ class FaultyPair(Pair):
         for host in self.hosts:
             self.way_to(host).heal()
         self.let_go_on()
-        for host in self.hosts:
-            if not host.running:
-                await asyncio.to_thread(host.restart)
+        await asyncio.to_thread(start_side_by_side, [host for host in self.hosts if not host.running])
 
     def let_go_on(self) -> None:
         """Continue every process that was stopped."""
@@ -111,7 +109,8 @@ class FaultyPair(Pair):
                 host.kill_vmm(name)
         for host in self.hosts:
             host.forget_everything()
-            await asyncio.to_thread(host.restart)
+        await asyncio.to_thread(start_side_by_side, self.hosts)
+        for host in self.hosts:
             host.bugs()
 
     async def check_retry(self, name: str, at: Host) -> list[str]:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -27,6 +28,8 @@ from scripts.rig.waiting import POLL_S, RigError, until
 from vmm_sim.client import VmmClient
 
 START_TIMEOUT_S: Final = 60.0
+GUEST_START_TIMEOUT_S: Final = 30.0
+"""A busy machine may take longer than the ten seconds that a guest has by default."""
 COMMAND_TIMEOUT_S: Final = 40.0
 """For one command: a migration may be waited for. Below the time that pytest gives a test, which would end nothing."""
 CANCEL_S: Final = 0.2
@@ -85,6 +88,8 @@ class Host:
         self._enter = [] if namespace is None else ["ip", "netns", "exec", namespace]
         self._sections = sections
         self._process: subprocess.Popen[bytes] | None = None
+        self._start_mark = 0
+        """Where in the log its latest start begins."""
         self._log_mark = 0
         self._baseline: Footprint | None = None
         directory.mkdir(parents=True, exist_ok=True)
@@ -138,7 +143,11 @@ class Host:
             "control": {"socket": str(self.socket)},
             "state": {"directory": str(self.directory / "state")},
             "listen": {"address": f"{self.address}:{self.port}", "unix": str(self.unix_socket)},
-            "vmm": {"directory": str(self.directory / "guests"), "profiles": str(ROOT / "configs" / "guests")},
+            "vmm": {
+                "directory": str(self.directory / "guests"),
+                "profiles": str(ROOT / "configs" / "guests"),
+                "start_timeout_s": GUEST_START_TIMEOUT_S,
+            },
             "log": {"level": "debug", "format": "json", "file": str(self.log_path)},
         }
         for section, values in self._sections.items():
@@ -157,7 +166,12 @@ class Host:
         Raises:
             RigError: it ended, or never was ready.
         """
-        mark = self._log_size()
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """Start the daemon's process; ``wait_ready`` waits for it."""
+        self._start_mark = self._log_size()
         path = self.write_config()
         # Settings for the user's own daemons must not reach this one.
         environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
@@ -167,8 +181,15 @@ class Host:
                 cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr,
                 start_new_session=True,
             )  # fmt: skip
+
+    def wait_ready(self) -> None:
+        """Wait until the daemon that was launched says that it is ready.
+
+        Raises:
+            RigError: it ended, or never was ready.
+        """
         deadline = time.monotonic() + START_TIMEOUT_S
-        while (ready := next((e for e in self.log(mark) if e["event"] == "ready"), None)) is None:
+        while (ready := next((e for e in self.log(self._start_mark) if e["event"] == "ready"), None)) is None:
             if not self.running or time.monotonic() > deadline:
                 raise RigError(f"the daemon of host {self.name} did not start:\n{self.log_tail()}")
             time.sleep(POLL_S)
@@ -429,12 +450,45 @@ class Host:
 
     def close(self) -> None:
         """End the daemon and every guest process of this host."""
+        self.ask_to_end()
+        self.end()
+
+    def ask_to_end(self) -> None:
+        """Tell the daemon, if it runs, to stop in order; ``end`` waits for it."""
         if self.running:
             with contextlib.suppress(ProcessLookupError):
                 self.signal(signal.SIGCONT)
+                self.signal(signal.SIGTERM)
+
+    def end(self) -> None:
+        """Wait for the end of a daemon that was told to stop, or kill it; then kill every guest process of this
+        host."""
+        if self.running:
             try:
-                self.stop(10.0)
+                self._wait_end()
             except RigError:
                 self.kill()
         for pid in self.vmm_pids():
             self.kill_process(pid)
+
+
+def start_side_by_side(hosts: Iterable[Host]) -> None:
+    """Start daemons at once, and wait until all of them are ready.
+
+    Raises:
+        RigError: one ended, or never was ready.
+    """
+    launched = list(hosts)
+    for host in launched:
+        host.launch()
+    for host in launched:
+        host.wait_ready()
+
+
+def close_side_by_side(hosts: Iterable[Host]) -> None:
+    """End daemons at once, and every guest process of their hosts."""
+    ending = list(hosts)
+    for host in ending:
+        host.ask_to_end()
+    for host in ending:
+        host.end()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from migrated.control.client import CommandError, DaemonUnreachableError
-from scripts.rig.host import Host
+from scripts.rig.host import Host, close_side_by_side, start_side_by_side
 from scripts.rig.network import Network
 from scripts.rig.runs import check_runs
 from scripts.rig.started import Started
@@ -76,8 +76,8 @@ class Pair(Started):
 
     def start(self) -> None:
         """Start both daemons."""
+        start_side_by_side(self.hosts)
         for host in self.hosts:
-            host.start()
             host.take_baseline()
 
     async def where(self, name: str = "g1") -> dict[str, dict[str, Any]]:
@@ -153,7 +153,6 @@ class Pair(Started):
     def close(self) -> None:
         """End everything and remove the directory."""
         try:
-            for host in self.hosts:
-                host.close()
+            close_side_by_side(self.hosts)
         finally:
             shutil.rmtree(self.directory, ignore_errors=True)

@@ -32,21 +32,25 @@ SHORT = {"downtime_limit": 500, "timeout_s": 0.1, "on_timeout": "force"}
 SPEC = QemuSpec(memory_mib=128, workload=Workload.hot_cold(16, 5))
 
 
+@pytest.fixture(scope="module", params=["none", "writeback"])
+def hosts(request: pytest.FixtureRequest, image: GuestImage) -> Iterator[QemuPair]:
+    """Two hosts that both reach a disk, for all tests of the module."""
+    with tempfile.TemporaryDirectory(prefix="qd-") as directory:
+        disk = Disk(Path(directory) / "disk", request.param, log_ms=20)
+        with QemuPair(replace(SPEC, disk=disk), image) as made:
+            yield made
+
+
 @pytest.fixture
-def directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="qd-") as path:
-        yield Path(path)
-
-
-@pytest.fixture(params=["none", "writeback"])
-async def pair(request: pytest.FixtureRequest, image: GuestImage, directory: Path) -> AsyncIterator[QemuPair]:
-    """Two hosts and a guest on the first that logs to a disk which both can reach."""
-    disk = Disk(directory / "disk", request.param, log_ms=20)
-    with QemuPair(replace(SPEC, disk=disk), image) as made:
-        await made.new_guest(made.a, GUEST)
-        yield made
-        assert made.double_runs() == []
-        await made.remove_guests()
+async def pair(hosts: QemuPair) -> AsyncIterator[QemuPair]:
+    """The hosts without faults, and a guest on the first that logs to the disk. It is the one of the test before if
+    that left it there, else a new one with a new disk."""
+    await hosts.recover()
+    if await hosts.settled(GUEST) is not hosts.a:
+        await hosts.remove_guests()
+        await hosts.new_guest(hosts.a, GUEST)
+    yield hosts
+    assert hosts.double_runs() == []
 
 
 async def may_be_written(path: Path) -> bool:

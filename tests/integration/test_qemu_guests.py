@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import signal
 import tempfile
 import time
@@ -29,7 +30,7 @@ from scripts.qemu_rig.guest_agent import AGENT_PACKAGE, download_agent, find_age
 from scripts.qemu_rig.image import GuestImage, guest_image
 from scripts.qemu_rig.launcher import BOOT_TIMEOUT_S, Backing, Disk, QemuSpec, running_qemu
 from scripts.qemu_rig.workload import Workload
-from scripts.rig.host import Host
+from scripts.rig.host import Host, start_side_by_side
 from scripts.rig.pair import Pair
 from scripts.rig.waiting import RigError, until
 
@@ -43,13 +44,18 @@ ROOMY = {"downtime_limit": 10_000}
 BUSY = QemuSpec(workload=Workload.hot_cold(64, 20))
 
 
+def definitions_of(pair: Pair, host: Host) -> Path:
+    """Where a host's definitions of guests are."""
+    return pair.directory / "definitions" / host.name
+
+
 class World:
     """Two hosts with definitions of their own, and the consoles of the guest on each."""
 
-    def __init__(self, pair: Pair, definitions: dict[Host, Path], image: GuestImage) -> None:
+    def __init__(self, pair: Pair, image: GuestImage) -> None:
         self.pair = pair
         self.image = image
-        self.definitions = definitions
+        self.definitions = {host: definitions_of(pair, host) for host in pair.hosts}
 
     def define(self, spec: QemuSpec, host: Host | None = None) -> None:
         """Write the definition of ``web`` on one host, or on both."""
@@ -76,20 +82,29 @@ def directory() -> Iterator[Path]:
         yield Path(path)
 
 
+@pytest.fixture(scope="module")
+def qemu_hosts(image: GuestImage) -> Iterator[Pair]:
+    """Two hosts whose guests are QEMU's, for all tests of the module; who kills a daemon starts it again."""
+    made = Pair(vmm={"driver": "qemu"})
+    for host in made.hosts:
+        ram, definitions = made.directory / "ram", definitions_of(made, host)
+        host.configure(qemu={"ram_directory": str(ram), "definitions": str(definitions)})
+    with made as pair:
+        yield pair
+
+
 @pytest.fixture
-async def world(image: GuestImage, directory: Path) -> AsyncIterator[World]:
-    """Two hosts whose guests are QEMU's; nothing of them may be left."""
-    made_pair = Pair(vmm={"driver": "qemu"})
-    for host in made_pair.hosts:
-        host.configure(qemu={"ram_directory": str(directory / "ram"), "definitions": str(directory / host.name)})
-    with made_pair as pair:
-        made = World(pair, {host: directory / host.name for host in pair.hosts}, image)
-        yield made
-        print(pair.log_tail())  # noqa: T201 - shown when the test failed
-        await pair.remove_guests()
-        assert [host.vmm_pids() for host in pair.hosts] == [{}, {}]
-        assert not list((directory / "ram").glob("*"))
-        assert await pair.leftovers() == []
+async def world(image: GuestImage, qemu_hosts: Pair) -> AsyncIterator[World]:
+    """The shared hosts, without guests and definitions; nothing of the test's guests may be left."""
+    pair = qemu_hosts
+    shutil.rmtree(pair.directory / "definitions", ignore_errors=True)
+    yield World(pair, image)
+    print(pair.log_tail())  # noqa: T201 - shown when the test failed
+    start_side_by_side([host for host in pair.hosts if not host.running])  # a test that failed may leave one dead
+    await pair.remove_guests()
+    assert [host.vmm_pids() for host in pair.hosts] == [{}, {}]
+    assert not list((pair.directory / "ram").glob("*"))
+    assert await pair.leftovers() == []
 
 
 async def move(world: World, source: Host, target: Host, console: Console, **parameters: Any) -> Console:
@@ -178,24 +193,21 @@ async def test_a_disk_that_bypasses_the_page_tables(world: World, directory: Pat
     console.close()
 
 
-async def test_another_definition_at_the_destination_is_refused_with_what_differs(world: World) -> None:
+async def test_a_destination_that_cannot_build_the_guest_refuses_and_says_why(world: World) -> None:
+    """For want of a definition, or because its definition differs."""
     console = await world.create(BUSY)
-    world.define(replace(BUSY, cpus=2, rng=False), world.pair.b)
-    record = await world.pair.a.migrate("web", world.pair.b, **ROOMY)
+    a, b = world.pair.hosts
+    (world.definitions[b] / "web.toml").unlink()
+    record = await a.migrate("web", b, **ROOMY)
+    assert record["outcome"] == "refused"
+    assert "no definition of a QEMU guest 'web'" in record["reason"]
+    world.define(replace(BUSY, cpus=2, rng=False), b)
+    record = await a.migrate("web", b, **ROOMY)
     assert record["outcome"] == "refused"
     assert "vcpus is 1 at the source and 2 here" in record["reason"]
     assert "device only at the source: virtio-rng-pci" in record["reason"]
-    assert world.pair.b.vmm_pids() == {}
+    assert b.vmm_pids() == {}
     await asyncio.to_thread(console.wait_for_beats, 20, 60.0)
-    console.close()
-
-
-async def test_a_destination_without_a_definition_refuses(world: World) -> None:
-    console = await world.create(BUSY)
-    (world.definitions[world.pair.b] / "web.toml").unlink()
-    record = await world.pair.a.migrate("web", world.pair.b, **ROOMY)
-    assert record["outcome"] == "refused"
-    assert "no definition of a QEMU guest 'web'" in record["reason"]
     console.close()
 
 

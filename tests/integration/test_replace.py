@@ -149,7 +149,7 @@ async def test_memory_is_what_it_was_after_an_abort_of_a_load_that_wrote_to_it(p
         assert (await pair.a.verify())["ok"]  # it has booted
         pid = (await pair.a.guest())["pid"]
         before = memory_of(pid)
-        migration_id = await pair.a.begin_replacement()
+        migration_id = await pair.a.begin_replacement(**ROOMY)
         second = await until_incoming(pair.a, pid)
         seen = await until("pages that loading has written", lambda: writing(pid, second))  # noqa: B023
         if seen == "written":

@@ -26,6 +26,7 @@ import pytest
 from scripts.basics import ROOT
 from scripts.rig.host import Host
 from scripts.rig.pair import Pair
+from scripts.rig.ports import free_port
 from scripts.rig.waiting import until
 
 AS_SYSTEMD = """
@@ -161,8 +162,7 @@ def start_activator(address: str, host: Host, words: Path) -> subprocess.Popen[b
 @pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="systemd-socket-activate is not installed")
 async def test_systemd_starts_the_daemon_for_the_first_migration(pair: Pair) -> None:
     await pair.a.create_guest("g1", 16)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     words = pair.directory / "systemd"
     activator = start_activator(address, pair.b, words)
 

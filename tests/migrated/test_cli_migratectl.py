@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -9,7 +10,6 @@ import json
 import os
 import pty
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from migrated.settings.parameters import MigrationParameters
 from protocol import messages
 from protocol.errors import ErrorCode
 from protocol.messages import Message
+from scripts.rig.ports import free_port
 from tests.tiny_vmm.hosts import TinyHost, TinyHosts, damage, need_write_tracking
 
 URI = "tcp:127.0.0.1:4460"
@@ -52,12 +53,6 @@ def destination(served: TinyHosts) -> TinyHost:
 def in_doubt(served: TinyHosts) -> str:
     """The id of a migration of g1 that is in doubt: COMMIT was journaled, and nobody answers where it went."""
     return served.doubt("g1")
-
-
-def unused_port() -> int:
-    """A port at which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as closed_at_once:
-        return int(closed_at_once.getsockname()[1])
 
 
 def document(result: Result) -> Any:
@@ -172,7 +167,7 @@ def test_a_refusal_has_its_exit_status_and_no_control_sequences(
 
 
 def test_an_attempt_that_fails_has_its_exit_status_and_reason(ctl: Callable[..., Result]) -> None:
-    result = ctl("--json", "migrate", "g1", f"tcp:127.0.0.1:{unused_port()}")
+    result = ctl("--json", "migrate", "g1", f"tcp:127.0.0.1:{free_port()}")
     assert (result.exit_code, document(result)["outcome"]) == (1, "failed")
     assert "is `migrated destination` listening there?" in result.stderr
 
@@ -442,27 +437,35 @@ def test_completion_knows_guests_migrations_and_parameters(
     assert complete("migratectl migrate g", Path("/nowhere")).strip() == ""
 
 
+def all_that_is_drawn(screen: int) -> str:
+    """Read a pseudo-terminal until the last program has left it. Who draws more than it holds waits for the reader."""
+    drawn = b""
+    with contextlib.suppress(OSError):  # EIO: the last one has left
+        while piece := os.read(screen, 1 << 16):
+            drawn += piece
+    return drawn.decode()
+
+
 def test_a_live_view_on_a_terminal(served: TinyHosts, destination: TinyHost) -> None:
     """On a pseudo-terminal the migration is drawn; standard output stays the result alone; NO_COLOR has no colours."""
     master, slave = pty.openpty()
     try:
-        done = subprocess.run(
+        with subprocess.Popen(
             [MIGRATECTL, "--socket", served.socket, "migrate", "g1", destination.uri, "--downtime-limit", "20s"],
             stdout=subprocess.PIPE,
             stderr=slave,
             env={**os.environ, "TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "100", "LINES": "40"},
-            timeout=60,
-            check=False,
-        )
-        drawn = os.read(master, 1 << 16).decode()
+        ) as process:
+            os.close(slave)
+            drawn = all_that_is_drawn(master)
+            said, _ = process.communicate(timeout=60)
     finally:
-        os.close(slave)
         os.close(master)
-    assert done.returncode == 0, drawn
+    assert process.returncode == 0, drawn
     assert "╭" in drawn
     assert f"g1 -> {destination.uri.removeprefix('tcp:')}" in drawn
     assert "\x1b[3" not in drawn
-    assert done.stdout.decode().startswith("g1: completed")
+    assert said.decode().startswith("g1: completed")
 
 
 def test_every_parameter_is_an_option_with_the_contracts_names() -> None:

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from migrated.observe.metrics import MOST_REGIMES, Metrics
 from migrated.service.notify import Notifier
 from migrated.settings.config import Address
+from scripts.rig.ports import free_port
 
 
 def values(metrics: Metrics) -> dict[tuple[str, ...], float]:
@@ -107,9 +108,7 @@ def test_what_runs_now_is_told_and_forgotten_when_it_ends(progress_of: Callable[
 def test_they_are_served_over_http_until_stopped(record_of: Callable[..., Any]) -> None:
     metrics = Metrics()
     metrics.observe(record_of(), "source")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     stop = metrics.serve(Address("127.0.0.1", port))
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:

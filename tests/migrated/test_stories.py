@@ -53,6 +53,7 @@ from protocol import messages
 from protocol.errors import ErrorCode
 from protocol.handover import DestinationEvent, DestinationState
 from protocol.messages import Message
+from scripts.rig.ports import free_port
 
 ID = "0123456789abcdef" * 2
 PARAMETERS = MigrationParameters(channels=2)
@@ -414,10 +415,8 @@ async def test_a_guest_is_free_again_when_the_record_cannot_be_kept(source: Envi
         raise OSError("the disk is full")
 
     source.finish = finish
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]  # nobody listens there once it is closed
     reservation = Reservation(guest, ID)
-    target = target_of(f"tcp:127.0.0.1:{port}")
+    target = target_of(f"tcp:127.0.0.1:{free_port()}")
     migration = OutgoingMigration(source, guest, reservation, target, PARAMETERS, ID, 1)
     with pytest.raises(OSError, match="the disk is full"), reservation:
         await migration.run()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
@@ -12,6 +11,7 @@ import pytest
 from migrated.fleet.etcd import EtcdStore
 from migrated.fleet.store import Missing, NoAnswerError, Put, Transaction, put
 from scripts.fleet.etcd_cluster import EtcdCluster, why_no_etcd
+from scripts.rig.ports import free_port
 
 TIMEOUT_S = 2.0
 
@@ -27,9 +27,7 @@ def etcd() -> Iterator[str]:
 @pytest.fixture
 def closed() -> str:
     """An address at which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 class Stranger:
