@@ -13,7 +13,7 @@ import os
 import selectors
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -259,6 +259,8 @@ class ApiServer:
         {"status", "interrupt", "describe", "memory", "throttle", "timer-arm", "set-rate", "destroy"}
     )
     """Answered before the next request is read: they never wait."""
+    IN_ORDER: Final = frozenset({"pause", "resume"})
+    """Carried out one after the other, in the order in which a client sent them."""
 
     def serve(self) -> None:
         """Accept connections until stopped. Returns with the socket path removed."""
@@ -302,10 +304,12 @@ class ApiServer:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A request that may take long, its arguments checked."""
+    """A request that may take long, its arguments checked. ``turn`` counts the requests of a connection that are
+    carried out in the order in which they came; None for others."""
 
     request_id: object
     action: Callable[[], Answer]
+    turn: int | None
 
 
 class _Connection:
@@ -321,6 +325,9 @@ class _Connection:
         self._threads = 0
         self._free = 0
         """Threads that read, or wait for their turn to read."""
+        self._turns_given = 0
+        self._turns_over = 0
+        self._turn_over = threading.Condition()
 
     def start(self) -> None:
         """Begin to serve, in threads of the connection's own."""
@@ -345,9 +352,26 @@ class _Connection:
                     nobody_reads = not self._free and self._threads < MOST_THREADS
             if nobody_reads:
                 self._add_thread()
-            self._run(request.request_id, request.action)
+            with self._in_turn(request.turn):
+                self._run(request.request_id, request.action)
             with self._counting:
                 self._free += 1
+
+    @contextlib.contextmanager
+    def _in_turn(self, turn: int | None) -> Iterator[None]:
+        """Wait until the requests of earlier turns are carried out: who gives up waiting for a stop and resumes the
+        guest must not be overtaken by the stop."""
+        if turn is None:
+            yield
+            return
+        with self._turn_over:
+            self._turn_over.wait_for(lambda: self._turns_over == turn)
+        try:
+            yield
+        finally:
+            with self._turn_over:
+                self._turns_over += 1
+                self._turn_over.notify_all()
 
     def _next_request(self) -> _Request | None:
         """Read up to the next request that may take long, and answer the others. Returns None when there are no
@@ -388,7 +412,10 @@ class _Connection:
             self._fail(request_id, error)
             return None
         if op not in ApiServer.INLINE:
-            return _Request(request_id, action)
+            turn = None
+            if op in ApiServer.IN_ORDER:
+                turn, self._turns_given = self._turns_given, self._turns_given + 1
+            return _Request(request_id, action, turn)
         self._run(request_id, action)
         if op == "destroy":
             self._server.stop()

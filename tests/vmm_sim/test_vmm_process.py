@@ -77,6 +77,17 @@ async def test_pause_and_resume_are_idempotent(house: Any) -> None:
     assert [entry["event"] for entry in guest.run_log()] == ["run", "stop"]
 
 
+async def test_stops_and_resumes_are_carried_out_in_the_order_in_which_they_came(house: Any) -> None:
+    """Nobody waits for the answer before the next is sent, as when a stop is given up."""
+    guest = await house.start("g1", *SMALL)
+    for _ in range(50):
+        answers = [asyncio.create_task(guest.call(op)) for op in ("pause", "resume", "pause", "resume")]
+        stopped, ran, *_ = [await answer for answer in answers]
+        assert "was_paused" not in stopped
+        assert "was_running" not in ran
+    assert (await guest.call("status"))["state"] == "running"
+
+
 async def test_a_paused_guest_never_runs(house: Any) -> None:
     guest = await house.start("g1", *SMALL, "--paused")
     await guest.until(lambda status: not status["booting"])
