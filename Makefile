@@ -24,10 +24,9 @@ demo-qemu: $(INSTALLED)
 demo-fleet: $(INSTALLED)
 	@$(BIN)/python -m scripts.demo_fleet $(DEMO_OPTIONS)
 
-# Two workers: one for tests that measure time, the other for those that do not mind waiting (tests/conftest.py).
 test: $(INSTALLED)
 	@echo "Running all tests; this takes some minutes (make test PYTEST_OPTIONS='-m \"not slow\"' for fewer)." >&2
-	@$(BIN)/python -m pytest -n 2 $(PYTEST_OPTIONS)
+	@$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
