@@ -17,6 +17,7 @@ from migrated.fleet.keys import Keys
 from migrated.fleet.model import HostSlots, Ownership, Reservation, parse
 from migrated.fleet.store import put
 from migrated.settings.config import FleetConfig
+from migrated.vmm import spawn
 from scripts.fleet.etcd_cluster import EtcdCluster, why_no_etcd
 from scripts.rig.waiting import until
 from tests.migrated.fleet.fleets import host
@@ -95,7 +96,8 @@ async def test_a_daemon_with_a_name_that_is_taken_keeps_out_of_the_fleet(
 ) -> None:
     """Else both would count each other's guests as their own. When the other one leaves, the name is free."""
     async with TinyHost(short_directory / "1", fleet=fleet) as first, contextlib.AsyncExitStack() as stack:
-        await first.add_guest("g1")
+        pid = await first.add_guest("g1")
+        stack.push_async_callback(spawn.make_sure_gone, pid, 10)  # the host that lets go leaves it running
         await until("the first one in the fleet", lambda: _there(first))
         second = await stack.enter_async_context(TinyHost(short_directory / "2", fleet=fleet))
         with pytest.raises(OperationError, match=f"Another daemon is in the fleet as 'b', at {first.uri}"):
