@@ -2,8 +2,8 @@
 
     Driver      finds, attaches, creates guests of one kind of VMM, and says what ran
     VmmGuest    one guest: a small core that every VMM can give
-    facets      abilities that only some VMMs have: GuestTime, Iterations, Throttle, OwnershipLock. ``None`` where one is
-                missing; a parameter that needs a missing facet is refused with a sentence before anything moves
+    facets      abilities that only some VMMs have: GuestTime, Iterations, Throttle, OwnershipLock; ``None`` where one
+                is missing. A parameter that needs a missing facet is refused with a sentence before anything moves
 
 State outside memory leaves and enters as a stream of named parts; how many calls that takes is the driver's affair.
 Memory is one or more regions (``migrated.vmm.memory``), and the dirty log covers all of them
