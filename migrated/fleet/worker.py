@@ -47,7 +47,8 @@ def next_work(mirror: Mirror, job: str, now_utc_ns: int) -> Work | Wait:
     if spec is None or state is None or is_over(state):
         return Wait(None)
     steps = sorted(mirror.steps[job].values(), key=lambda step: (step.order, step.guest))
-    if state.phase is JobPhase.RUNNING and (missing := _without_step(mirror, spec, steps)):
+    missing = _without_step(mirror, spec, steps)
+    if missing and state.phase is JobPhase.RUNNING:
         return _create_steps(mirror, spec, missing, len(steps), now_utc_ns)
     waits: list[int] = []
     possible = PossibleHosts(mirror, spec.host, spec.to)
@@ -64,7 +65,7 @@ def next_work(mirror: Mirror, job: str, now_utc_ns: int) -> Work | Wait:
         coming = _on_their_way(mirror, spec) if state.phase is JobPhase.RUNNING else ()
         if coming and not _is_late(spec, now_utc_ns):
             return Wait(spec.created_utc_ns + spec.deadline_ns if spec.deadline_ns else None)
-        return _end(mirror, spec, steps, coming, now_utc_ns)
+        return _end(mirror, spec, steps, coming, len(missing), now_utc_ns)
     return Wait(min(waits, default=None))
 
 
@@ -160,16 +161,19 @@ def _late(step: JobStep) -> str:
     return f"The job's deadline passed before {step.guest} could begin.{why}"
 
 
-def _end(mirror: Mirror, spec: JobSpec, steps: list[JobStep], coming: tuple[str, ...], now_utc_ns: int) -> Work:
+def _end(
+    mirror: Mirror, spec: JobSpec, steps: list[JobStep], coming: tuple[str, ...], unplanned: int, now_utc_ns: int
+) -> Work:
     """End a job whose steps are all final.
 
     Args:
         coming: guests that were on their way to its host when its deadline passed.
+        unplanned: guests of the job without a step: it was cancelled before they were planned.
     """
-    left = [step for step in steps if step.state is not StepState.DONE]
+    left = unplanned + sum(step.state is not StepState.DONE for step in steps)
     event, reason = JobEvent.ALL_DONE, ""
     if left:
-        event, reason = JobEvent.SOME_LEFT, f"{len(left)} of {len(steps)} guests did not move."
+        event, reason = JobEvent.SOME_LEFT, f"{left} of {len(steps) + unplanned} guests did not move."
     elif coming:
         event, reason = JobEvent.SOME_LEFT, f"{' and '.join(coming)} may still come to {spec.host} by another job."
     elif spec.guests and not steps:

@@ -263,6 +263,21 @@ def test_a_cancelled_job_begins_nothing_more_and_ends_when_its_attempts_have() -
     assert all(not slots.outbound and not slots.arriving for slots in fleet.mirror.slots.values())
 
 
+def test_a_job_that_is_cancelled_before_its_guests_were_planned_is_cancelled_and_can_be_resumed() -> None:
+    fleet = Fleet([host("a"), host("b")], guests=3)
+    fleet.start()
+    fleet.must(changes.change_job(fleet.mirror, "j1", JobEvent.CANCEL, fleet.now_ns))
+    fleet.work()
+    assert fleet.phase() is JobPhase.CANCELLED
+    assert fleet.mirror.states["j1"].reason == "3 of 3 guests did not move."
+    assert not fleet.mirror.steps["j1"]
+    for work in list(resume_steps(fleet.mirror, "j1", fleet.now_ns)):
+        fleet.must(work.transaction)
+    fleet.run()
+    assert fleet.phase() is JobPhase.DONE
+    assert not fleet.mirror.by_owner["a"]
+
+
 def test_two_jobs_that_overlap_keep_slots_and_memory_and_move_no_guest_twice() -> None:
     fleet = Fleet([host("a"), host("b", memory_bytes=8 * GIB), host("c", memory_bytes=8 * GIB)], guests=4)
     fleet.start(worker="b")
