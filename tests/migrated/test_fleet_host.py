@@ -14,7 +14,7 @@ import pytest
 from migrated.control.operations import JobRequest, OperationError
 from migrated.fleet.etcd import EtcdStore
 from migrated.fleet.keys import Keys
-from migrated.fleet.model import HostSlots, Ownership, Reservation, parse
+from migrated.fleet.model import HostDocument, HostSlots, Ownership, Reservation, parse
 from migrated.fleet.store import put
 from migrated.settings.config import FleetConfig
 from migrated.vmm import spawn
@@ -239,6 +239,27 @@ async def test_a_guest_is_not_sent_where_two_hosts_say_that_they_are(
             return f"at {here.uri}: b, d" in await refused(here, here.uri)
 
         await until("the other one that says it is here", itself_too)
+
+
+async def test_a_cordoned_host_says_so_and_refuses_what_no_job_was_promised(
+    short_directory: Path, fleet: FleetConfig, keys: Keys, store: EtcdStore
+) -> None:
+    """Whoever empties it relies on that: a migration that was begun by hand before would arrive when the job is over."""
+
+    async def says_so() -> bool:
+        entry = await store.get(keys.host("b"))
+        return entry is not None and parse(HostDocument, entry.key, entry.value).cordoned is True
+
+    async with TinyHost(short_directory / "1") as source, TinyHost(short_directory / "2", fleet=fleet) as there:
+        await source.add_guest("g1")
+        await until("host b in the fleet", lambda: _there(there))
+        assert there.operations.fleet is not None
+        await there.operations.fleet.cordon("b", "")
+        await until("the cordon seen by its host", says_so)
+        ended = await source.operations.wait(await source.operations.migrate("g1", there.uri, {}))
+        assert ended["outcome"] == "refused"
+        assert "The host b is cordoned: it takes no guests in" in ended["reason"]
+        assert b'migrated_offers_refused_total{reason="cordon"} 1.0' in there.operations.metrics_text()
 
 
 async def takes_and_says_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from migrated.fleet.model import Ownership
+from migrated.fleet.model import Cordon, HostSlots, Ownership, Reservation
 from migrated.fleet.ownership import NotTheOwnerError
 from migrated.fleet.store import put
 from migrated.member.follower import Follower
@@ -84,6 +84,18 @@ async def test_the_token_of_an_arrival_is_asked_of_the_store_and_never_an_old_on
     assert await fleet.owners.token("unknown", arriving=True) is None
     revision = await put(fleet.store, KEYS.owner("g"), Ownership(owner="b", epoch=9, previous="a").to_bytes())
     assert await fleet.owners.token("g", arriving=True) == revision, "before the watch has told it"
+
+
+async def test_a_cordoned_host_takes_only_what_a_job_was_promised(fleet: Fleet) -> None:
+    assert fleet.owners.why_not_here("g") is None
+    there = Reservation(guest="promised", job="j1", peer="a", memory_bytes=1, attempt=1)
+    landed = there.model_copy(update={"guest": "landed", "landed": True})
+    await put(fleet.store, KEYS.slots_of("b"), HostSlots(inbound=(there, landed)).to_bytes())
+    await put(fleet.store, KEYS.cordon("b"), Cordon(by="x", since_utc_ns=0).to_bytes())
+    assert await fleet.follower.until(lambda: "b" in fleet.follower.mirror.cordons, 5)
+    assert fleet.owners.why_not_here("promised") is None
+    for guest in ("g", "landed"):
+        assert "The host b is cordoned" in str(fleet.owners.why_not_here(guest))
 
 
 async def test_a_discarded_guest_is_given_back_and_no_other(fleet: Fleet, tmp_path: Path) -> None:
