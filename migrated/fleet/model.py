@@ -88,7 +88,7 @@ class HostDocument(Document):
         max_inbound, max_outbound: slots, the attempts that it allows at once.
         link_bytes_per_s: what its link was last measured to move, 0 while unknown.
         clock_offset_ns: how far its wall clock is ahead of its peers', as clock exchanges showed; None while unknown.
-        cordoned: it has seen its own cordon when it counted ``inbound``: since then it refuses every guest that no job
+        cordon_seen: it has seen its own cordon when it counted ``inbound``: since then it refuses every guest that no job
             had promised to it. None from a daemon of an older version, which does not say.
     """
 
@@ -109,7 +109,7 @@ class HostDocument(Document):
     max_outbound: Slots = 2
     link_bytes_per_s: Count = 0
     clock_offset_ns: int | None = None
-    cordoned: bool | None = None
+    cordon_seen: bool | None = None
 
 
 class Cordon(Document):

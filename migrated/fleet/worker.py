@@ -90,7 +90,7 @@ def open_ends(mirror: Mirror, spec: JobSpec) -> tuple[str, ...]:
     found += [f"{one.guest} may still come to {spec.host} by another job" for one in promised]
     handed_over = sorted(mirror.by_previous.get(spec.host, ()))
     found += [f"{guest} was handed over by {spec.host} and does not surely run elsewhere" for guest in handed_over]
-    if host is not None and spec.host in mirror.cordons and host.cordoned is False:
+    if host is not None and spec.host in mirror.cordons and host.cordon_seen is False:
         found.append(f"{spec.host} has not said yet that it takes no guests in")
     elif host is not None and host.inbound > len(promised):
         found.append(f"migrations to {spec.host} that were begun by hand are under way")

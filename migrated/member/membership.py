@@ -171,7 +171,7 @@ class Membership:
             max_outbound=fleet.max_outbound if self._local.role != "destination" else 0,
             link_bytes_per_s=fleet.link_bytes_per_s or self._link.speed(records),
             clock_offset_ns=self._clock_offset_ns(),
-            cordoned=self._name in self._follower.mirror.cordons,
+            cordon_seen=self._name in self._follower.mirror.cordons,
         )
         mirror = self._follower.mirror
         if document != self._told or mirror.hosts.get(self._name) != document or here & promised or gone:

@@ -248,7 +248,7 @@ async def test_a_cordoned_host_says_so_and_refuses_what_no_job_was_promised(
 
     async def says_so() -> bool:
         entry = await store.get(keys.host("b"))
-        return entry is not None and parse(HostDocument, entry.key, entry.value).cordoned is True
+        return entry is not None and parse(HostDocument, entry.key, entry.value).cordon_seen is True
 
     async with TinyHost(short_directory / "1") as source, TinyHost(short_directory / "2", fleet=fleet) as there:
         await source.add_guest("g1")

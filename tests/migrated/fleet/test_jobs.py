@@ -386,7 +386,7 @@ def test_a_guest_that_is_on_its_host_again_is_moved_again() -> None:
 
 
 def test_a_host_is_not_empty_while_its_guest_is_not_settled_elsewhere_or_one_comes_by_hand() -> None:
-    fleet = Fleet([host("a", cordoned=False), host("b")], guests=0)
+    fleet = Fleet([host("a", cordon_seen=False), host("b")], guests=0)
     fleet.must(changes.create_job(fleet.mirror, spec(deadline_ns=60 * S)))
     fleet.claim("b")
 
@@ -401,12 +401,12 @@ def test_a_host_is_not_empty_while_its_guest_is_not_settled_elsewhere_or_one_com
 
     assert fleet.work() == Wait(60 * S)
     assert reason() == "a has not said yet that it takes no guests in."
-    tell(cordoned=True, inbound=1)
+    tell(cordon_seen=True, inbound=1)
     assert fleet.work() == Wait(60 * S)
     assert reason() == "migrations to a that were begun by hand are under way."
     unsettled = Ownership(owner="b", epoch=3, previous="a", migration_id="m")
     fleet.must(Transaction((), (Put(KEYS.owner("x"), unsettled.to_bytes()),)))
-    tell(cordoned=True)
+    tell(cordon_seen=True)
     assert fleet.work() == Wait(60 * S)
     assert reason() == "x was handed over by a and does not surely run elsewhere."
     waiting = "It waits: x was handed over by a and does not surely run elsewhere."
