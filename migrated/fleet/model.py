@@ -88,8 +88,8 @@ class HostDocument(Document):
         max_inbound, max_outbound: slots, the attempts that it allows at once.
         link_bytes_per_s: what its link was last measured to move, 0 while unknown.
         clock_offset_ns: how far its wall clock is ahead of its peers', as clock exchanges showed; None while unknown.
-        cordon_seen: it has seen its own cordon when it counted ``inbound``: since then it refuses every guest that no job
-            had promised to it. None from a daemon of an older version, which does not say.
+        cordon_seen: it had seen its own cordon when it counted ``inbound``: since then it refuses every guest that no
+            job had promised to it. None from a daemon of an older version, which does not say.
     """
 
     name: GuestName

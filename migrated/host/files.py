@@ -131,10 +131,11 @@ class FileAttempts:
             OperationError: the name is taken here, or in the fleet.
         """
         name = hello.guest.name
-        if name in self._restoring or self._env.guests.holds(name):
-            where = "being restored" if name in self._restoring else "already"
+        if name in self._restoring:
+            raise OperationError(f"a guest named {name!r} is being restored on this host; wait for its end")
+        if self._env.guests.holds(name):
             raise OperationError(
-                f"a guest named {name!r} is {where} on this host; give the restored one another name with --name"
+                f"a guest named {name!r} is already on this host; give the restored one another name with --name"
             )
         self._restoring.add(name)
         try:

@@ -244,7 +244,7 @@ async def test_a_guest_is_not_sent_where_two_hosts_say_that_they_are(
 async def test_a_cordoned_host_says_so_and_refuses_what_no_job_was_promised(
     short_directory: Path, fleet: FleetConfig, keys: Keys, store: EtcdStore
 ) -> None:
-    """Whoever empties it relies on that: a migration that was begun by hand before would arrive when the job is over."""
+    """Whoever empties it relies on that: else what was begun by hand before would arrive when the job is over."""
 
     async def says_so() -> bool:
         entry = await store.get(keys.host("b"))
