@@ -67,7 +67,7 @@ async def test_nobody_and_a_stranger_at_the_socket(place: Path) -> None:
     with pytest.raises(VmmError):
         await Qmp.connect(place / "file")
     (place / "link").symlink_to(place / "nothing")
-    with pytest.raises(VmmGoneError, match="listens on .*/nothing$"):  # what the operator named
+    with pytest.raises(VmmGoneError, match=r"listens on .*/nothing$"):  # what the operator named
         await Qmp.connect(place / "link")
 
 
