@@ -33,6 +33,7 @@ from protocol.effects import Result
 from protocol.errors import RemoteProtocolError
 from protocol.guest import GuestName
 from protocol.savefile import PREAMBLE_BYTES, Preamble
+from protocol.wrong_values import first_fault
 
 log = structlog.get_logger()
 
@@ -115,8 +116,7 @@ class FileAttempts:
             restore = await self._prepared(file, hello, parameters(hello.guest.name))
         except ValidationError as error:
             file.close()
-            reason = error.errors(include_url=False)[0]["msg"]
-            raise OperationError(f"{name!r} is no name that a guest can have: {reason}") from error
+            raise OperationError(f"{name!r} is no name that a guest can have: it {first_fault(error)}") from error
         except BaseException:
             file.close()
             raise
