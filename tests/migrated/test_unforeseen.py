@@ -87,7 +87,7 @@ async def test_a_switchover_that_its_operator_holds_has_not_stalled(short_direct
     need_write_tracking()
     async with TinyHost(short_directory / "a") as a, TinyHost(short_directory / "b", stall_timeout_s=0.2) as b:
         await a.add_guest()
-        held = {"pause_before_switchover": True, "switchover_abort": False}
+        held: dict[str, object] = {"pause_before_switchover": True, "switchover_abort": False}
         migration_id = await a.operations.migrate("g1", b.uri, held)
         await a.until_status("g1", "pre-switchover")
         await b.until_status("g1", "pre-switchover")
