@@ -118,6 +118,8 @@ class Membership:
                 continue
             except StoreError as error:
                 self._follower.failed(error)
+            except Exception:  # without its lease this host would be out of the fleet, and its jobs would stand still
+                log.exception("what this host tells its fleet failed unexpectedly; it is tried again")
             try:
                 async with asyncio.timeout(beat_s):
                     await self._new.wait()
@@ -186,7 +188,9 @@ class Membership:
         last = {record.guest: known for record in reversed(records) if (known := forecast(record)) is not None}
         usual = usual_forecast(records)
         for guest in guests:
-            if not guest.arriving and await self._owners.claim_found(guest.name):
+            if guest.arriving or guest.in_doubt:
+                continue  # whose guest it is, is settled by the hand-over alone
+            if await self._owners.claim_found(guest.name):
                 limit_ns = int(self._local.parameters(guest.name).downtime_limit_ms * 1e6)
                 needs = await self._needs_of(guest.name)
                 if needs is not None:

@@ -99,6 +99,7 @@ class Owners:
         except NameTakenError as error:
             raise OperationError(f"Guest {guest!r} is not started here. {error}") from error
         except StoreError as error:
+            self.release(guest)  # it may have been carried out
             raise OperationError(
                 f"Guest {guest!r} is not started: only the fleet's store can say that no other host has it. {error}"
             ) from error
