@@ -221,6 +221,12 @@ async def destination(daemon: TinyHost, short_directory: Path) -> AsyncIterator[
 
 
 @pytest.fixture
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that starts waits a moment only for guests that do not answer: those here never do in that time."""
+    monkeypatch.setattr("migrated.guests.registry.ANSWER_S", 0.1)
+
+
+@pytest.fixture
 def silent_uri() -> Iterator[str]:
     """Where connections are accepted and nothing is ever said: a migration to there waits until it is cancelled."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -55,6 +55,7 @@ async def owner_of(store: EtcdStore, key: str) -> Ownership | None:
     return None if entry is None else parse(Ownership, key, entry.value)
 
 
+@pytest.mark.usefixtures("little_patience")
 async def test_a_guest_that_does_not_answer_keeps_its_owner_when_its_name_is_asked_for(
     short_directory: Path, fleet: FleetConfig, keys: Keys, store: EtcdStore
 ) -> None:
@@ -74,6 +75,7 @@ async def test_a_guest_that_does_not_answer_keeps_its_owner_when_its_name_is_ask
         await until("g1 answers", lambda: _runs(later, "g1"))
 
 
+@pytest.mark.usefixtures("little_patience")
 async def test_a_guest_that_does_not_answer_and_then_ends_has_no_owner_any_more(
     short_directory: Path, fleet: FleetConfig, keys: Keys, store: EtcdStore
 ) -> None:

@@ -172,6 +172,7 @@ async def test_a_guest_whose_process_does_not_end_keeps_its_name(
     assert not guests.holds("g1")
 
 
+@pytest.mark.usefixtures("little_patience")
 async def test_a_silent_guest_keeps_its_name_until_it_ends(short_directory: Path) -> None:
     async with opened(short_directory) as first:
         pid = (await first.create(G1)).vmm.pid

@@ -313,6 +313,7 @@ async def test_an_attempt_that_a_later_one_overtook_does_not_touch_the_guest(sho
         assert (await host.state_of("g1"), host.guest("g1").vmm.pid) == ("running", pid)
 
 
+@pytest.mark.usefixtures("little_patience")
 @pytest.mark.parametrize(
     ("role", "leave", "decided"), [("source", paused_guest, []), ("destination", incoming_guest, [DISCARD])]
 )
