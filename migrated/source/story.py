@@ -24,10 +24,11 @@ from migrated.source.handover import SourceHandover
 from migrated.source.interruption import Interruption
 from migrated.source.ledger import DeviceFigures, OutgoingLedger
 from migrated.source.listener import Listener
+from migrated.source.offer import offer_of
 from migrated.source.outcome import OutcomeAsker
 from migrated.source.phases import Beginning, Blackout, Connected, Opened, Prepared
 from migrated.source.precopy import Precopy
-from migrated.source.session import Session, connect, offer_of, open_session
+from migrated.source.session import Session, connect, open_session
 from migrated.source.switchover import Item, Switchover
 from migrated.source.target import HERE, Target
 from migrated.source.transfer import BESIDE_BYTES, BESIDE_LOCAL_BYTES, Transfer

@@ -3,6 +3,8 @@
 open_session   fails at each of its steps: nothing is left behind, and the destination has been told
 welcome        an attempt with everything it needs, or a refusal after which nothing is left
 Reservation    a guest is free again whatever happens to the attempt
+
+The module is longer than others because all of it plays the same destination to the same source.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from migrated.record.terms import Role
 from migrated.settings.config import Address, Config, ControlConfig, LimitsConfig, StateConfig, VmmConfig
 from migrated.settings.parameters import MigrationParameters
 from migrated.source.migration import OutgoingMigration
-from migrated.source.session import Session, connect, offer_of, open_session
+from migrated.source.offer import offer_of
+from migrated.source.session import Session, connect, open_session
 from migrated.source.target import target_of
 from migrated.state.journal import Journal
 from migrated.state.learned import load_prior
