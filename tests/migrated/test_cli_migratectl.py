@@ -1,4 +1,5 @@
-"""migratectl against a control socket: what it prints, where, and its exit status."""
+"""migratectl against a control socket: what it prints, where, and its exit status. The module is longer than others
+because every command has its tests here, as every command stands in one module."""
 
 from __future__ import annotations
 

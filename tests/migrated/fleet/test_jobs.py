@@ -1,6 +1,7 @@
 """Jobs: plan -> reserve -> migrate -> done, with whatever goes wrong on the way, over a fake store.
 
 The fleet here is a mirror that sees every change at once; ``Fleet`` plays the worker and the daemons of the sources.
+The module is longer than others because all of it is about one state machine, with one such fleet.
 """
 
 from __future__ import annotations
