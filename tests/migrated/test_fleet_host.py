@@ -184,6 +184,8 @@ async def test_what_no_key_can_hold_is_refused_with_a_sentence(short_directory: 
                 await refused
         with pytest.raises(OperationError, match="256 hosts to go to at most"):
             await asked.evacuate(JobRequest(host="b", to=("b",) * 257))
+        with pytest.raises(OperationError, match="Guests that leave the host 'b' cannot go to it"):
+            await asked.evacuate(JobRequest(host="b", to=("b",)))
 
 
 async def test_memory_of_a_guest_that_landed_and_is_gone_is_not_promised_for_ever(
