@@ -97,7 +97,7 @@ class _Snapshot(NamedTuple):
     closed: bool
 
     def lines(self) -> Iterator[bytes]:
-        """The lines that say it all."""
+        """The lines of a journal from which a daemon that starts reads this attempt as it was."""
         one = self.attempt
         which = {"migration_id": one.migration_id, "role": one.role}
         begin = {"at": one.began_at, "epoch": one.epoch, "guest": one.guest, "facts": one.facts}
