@@ -88,8 +88,8 @@ class Story:
         """Move the guest. When it returns the hand-over is decided, or in doubt.
 
         Raises:
-            MigrationError, ProtocolError, JournalError, OSError, ValueError: it ended before the stop; the caller must
-                release ``phase``.
+            MigrationError, ProtocolError, JournalError, RunMarkError, OSError, ValueError: it ended before the stop;
+                the caller must release ``phase``.
         """
         prepared, pending = await self._interruption.unless_ended(self._without_disturbing())
         await self._switch_over(prepared, pending)
@@ -138,6 +138,7 @@ class Story:
         """Journal the attempt: a restarted daemon then knows whose guest it is. From here on it may be stopped."""
         env, ledger, session, vmm = self._env, self._ledger, opened.session, self._guest.vmm
         parameters = self._parameters()
+        env.run_marks.make_room()
         env.journal.begin(
             ledger.migration_id,
             ledger.epoch,
