@@ -18,7 +18,7 @@ from migrated.observe.progress import Progress
 from migrated.settings.parameters import MigrationParameters
 from migrated.state.history import HistoryQuery
 from migrated.vmm.seam import Replacement
-from protocol.guest import MAX_MEMORY_BYTES, GuestName
+from protocol.guest import MAX_MEMORY_BYTES, NAME_PATTERN, GuestName
 
 ErrorKind = Literal["GenericError", "CommandNotFound", "DeviceNotActive", "DeviceNotFound", "KVMMissingCap"]
 """QMP's error classes (qapi/error.json)."""
@@ -61,7 +61,7 @@ def _free_option(name: str) -> str:
 
 
 OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$"), AfterValidator(_free_option)]
-DefinitionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+DefinitionName = Annotated[str, Field(max_length=64, pattern=NAME_PATTERN)]
 OptionValue = Annotated[str, Field(pattern=r"^[^\x00]{0,4096}$")]
 
 

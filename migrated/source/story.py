@@ -36,6 +36,7 @@ from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
 from protocol.handover import SourceState
 from protocol.pages import Runs
+from protocol.versions import HOLD
 
 _REPORT_S = 5.0
 
@@ -206,6 +207,7 @@ class Story:
             env.config.limits,
             env.clock,
             hold,
+            HOLD in session.welcome.capabilities,
             lambda: view.guest_stopped(held=hold is not None),
             view.tell_passes,
         )

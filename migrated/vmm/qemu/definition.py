@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from migrated.base.errors import VmmError
 from migrated.settings.parameters import Bytes
 from migrated.vmm.qemu.places import agent_path
+from protocol.wrong_values import fault
 
 MemoryKind = Literal["private", "memfd", "file"]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+:=-]*$", max_length=128)]
@@ -112,7 +113,7 @@ def load_definition(directory: Path, name: str) -> Definition:
         made = Definition.model_validate(document)
     except ValidationError as error:
         found = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'as a whole'}: {problem['msg'].removeprefix('Value error, ')}"
+            f"{'.'.join(map(str, problem['loc'])) or 'as a whole'}: {fault(problem)}"
             for problem in error.errors(include_url=False)
         )
         raise VmmError(f"the definition {path} cannot be used: {found}") from error

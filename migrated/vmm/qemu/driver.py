@@ -28,7 +28,8 @@ from migrated.vmm.qemu.offers import offers
 from migrated.vmm.qemu.places import Place
 from migrated.vmm.qemu.qmp import QUICK_S
 from migrated.vmm.seam import Driver, GuestRequest, Incoming
-from protocol.guest import GuestDescription
+from protocol.guest import NAME_PATTERN, GuestDescription
+from protocol.wrong_values import fault
 
 _LOOK_AGAIN_S: Final = 0.01
 _ENDING_S: Final = 1.0
@@ -44,7 +45,7 @@ class _Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    definition: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = None
+    definition: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     qmp: Path | None = None
     incoming: bool = False
     run_log: Path | None = None
@@ -85,7 +86,7 @@ class QemuDriver(Driver):
         try:
             options = _Options.model_validate(dict(request.options))
         except ValidationError as error:
-            found = "; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors(include_url=False))
+            found = "; ".join(f"{problem['loc'][0]} {fault(problem)}" for problem in error.errors(include_url=False))
             raise VmmError(f"QEMU guest {request.name!r} cannot be made so: {found}") from error
         self._directory.mkdir(parents=True, exist_ok=True)
         if options.qmp is not None:
