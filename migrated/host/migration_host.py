@@ -120,6 +120,7 @@ class MigrationHost:
             member.look_again()
 
         self._records.on_finished = finished
+        self._incoming.on_ended = member.look_again
         self._env.keeper = member.owners
         return member
 

@@ -11,10 +11,25 @@ from typing import Final
 
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _SYNC_FILE_RANGE_WAIT: Final = 1 | _SYNC_FILE_RANGE_WRITE | 4
+_FALLOC_KEEP_SIZE: Final = 1
 _CANNOT: Final = frozenset({errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP})
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def make_room(fd: int, size: int) -> None:
+    """Have the disk set so many bytes aside behind the end of a file, which stays as long as it is: what is appended
+    then finds room on a disk that has become full. A file system that cannot is not asked again.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    if _libc.fallocate(fd, _FALLOC_KEEP_SIZE, os.fstat(fd).st_size, size) < 0:
+        code = ctypes.get_errno()
+        if code not in _CANNOT:
+            raise OSError(code, os.strerror(code))
 
 
 def start_writeback(fd: int, offset: int, size: int) -> None:

@@ -204,11 +204,6 @@ class FleetOperator:
                     f"{', '.join(sorted(mirror.hosts)) or 'none'}.",
                     "DeviceNotFound",
                 )
-        for job, spec in mirror.specs.items():
-            state = mirror.states.get(job)
-            same = spec.kind is JobKind.EVACUATE and spec.host == request.host
-            if same and not request.dry_run and state is not None and not is_over(state):
-                raise OperationError(f"The host {request.host} is being emptied already, by job {job}.")
 
     def _spec(self, request: JobRequest, kind: JobKind, host: str) -> JobSpec:
         return JobSpec(

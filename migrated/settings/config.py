@@ -306,8 +306,8 @@ class LimitsConfig(Section):
     round_timeout_s: PositiveSeconds = 60.0
     """A round without any acknowledged progress for this long is lost."""
     stall_timeout_s: PositiveSeconds = 300.0
-    """An incoming migration that sends less than 1 MiB in this time before its guest is handed over is given up; a
-    switchover that its operator holds (pause-before-switchover) sends nothing."""
+    """An incoming migration that sends less than 1 MiB in this time before its guest is handed over is given up. While
+    its operator holds the switchover (pause-before-switchover) it may send nothing."""
     incoming_timeout_s: PositiveSeconds = 86_400.0
     """An incoming migration whose guest has not been handed over after this long is given up, however much it sends."""
     stop_timeout_s: PositiveSeconds = 5.0
