@@ -18,7 +18,8 @@ MAX_DEVICE_STATE_BYTES: Final = 1 << 32
 MAX_VMM_CONFIG_BYTES: Final = 32 << 10
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
-GuestName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+GuestName = Annotated[str, Field(min_length=1, max_length=64, pattern=NAME_PATTERN)]
 NonNegativeNs = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 
 

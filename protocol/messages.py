@@ -4,7 +4,7 @@ Longer than other modules because the catalogue of the wire is best read in one 
 
 Control channel (S source, D destination; the whole story is drawn in docs/protocol.md):
 
-    S HELLO  -> D WELCOME | REFUSE        S ROUND_END … D ROUND_DONE      S DOWNTIME, STATE_END -> D READY | NO
+    S HELLO  -> D WELCOME | REFUSE        S ROUND_END … D ROUND_DONE      S (HOLD,) DOWNTIME, STATE_END -> D READY | NO
     S COMMIT -> D RUNNING | DISCARDED     S ABORT -> D DISCARDED          D REPORT, S RECORD
     either side: CLOCK_ASK -> CLOCK_REPLY (also the heartbeat), ERROR
 
@@ -69,6 +69,7 @@ class FrameType(IntEnum):
     REPORT = 20
     RECORD = 21
     ERROR = 22
+    HOLD = 23
     JOIN = 32
     JOINED = 33
     PAGES = 34
@@ -197,6 +198,14 @@ class Downtime(Message):
     resume_reserve_ns: NonNegativeNs
     source_downtime_ns: NonNegativeNs
     sent_at_ns: I64
+
+
+class Hold(Message):
+    """The guest has stopped and the operator holds the switchover: nothing comes before DOWNTIME, for as long as he
+    likes. Only with the capability ``hold``."""
+
+    TYPE = FrameType.HOLD
+    epoch: Epoch
 
 
 class TimeAsk(Message):
@@ -407,6 +416,7 @@ MESSAGES: tuple[type[Message], ...] = (
     RoundEnd,
     RoundDone,
     Downtime,
+    Hold,
     TimeAsk,
     TimeData,
     StateEnd,

@@ -28,6 +28,7 @@ MINOR: Final = 0
 OLDEST_MAJOR: Final = 2
 MIN_PAYLOAD_BYTES: Final = 64 << 10
 
+HOLD: Final = "hold"
 CAPABILITIES: Final = frozenset(
     {
         "switchover-abort",  # the destination enforces the downtime limit
@@ -37,6 +38,7 @@ CAPABILITIES: Final = frozenset(
         "zstd",  # batches may travel compressed with Zstandard
         "lz4",  # batches may travel compressed with LZ4
         "xor-delta",  # pages may travel as XOR against the page last sent
+        HOLD,  # the source says when its operator holds the switchover
         "shared-memory",  # guest memory is handed over as descriptors that come with HELLO, and is not copied
     }
 )

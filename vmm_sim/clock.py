@@ -15,7 +15,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from protocol.guest_time import U64_MAX, VmTimeData, tsc_ticks
-from vmm_sim.config import explain
+from protocol.wrong_values import first_fault
 from vmm_sim.errors import VmmError
 from vmm_sim.host_clock import NS_PER_SEC, HostClock
 
@@ -74,7 +74,7 @@ def parse_time_data(value: object) -> VmTimeData:
     try:
         time_data = VmTimeData.model_validate(value)
     except ValidationError as error:
-        raise VmmError("InvalidTimeData", f"The time data is not usable: {explain(error)}.") from error
+        raise VmmError("InvalidTimeData", f"The time data is not usable: {first_fault(error)}.") from error
     if time_data.hres_ns >= NS_PER_SEC:
         raise VmmError("InvalidTimeData", f"The time data's hres_ns is {time_data.hres_ns}, a second or more.")
     return time_data

@@ -7,15 +7,15 @@ holds nothing of the host; a peer may have written it, so every value is bounded
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from protocol.guest import MAX_DEVICES, PAGE_SIZE, GuestName, Name, WireModel
 from protocol.units import UnitError, parse_rate, parse_size
+from protocol.wrong_values import first_fault
 
 WorkloadName = Literal["idle", "sequential", "random", "hot-cold", "phased", "fill", "delta", "stride"]
-WORKLOADS: Final[tuple[WorkloadName, ...]] = get_args(WorkloadName)
 
 MIN_MEMORY_BYTES: Final = 1 << 20
 MAX_SIM_MEMORY_BYTES: Final = 1 << 40
@@ -128,13 +128,6 @@ class GuestConfig(Costs):
         return self
 
 
-def explain(error: ValidationError) -> str:
-    """The first complaint of a pydantic error, with its key."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    return f"{key}: {first['msg']}" if key else str(first["msg"])
-
-
 def build_config(options: dict[str, Any]) -> GuestConfig:
     """A guest's config from options (``[guest]`` of a profile, command line), defaults scaled to its memory.
 
@@ -176,7 +169,7 @@ def build_config(options: dict[str, Any]) -> GuestConfig:
     try:
         return GuestConfig.model_validate({**defaults, **options, "memory_bytes": memory_bytes, "devices": devices})
     except ValidationError as error:
-        raise ConfigError(f"The guest configuration is not usable: {explain(error)}.") from error
+        raise ConfigError(f"The guest configuration is not usable: {first_fault(error)}.") from error
 
 
 def read_profile(path: Path) -> dict[str, Any]:
@@ -233,4 +226,4 @@ def _device(entry: Any) -> DeviceConfig:
     try:
         return DeviceConfig.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(f"Device {fields.get('name')!r} is not usable: {explain(error)}.") from error
+        raise ConfigError(f"Device {fields.get('name')!r} is not usable: {first_fault(error)}.") from error

@@ -11,7 +11,8 @@ import msgpack
 from pydantic import ValidationError
 
 from protocol.guest import MAX_VMM_CONFIG_BYTES, PAGE_SIZE, DeviceDescription, GuestDescription
-from vmm_sim.config import ConfigError, GuestConfig, explain
+from protocol.wrong_values import first_fault
+from vmm_sim.config import ConfigError, GuestConfig
 from vmm_sim.devices import Device
 from vmm_sim.memory import memory_regions
 
@@ -59,7 +60,7 @@ def read_description(path: Path) -> tuple[GuestConfig, int]:
         # The name is the host's affair: a guest may be restored under another one.
         config = GuestConfig.model_validate({**fields, "name": description.name})
     except ValidationError as error:
-        raise ConfigError(f"The description {path} is not usable: {explain(error)}.") from error
+        raise ConfigError(f"The description {path} is not usable: {first_fault(error)}.") from error
     except (OSError, ValueError, TypeError, msgpack.exceptions.StackError) as error:
         raise ConfigError(f"The description {path} cannot be read: {error}.") from error
     described = (description.uuid, description.vcpus, description.guest_freq, description.machine)

@@ -12,12 +12,10 @@ from typing import Any, Final
 
 import click
 
-from migrated.cli.options import UnitValue
+from migrated.cli.options import NANOSECONDS
 from migrated.cli.session import EXIT_FAILED, Session, console, with_session
 from migrated.control.client import ControlClient
-from protocol.units import parse_duration_ns
 
-DURATION_NS: Final = UnitValue("duration", parse_duration_ns)
 OVER: Final = frozenset({"done", "failed", "cancelled"})
 """Phases of a job on which nobody works any more."""
 _POLL_S: Final = 0.25
@@ -42,8 +40,8 @@ def hosts(session: Session) -> None:
 @click.argument("host", required=False, metavar="[HOST|JOB]")
 @click.option("--to", metavar="A,B", help="Only to these hosts.")
 @click.option("--max-parallel", type=click.IntRange(0, 256), metavar="N", help="Migrations at once.")
-@click.option("--limit", type=DURATION_NS, help="An upper limit of the downtime; a guest's own holds where lower.")
-@click.option("--deadline", type=DURATION_NS, help="No migration begins later than this.")
+@click.option("--limit", type=NANOSECONDS, help="An upper limit of the downtime; a guest's own holds where lower.")
+@click.option("--deadline", type=NANOSECONDS, help="No migration begins later than this.")
 @click.option("--dry-run", is_flag=True, help="Only show the plan: order, times, downtimes.")
 @click.option("--no-wait", is_flag=True, help="Return once it has begun.")
 @click.option("--status", is_flag=True, help="Show the evacuation JOB, or all jobs.")

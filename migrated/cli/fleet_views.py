@@ -75,7 +75,8 @@ def job_view(job: Json) -> RenderableType:
     """One job with its guests."""
     moved = f"{job['done']} of {len(job['guests'])} guests moved in {duration(job['total_ns'])}"
     title = Text(f"{job['kind']} {clean(job['host'])}, job {job['job']}: {job['phase']}. {moved}", style="bold")
-    return Group(title, _guests_table(job))
+    reason = [Text(clean(job["reason"]), style="yellow")] if job["reason"] else []
+    return Group(title, *reason, _guests_table(job))
 
 
 def _guests_table(job: Json) -> Table:
@@ -132,7 +133,9 @@ def fleet_view(hosts: Sequence[Json], jobs: Sequence[Json], now_utc_ns: int) -> 
         elapsed = duration(max(0, now_utc_ns - job["created_utc_ns"]))
         worker = f"carried on by {job['worker']}" if job["worker"] else "without a worker"
         title = f"{job['kind']} {job['host']}, job {job['job']}: {moved} after {elapsed}, {left}, {worker}"
-        parts += [Text(""), Text(clean(title), style="bold"), _guests_table(job)]
+        parts += [Text(""), Text(clean(title), style="bold")]
+        parts += [Text(clean(job["reason"]), style="yellow")] if job["reason"] else []
+        parts.append(_guests_table(job))
     if not jobs:
         parts += [Text(""), Text("No job runs.")]
     return Group(*parts)

@@ -60,7 +60,7 @@ def facts_view(facts: Json) -> Table:
     """Any flat object: one line per member; nested ones as ``outer.inner``."""
     table = new_facts("")
     for name, value in _flat(facts):
-        add_fact(table, name, _readable(name, value))
+        add_fact(table, *_readable(name, value))
     return table
 
 
@@ -163,16 +163,18 @@ def _flat(value: Json, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix + name, member
 
 
-def _readable(name: str, value: object) -> object:
-    """A bare number with the unit that its name ends in."""
+def _readable(name: str, value: object) -> tuple[str, object]:
+    """A member's name and value for people: the unit that ends the name of a bare number stands behind the number."""
     if value is None:
-        return "-"
+        return name, "-"
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return name, "yes" if value else "no"
     if isinstance(value, int | float):
         for suffix, form in (("_bytes_per_s", rate), ("_bytes", format_size), ("_ns", duration)):
             if name.endswith(suffix):
-                return form(round(value))
+                return name.removesuffix(suffix), form(round(value))
     if isinstance(value, list):
-        return ", ".join(str(item) for item in value) or "-"
-    return value
+        if any(isinstance(item, Mapping) for item in value):
+            return name, f"{len(value)} (--json has them all)"
+        return name, ", ".join(str(item) for item in value) or "-"
+    return name, value

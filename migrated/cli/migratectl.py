@@ -117,7 +117,7 @@ def guest() -> None:
 @click.option("--definition", metavar="NAME", help="A QEMU guest, by the name or file of its definition on that host.")
 @click.option("--workload", metavar="WORKLOAD", help=WORKLOADS_HELP)
 @click.option("--dirty-rate", type=RATE, help="How fast it writes memory.")
-@click.option("--profile", metavar="PROFILE", help="A guest profile of the daemon's [vmm] profiles, by name.")
+@click.option("--profile", metavar="PROFILE", help="A profile in the daemon's [vmm] profiles: its name, or its file.")
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Seed of its memory content and of its costs.")
 @click.option("--paused", is_flag=True, help="Leave its vCPUs stopped.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="A further option of the VMM.")

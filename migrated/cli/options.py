@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from protocol.units import UnitError, parse_duration_ns, parse_rate, parse_size
+from protocol.units import (
+    UnitError,
+    format_duration_ns,
+    format_rate,
+    format_size,
+    parse_duration_ns,
+    parse_rate,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from migrated.control.schema import Parameter
@@ -22,11 +30,18 @@ else:
 
 
 class UnitValue(ParamType):
-    """A number with a unit, converted by a parser of protocol.units."""
+    """A number with a unit, as protocol.units reads and writes them.
 
-    def __init__(self, name: str, parse: Callable[[str], float]) -> None:
+    Args:
+        name: of the quantity, for help.
+        parse: returns the bare number of a text.
+        show: returns a bare number as a text, for people.
+    """
+
+    def __init__(self, name: str, parse: Callable[[str], float], show: Callable[[float], str]) -> None:
         self.name = name
         self._parse = parse
+        self.show = show
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The value as a bare number."""
@@ -50,10 +65,20 @@ class Switch(ParamType):
         return value == "on"
 
 
-SIZE: Final = UnitValue("size", parse_size)
-RATE: Final = UnitValue("rate", parse_rate)
-MILLISECONDS: Final = UnitValue("duration", lambda text: parse_duration_ns(text) / 1e6)
-SECONDS: Final = UnitValue("duration", lambda text: parse_duration_ns(text) / 1e9)
+def _duration(unit_ns: int) -> UnitValue:
+    """A duration whose bare number counts ``unit_ns``."""
+    return UnitValue(
+        "duration",
+        lambda text: parse_duration_ns(text) / unit_ns,
+        lambda value: format_duration_ns(round(value * unit_ns)),
+    )
+
+
+SIZE: Final = UnitValue("size", parse_size, lambda value: format_size(int(value)))
+RATE: Final = UnitValue("rate", parse_rate, lambda value: format_rate(int(value)))
+NANOSECONDS: Final = UnitValue("duration", parse_duration_ns, lambda value: format_duration_ns(int(value)))
+MILLISECONDS: Final = _duration(1_000_000)
+SECONDS: Final = _duration(1_000_000_000)
 
 _SUFFIXES: Final = (("_bytes_per_s", RATE), ("_bytes", SIZE), ("_ms", MILLISECONDS), ("_s", SECONDS))
 
@@ -65,6 +90,21 @@ class ParameterOption:
     name: str
     type: ParamType
     parameter: Parameter
+
+    def check(self, value: float | bool | str, called: str) -> None:
+        """See that a value is in the parameter's range.
+
+        Args:
+            called: what the operator wrote the parameter as.
+
+        Raises:
+            click.UsageError: it is not.
+        """
+        least, most = self.parameter.minimum, self.parameter.maximum
+        if least is None or most is None or isinstance(value, str) or least <= value <= most:
+            return
+        show = self.type.show if isinstance(self.type, UnitValue) else "{:g}".format
+        raise click.UsageError(f"{called} must be from {show(least)} to {show(most)}, not {show(value)}.")
 
 
 def parameter_options() -> dict[str, ParameterOption]:
@@ -116,8 +156,9 @@ def qmp_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
         if values.get(f"{option.parameter.field}_off"):
             value = False
         if value is not None:
+            option.check(value, f"--{option.name}")
             given[option.parameter.argument.name] = value
-    return _checked(given)
+    return given
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
@@ -134,10 +175,12 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         if option is None:
             raise click.UsageError(f"There is no parameter {key!r}; there are: {', '.join(options)}.")
         try:
-            given[option.parameter.argument.name] = option.type.convert(text, None, None)
+            value = option.type.convert(text, None, None)
         except click.BadParameter as error:
             raise click.UsageError(f"{key}: {error.message}") from None
-    return _checked(given)
+        option.check(value, key)
+        given[option.parameter.argument.name] = value
+    return given
 
 
 def key_values(settings: Iterable[str]) -> dict[str, str]:
@@ -153,15 +196,3 @@ def key_values(settings: Iterable[str]) -> dict[str, str]:
             raise click.UsageError(f"{setting!r} is not KEY=VALUE.")
         found[key] = value
     return found
-
-
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    from migrated.control.operations import OperationError
-    from migrated.control.schema import parameter_values
-    from migrated.settings.parameters import MigrationParameters
-
-    try:
-        parameter_values(given, MigrationParameters())
-    except OperationError as error:
-        raise click.UsageError(str(error)) from None
-    return given

@@ -164,6 +164,8 @@ def _unreachable(path: Path, error: Exception) -> str:
     match error:
         case FileNotFoundError():
             reason, action = "there is no such socket", "start the daemon, or name its socket"
+        case ConnectionRefusedError() if not path.is_socket():
+            reason, action = "it is no socket", "name the daemon's socket"
         case ConnectionRefusedError():
             reason, action = "nobody listens there", "start the daemon"
         case PermissionError():

@@ -25,6 +25,7 @@ from migrated.record.reading import read_record
 from migrated.record.terms import FINISHED, OUTCOMES
 from migrated.state.history import HistoryQuery, RecordNotFoundError
 from migrated.vmm.seam import Replacement
+from protocol.wrong_values import first_fault
 
 Spec = TypeVar("Spec", GuestSpec, AdoptSpec)
 
@@ -214,8 +215,7 @@ def _spec(kind: type[Spec], arguments: Arguments) -> Spec:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        details = error.errors(include_url=False)[0]
-        raise OperationError(f"The guest cannot be created: {details['loc'][0]}: {details['msg']}.") from None
+        raise OperationError(f"The guest cannot be created: {first_fault(error)}.") from None
 
 
 async def _guest_create(operations: Operations, arguments: Arguments) -> Any:
@@ -277,8 +277,7 @@ def _query(arguments: Arguments, **defaults: object) -> HistoryQuery:
             defaults | {name: arguments[name] for name in HISTORY_QUERY if name in arguments}
         )
     except ValidationError as error:
-        details = error.errors(include_url=False)[0]
-        raise OperationError(f"Parameter '{details['loc'][0]}' cannot be used: {details['msg']}") from None
+        raise OperationError(f"Parameter {first_fault(error)}") from None
 
 
 async def _history(operations: Operations, arguments: Arguments) -> Any:
@@ -426,7 +425,7 @@ _TABLE: Final = (
             Argument("definition", "string", "A definition in [qemu] definitions, for a QEMU guest: its name."),
             Argument("workload", "string", "What its vCPUs do (a workload of the VMM)."),
             Argument("dirty-rate-bytes-per-s", "integer", "How fast it writes memory."),
-            Argument("profile", "string", "A guest profile: its name, or the path of its file."),
+            Argument("profile", "string", "A guest profile of [vmm] profiles: its name, or the path of its file."),
             Argument("seed", "integer", "Seed of its memory content and of its costs."),
             Argument("paused", "boolean", "Leave the vCPUs stopped."),
             Argument("options", "object", "Further options for the VMM, text to text."),

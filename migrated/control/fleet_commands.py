@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from migrated.control.command import Arguments, Command, Handler
 from migrated.control.operations import FleetOperations, JobRequest, OperationError, Operations
 from migrated.control.schema import Argument
+from protocol.wrong_values import first_fault
 
 HOST: Final = Argument("host", "string", "Name of the host in the fleet.", required=True)
 REASON: Final = Argument("reason", "string", "Why, for whoever looks at the host.")
@@ -32,9 +33,7 @@ def _request(arguments: Arguments) -> JobRequest:
     try:
         return JobRequest.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]).replace("_", "-")
-        raise OperationError(f"{where}: {first['msg']}") from error
+        raise OperationError(f"Parameter {first_fault(error)}") from error
 
 
 async def _hosts(operations: Operations, _arguments: Arguments) -> Any:

@@ -18,7 +18,7 @@ from migrated.observe.progress import Progress
 from migrated.settings.parameters import MigrationParameters
 from migrated.state.history import HistoryQuery
 from migrated.vmm.seam import Replacement
-from protocol.guest import MAX_MEMORY_BYTES, GuestName
+from protocol.guest import MAX_MEMORY_BYTES, NAME_PATTERN, GuestName
 
 ErrorKind = Literal["GenericError", "CommandNotFound", "DeviceNotActive", "DeviceNotFound", "KVMMissingCap"]
 """QMP's error classes (qapi/error.json)."""
@@ -61,7 +61,7 @@ def _free_option(name: str) -> str:
 
 
 OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$"), AfterValidator(_free_option)]
-DefinitionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+DefinitionName = Annotated[str, Field(max_length=64, pattern=NAME_PATTERN)]
 OptionValue = Annotated[str, Field(pattern=r"^[^\x00]{0,4096}$")]
 
 
@@ -150,15 +150,12 @@ class Subscription:
         self._lost = 0
         self.arrived = asyncio.Event()
         """Set while there is something to take; its owner may share it."""
-        self.dropped = 0
-        """Events this reader never saw, over its life."""
 
     def put(self, event: Event) -> None:
         """Add an event without telling the reader, as ``wake`` does; never waits."""
         if len(self._events) == self._capacity:
             self._events.popleft()
             self._lost += 1
-            self.dropped += 1
         self._events.append(event)
 
     def wake(self) -> None:

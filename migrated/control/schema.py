@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from migrated.control.operations import OperationError
 from migrated.settings.parameters import MigrationParameters
+from protocol.wrong_values import fault
 
 JsonType = Literal["string", "integer", "number", "boolean", "object", "array"]
 
@@ -177,9 +178,9 @@ def _sentence(error: ValidationError) -> str:
     details = error.errors(include_url=False)[0]
     parameter = next((p for p in PARAMETERS.values() if details["loc"][:1] == (p.field,)), None)
     if parameter is None:
-        return str(details["msg"]).removeprefix("Value error, ")
+        return fault(details)
     if parameter.minimum is None or parameter.maximum is None:
-        return f"Parameter '{parameter.argument.name}' cannot be {details['input']!r}: {details['msg']}"
+        return f"Parameter '{parameter.argument.name}' {fault(details)}"
     return (
         f"Parameter '{parameter.argument.name}' expects {_ARTICLES[parameter.argument.type]} in the range of "
         f"{_integral(parameter.minimum)} to {_integral(parameter.maximum)}, not {details['input']}"

@@ -122,6 +122,8 @@ class IncomingMigration:
         answered as well."""
         self._asked_ns: int | None = None
         """Instant of the last one, None before there was any."""
+        self._held = False
+        """The source's operator holds the switchover, or did since progress was last looked at."""
         self._ready_alarm = Alarm()
         self._tasks = TaskSet()
         self._link_gone = False
@@ -249,7 +251,9 @@ class IncomingMigration:
         while True:
             before_bytes = receiver.received_bytes
             await asyncio.sleep(bounds.stall_timeout_s)
-            if (came_bytes := receiver.received_bytes - before_bytes) < _PROGRESS_BYTES:
+            if self._held:
+                self._held = not isinstance(self._phase, Blackout)
+            elif (came_bytes := receiver.received_bytes - before_bytes) < _PROGRESS_BYTES:
                 self._break(
                     DestinationEvent.FAULT,
                     "lost",
@@ -314,6 +318,10 @@ class IncomingMigration:
             case messages.Downtime(epoch=epoch) as downtime:
                 if check_epoch(takeover.epoch, epoch):
                     self._hear_downtime(downtime, received)
+            case messages.Hold(epoch=epoch) if not isinstance(self._phase, Blackout):
+                if check_epoch(takeover.epoch, epoch):
+                    self._held = True
+                    self._view.set_status("pre-switchover")
             case messages.TimeData() as data:
                 self._hear_time(data, received)
             case messages.DeviceState(final=True) as meta:

@@ -20,9 +20,9 @@ from protocol.guest import PAGE_SIZE
 from protocol.handover import DestinationEvent
 from protocol.versions import SHARED
 
-RefusalKind: TypeAlias = Literal["role", "busy", "room", "memory", "used", "owner", "epoch", "guest"]
+RefusalKind: TypeAlias = Literal["role", "busy", "room", "memory", "used", "owner", "epoch", "guest", "cordon"]
 """The reason of a refusal, as the metric counts it: this host's role, attempts under way, guests here, free memory, a
-migration id or a guest that is another's, an epoch that cannot be, or what is offered."""
+migration id or a guest that is another's, an epoch that cannot be, what is offered, or that this host is cordoned."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from migrated.fleet.jobs import JobEvent, StepAction, StepEvent, job_after, step_after
+from migrated.fleet.jobs import JobError, JobEvent, StepAction, StepEvent, is_over, job_after, step_after
 from migrated.fleet.mirror import Mirror
 from migrated.fleet.model import (
     Cordon,
@@ -77,19 +77,63 @@ def unfence(mirror: Mirror, host: str) -> Transaction:
 
 
 def create_job(mirror: Mirror, spec: JobSpec) -> Transaction:
-    """Begin a job; a host that is to be emptied takes nothing in from now on."""
+    """Begin a job; a host that is to be emptied takes nothing in from now on.
+
+    Raises:
+        JobError: another job empties the host.
+    """
+    check_alone(mirror, spec)
     keys = mirror.keys
     then: list[Operation] = [
         Put(keys.job_spec(spec.job), spec.to_bytes()),
         Put(keys.job_state(spec.job), JobState().to_bytes()),
     ]
     compares: list[Compare] = [Missing(keys.job_spec(spec.job)), Exists(keys.host(spec.host))]
-    if spec.kind is JobKind.EVACUATE and spec.host not in mirror.cordons:
-        reason = f"It is being emptied by job {spec.job}."
-        mark = Cordon(by=spec.by, since_utc_ns=spec.created_utc_ns, reason=reason, job=spec.job)
-        then.append(Put(keys.cordon(spec.host), mark.to_bytes()))
-        compares.append(Missing(keys.cordon(spec.host)))
+    if spec.kind is JobKind.EVACUATE:
+        compare, mark = _cordon_for(mirror, spec, spec.created_utc_ns)
+        compares.append(compare)
+        then.append(mark)
     return Transaction(tuple(compares), tuple(then))
+
+
+def resume_job(mirror: Mirror, job: str, now_utc_ns: int) -> Transaction:
+    """Let a job go on that has ended; a host that it empties takes nothing in, even if it was uncordoned meanwhile.
+
+    Raises:
+        JobError: its phase does not allow it, or another job empties the host.
+    """
+    spec = mirror.specs[job]
+    check_alone(mirror, spec)
+    change = change_job(mirror, job, JobEvent.RESUME, now_utc_ns)
+    if spec.kind is not JobKind.EVACUATE:
+        return change
+    compare, mark = _cordon_for(mirror, spec, now_utc_ns)
+    return Transaction((*change.compares, compare), (*change.then, mark))
+
+
+def check_alone(mirror: Mirror, spec: JobSpec) -> None:
+    """Make sure that no other job empties the host of a job that shall.
+
+    Raises:
+        JobError: one does.
+    """
+    if spec.kind is not JobKind.EVACUATE:
+        return
+    for job, other in mirror.specs.items():
+        state = mirror.states.get(job)
+        same = other.kind is JobKind.EVACUATE and other.host == spec.host and job != spec.job
+        if same and state is not None and not is_over(state):
+            raise JobError(f"The host {spec.host} is being emptied already, by job {job}.")
+
+
+def _cordon_for(mirror: Mirror, spec: JobSpec, now_utc_ns: int) -> tuple[Compare, Operation]:
+    """The cordon of an evacuation, with the compare under which it is written: of two evacuations of a host that were
+    decided on the same news one is refused. What an operator said with a cordon of his own stays."""
+    key, known = mirror.keys.cordon(spec.host), mirror.cordons.get(spec.host)
+    if known is None:
+        reason = f"It is being emptied by job {spec.job}."
+        known = Cordon(by=spec.by, since_utc_ns=now_utc_ns, reason=reason)
+    return mirror.unchanged(key), Put(key, known.model_copy(update={"job": spec.job}).to_bytes())
 
 
 def change_job(mirror: Mirror, job: str, event: JobEvent, now_utc_ns: int, reason: str = "") -> Transaction:
@@ -142,6 +186,8 @@ def change_step(
         compares.append(mirror.unchanged(keys.job_worker(job)))
     if event in (StepEvent.RESERVE, StepEvent.BEGIN):
         compares += _may_begin(mirror, after, reserve=event is StepEvent.RESERVE)
+    elif event is StepEvent.RETURNED:
+        compares.append(mirror.unchanged(keys.owner(guest)))
     then: list[Operation] = [Put(keys.job_step(job, guest), after.to_bytes())]
     for host, slots in _slots_after(mirror, job, after, actions).items():
         compares.append(mirror.unchanged(keys.slots_of(host)))

@@ -46,6 +46,8 @@ class StepEvent(StrEnum):
     """The same, or nothing was tried, and nothing is to be tried any more."""
     GONE = "gone"
     """The source does not own the guest any more: somebody moved or ended it."""
+    RETURNED = "returned"
+    """The source owns the guest again: somebody moved it back, or started another one of its name."""
     LOST = "lost"
     """The source was fenced."""
     CANCEL = "cancel"
@@ -94,6 +96,7 @@ STEPS: Final[StepTable] = {
     (P.MIGRATING, E.GIVE_UP): (P.FAILED, (A.FREE_SLOTS,)),
     (P.MIGRATING, E.LOST): (P.FAILED, (A.FREE_SLOTS,)),
     (P.MIGRATING, E.CANCELLED): (P.CANCELLED, (A.FREE_SLOTS,)),
+    (P.DONE, E.RETURNED): (P.PLANNED, (A.START_ANEW,)),
     (P.FAILED, E.RESUME): (P.PLANNED, (A.START_ANEW,)),
     (P.CANCELLED, E.RESUME): (P.PLANNED, (A.START_ANEW,)),
 }
@@ -185,7 +188,17 @@ def job_after(state: JobState, event: JobEvent, now_utc_ns: int, reason: str = "
     if phase is None:
         raise JobError(f"The job is {state.phase} and cannot take {event}.")
     ended = None if phase in (JobPhase.RUNNING, JobPhase.CANCELLING) else now_utc_ns
-    return state.model_copy(update={"phase": phase, "reason": reason[:MAX_REASON], "ended_utc_ns": ended})
+    changes: dict[str, Any] = {"phase": phase, "reason": reason[:MAX_REASON], "ended_utc_ns": ended}
+    if event is JobEvent.RESUME and state.phase is not JobPhase.RUNNING:
+        changes["resumed_utc_ns"] = now_utc_ns
+    return state.model_copy(update=changes)
+
+
+def deadline_utc_ns(spec: JobSpec, state: JobState) -> int | None:
+    """Return when a job's deadline passes; None without one. A job that was resumed has its whole time again: else one
+    that missed its deadline could never be resumed."""
+    begun_utc_ns = state.resumed_utc_ns if state.resumed_utc_ns is not None else spec.created_utc_ns
+    return begun_utc_ns + spec.deadline_ns if spec.deadline_ns else None
 
 
 def is_over(state: JobState) -> bool:

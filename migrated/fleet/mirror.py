@@ -57,6 +57,7 @@ class Mirror:
         specs, states, workers: by job.
         steps: by job, then by guest.
         by_owner: guests by the host that owns them.
+        by_previous: guests by the host that has handed them over, and still has them until the owner runs them.
         by_group: guests by the group that they are kept apart in.
         problems: a sentence for each key that does not hold what belongs there.
     """
@@ -74,6 +75,7 @@ class Mirror:
         self.workers: dict[str, WorkerClaim] = {}
         self.steps: dict[str, dict[str, JobStep]] = defaultdict(dict)
         self.by_owner: dict[str, set[str]] = defaultdict(set)
+        self.by_previous: dict[str, set[str]] = defaultdict(set)
         self.by_group: dict[str, set[str]] = defaultdict(set)
         self.problems: dict[str, str] = {}
         self._tables: dict[str, _Table] = {
@@ -167,8 +169,10 @@ class Mirror:
 
     def _index(self, name: str, document: Document) -> None:
         match document:
-            case Ownership(owner=owner):
+            case Ownership(owner=owner, previous=previous):
                 self.by_owner[owner].add(name)
+                if previous is not None:
+                    self.by_previous[previous].add(name)
             case GuestDocument(group=str(group)):
                 self.by_group[group].add(name)
             case HostDocument() | HostSlots():
@@ -176,8 +180,10 @@ class Mirror:
 
     def _unindex(self, name: str, document: Document | None) -> None:
         match document:
-            case Ownership(owner=owner):
+            case Ownership(owner=owner, previous=previous):
                 self.by_owner[owner].discard(name)
+                if previous is not None:
+                    self.by_previous[previous].discard(name)
             case GuestDocument(group=str(group)):
                 self.by_group[group].discard(name)
             case HostDocument() | HostSlots():
@@ -206,10 +212,6 @@ class Mirror:
             promised = self.slots_of(host.name).inbound_bytes
             free = self._free[host.name] = max(0, host.memory_bytes - host.used_bytes - promised)
         return free
-
-    def takes_guests(self, host: str) -> bool:
-        """Whether a host is there and is neither cordoned nor fenced."""
-        return host in self.hosts and host not in self.cordons and host not in self.fences
 
 
 def link_of(host: HostDocument) -> int:

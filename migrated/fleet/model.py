@@ -88,6 +88,8 @@ class HostDocument(Document):
         max_inbound, max_outbound: slots, the attempts that it allows at once.
         link_bytes_per_s: what its link was last measured to move, 0 while unknown.
         clock_offset_ns: how far its wall clock is ahead of its peers', as clock exchanges showed; None while unknown.
+        cordon_seen: it had seen its own cordon when it counted ``inbound``: since then it refuses every guest that no
+            job had promised to it. None from a daemon of an older version, which does not say.
     """
 
     name: GuestName
@@ -107,10 +109,12 @@ class HostDocument(Document):
     max_outbound: Slots = 2
     link_bytes_per_s: Count = 0
     clock_offset_ns: int | None = None
+    cordon_seen: bool | None = None
 
 
 class Cordon(Document):
-    """A host that takes no guests in, until it is deleted. ``job`` is the evacuation that wanted it, if one did."""
+    """A host that takes no guests in, until it is deleted. ``job`` is the last evacuation that wanted it, if one did:
+    each writes the key, so that of two that are asked for at once one comes second and sees the other."""
 
     by: Name
     since_utc_ns: NonNegativeNs
@@ -290,7 +294,7 @@ class JobSpec(Document):
         to: hosts to go to; any when empty.
         max_parallel: migrations of this job at once, 0 for as many as slots allow.
         downtime_limit_ns: an upper limit for all; a guest's own limit counts where it is lower.
-        deadline_ns: how long the job may take, 0 for any time.
+        deadline_ns: how long the job may take since it was asked for, or resumed; 0 for any time.
         max_attempts: of each guest.
         by: who asked.
     """
@@ -309,11 +313,12 @@ class JobSpec(Document):
 
 
 class JobState(Document):
-    """The phase of a job, and the reason of its end."""
+    """The phase of a job, and the reason of its end. ``resumed_utc_ns``: when it was last resumed after an end."""
 
     phase: JobPhase = JobPhase.RUNNING
     reason: Reason = ""
     ended_utc_ns: NonNegativeNs | None = None
+    resumed_utc_ns: NonNegativeNs | None = None
 
 
 class WorkerClaim(Document):

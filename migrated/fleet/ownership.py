@@ -140,6 +140,11 @@ class Keeper(Protocol):
         """
         ...
 
+    def why_not_here(self, guest: str) -> str | None:
+        """Return why this host takes no guest of this name in, a sentence; None when it does: it is not cordoned, or a
+        job was promised the place before."""
+        ...
+
     async def confirm(self, guest: str) -> Outcome:
         """Make sure after a restart that this host is the owner: DONE, REFUSED, or FAILED without an answer."""
         ...

@@ -13,11 +13,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from migrated.fleet.changes import change_job, change_step, create_steps
+from migrated.fleet.changes import change_job, change_step, check_alone, create_steps, resume_job
 from migrated.fleet.costs import MoveCost, limit_of, move_cost, narrowest_share
-from migrated.fleet.jobs import ACTIVE, FINAL, LONGEST_BACK_OFF_NS, JobEvent, StepEvent, failure, is_over, job_after
+from migrated.fleet.jobs import (
+    ACTIVE,
+    FINAL,
+    LONGEST_BACK_OFF_NS,
+    JobEvent,
+    StepEvent,
+    deadline_utc_ns,
+    failure,
+    is_over,
+    job_after,
+)
 from migrated.fleet.mirror import Mirror, link_of
-from migrated.fleet.model import HostDocument, JobKind, JobPhase, JobSpec, JobStep, StepState
+from migrated.fleet.model import HostDocument, JobKind, JobPhase, JobSpec, JobState, JobStep, StepState
 from migrated.fleet.placement import PossibleHosts, why_not
 from migrated.fleet.planner import guests_of, plan
 from migrated.fleet.store import Transaction
@@ -52,32 +62,61 @@ def next_work(mirror: Mirror, job: str, now_utc_ns: int) -> Work | Wait:
         return _create_steps(mirror, spec, missing, len(steps), now_utc_ns)
     waits: list[int] = []
     possible = PossibleHosts(mirror, spec.host, spec.to)
+    cancelling = state.phase is JobPhase.CANCELLING
     for step in steps:
         if step.state in FINAL:
+            if not cancelling and _is_back(mirror, spec, step):
+                return _change(mirror, spec, step, StepEvent.RETURNED, now_utc_ns, "The guest is on its host again.")
             continue
-        cancelling = state.phase is JobPhase.CANCELLING
-        found = _next_of_step(mirror, spec, step, possible, now_utc_ns, cancelling=cancelling)
+        found = _next_of_step(mirror, spec, state, step, possible, now_utc_ns)
         if isinstance(found, Work):
             return found
         if found.until_utc_ns is not None:
             waits.append(found.until_utc_ns)
     if all(step.state in FINAL for step in steps):
-        coming = _on_their_way(mirror, spec) if state.phase is JobPhase.RUNNING else ()
-        if coming and not _is_late(spec, now_utc_ns):
-            return Wait(spec.created_utc_ns + spec.deadline_ns if spec.deadline_ns else None)
-        return _end(mirror, spec, steps, coming, len(missing), now_utc_ns)
+        left_open = () if cancelling else open_ends(mirror, spec)
+        if left_open and not _is_late(spec, state, now_utc_ns):
+            return Wait(deadline_utc_ns(spec, state))
+        return _end(mirror, spec, steps, left_open, len(missing), now_utc_ns)
     return Wait(min(waits, default=None))
 
 
-def _on_their_way(mirror: Mirror, spec: JobSpec) -> tuple[str, ...]:
-    """Guests that another job is moving to the host that this one empties: that was promised before it was cordoned."""
-    if spec.kind is not JobKind.EVACUATE or spec.guests:
+def open_ends(mirror: Mirror, spec: JobSpec) -> tuple[str, ...]:
+    """Why a host that is emptied may still come to have a guest, though it owns none: clauses of a sentence."""
+    if spec.kind is not JobKind.EVACUATE or spec.host in mirror.fences:
         return ()
-    return tuple(one.guest for one in mirror.slots_of(spec.host).arriving)
+    host, found = mirror.hosts.get(spec.host), list[str]()
+    promised = mirror.slots_of(spec.host).arriving  # before it was cordoned
+    found += [f"{one.guest} may still come to {spec.host} by another job" for one in promised]
+    handed_over = sorted(mirror.by_previous.get(spec.host, ()))
+    found += [f"{guest} was handed over by {spec.host} and does not surely run elsewhere" for guest in handed_over]
+    if host is not None and spec.host in mirror.cordons and host.cordon_seen is False:
+        found.append(f"{spec.host} has not said yet that it takes no guests in")
+    elif host is not None and host.inbound > len(promised):
+        found.append(f"migrations to {spec.host} that were begun by hand are under way")
+    return tuple(found)
 
 
-def _is_late(spec: JobSpec, now_utc_ns: int) -> bool:
-    return bool(spec.deadline_ns) and now_utc_ns >= spec.created_utc_ns + spec.deadline_ns
+def _is_back(mirror: Mirror, spec: JobSpec, step: JobStep) -> bool:
+    """Whether a guest that had left the host that is emptied is there again."""
+    return (
+        spec.kind is JobKind.EVACUATE
+        and step.state is StepState.DONE
+        and step.guest in mirror.by_owner.get(spec.host, ())
+    )
+
+
+def _is_late(spec: JobSpec, state: JobState, now_utc_ns: int) -> bool:
+    deadline = deadline_utc_ns(spec, state)
+    return deadline is not None and now_utc_ns >= deadline
+
+
+def _change(
+    mirror: Mirror, spec: JobSpec, step: JobStep, event: StepEvent, now_utc_ns: int, reason: str, **facts: object
+) -> Work:
+    """Take an event of a step, as the job's worker."""
+    change = change_step(mirror, spec.job, step.guest, event, now_utc_ns, by_worker=True, reason=reason, **facts)
+    return Work(f"{step.guest}: {event}", change)
 
 
 def _without_step(mirror: Mirror, spec: JobSpec, steps: list[JobStep]) -> set[str]:
@@ -115,20 +154,18 @@ def _create_steps(mirror: Mirror, spec: JobSpec, missing: set[str], first: int, 
 
 
 def _next_of_step(
-    mirror: Mirror, spec: JobSpec, step: JobStep, possible: PossibleHosts, now_utc_ns: int, *, cancelling: bool
+    mirror: Mirror, spec: JobSpec, state: JobState, step: JobStep, possible: PossibleHosts, now_utc_ns: int
 ) -> Work | Wait:
     """Return the worker's next piece of work for one step that is not final."""
 
     def work(event: StepEvent, reason: str = "", **facts: object) -> Work:
-        what = f"{step.guest}: {event}"
-        change = change_step(mirror, spec.job, step.guest, event, now_utc_ns, by_worker=True, reason=reason, **facts)
-        return Work(what, change)
+        return _change(mirror, spec, step, event, now_utc_ns, reason, **facts)
 
     if step.source in mirror.fences:
         return work(StepEvent.LOST, f"The host {step.source} was fenced; its guests can be started elsewhere.")
     if step.state is StepState.MIGRATING:
         return Wait(None)
-    if cancelling:
+    if state.phase is JobPhase.CANCELLING:
         return work(StepEvent.CANCEL, "The job was cancelled.")
     owner = mirror.owners.get(step.guest)
     if owner is not None and owner.previous == step.source:
@@ -140,7 +177,7 @@ def _next_of_step(
         if step.destination in mirror.fences or step.destination in mirror.cordons:
             return work(failure(step, spec), f"The host {step.destination} takes no guests any more.")
         return Wait(None)
-    if _is_late(spec, now_utc_ns):
+    if _is_late(spec, state, now_utc_ns):
         return work(StepEvent.GIVE_UP, _late(step))
     if step.attempt >= spec.max_attempts:
         return work(StepEvent.GIVE_UP, step.reason)
@@ -162,20 +199,20 @@ def _late(step: JobStep) -> str:
 
 
 def _end(
-    mirror: Mirror, spec: JobSpec, steps: list[JobStep], coming: tuple[str, ...], unplanned: int, now_utc_ns: int
+    mirror: Mirror, spec: JobSpec, steps: list[JobStep], left_open: tuple[str, ...], unplanned: int, now_utc_ns: int
 ) -> Work:
     """End a job whose steps are all final.
 
     Args:
-        coming: guests that were on their way to its host when its deadline passed.
+        left_open: why its host may still come to have a guest, when its deadline passed.
         unplanned: guests of the job without a step: it was cancelled before they were planned.
     """
     left = unplanned + sum(step.state is not StepState.DONE for step in steps)
     event, reason = JobEvent.ALL_DONE, ""
     if left:
         event, reason = JobEvent.SOME_LEFT, f"{left} of {len(steps) + unplanned} guests did not move."
-    elif coming:
-        event, reason = JobEvent.SOME_LEFT, f"{' and '.join(coming)} may still come to {spec.host} by another job."
+    elif left_open:
+        event, reason = JobEvent.SOME_LEFT, f"{'; '.join(left_open)}."
     elif spec.guests and not steps:
         event, reason = JobEvent.SOME_LEFT, f"The host {spec.host} owns no guest named {' or '.join(spec.guests[:3])}."
     return Work(f"end the job: {event}", change_job(mirror, spec.job, event, now_utc_ns, reason))
@@ -310,8 +347,9 @@ def resume_steps(mirror: Mirror, job: str, now_utc_ns: int) -> Iterator[Work]:
         JobError: the job does not allow it; nothing was written.
     """
     job_after(mirror.states[job], JobEvent.RESUME, now_utc_ns)
+    check_alone(mirror, mirror.specs[job])
     for step in list(mirror.steps[job].values()):
         if step.state in (StepState.FAILED, StepState.CANCELLED):
             change = change_step(mirror, job, step.guest, StepEvent.RESUME, now_utc_ns, by_worker=False)
             yield Work(f"{step.guest}: resume", change)
-    yield Work("resume the job", change_job(mirror, job, JobEvent.RESUME, now_utc_ns))
+    yield Work("resume the job", resume_job(mirror, job, now_utc_ns))

@@ -13,6 +13,7 @@ from migrated.control.operations import OperationError
 from migrated.settings.parameters import MigrationParameters
 from migrated.source import target
 from migrated.source.target import Target
+from protocol.wrong_values import first_fault
 
 Found = TypeVar("Found")
 
@@ -50,6 +51,4 @@ def with_values(parameters: MigrationParameters, values: dict[str, object]) -> M
     try:
         return MigrationParameters.model_validate({**parameters.model_dump(), **values})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise OperationError(f"parameter {name}: {first['msg']}") from error
+        raise OperationError(f"these parameters cannot be used: {first_fault(error)}") from error

@@ -28,10 +28,12 @@ from migrated.savefile.saving import Save
 from migrated.savefile.writer import check_target
 from migrated.settings.parameters import MigrationParameters
 from migrated.state.save_notes import SaveNote, SaveNotes
+from protocol import messages
 from protocol.effects import Result
 from protocol.errors import RemoteProtocolError
 from protocol.guest import GuestName
 from protocol.savefile import PREAMBLE_BYTES, Preamble
+from protocol.wrong_values import first_fault
 
 log = structlog.get_logger()
 
@@ -70,6 +72,8 @@ class FileAttempts:
         """Saves of the last daemon whose guest has not answered yet, by the guest's name."""
         self._running: dict[str, FileAttempt] = {}
         """By migration id."""
+        self._restoring: set[str] = set()
+        """Names of guests that are being restored, from before they are claimed until they are here, or not."""
         self._last: dict[str, Callable[[], Progress]] = {}
         """Snapshots of the last one of each guest since the daemon's start."""
 
@@ -109,24 +113,37 @@ class FileAttempts:
             if name is not None:
                 renamed = hello.guest.model_copy(update={"name": _NAME.validate_python(name)})
                 hello = hello.model_copy(update={"guest": renamed})
-            if self._env.guests.holds(hello.guest.name):
-                raise OperationError(
-                    f"a guest named {hello.guest.name!r} is already on this host; give the restored one another name "
-                    "with --name"
-                )
-            wanted = parameters(hello.guest.name)
-            await self._claim(hello.guest.name)
-            migration_id = secrets.token_hex(16)
-            restore = Restore(self._env, file, hello, wanted, migration_id)
+            restore = await self._prepared(file, hello, parameters(hello.guest.name))
         except ValidationError as error:
             file.close()
-            reason = error.errors(include_url=False)[0]["msg"]
-            raise OperationError(f"{name!r} is no name that a guest can have: {reason}") from error
+            raise OperationError(f"{name!r} is no name that a guest can have: it {first_fault(error)}") from error
         except BaseException:
             file.close()
             raise
         self._begin(restore, self._run_restore(restore))
-        return migration_id, restore.guest_name
+        return restore.migration_id, restore.guest_name
+
+    async def _prepared(self, file: SavedFile, hello: messages.Hello, parameters: MigrationParameters) -> Restore:
+        """A restore whose guest has its name here for itself. A second one of the name would be its owner as well, and
+        let go of the owner's key of the first when it fails.
+
+        Raises:
+            OperationError: the name is taken here, or in the fleet.
+        """
+        name = hello.guest.name
+        if name in self._restoring:
+            raise OperationError(f"a guest named {name!r} is being restored on this host; wait for its end")
+        if self._env.guests.holds(name):
+            raise OperationError(
+                f"a guest named {name!r} is already on this host; give the restored one another name with --name"
+            )
+        self._restoring.add(name)
+        try:
+            await self._claim(name)
+            return Restore(self._env, file, hello, parameters, secrets.token_hex(16))
+        except BaseException:
+            self._restoring.discard(name)
+            raise
 
     def _begin(self, attempt: FileAttempt, run: Coroutine[Any, Any, None]) -> None:
         self._running[attempt.migration_id] = attempt
@@ -143,6 +160,7 @@ class FileAttempts:
         try:
             await self._run(restore)
         finally:
+            self._restoring.discard(restore.guest_name)
             if self._env.guests.find(restore.guest_name) is None:
                 self._let_go(restore.guest_name)
 

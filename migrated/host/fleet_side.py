@@ -79,7 +79,13 @@ class FleetSide:
     def local_guests(self) -> list[LocalGuest]:
         """As ``LocalHost.local_guests``."""
         return [
-            LocalGuest(guest.name, guest.vmm.driver, guest.memory_bytes, guest.overlay == "incoming")
+            LocalGuest(
+                guest.name,
+                guest.vmm.driver,
+                guest.memory_bytes,
+                arriving=guest.overlay == "incoming",
+                in_doubt=guest.overlay == "in-doubt",
+            )
             for guest in self._env.guests.all()
             if guest.overlay != "retired"
         ]
@@ -150,6 +156,12 @@ class FleetSide:
     def is_here(self, guest: str) -> bool:
         """As ``LocalHost.is_here``."""
         return self._env.guests.find(guest) is not None or self._env.guests.find_silent(guest) is not None
+
+    def processes(self) -> dict[str, int]:
+        """As ``LocalHost.processes``."""
+        guests = self._env.guests
+        silent = {one.name: one.pid for one in guests.silent.values() if one.pid is not None}
+        return silent | {one.name: one.vmm.pid for one in guests.all() if one.overlay in (None, "in-doubt")}
 
     def discarded(self, migration_id: str) -> bool:
         """As ``LocalHost.discarded``."""

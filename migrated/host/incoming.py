@@ -71,6 +71,8 @@ class IncomingAttempts:
         self._recovery = recovery
         self._tasks = tasks
         self._count_refused = count_refused
+        self.on_ended: Callable[[], None] = lambda: None
+        """Called when there is an attempt less, whatever became of it."""
         self._offered: dict[str, Offer] = {}
         """Offers that are looked at, by migration id."""
         self._running: dict[str, IncomingMigration] = {}
@@ -182,6 +184,9 @@ class IncomingAttempts:
         hello, origin = offer.hello, offer.origin
         if self._role == "source":
             return Refusal(ErrorCode.BUSY, "this daemon is a source only and takes no guests in", "role")
+        keeper = self._env.keeper if offer.replacement is None else None
+        if keeper is not None and (cordoned := keeper.why_not_here(hello.guest.name)) is not None:
+            return Refusal(ErrorCode.BUSY, cordoned, "cordon")
         under_way = self.under_way
         if under_way >= self._env.config.limits.max_incoming:
             return Refusal(
@@ -222,7 +227,7 @@ class IncomingAttempts:
         )
 
     async def _end_older(self, hello: messages.Hello) -> None:
-        """See every older attempt of a guest through that is offered with a newer epoch."""
+        """End every older attempt of a guest that is offered with a newer epoch, and wait for the end of each."""
         for incoming in list(self._running.values()):
             if incoming.guest_name == hello.guest.name and incoming.takeover.epoch < hello.epoch:
                 if (event := newer_epoch(incoming.takeover.state)) is not None:
@@ -248,6 +253,7 @@ class IncomingAttempts:
             self._show_as_ended(offer.hello.guest.name, offer.progress)
         if isinstance(answer, Refusal):
             self._count_refused(answer.kind)
+            self.on_ended()
             return
         self._running[migration_id] = answer
         self._last[offer.hello.guest.name] = answer.progress
@@ -259,6 +265,7 @@ class IncomingAttempts:
             raise
         finally:
             del self._running[migration_id]
+            self.on_ended()
             self._show_as_ended(answer.guest_name, answer.progress)
             costs = self._env.resume_costs.document()
             await asyncio.to_thread(keep_resume_costs, self._env.config.state.directory, costs)

@@ -9,6 +9,8 @@ from datetime import datetime
 from statistics import median
 from typing import Final, NamedTuple
 
+from pydantic import ValidationError
+
 from migrated.fleet.mirror import UNKNOWN_LINK_BYTES_PER_S
 from migrated.fleet.model import MAX_CURVE_POINTS, CurvePoint, Forecast, GuestDocument
 from migrated.member.local import LocalGuest
@@ -16,6 +18,8 @@ from migrated.record.model import Record
 from migrated.vmm.seam import KVM
 from protocol.guest import PAGE_SIZE
 
+_MOST_BYTES_PER_S: Final = 1 << 40
+"""No link moves more. Figures of a round are its source's word, and this host may have been the destination."""
 _TELLING_BYTES: Final = 8 << 20
 """A round smaller than this measures the round trip, not the link."""
 _AS_FAST_AS_CAPPED: Final = 0.9
@@ -51,16 +55,22 @@ def link_bytes_per_s(newest_first: Sequence[Record]) -> int:
 
 
 class _Round(NamedTuple):
-    """A round on the wall clock of its source (s)."""
+    """A round on the wall clock of its source (s). ``seconds``: how long it took, which is above 0, however far off
+    that clock is."""
 
     begin: float
-    end: float
+    seconds: float
     bytes: int
+
+    @property
+    def end(self) -> float:
+        """When it was over."""
+        return self.begin + self.seconds
 
     @property
     def rate(self) -> float:
         """Bytes per second."""
-        return self.bytes / (self.end - self.begin)
+        return self.bytes / self.seconds
 
 
 def _rounds_of(record: Record) -> list[_Round]:
@@ -69,9 +79,9 @@ def _rounds_of(record: Record) -> list[_Round]:
     rounds = []
     for row in record.rounds:
         begin += row.scan_ns / 1e9
-        if row.ns > 0:
-            rounds.append(_Round(begin, begin + row.ns / 1e9, row.bytes))
-            begin = rounds[-1].end
+        if row.ns > 0 and 0 <= row.bytes * 1_000_000_000 <= _MOST_BYTES_PER_S * row.ns:
+            rounds.append(_Round(begin, row.ns / 1e9, row.bytes))
+        begin += max(0, row.ns) / 1e9
     return rounds
 
 
@@ -82,11 +92,19 @@ def _carried(one: _Round, attempts: Sequence[tuple[Record, Sequence[_Round]]]) -
         if rounds and rounds[0].begin < one.end and rounds[-1].end > one.begin:
             for other in rounds:
                 moved += other.rate * max(0.0, min(one.end, other.end) - max(one.begin, other.begin))
-    return int(moved / (one.end - one.begin))
+    return min(_MOST_BYTES_PER_S, int(moved / one.seconds))
 
 
 def forecast(record: Record) -> Forecast | None:
-    """Return the expected cost of moving a guest, by its last migration; None when that shows nothing."""
+    """Return the expected cost of moving a guest, by its last migration; None when that shows nothing, or its source
+    told figures that none can have."""
+    try:
+        return _forecast(record)
+    except (ValidationError, OverflowError):
+        return None
+
+
+def _forecast(record: Record) -> Forecast | None:
     if record.outcome not in MEASURED or not record.rounds:
         return None
     first, *later = record.rounds

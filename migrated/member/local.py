@@ -14,12 +14,18 @@ from migrated.settings.parameters import MigrationParameters
 
 @dataclass(frozen=True, slots=True)
 class LocalGuest:
-    """A guest of this host. ``arriving``: it is on its way here and does not run yet."""
+    """A guest of this host.
+
+    Attributes:
+        arriving: it is on its way here and does not run yet.
+        in_doubt: it was handed over, and nobody knows yet whether it runs elsewhere.
+    """
 
     name: str
     vmm: str
     memory_bytes: int
     arriving: bool
+    in_doubt: bool = False
 
 
 class GuestsHere(Protocol):
@@ -27,6 +33,11 @@ class GuestsHere(Protocol):
 
     def is_here(self, guest: str) -> bool:
         """Whether a process of a guest is here, whatever its state: also one that does not answer."""
+        ...
+
+    def processes(self) -> dict[str, int]:
+        """The process of each guest that is here (its number), also of one that does not answer; not of one that is on
+        its way here, or has gone on."""
         ...
 
     def discarded(self, migration_id: str) -> bool:

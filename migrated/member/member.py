@@ -67,8 +67,10 @@ class FleetMember:
             login=_login(fleet),
             wall_ns=lambda: env.clock.wall()[0] * 1_000_000_000,
         )
-        self._follower = Follower(self._store, Keys(f"{fleet.prefix.rstrip('/')}/"))
-        self._follower.on_change = self._publish
+        keys = Keys(f"{fleet.prefix.rstrip('/')}/")
+        self._cordon_key = keys.cordon(name)
+        self._follower = Follower(self._store, keys)
+        self._follower.on_change = self._changed
         identity = Identity(name, env.config.state.directory, boot_id())
         self.owners = Owners(self._follower, name, identity)
         self._membership = Membership(
@@ -112,9 +114,11 @@ class FleetMember:
             self._count({"reached": reached, **figures(self._follower.mirror)})
             await asyncio.sleep(_TRACK_S)
 
-    def _publish(self, key: str) -> None:
-        """Tell who listens for events of a job's or a step's new state."""
+    def _changed(self, key: str) -> None:
+        """A key has changed: see to it if it is about this host, and publish a job's or a step's new state."""
         mirror, told = self._follower.mirror, self._told
+        if key == self._cordon_key:
+            self._membership.look_again()  # whoever empties this host waits for its word that it has seen that
         kind, _, rest = key.removeprefix(mirror.keys.prefix).partition("/")
         if kind != "jobs":
             return

@@ -118,6 +118,8 @@ class Membership:
                 continue
             except StoreError as error:
                 self._follower.failed(error)
+            except Exception:  # without its lease this host would be out of the fleet, and its jobs would stand still
+                log.exception("what this host tells its fleet failed unexpectedly; it is tried again")
             try:
                 async with asyncio.timeout(beat_s):
                     await self._new.wait()
@@ -171,6 +173,7 @@ class Membership:
             max_outbound=fleet.max_outbound if self._local.role != "destination" else 0,
             link_bytes_per_s=fleet.link_bytes_per_s or self._link.speed(records),
             clock_offset_ns=self._clock_offset_ns(),
+            cordon_seen=self._name in self._follower.mirror.cordons,
         )
         mirror = self._follower.mirror
         if document != self._told or mirror.hosts.get(self._name) != document or here & promised or gone:
@@ -185,7 +188,9 @@ class Membership:
         last = {record.guest: known for record in reversed(records) if (known := forecast(record)) is not None}
         usual = usual_forecast(records)
         for guest in guests:
-            if not guest.arriving and await self._owners.claim_found(guest.name):
+            if guest.arriving or guest.in_doubt:
+                continue  # whose guest it is, is settled by the hand-over alone
+            if await self._owners.claim_found(guest.name):
                 limit_ns = int(self._local.parameters(guest.name).downtime_limit_ms * 1e6)
                 needs = await self._needs_of(guest.name)
                 if needs is not None:

@@ -99,6 +99,7 @@ class Owners:
         except NameTakenError as error:
             raise OperationError(f"Guest {guest!r} is not started here. {error}") from error
         except StoreError as error:
+            self.release(guest)  # it may have been carried out
             raise OperationError(
                 f"Guest {guest!r} is not started: only the fleet's store can say that no other host has it. {error}"
             ) from error
@@ -213,7 +214,7 @@ class Owners:
         if destination in self._follower.mirror.fences:
             return f"The host {destination} is fenced: no guest is handed to it."
         if destination != self._host and destination in self._follower.mirror.cordons:
-            return f"The host {destination} is cordoned: it takes no guests in until `migratectl uncordon`."
+            return _cordoned(destination)
         if destination is None:
             return f"No host of the fleet takes guests at {uri}; `migratectl hosts` shows where they do."
         try:
@@ -255,6 +256,13 @@ class Owners:
             self._tokens[guest] = revision
             return revision
         return None if arriving else self._tokens.get(guest)
+
+    def why_not_here(self, guest: str) -> str | None:
+        """As ``Keeper.why_not_here``."""
+        mirror = self._follower.mirror
+        if self._host not in mirror.cordons or any(one.guest == guest for one in mirror.slots_of(self._host).arriving):
+            return None
+        return _cordoned(self._host)
 
     def _is_owner(self, guest: str) -> bool:
         known = self._follower.mirror.owners.get(guest)
@@ -354,3 +362,7 @@ class Owners:
     def _hosts_at(self, uri: str) -> list[str]:
         """The names of the hosts that say that they take guests at an address."""
         return sorted(host.name for host in self._follower.mirror.hosts.values() if host.address == uri)
+
+
+def _cordoned(host: str) -> str:
+    return f"The host {host} is cordoned: it takes no guests in until `migratectl uncordon`."

@@ -6,10 +6,11 @@ from statistics import median
 from typing import Any, Final
 
 from migrated.fleet.costs import limit_of
-from migrated.fleet.jobs import ACTIVE, is_over
+from migrated.fleet.jobs import ACTIVE, FINAL, is_over
 from migrated.fleet.mirror import Mirror
-from migrated.fleet.model import JobSpec, JobStep, StepState
-from migrated.fleet.planner import Plan
+from migrated.fleet.model import JobPhase, JobSpec, JobState, JobStep, StepState
+from migrated.fleet.planner import Plan, guests_of
+from migrated.fleet.worker import open_ends
 from protocol.units import format_duration_ns
 
 _CLOCK_TOLERANCE_NS: Final = 2_000_000_000
@@ -87,7 +88,7 @@ def job_view(mirror: Mirror, job: str, now_utc_ns: int) -> dict[str, Any]:
         "host": spec.host,
         "by": spec.by,
         "phase": str(state.phase),
-        "reason": state.reason or None,
+        "reason": state.reason or _why_it_waits(mirror, spec, state) or None,
         "created_utc_ns": spec.created_utc_ns,
         "ended_utc_ns": state.ended_utc_ns,
         "worker": worker.host if worker is not None else None,
@@ -98,6 +99,16 @@ def job_view(mirror: Mirror, job: str, now_utc_ns: int) -> dict[str, Any]:
         "late": sum(guest["late"] for guest in guests),
         "guests": guests,
     }
+
+
+def _why_it_waits(mirror: Mirror, spec: JobSpec, state: JobState) -> str:
+    """Return why a job goes on though each of its guests has ended, a sentence; empty when that is not so."""
+    steps = mirror.steps[spec.job]
+    planned = set(guests_of(mirror, spec)) <= steps.keys()
+    ended = planned and all(step.state in FINAL for step in steps.values())
+    if not ended or state.phase is not JobPhase.RUNNING or not (found := open_ends(mirror, spec)):
+        return ""
+    return f"It waits: {'; '.join(found)}."
 
 
 def _step_view(mirror: Mirror, spec: JobSpec, step: JobStep) -> dict[str, Any]:

@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from migrated.kernel.privileges import Capability
 from migrated.settings.parameters import Bytes, BytesPerSecond, MigrationParameters, Milliseconds, Seconds
+from protocol.guest import NAME_PATTERN
+from protocol.wrong_values import fault
 
 ENV_PREFIX: Final = "MIGRATED_"
 MAX_SOCKET_PATH_BYTES: Final = 107
@@ -111,7 +114,10 @@ class ConfigError(Exception):
 
 
 def _expand(path: Path) -> Path:
-    return path.expanduser().absolute()
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"the home directory in {str(path)!r} is not known; write the whole path") from None
 
 
 def _fits_socket(path: Path) -> Path:
@@ -120,9 +126,8 @@ def _fits_socket(path: Path) -> Path:
     return path
 
 
-def _program(argv: tuple[str, ...]) -> tuple[str, ...]:
-    """Resolve the program beside the daemon's own interpreter, then on PATH."""
-    name = argv[0]
+def _program(name: str) -> str:
+    """Resolve a program beside the daemon's own interpreter, then on PATH."""
     if "/" in name:
         path = _expand(Path(name))
     else:
@@ -132,7 +137,12 @@ def _program(argv: tuple[str, ...]) -> tuple[str, ...]:
         raise ValueError(
             f"there is no program {name!r} beside {sys.executable} nor on PATH; install it or name its path"
         )
-    return (str(path), *argv[1:])
+    return str(path)
+
+
+def _command(argv: tuple[str, ...]) -> tuple[str, ...]:
+    """A program with fixed arguments, resolved."""
+    return (_program(argv[0]), *argv[1:])
 
 
 def _address(value: object) -> object:
@@ -142,7 +152,8 @@ def _address(value: object) -> object:
 DirectoryPath = Annotated[Path, AfterValidator(_expand)]
 SocketPath = Annotated[Path, AfterValidator(_expand), AfterValidator(_fits_socket)]
 AddressText = Annotated[Address, BeforeValidator(_address)]
-Command = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_program)]
+Command = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_command)]
+Program = Annotated[str, Field(min_length=1), AfterValidator(_program)]
 NamePattern = Annotated[str, Field(pattern=r"^[^/\s]{1,255}$")]
 Rule = Annotated[str, Field(pattern=r"^[^/\s]{1,255}(/[^/\s]{1,64})?$")]
 EndpointUrl = Annotated[str, Field(pattern=r"^https?://[^/\s@]{1,255}/?$")]
@@ -263,8 +274,8 @@ class VmmConfig(Section):
 class QemuConfig(Section):
     """``[qemu]``: how QEMU guests are started."""
 
-    command: Command | None = None
-    """QEMU and fixed arguments; a bare name is looked up on PATH. ``qemu-system-x86_64`` unless given."""
+    binary: Program | None = None
+    """QEMU's program: a path, or a name that is looked up on PATH. ``qemu-system-x86_64`` unless given."""
     definitions: DirectoryPath = Path("configs/qemu")
     """Definitions of guests, NAME.toml: the only source of paths and arguments for a guest that arrives."""
     ram_directory: DirectoryPath = Path("/dev/shm/migrated")
@@ -295,8 +306,8 @@ class LimitsConfig(Section):
     round_timeout_s: PositiveSeconds = 60.0
     """A round without any acknowledged progress for this long is lost."""
     stall_timeout_s: PositiveSeconds = 300.0
-    """An incoming migration that sends less than 1 MiB in this time before its guest is handed over is given up; a
-    switchover that its operator holds (pause-before-switchover) sends nothing."""
+    """An incoming migration that sends less than 1 MiB in this time before its guest is handed over is given up. While
+    its operator holds the switchover (pause-before-switchover) it may send nothing."""
     incoming_timeout_s: PositiveSeconds = 86_400.0
     """An incoming migration whose guest has not been handed over after this long is given up, however much it sends."""
     stop_timeout_s: PositiveSeconds = 5.0
@@ -357,7 +368,7 @@ class FleetConfig(Section):
     """URLs of etcd's members, `http://HOST:PORT` or `https://HOST:PORT`; any of them will do while others are away."""
     prefix: str = Field(default="/migrated/", pattern=r"^/[A-Za-z0-9_./-]{0,120}$")
     """Where the fleet's keys begin; hosts with the same one are one fleet."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    name: str | None = Field(default=None, max_length=64, pattern=NAME_PATTERN)
     """This host's name in the fleet, which no other host has; the machine's name unless given."""
     address: AddressText | None = None
     """Where other hosts reach this one; `[listen] address` unless given."""
@@ -451,7 +462,7 @@ def load_config(path: Path, environment: Mapping[str, str] | None = None) -> Con
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        reason = f"cannot be read ({error.strerror}); name an existing file with --config"
+        reason = f"cannot be read ({error.strerror}); name an existing file"
         raise ConfigError([Problem(str(path), "", reason)]) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError([Problem(str(path), "", f"is not valid TOML: {error}")]) from error
@@ -489,9 +500,9 @@ def _env_value(text: str) -> object:
     return value if isinstance(value, bool | int | float | list) else text
 
 
-def _problem(details: Any, path: str, origins: Mapping[tuple[str, ...], str]) -> Problem:
+def _problem(details: ErrorDetails, path: str, origins: Mapping[tuple[str, ...], str]) -> Problem:
     location = tuple(str(part) for part in details["loc"])
-    reason = str(details["msg"]).removeprefix("Value error, ")
+    reason = fault(details)
     if details["type"] == "extra_forbidden":
         reason = _unknown(location)
         source = origins.get(location[:2], path)

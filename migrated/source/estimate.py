@@ -147,7 +147,7 @@ def _play(
     explained = prediction.explain(limit_ns)
     return {
         "fits": played.fits,
-        "reason": f"it fits after about {played.rounds} rounds: {explained}"
+        "reason": f"it fits after about {played.rounds} round{'' if played.rounds == 1 else 's'}: {explained}"
         if played.fits
         else f"it does not fit, and more rounds do not help: {explained}; raise --downtime-limit or lower the load",
         "predicted_ns": prediction.total_ns,

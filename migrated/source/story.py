@@ -37,6 +37,7 @@ from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
 from protocol.handover import SourceState
 from protocol.pages import Runs
+from protocol.versions import HOLD
 
 _REPORT_S = 5.0
 
@@ -89,8 +90,8 @@ class Story:
         """Move the guest. When it returns the hand-over is decided, or in doubt.
 
         Raises:
-            MigrationError, ProtocolError, JournalError, OSError, ValueError: it ended before the stop; the caller must
-                release ``phase``.
+            MigrationError, ProtocolError, JournalError, RunMarkError, OSError, ValueError: it ended before the stop;
+                the caller must release ``phase``.
         """
         prepared, pending = await self._interruption.unless_ended(self._without_disturbing())
         await self._switch_over(prepared, pending)
@@ -139,6 +140,7 @@ class Story:
         """Journal the attempt: a restarted daemon then knows whose guest it is. From here on it may be stopped."""
         env, ledger, session, vmm = self._env, self._ledger, opened.session, self._guest.vmm
         parameters = self._parameters()
+        env.run_marks.make_room()
         env.journal.begin(
             ledger.migration_id,
             ledger.epoch,
@@ -206,6 +208,7 @@ class Story:
             env.config.limits,
             env.clock,
             hold,
+            HOLD in session.welcome.capabilities,
             lambda: view.guest_stopped(held=hold is not None),
             view.tell_passes,
         )

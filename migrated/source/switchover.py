@@ -67,6 +67,7 @@ class Switchover:
         bounds: bounds of waits.
         clock: this host's clocks.
         hold: set when the operator lets a held switchover go on; None without pause-before-switchover.
+        tells_hold: the destination wants to be told of a hold, and waits for its end then.
         on_stopped: called when the guest is stopped.
         on_scan: called after every read of the dirty log.
     """
@@ -82,6 +83,7 @@ class Switchover:
         bounds: LimitsConfig,
         clock: HostClock,
         hold: asyncio.Event | None,
+        tells_hold: bool,
         on_stopped: Callable[[], None],
         on_scan: Callable[[], None],
     ) -> None:
@@ -93,6 +95,7 @@ class Switchover:
         self._bounds = bounds
         self._clock = clock
         self._hold = hold
+        self._tells_hold = tells_hold
         self._on_stopped = on_stopped
         self._on_scan = on_scan
         self._ledger = transfer.ledger
@@ -187,6 +190,8 @@ class Switchover:
             return
         self.phase = Phase.HOLD
         self._budget.hold_begins(time.monotonic_ns())
+        if self._tells_hold:
+            self._control.send(messages.Hold(epoch=self._handover.epoch))
         await self._hold.wait()
         end_ns = time.monotonic_ns()
         self._budget.hold_ends(end_ns)

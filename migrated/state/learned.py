@@ -4,7 +4,6 @@ over: what predictions learned, and how long resumes took."""
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -16,6 +15,7 @@ import structlog
 from migrated import prediction
 from migrated.prediction.knowledge import Knowledge
 from migrated.prediction.prior import Prior
+from migrated.state.whole_files import replace_file
 from migrated.vmm.resume_costs import ResumeCosts
 
 log = structlog.get_logger()
@@ -80,12 +80,8 @@ def _read(path: Path, parse: Callable[[Mapping[str, Any]], Learned], anew: Learn
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:
     """Write a document, whole or not at all."""
-    temporary = path.with_suffix(".new")
     try:
         with _writing:  # attempts that end at once are kept by threads of their own
-            temporary.unlink(missing_ok=True)
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640), "w") as file:
-                file.write(json.dumps(document))
-            temporary.replace(path)
+            replace_file(path, json.dumps(document))
     except OSError as error:
         log.error("what was learned cannot be kept", file=str(path), reason=error.strerror)

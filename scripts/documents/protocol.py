@@ -80,6 +80,7 @@ MEANINGS: Final = {
     "Downtime.resume_reserve_ns": "upper bound of what the source's own resume takes",
     "Downtime.source_downtime_ns": "since just before the stop was asked for, without what an operator held",
     "Downtime.sent_at_ns": "raw clock of the source right before the write",
+    "Hold.epoch": "of HELLO",
     "TimeAsk.nonce": "repeated in the answer",
     "TimeData.nonce": "of the ask",
     "TimeData.time": "the guest's clocks at the export; `hrtime` is the instant of the export",
@@ -174,11 +175,12 @@ MEANINGS: Final = {
 
 DIRECTIONS: Final = {
     "HELLO": "S → D", "WELCOME": "D → S", "REFUSE": "D → S", "CLOCK_ASK": "both", "CLOCK_REPLY": "both",
-    "ROUND_END": "S → D", "ROUND_DONE": "D → S", "DOWNTIME": "S → D", "TIME_ASK": "D → S", "TIME_DATA": "S → D",
-    "STATE_END": "S → D", "READY": "D → S", "NO": "D → S", "COMMIT": "S → D", "ABORT": "S → D", "RUNNING": "D → S",
-    "DISCARDED": "D → S", "OUTCOME_ASK": "S → D, fresh connection", "OUTCOME_OPEN": "D → S", "REPORT": "D → S",
-    "RECORD": "S → D", "ERROR": "both", "JOIN": "S → D, data", "JOINED": "D → S, data", "PAGES": "S → D, data",
-    "ZERO_PAGES": "S → D, data", "EXTENTS": "S → D, data", "BARRIER": "S → D, data", "DEVICE_STATE": "S → D, data",
+    "ROUND_END": "S → D", "ROUND_DONE": "D → S", "DOWNTIME": "S → D", "HOLD": "S → D", "TIME_ASK": "D → S",
+    "TIME_DATA": "S → D", "STATE_END": "S → D", "READY": "D → S", "NO": "D → S", "COMMIT": "S → D", "ABORT": "S → D",
+    "RUNNING": "D → S", "DISCARDED": "D → S", "OUTCOME_ASK": "S → D, fresh connection", "OUTCOME_OPEN": "D → S",
+    "REPORT": "D → S", "RECORD": "S → D", "ERROR": "both", "JOIN": "S → D, data", "JOINED": "D → S, data",
+    "PAGES": "S → D, data", "ZERO_PAGES": "S → D, data", "EXTENTS": "S → D, data", "BARRIER": "S → D, data",
+    "DEVICE_STATE": "S → D, data",
 }  # fmt: skip
 PARTS: Final[tuple[type[WireModel], ...]] = (
     GuestDescription, MemoryRegion, DeviceDescription, Limits, TimeRules, DeviceCost, VmTimeData,

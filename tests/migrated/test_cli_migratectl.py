@@ -245,6 +245,24 @@ def test_no_daemon_is_3(tmp_path: Path) -> None:
         assert str(path) in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("set", "g1", "channels=99"), "channels must be from 1 to 16, not 99."),
+        (("set", "g1", "downtime-limit=2001s"), "downtime-limit must be from 0ns to 2000s, not 2001s."),
+        (("migrate", "g1", "tcp:b:1", "--channels", "0"), "--channels must be from 1 to 16, not 0."),
+        (("migrate", "g1", "tcp:b:1", "--max-bandwidth", "2TiB/s"), "must be from 0B/s to 1TiB/s, not 2TiB/s."),
+        (("migrate", "g1", "tcp:b:1", "--prediction-coverage-pct", "nan"), "must be from 50 to 99.9, not nan."),
+    ],
+)
+def test_a_value_out_of_range_is_told_as_it_was_written(
+    ctl: Callable[..., Result], command: tuple[str, ...], told: str
+) -> None:
+    result = ctl(*command)
+    assert result.exit_code == 2
+    assert result.stderr.rstrip().endswith(told)
+
+
 def test_set_changes_a_guests_parameters_by_either_name(served: TinyHosts, ctl: Callable[..., Result]) -> None:
     told = document(ctl("--json", "set", "g1", "downtime-limit=0.2s", "multifd-channels=4", "switchover-abort=off"))
     changed = MigrationParameters(downtime_limit_ms=200, channels=4, switchover_abort=False)

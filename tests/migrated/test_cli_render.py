@@ -129,12 +129,14 @@ def test_event_lines() -> None:
 
 
 def test_facts_carry_their_units() -> None:
-    facts = {"memory_bytes": 1 << 20, "heartbeat": {"last_gap_ns": 5_000_000}, "ok": True, "x": None}
+    gaps = [{"gap_ns": 1}, {"gap_ns": 2}]
+    facts = {"memory_bytes": 1 << 20, "heartbeat": {"last_gap_ns": 5_000_000, "gaps": gaps}, "ok": True, "x": None}
     shown = text_of(facts_view(facts))
     rows = dict(line.split(maxsplit=1) for line in shown.splitlines() if line.strip())
     assert {name: value.strip() for name, value in rows.items()} == {
-        "memory_bytes": "1MiB",
-        "heartbeat.last_gap_ns": "5ms",
+        "memory": "1MiB",
+        "heartbeat.last_gap": "5ms",
+        "heartbeat.gaps": "2 (--json has them all)",
         "ok": "yes",
         "x": "-",
     }

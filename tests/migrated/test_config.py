@@ -70,6 +70,18 @@ def test_paths_are_expanded(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert config.state.directory == tmp_path / "home" / "state"
 
 
+def test_qemu_is_named_by_its_program(file: Path) -> None:
+    assert load(file, '[qemu]\nbinary = "/bin/sh"').qemu.binary == "/bin/sh"
+    assert str(load(file, '[qemu]\nbinary = "sh"').qemu.binary).endswith("/sh")
+    (line,) = problems(file, '[qemu]\nbinary = "no-such-qemu"')
+    assert "qemu.binary: there is no program 'no-such-qemu'" in line
+
+
+def test_the_home_directory_of_nobody_is_told(file: Path) -> None:
+    (line,) = problems(file, '[control]\nsocket = "~no-such-user/c.sock"')
+    assert line.endswith("the home directory in '~no-such-user/c.sock' is not known; write the whole path")
+
+
 def test_every_problem_is_told_with_file_key_and_reason(file: Path) -> None:
     found = problems(
         file,
@@ -93,7 +105,7 @@ def test_every_problem_is_told_with_file_key_and_reason(file: Path) -> None:
     assert told["control.sokcet"].endswith("is an unknown key; did you mean 'socket'?")
     assert "is an unknown section; known here: control, process, state" in told["quantum"]
     assert "is not HOST:PORT" in told["listen.address"]
-    assert "greater than or equal to 1" in told["limits.max_incoming"]
+    assert told["limits.max_incoming"].endswith("must be 1 or more, not 0")
     assert "'soon' is not a duration" in told["limits.connect_timeout_s"]
     assert "did you mean 'downtime_limit_ms'" in told["migration.downtime_limit"]
     assert len(told) == 6

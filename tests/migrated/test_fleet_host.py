@@ -14,8 +14,9 @@ import pytest
 from migrated.control.operations import JobRequest, OperationError
 from migrated.fleet.etcd import EtcdStore
 from migrated.fleet.keys import Keys
-from migrated.fleet.model import HostSlots, Ownership, Reservation, parse
-from migrated.fleet.store import put
+from migrated.fleet.model import HostDocument, HostSlots, Ownership, Reservation, parse
+from migrated.fleet.store import Delete, Transaction, put
+from migrated.host.fleet_side import FleetSide
 from migrated.settings.config import FleetConfig
 from migrated.vmm import spawn
 from scripts.fleet.etcd_cluster import EtcdCluster, why_no_etcd
@@ -186,6 +187,8 @@ async def test_what_no_key_can_hold_is_refused_with_a_sentence(short_directory: 
                 await refused
         with pytest.raises(OperationError, match="256 hosts to go to at most"):
             await asked.evacuate(JobRequest(host="b", to=("b",) * 257))
+        with pytest.raises(OperationError, match="Guests that leave the host 'b' cannot go to it"):
+            await asked.evacuate(JobRequest(host="b", to=("b",)))
 
 
 async def test_memory_of_a_guest_that_landed_and_is_gone_is_not_promised_for_ever(
@@ -241,6 +244,51 @@ async def test_a_guest_is_not_sent_where_two_hosts_say_that_they_are(
             return f"at {here.uri}: b, d" in await refused(here, here.uri)
 
         await until("the other one that says it is here", itself_too)
+
+
+async def test_a_cordoned_host_says_so_and_refuses_what_no_job_was_promised(
+    short_directory: Path, fleet: FleetConfig, keys: Keys, store: EtcdStore
+) -> None:
+    """Whoever empties it relies on that: else what was begun by hand before would arrive when the job is over."""
+
+    async def says_so() -> bool:
+        entry = await store.get(keys.host("b"))
+        return entry is not None and parse(HostDocument, entry.key, entry.value).cordon_seen is True
+
+    async with TinyHost(short_directory / "1") as source, TinyHost(short_directory / "2", fleet=fleet) as there:
+        await source.add_guest("g1")
+        await until("host b in the fleet", lambda: _there(there))
+        assert there.operations.fleet is not None
+        await there.operations.fleet.cordon("b", "")
+        await until("the cordon seen by its host", says_so)
+        ended = await source.operations.wait(await source.operations.migrate("g1", there.uri, {}))
+        assert ended["outcome"] == "refused"
+        assert "The host b is cordoned: it takes no guests in" in ended["reason"]
+        assert b'migrated_offers_refused_total{reason="cordon"} 1.0' in there.operations.metrics_text()
+
+
+async def test_a_guest_in_doubt_is_not_claimed_and_an_error_does_not_end_what_is_told(
+    short_directory: Path, fleet: FleetConfig, keys: Keys, store: EtcdStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest ran at its new host and was ended there: the copy that stands here must not come to own its name."""
+    attempts = FleetSide.attempts
+
+    def once(_side: FleetSide) -> tuple[int, int]:
+        monkeypatch.setattr(FleetSide, "attempts", attempts)
+        raise RuntimeError("nobody foresaw this")
+
+    monkeypatch.setattr(FleetSide, "attempts", once)
+    quick = fleet.model_copy(update={"lease_s": 2.0})
+    async with TinyHost(short_directory, fleet=quick) as here:
+        await until("in the fleet all the same", lambda: _there(here))
+        await here.add_guest("g1")
+        here.guest("g1").overlay = "in-doubt"
+        await store.transact(Transaction((), (Delete(keys.owner("g1")),)))
+        for _ in range(3):
+            await put(store, keys.cordon("b"), b"")
+            await asyncio.sleep(0.2)  # each time the host looks at all its guests
+        assert await owner_of(store, keys.owner("g1")) is None
+        here.guest("g1").overlay = None
 
 
 async def takes_and_says_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -81,6 +81,15 @@ def test_a_forecast_is_the_last_migration() -> None:
     assert forecast(attempt(100 * MIB, 0).model_copy(update={"outcome": "refused"})) is None
 
 
+def test_figures_that_no_migration_can_have_show_nothing() -> None:
+    """A destination keeps what the source's record says, and tells its fleet what it makes of that."""
+    strange = attempt(100 * MIB, 60)
+    rounds = (round_row(1 << 70, 1), *strange.rounds, round_row(100 * MIB, 10**23, -(1 << 70)))
+    record = strange.model_copy(update={"rounds": rounds})
+    assert forecast(record) is None
+    assert link_bytes_per_s([record, attempt(50 * MIB, 0)]) == 100 * MIB
+
+
 def test_the_usual_costs_are_those_in_the_middle_of_the_last_migrations() -> None:
     assert usual_forecast([]) is None
     attempts = [attempt(100 * MIB, 0).model_copy(update={"setup_ns": setup_ns}) for setup_ns in (S, 9 * S, 2 * S)]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from migrated.fleet.model import Ownership
+from migrated.control.operations import OperationError
+from migrated.fleet.model import Cordon, HostSlots, Ownership, Reservation
 from migrated.fleet.ownership import NotTheOwnerError
-from migrated.fleet.store import put
+from migrated.fleet.store import Answer, NoAnswerError, Transaction, put
 from migrated.member.follower import Follower
 from migrated.member.identity import Identity, boot_id
 from migrated.member.leftovers import BOOT_ID, Leftovers
 from migrated.member.owners import Owners
 from scripts.fleet.fake_store import FakeStore, FakeStoreClient
+from scripts.rig.waiting import until
 from tests.migrated.fleet.fleets import KEYS
 
 
@@ -26,9 +29,13 @@ class Here:
 
     guests: set[str] = field(default_factory=set)
     discards: set[str] = field(default_factory=set)
+    pids: dict[str, int] = field(default_factory=dict)
 
     def is_here(self, guest: str) -> bool:
         return guest in self.guests
+
+    def processes(self) -> dict[str, int]:
+        return self.pids
 
     def discarded(self, migration_id: str) -> bool:
         return migration_id in self.discards
@@ -86,6 +93,18 @@ async def test_the_token_of_an_arrival_is_asked_of_the_store_and_never_an_old_on
     assert await fleet.owners.token("g", arriving=True) == revision, "before the watch has told it"
 
 
+async def test_a_cordoned_host_takes_only_what_a_job_was_promised(fleet: Fleet) -> None:
+    assert fleet.owners.why_not_here("g") is None
+    there = Reservation(guest="promised", job="j1", peer="a", memory_bytes=1, attempt=1)
+    landed = there.model_copy(update={"guest": "landed", "landed": True})
+    await put(fleet.store, KEYS.slots_of("b"), HostSlots(inbound=(there, landed)).to_bytes())
+    await put(fleet.store, KEYS.cordon("b"), Cordon(by="x", since_utc_ns=0).to_bytes())
+    assert await fleet.follower.until(lambda: "b" in fleet.follower.mirror.cordons, 5)
+    assert fleet.owners.why_not_here("promised") is None
+    for guest in ("g", "landed"):
+        assert "The host b is cordoned" in str(fleet.owners.why_not_here(guest))
+
+
 async def test_a_discarded_guest_is_given_back_and_no_other(fleet: Fleet, tmp_path: Path) -> None:
     here = Here(guests={"here"}, discards={"m1", "m2"})
     leftovers = Leftovers(fleet.follower, here, fleet.owners, "b", tmp_path)
@@ -118,6 +137,58 @@ async def test_a_boot_ends_the_guests_before_it(fleet: Fleet, tmp_path: Path, be
     assert set(fleet.follower.mirror.owners) == {"here", "elsewhere", "in-doubt"} | (set() if gone else {"ended"})
     await leftovers.see_to()
     assert (tmp_path / BOOT_ID).read_text(encoding="ascii").strip() == boot_id()
+
+
+async def test_a_guest_whose_process_ended_while_no_daemon_was_here_is_let_go_of(fleet: Fleet, tmp_path: Path) -> None:
+    """One that is only not found may run on: its socket may be gone. And one that was never noted says nothing."""
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    here = Here({"ended", "hidden"}, pids={"ended": process.pid, "hidden": os.getpid()})
+    for guest in ("ended", "hidden", "never-noted"):
+        await fleet.own(guest, "b")
+    await Leftovers(fleet.follower, here, fleet.owners, "b", tmp_path).see_to()
+    process.kill()
+    await process.wait()
+    later = Leftovers(fleet.follower, Here(), fleet.owners, "b", tmp_path)
+    await later.see_to()
+    assert await fleet.follower.until(lambda: "ended" not in fleet.follower.mirror.owners, 5)
+    await later.see_to()
+    assert set(fleet.follower.mirror.owners) == {"hidden", "never-noted"}
+
+
+async def test_a_full_disk_ends_nothing_and_what_it_left_of_a_file_is_no_other_boot(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    """Else the host would leave the fleet, or other hosts could start guests that are here and were not found."""
+    await fleet.own("lost", "b")
+    kept, in_the_way = tmp_path / BOOT_ID, tmp_path / f"{BOOT_ID}.new"
+    kept.touch()
+    in_the_way.mkdir()
+    leftovers = Leftovers(fleet.follower, Here(), fleet.owners, "b", tmp_path)
+    await leftovers.see_to()
+    in_the_way.rmdir()
+    await leftovers.see_to()
+    assert kept.read_text(encoding="ascii").strip() == boot_id()
+    await asyncio.sleep(0.1)  # a key that was let go of by mistake would be deleted by a task of its own
+    assert await fleet.owner("lost") is not None
+
+
+async def test_a_claim_that_was_not_answered_leaves_no_owner(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest was not started, and no other host could start it: it may have been carried out."""
+    transact = fleet.store.transact
+
+    async def answer_lost(transaction: Transaction) -> Answer:
+        assert (await transact(transaction)).succeeded
+        monkeypatch.setattr(fleet.store, "transact", transact)
+        raise NoAnswerError("lost on its way")
+
+    monkeypatch.setattr(fleet.store, "transact", answer_lost)
+    with pytest.raises(OperationError, match="lost on its way"):
+        await fleet.owners.claim_new("new")
+
+    async def free() -> bool:
+        return await fleet.owner("new") is None
+
+    await until("the key deleted", free, 5)
 
 
 async def test_a_guest_that_is_being_started_is_no_leftover(fleet: Fleet, tmp_path: Path) -> None:

@@ -388,3 +388,22 @@ async def test_a_guest_that_runs_is_not_ended_for_a_note_of_an_earlier_save(shor
         assert later.guest("g1").vmm.pid == pid
         assert await later.state_of("g1") == "running"
     assert not list((short_directory / "state" / "saves").iterdir())
+
+
+async def test_of_two_restores_of_one_name_at_once_the_second_is_refused_before_anything_is_claimed(
+    short_directory: Path,
+) -> None:
+    """It would own the guest in a fleet as well, and let go of it for both when it fails."""
+    target = short_directory / "g1.saved"
+    async with TinyHost(short_directory) as host:
+        await host.add_guest("g1")
+        save = await host.operations.save("g1", str(target), ends_guest=True, force=False, overrides={})
+        assert (await host.operations.wait(save))["outcome"] == "completed"
+        restores = [host.operations.restore(str(target), None, {}) for _ in range(2)]
+        first, second = await asyncio.gather(*restores, return_exceptions=True)
+        assert "is being restored on this host" in str(second if isinstance(first, tuple) else first)
+        begun = first if isinstance(first, tuple) else second
+        assert isinstance(begun, tuple)
+        assert (await host.operations.wait(begun[0]))["outcome"] == "completed"
+        await host.operations.guest_destroy("g1")
+        assert (await host.operations.restore(str(target), None, {}))[1] == "g1", "the name is free again"

@@ -8,8 +8,9 @@ from itertools import groupby
 from typing import Final
 
 from migrated.base.errors import VmmError
+from migrated.kernel.files import descriptors_of
 from migrated.vmm.memory import FileRegion, GuestMemory, MappedMemory, MixedMemory, ProcessMemory, Span
-from migrated.vmm.qemu.ram import Carried, Ram, read_maps
+from migrated.vmm.qemu.ram import Carried, Mapping, Ram, read_maps
 
 _SPARSE: Final = ("", "[heap]")
 
@@ -58,8 +59,8 @@ def _mapped(pid: int, blocks: Sequence[Carried]) -> MappedMemory:
 
 
 def open_mapped(pid: int, blocks: Sequence[Carried]) -> list[FileRegion]:
-    """Open the files that are mapped where blocks are, by the mapping and not by a path: a file may have been removed,
-    or never had a name. The descriptors are the caller's.
+    """Open the files that are mapped where blocks are, by what QEMU has open and not by a path: a file may have been
+    removed, or never had a name. The descriptors are the caller's.
 
     Raises:
         VmmError: one cannot be opened.
@@ -69,9 +70,8 @@ def open_mapped(pid: int, blocks: Sequence[Carried]) -> list[FileRegion]:
     try:
         for carried in blocks:
             mapping = next(one for one in maps if one.begin <= carried.address < one.end)
-            link = f"/proc/{pid}/map_files/{mapping.begin:x}-{mapping.end:x}"
-            fd = os.open(link, os.O_RDWR | os.O_CLOEXEC)
-            regions.append(FileRegion(fd, carried.block.pages, mapping.offset + carried.address - mapping.begin))
+            offset = mapping.offset + carried.address - mapping.begin
+            regions.append(FileRegion(_open_file(pid, mapping), carried.block.pages, offset))
     except (OSError, StopIteration) as error:
         for region in regions:
             os.close(region.fd)
@@ -79,7 +79,26 @@ def open_mapped(pid: int, blocks: Sequence[Carried]) -> list[FileRegion]:
     return regions
 
 
+def _open_file(pid: int, mapping: Mapping) -> int:
+    """Open the file behind a mapping: through a descriptor of it that QEMU holds, which QEMU's own user may do, else
+    through the mapping itself, which takes root."""
+    for link in descriptors_of(pid, lambda found: _is_file_of(found, mapping)):
+        fd = os.open(link, os.O_RDWR | os.O_CLOEXEC)
+        if _is_file_of(os.fstat(fd), mapping):
+            return fd
+        os.close(fd)
+    return os.open(f"/proc/{pid}/map_files/{mapping.begin:x}-{mapping.end:x}", os.O_RDWR | os.O_CLOEXEC)
+
+
+def _is_file_of(found: os.stat_result, mapping: Mapping) -> bool:
+    """Whether a file is the one behind a mapping."""
+    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+    return (found.st_ino, device) == (mapping.inode, mapping.device)
+
+
 def _unmapped(pid: int, error: Exception) -> VmmError:
+    reason = error.strerror if isinstance(error, OSError) else error
     return VmmError(
-        f"the file behind guest memory of QEMU (process {pid}) cannot be mapped here: {error}; run the daemon as root"
+        f"the file behind guest memory of QEMU (process {pid}) cannot be mapped here: {reason}; run the daemon as root "
+        "or as QEMU's user"
     )

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from migrated.base.errors import VmmError
 from migrated.settings.parameters import Bytes
 from migrated.vmm.qemu.places import agent_path
+from protocol.wrong_values import fault
 
 MemoryKind = Literal["private", "memfd", "file"]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+:=-]*$", max_length=128)]
@@ -112,7 +113,7 @@ def load_definition(directory: Path, name: str) -> Definition:
         made = Definition.model_validate(document)
     except ValidationError as error:
         found = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'as a whole'}: {problem['msg'].removeprefix('Value error, ')}"
+            f"{'.'.join(map(str, problem['loc'])) or 'as a whole'}: {fault(problem)}"
             for problem in error.errors(include_url=False)
         )
         raise VmmError(f"the definition {path} cannot be used: {found}") from error
@@ -185,11 +186,11 @@ class CommandLine:
         return [self._ram_directory / f"{self._api_socket.stem}.{number}.ram" for number in range(count)]
 
     def running(self, *, paused: bool) -> list[str]:
-        """Of a guest that begins to run, unless it shall wait."""
+        """The command line of a guest that starts here; with ``paused`` its vCPUs wait."""
         return [*self._common(self._definition.memory_kind), *(["-S"] if paused else [])]
 
     def incoming(self) -> list[str]:
-        """Of an empty guest that waits for state, with its memory in files of ours."""
+        """The command line of an empty guest that waits for state, with its memory in files of ours."""
         return [*self._common("file"), "-incoming", "defer", "-S"]
 
     def _common(self, kind: MemoryKind) -> list[str]:

@@ -28,13 +28,14 @@ from migrated.vmm.qemu.offers import offers
 from migrated.vmm.qemu.places import Place
 from migrated.vmm.qemu.qmp import QUICK_S
 from migrated.vmm.seam import Driver, GuestRequest, Incoming
-from protocol.guest import GuestDescription
+from protocol.guest import NAME_PATTERN, GuestDescription
+from protocol.wrong_values import fault
 
 _LOOK_AGAIN_S: Final = 0.01
 _ENDING_S: Final = 1.0
 """For this long a QEMU whose monitor could not be used may turn out to be one that is just ending."""
 _GONE_S: Final = 10.0
-_DEFAULT_COMMAND: Final = ("qemu-system-x86_64",)
+_DEFAULT_BINARY: Final = "qemu-system-x86_64"
 
 
 class _Options(BaseModel):
@@ -44,7 +45,7 @@ class _Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    definition: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = None
+    definition: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
     qmp: Path | None = None
     incoming: bool = False
     run_log: Path | None = None
@@ -60,13 +61,14 @@ class QemuDriver(Driver):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._directory = config.vmm.directory / "qemu"
+        self._command = (config.qemu.binary or _DEFAULT_BINARY,)
         self._costs = SwitchoverCosts(config.state.directory / "qemu-costs.json")
 
     def places(self) -> Sequence[Path]:
         return sorted(self._directory.glob("*.sock"))
 
     async def offers(self) -> frozenset[str]:
-        return await offers(self.config.qemu.command or _DEFAULT_COMMAND)
+        return await offers(self._command)
 
     def tidy(self, place: Path) -> None:
         places.forget(place)
@@ -85,7 +87,7 @@ class QemuDriver(Driver):
         try:
             options = _Options.model_validate(dict(request.options))
         except ValidationError as error:
-            found = "; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors(include_url=False))
+            found = "; ".join(f"{problem['loc'][0]} {fault(problem)}" for problem in error.errors(include_url=False))
             raise VmmError(f"QEMU guest {request.name!r} cannot be made so: {found}") from error
         self._directory.mkdir(parents=True, exist_ok=True)
         if options.qmp is not None:
@@ -137,7 +139,7 @@ class QemuDriver(Driver):
         return CommandLine(
             load_definition(qemu.definitions, definition),
             name,
-            incoming.replacement.command or qemu.command or _DEFAULT_COMMAND,
+            incoming.replacement.command or self._command,
             qemu.definitions,
             self._directory / f"{incoming.place}.sock",
             qemu.ram_directory,

@@ -73,6 +73,7 @@ class Qmp:
             VmmSilentError: the greeting does not come.
             VmmError: it is no monitor, or may not be used.
         """
+        named = path.resolve()  # of a QEMU that was adopted there is a link here to the socket that somebody named
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         client, listener = QMPClient(), 0
         try:
@@ -84,24 +85,27 @@ class Qmp:
             made = cls(path, client, stream)
             made.pid = await made._process(listener)
             if not made.pid:
-                raise VmmError(f"the process of the QEMU behind {path} cannot be told: it is in another namespace")
+                raise VmmError(f"the process of the QEMU behind {named} cannot be told: it is in another namespace")
+        except QmpCommandError as error:
+            await _hang_up(client, stream)
+            raise VmmError(f"{named} cannot be used as a QEMU monitor: {error.description}") from error
         except (ConnectionRefusedError, FileNotFoundError) as error:
             stream.close()
-            raise VmmGoneError(f"no QEMU listens on {path}") from error
+            raise VmmGoneError(f"no QEMU listens on {named}") from error
         except TimeoutError as error:
             await _hang_up(client, stream)
             raise VmmSilentError(
-                f"the monitor {path} (process {listener}) sends no greeting: QEMU hangs, or another client (libvirt, a "
-                "script) holds it. A monitor takes one client at a time: give QEMU one more (-qmp "
+                f"the monitor {named} (process {listener}) sends no greeting: QEMU hangs, or another client (libvirt, "
+                "a script) holds it. A monitor takes one client at a time: give QEMU one more (-qmp "
                 "unix:PATH,server=on,wait=off) and name that",
                 listener,
             ) from error
         except (QMPError, OSError, EOFError) as error:
             await _hang_up(client, stream)
-            raise VmmError(f"{path} cannot be used as a QEMU monitor: {error}") from error
+            raise VmmError(f"{named} cannot be used as a QEMU monitor: {error}") from error
         except _ODD as error:
             await _hang_up(client, stream)
-            raise VmmError(f"{path} cannot be used as a QEMU monitor: its answers are not those of QEMU") from error
+            raise VmmError(f"{named} cannot be used as a QEMU monitor: its answers are not those of QEMU") from error
         except BaseException:
             await _hang_up(client, stream)
             raise

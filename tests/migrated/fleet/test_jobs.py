@@ -19,12 +19,14 @@ from migrated.fleet.model import (
     HostSlots,
     JobKind,
     JobPhase,
+    JobState,
     JobStep,
     Ownership,
     StepState,
 )
 from migrated.fleet.store import Delete, Put, Transaction
 from migrated.fleet.worker import Wait, Work, begin, ended, next_work, resume_steps, steps_here
+from migrated.member.views import job_view
 from scripts.fleet.fake_store import FakeStore
 from tests.migrated.fleet.fleets import GIB, KEYS, MS, S, guest, host, spec
 
@@ -282,7 +284,8 @@ def test_a_job_that_is_cancelled_before_its_guests_were_planned_is_cancelled_and
 def test_two_jobs_that_overlap_keep_slots_and_memory_and_move_no_guest_twice() -> None:
     fleet = Fleet([host("a"), host("b", memory_bytes=8 * GIB), host("c", memory_bytes=8 * GIB)], guests=4)
     fleet.start(worker="b")
-    fleet.must(changes.create_job(fleet.mirror, spec(job="j2", by="another")))
+    guests = tuple(fleet.mirror.guests)
+    fleet.must(changes.create_job(fleet.mirror, spec(job="j2", by="another", kind=JobKind.MIGRATE, guests=guests)))
     fleet.must(changes.claim_job(fleet.mirror, "j2", "c", fleet.leases["c"], 0))
     for _ in range(40):
         for job in ("j1", "j2"):
@@ -325,6 +328,93 @@ def test_a_host_is_not_empty_while_a_guest_is_on_its_way_to_it(deadline_ns: int)
     found = next_work(fleet.mirror, "j2", S)
     assert isinstance(found, Work)
     assert found.what == "plan 1 guests"
+
+
+@pytest.mark.parametrize("cordoned_before", [False, True])
+def test_of_two_who_empty_a_host_at_once_one_is_told_of_the_other(cordoned_before: bool) -> None:
+    fleet = Fleet([host("a"), host("b")], guests=1)
+    if cordoned_before:
+        fleet.must(changes.cordon(fleet.mirror, "a", "me", 0, "a broken fan"))
+    first, second = (changes.create_job(fleet.mirror, spec(job=job)) for job in ("j1", "j2"))
+    fleet.must(first)
+    assert not fleet.store.transact(second).succeeded
+    assert set(fleet.mirror.specs) == {"j1"}
+    with pytest.raises(JobError, match="The host a is being emptied already, by job j1"):
+        changes.create_job(fleet.mirror, spec(job="j2"))
+    if cordoned_before:
+        assert fleet.mirror.cordons["a"].reason == "a broken fan"
+
+
+def test_a_job_that_missed_its_deadline_can_be_resumed_and_has_its_host_cordoned_again() -> None:
+    fleet = Fleet([host("a"), host("b", max_inbound=0)], guests=1)
+    fleet.start(deadline_ns=30 * S)
+    fleet.now_ns = 100 * S
+    fleet.work()
+    assert fleet.phase() is JobPhase.FAILED
+    fleet.must(changes.uncordon(fleet.mirror, "a"))
+    fleet.must(changes.publish(fleet.mirror, host("b"), fleet.leases["b"], ()))
+    for work in list(resume_steps(fleet.mirror, "j1", fleet.now_ns)):
+        fleet.must(work.transaction)
+    assert "a" in fleet.mirror.cordons
+    fleet.run()
+    assert fleet.phase() is JobPhase.DONE
+
+
+def test_a_job_is_not_resumed_beside_another_one_that_empties_its_host() -> None:
+    fleet = Fleet([host("a"), host("b")], guests=1)
+    fleet.start()
+    fleet.work()
+    fleet.must(changes.change_job(fleet.mirror, "j1", JobEvent.CANCEL, fleet.now_ns))
+    fleet.work()
+    fleet.must(changes.create_job(fleet.mirror, spec(job="j2")))
+    with pytest.raises(JobError, match="being emptied already, by job j2"):
+        next(resume_steps(fleet.mirror, "j1", fleet.now_ns))
+    assert fleet.step("g0").state is StepState.CANCELLED
+
+
+def test_a_guest_that_is_on_its_host_again_is_moved_again() -> None:
+    """Moved back by hand, or another one of its name: the job would be done, and its host not empty."""
+    fleet = Fleet([host("a"), host("b")], guests=3)
+    fleet.start(max_parallel=1)
+    fleet.work()
+    (first,) = fleet.begin()
+    fleet.end(first)
+    fleet.add(first, "a")
+    fleet.run()
+    assert fleet.phase() is JobPhase.DONE
+    assert not fleet.mirror.by_owner["a"]
+    assert fleet.step(first).attempt == 1, "counted anew"
+
+
+def test_a_host_is_not_empty_while_its_guest_is_not_settled_elsewhere_or_one_comes_by_hand() -> None:
+    fleet = Fleet([host("a", cordon_seen=False), host("b")], guests=0)
+    fleet.must(changes.create_job(fleet.mirror, spec(deadline_ns=60 * S)))
+    fleet.claim("b")
+
+    def tell(**fields: Any) -> None:
+        fleet.must(changes.publish(fleet.mirror, host("a", **fields), fleet.leases["a"], ()))
+
+    def reason() -> str:
+        found = next_work(fleet.mirror, "j1", 60 * S)
+        assert isinstance(found, Work)
+        state = next(one for one in found.transaction.then if isinstance(one, Put))
+        return JobState.model_validate_json(state.value).reason
+
+    assert fleet.work() == Wait(60 * S)
+    assert reason() == "a has not said yet that it takes no guests in."
+    tell(cordon_seen=True, inbound=1)
+    assert fleet.work() == Wait(60 * S)
+    assert reason() == "migrations to a that were begun by hand are under way."
+    unsettled = Ownership(owner="b", epoch=3, previous="a", migration_id="m")
+    fleet.must(Transaction((), (Put(KEYS.owner("x"), unsettled.to_bytes()),)))
+    tell(cordon_seen=True)
+    assert fleet.work() == Wait(60 * S)
+    assert reason() == "x was handed over by a and does not surely run elsewhere."
+    waiting = "It waits: x was handed over by a and does not surely run elsewhere."
+    assert job_view(fleet.mirror, "j1", S)["reason"] == waiting
+    fleet.must(Transaction((), (_owned("x", "b"),)))
+    fleet.work()
+    assert fleet.phase() is JobPhase.DONE
 
 
 def test_a_decision_on_old_news_changes_nothing() -> None:
@@ -427,10 +517,12 @@ def test_cordon_and_fence_are_taken_back() -> None:
     fleet = Fleet([host("a"), host("b")])
     fleet.must(changes.cordon(fleet.mirror, "b", "me", 0))
     fleet.must(changes.fence(fleet.mirror, "b", "me", 0))
-    assert not fleet.mirror.takes_guests("b")
+    assert "b" in fleet.mirror.cordons
+    assert "b" in fleet.mirror.fences
     fleet.must(changes.uncordon(fleet.mirror, "b"))
     fleet.must(changes.unfence(fleet.mirror, "b"))
-    assert fleet.mirror.takes_guests("b")
+    assert "b" not in fleet.mirror.cordons
+    assert "b" not in fleet.mirror.fences
 
 
 def test_every_state_leads_to_an_end_and_what_is_not_in_the_table_is_an_error() -> None:

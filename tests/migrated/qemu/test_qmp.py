@@ -66,6 +66,9 @@ async def test_nobody_and_a_stranger_at_the_socket(place: Path) -> None:
     (place / "file").touch()
     with pytest.raises(VmmError):
         await Qmp.connect(place / "file")
+    (place / "link").symlink_to(place / "nothing")
+    with pytest.raises(VmmGoneError, match=r"listens on .*/nothing$"):  # what the operator named
+        await Qmp.connect(place / "link")
 
 
 async def test_events_are_heard(bare_qemu: BareQemu) -> None:

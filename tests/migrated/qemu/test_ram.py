@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 
 from migrated.base.errors import VmmError
 from migrated.kernel import process_memory
-from migrated.vmm.memory import WORDS_PER_PAGE
-from migrated.vmm.qemu.access import open_memory
+from migrated.kernel.privileges import keep_only
+from migrated.vmm.memory import WORDS_PER_PAGE, FileRegion
+from migrated.vmm.qemu.access import open_mapped, open_memory
 from migrated.vmm.qemu.ram import (
     Mapping,
     Ram,
@@ -21,6 +24,7 @@ from migrated.vmm.qemu.ram import (
     find_ram,
     parse_blocks,
     parse_view,
+    read_maps,
     seen_of,
 )
 from migrated.vmm.qemu.ram import (
@@ -78,6 +82,32 @@ async def test_shared_memory(bare_qemu: BareQemu, place: Path, kind: str) -> Non
     backend = f"memory-backend-{kind},id=mine,size=64M,share=on{path}"
     ram = await find_ram(await bare_qemu("-object", backend, machine="pc,accel=tcg,memory-backend=mine"))
     assert carried(ram)["ram@0x0"] == (64 * MIB, kind, True)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_shared_memory_can_be_opened_without_privileges(tmp_path: Path, named: bool) -> None:
+    """QEMU's own user reaches the file through QEMU's descriptor of it: opening a mapping takes a capability."""
+    fd = os.open(tmp_path / "ram", os.O_RDWR | os.O_CREAT) if named else os.memfd_create("ram")
+    os.truncate(fd, 2 * MIB)
+    with mmap.mmap(fd, MIB, offset=MIB) as memory:
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        if named:
+            (tmp_path / "ram").unlink()
+        block = put(RamBlock("mine", MIB, "main"), address, read_maps(os.getpid()))
+        found: list[FileRegion] = []
+
+        def open_it() -> None:
+            keep_only(())  # of this thread
+            found.extend(open_mapped(os.getpid(), arrange([block]).carried))
+
+        thread = threading.Thread(target=open_it)
+        thread.start()
+        thread.join()
+        os.close(fd)
+        (region,) = found
+        os.pwrite(region.fd, b"seen", region.offset)
+        os.close(region.fd)
+        assert memory[:4] == b"seen"
 
 
 async def test_numa_backends_of_different_kinds(bare_qemu: BareQemu) -> None:
