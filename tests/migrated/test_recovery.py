@@ -1,6 +1,8 @@
 """What a restarted daemon makes of each state of its journal, with real guests that ran on while it was gone.
 
 first daemon: guests -> stops in order;  the journal of one that was killed is written;  second daemon: what it does
+
+The module is longer than others because each state of a journal has its test here.
 """
 
 from __future__ import annotations
