@@ -385,7 +385,7 @@ async def test_a_refusal_after_the_guest_was_built_ends_the_guest(
     async with opened(environment(tmp_path / "b")) as env:
         env.journal.close()  # the offer cannot be journaled, so it must not be taken
         here = Welcoming(env)
-        with pytest.raises(RefusedError, match=r"the journal .* cannot be written"):
+        with pytest.raises(RefusedError, match=r"the journal .* has no room for another attempt"):
             await open_to(source, guest, here.connected)
         assert isinstance(await here.answer, Refusal)
         assert env.guests.names() == []
