@@ -25,7 +25,7 @@ demo-fleet: $(INSTALLED)
 	@$(BIN)/python -m scripts.demo_fleet $(DEMO_OPTIONS)
 
 test: $(INSTALLED)
-	@echo "Running all tests; this takes some minutes (make test PYTEST_OPTIONS='-m \"not slow\"' for fewer)." >&2
+	@echo "Running tests; all of them take some minutes (make test PYTEST_OPTIONS='-m \"not slow\"' for fewer)." >&2
 	@$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 lint: $(INSTALLED)

@@ -155,7 +155,7 @@ class Executor(ABC, Generic[StateT, EventT, EffectT]):
         return Memory(self._machine.state, self._steps, self.in_doubt, self._unsure, self._restarted)
 
     def recall(self, memory: Memory[StateT]) -> None:
-        """Go on from where an executor with the same rules was."""
+        """Continue from the state of another executor of the same side, as its ``memory`` gave it."""
         self._machine.state = memory.state
         self._steps, self.in_doubt = memory.steps, memory.in_doubt
         self._unsure, self._restarted = memory.unsure, memory.restarted

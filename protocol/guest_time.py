@@ -10,7 +10,7 @@ The names, widths and error variants are Propolis' (``VmTimeData``, ``adjust_tim
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
@@ -25,7 +25,6 @@ U64 = Annotated[int, Field(ge=0, le=U64_MAX)]
 I64 = Annotated[int, Field(ge=I64_MIN, le=I64_MAX)]
 
 Policy = Literal["midpoint", "never-ahead", "never-behind", "freeze"]
-POLICIES: Final[tuple[Policy, ...]] = get_args(Policy)
 
 TimeErrorName = Literal[
     # Propolis' variants

@@ -1,9 +1,12 @@
-"""What tests of several packages need: the image of a real Linux guest."""
+"""What tests of several packages need: the image of a real Linux guest, and a disk that is soon full."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +30,15 @@ def image() -> GuestImage:
     if missing := missing_packages():
         pytest.skip(f"a Linux guest needs {', '.join(missing)}")
     return guest_image()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a file system")
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.decode()}")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)

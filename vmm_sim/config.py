@@ -7,7 +7,7 @@ holds nothing of the host; a peer may have written it, so every value is bounded
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -16,7 +16,6 @@ from protocol.units import UnitError, parse_rate, parse_size
 from protocol.wrong_values import first_fault
 
 WorkloadName = Literal["idle", "sequential", "random", "hot-cold", "phased", "fill", "delta", "stride"]
-WORKLOADS: Final[tuple[WorkloadName, ...]] = get_args(WorkloadName)
 
 MIN_MEMORY_BYTES: Final = 1 << 20
 MAX_SIM_MEMORY_BYTES: Final = 1 << 40

@@ -124,7 +124,7 @@ class StateBody:
 class Device:
     """One device: its costs, its body, and how far its state has been saved or loaded in this attempt."""
 
-    def __init__(self, config: DeviceConfig, body: Body, *, needs_time: bool = True) -> None:
+    def __init__(self, config: DeviceConfig, body: Body) -> None:
         self.config = config
         self.body = body
         self.loaded = False

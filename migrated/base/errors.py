@@ -16,6 +16,10 @@ class NoRoomError(RefusedError):
     """This host has no place for one more guest."""
 
 
+class GuestHereError(RefusedError):
+    """A guest of this name or uuid is on this host already."""
+
+
 class LinkLostError(MigrationError):
     """The connection to the peer is gone: closed, reset, timed out, or silent for too long."""
 

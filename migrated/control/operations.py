@@ -150,15 +150,12 @@ class Subscription:
         self._lost = 0
         self.arrived = asyncio.Event()
         """Set while there is something to take; its owner may share it."""
-        self.dropped = 0
-        """Events this reader never saw, over its life."""
 
     def put(self, event: Event) -> None:
         """Add an event without telling the reader, as ``wake`` does; never waits."""
         if len(self._events) == self._capacity:
             self._events.popleft()
             self._lost += 1
-            self.dropped += 1
         self._events.append(event)
 
     def wake(self) -> None:

@@ -9,7 +9,6 @@ other devices' final state     after STATE_END and the last page, since a device
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -109,7 +108,6 @@ class Loaded:
     states: int = 0
     final_devices: set[tuple[str, str]] = field(default_factory=set)
     time: TimeSummary | None = None
-    time_imported_ns: int = 0
 
 
 class Loading:
@@ -242,7 +240,6 @@ class Loading:
         daemon_ns = self._clock.hrtime_ns() - imported_at_ns
         error_ns = interval.error_ns(elapsed_ns) if rules.policy != "freeze" else interval.upper_ns
         imported = await guest_time.import_time(adjustment.adjusted, error_ns)
-        self.done.time_imported_ns = time.monotonic_ns()
         self._imported = _ImportedTime(exported, interval, elapsed_ns, adjustment, daemon_ns, imported)
 
     def _account_for_time(self) -> None:

@@ -7,7 +7,7 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from migrated.base.errors import LinkLostError, NoRoomError
+from migrated.base.errors import GuestHereError, LinkLostError, NoRoomError
 from migrated.destination.inbox import Broken, Inbox
 from migrated.destination.origin import Origin
 from migrated.destination.view import View
@@ -36,7 +36,11 @@ class Refusal:
     @classmethod
     def because_of(cls, error: Exception) -> Refusal:
         """Return the refusal for an error that happened while the offer was taken."""
-        code = error.code if isinstance(error, RemoteProtocolError) else ErrorCode.GUEST_MISMATCH
+        code = ErrorCode.GUEST_MISMATCH
+        if isinstance(error, RemoteProtocolError):
+            code = error.code
+        elif isinstance(error, GuestHereError):
+            code = ErrorCode.GUEST_EXISTS
         return cls(code, str(error), "room" if isinstance(error, NoRoomError) else "guest")
 
     def tell(self, control: ControlChannel) -> None:

@@ -22,6 +22,7 @@ from migrated.destination.takeover import Takeover
 from migrated.environment import Environment
 from migrated.guests.registry import Guest
 from migrated.state.journal import JournalError
+from migrated.state.run_marks import RunMarkError
 from migrated.vmm.handed_over import HandedOverMemory
 from migrated.vmm.memory import shared_huge_pages
 from protocol import messages
@@ -50,7 +51,15 @@ async def welcome(env: Environment, offer: Offer) -> IncomingMigration | Refusal
             undo.push_async_callback(offer.control.close)
             try:
                 incoming = await _build(env, offer, undo)
-            except (MigrationError, ProtocolError, TimeAdjustError, JournalError, OSError, ValueError) as error:
+            except (
+                MigrationError,
+                ProtocolError,
+                TimeAdjustError,
+                JournalError,
+                RunMarkError,
+                OSError,
+                ValueError,
+            ) as error:
                 refusal = Refusal.because_of(error)
                 view.reason = refusal.reason
                 log.warning("refused an incoming migration", reason=refusal.reason)
@@ -70,7 +79,7 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
         undo: gets the calls that undo what was built, for an offer that is not taken in the end.
 
     Raises:
-        RefusedError, VmmError, ProtocolError, TimeAdjustError, JournalError: it cannot be taken.
+        RefusedError, VmmError, ProtocolError, TimeAdjustError, JournalError, RunMarkError: it cannot be taken.
     """
     hello = offer.hello
     # Announcements serve to populate huge pages; small ones cost less where their content is written.
@@ -95,6 +104,7 @@ async def _build(env: Environment, offer: Offer, undo: contextlib.AsyncExitStack
     if not shared:
         await in_thread(memory.make_zero)
     costs = await guest.vmm.expected_costs("load")
+    env.run_marks.make_room()
     env.journal.begin(
         hello.migration_id,
         hello.epoch,

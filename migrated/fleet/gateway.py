@@ -13,11 +13,11 @@ from migrated.fleet.store import Change, Compare, Delete, Entry, Exists, Missing
 
 @contextlib.contextmanager
 def understood() -> Iterator[None]:
-    """What is read inside must be an answer of etcd's. Something else that answers there (a proxy, another version) has
-    not said what the store holds, nor what it did.
+    """A context for reading an answer: one that has not the form of etcd's tells nothing. A proxy or another version
+    may answer there, and has said neither what the store holds nor what it did.
 
     Raises:
-        NoAnswerError: it is not.
+        NoAnswerError: it has not.
     """
     try:
         yield

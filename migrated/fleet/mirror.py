@@ -213,10 +213,6 @@ class Mirror:
             free = self._free[host.name] = max(0, host.memory_bytes - host.used_bytes - promised)
         return free
 
-    def takes_guests(self, host: str) -> bool:
-        """Whether a host is there and is neither cordoned nor fenced."""
-        return host in self.hosts and host not in self.cordons and host not in self.fences
-
 
 def link_of(host: HostDocument) -> int:
     """Return the throughput of a host's link (bytes per second)."""

@@ -18,8 +18,8 @@ from migrated.fleet.model import GuestDocument
 
 
 class Choice(Enum):
-    """The rule by which a task chooses among the hosts that can take it now. Always first: where least of its group
-    is."""
+    """The rule by which a task chooses among the hosts that can take it now. Whatever the rule, hosts with the fewest
+    guests of its group come first."""
 
     SPREAD = "spread"
     """Where the smallest share of memory is used."""

@@ -23,7 +23,7 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from migrated.base.errors import NoRoomError, RefusedError, VmmError, VmmGoneError, VmmSilentError
+from migrated.base.errors import GuestHereError, NoRoomError, RefusedError, VmmError, VmmGoneError, VmmSilentError
 from migrated.base.tasks import TaskSet
 from migrated.kernel.scheduling import give_back_all
 from migrated.settings.config import Config
@@ -304,8 +304,8 @@ class GuestRegistry:
         if replacement is None:
             for guest in self._guests.values():
                 if guest.uuid == description.uuid:
-                    raise RefusedError(
-                        f"the guest with uuid {description.uuid} is already on the destination, as {guest.name!r}"
+                    raise GuestHereError(
+                        f"the guest with uuid {description.uuid} is already on this host, as {guest.name!r}"
                     )
         elif place in self._guests:
             place += _TWIN
@@ -366,7 +366,7 @@ class GuestRegistry:
             raise NoRoomError(f"there are {count} guests on this host, the most that [limits] max_guests allows")
         name = name_at(place)
         if any(place in held for held in self._held) if beside_another else self.holds(name):
-            raise RefusedError(f"a guest named {name!r} is already on this host; choose another name or destroy it")
+            raise GuestHereError(f"a guest named {name!r} is already on this host; choose another name or destroy it")
         self._starting.add(place)
 
     @property

@@ -227,7 +227,7 @@ class IncomingAttempts:
         )
 
     async def _end_older(self, hello: messages.Hello) -> None:
-        """See every older attempt of a guest through that is offered with a newer epoch."""
+        """End every older attempt of a guest that is offered with a newer epoch, and wait for the end of each."""
         for incoming in list(self._running.values()):
             if incoming.guest_name == hello.guest.name and incoming.takeover.epoch < hello.epoch:
                 if (event := newer_epoch(incoming.takeover.state)) is not None:

@@ -220,7 +220,8 @@ class MigrationHost:
             await self._fleet.owners.claim_new(name)
 
     def _let_go_of(self, name: str) -> None:
-        """A guest was ended or put away, or could not be started: unless another one has its name, it is not here."""
+        """Give a guest's owner key back after the guest has ended here, was saved, or could not be started; not while
+        another process has its name."""
         if self._fleet is not None:
             if not self._env.guests.holds(name):
                 self._fleet.owners.release(name)

@@ -17,6 +17,7 @@ import numpy as np
 
 from migrated.kernel import pagemap, process_memory
 from migrated.kernel.errors import InjectionError
+from migrated.kernel.files import descriptors_of
 from migrated.kernel.injection import Inside, find_sites, run_inside, why_not
 
 _PROT_READ_WRITE: Final = 3
@@ -137,9 +138,8 @@ def _descriptor_of(pid: int, fd: int) -> int:
         OSError: it has not.
     """
     wanted = os.fstat(fd)
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        if os.path.samestat(link.stat(), wanted):
-            flags = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text().split("flags:")[1].split()[0]
-            if int(flags, 8) & os.O_ACCMODE == os.O_RDWR:
-                return int(link.name)
+    for link in descriptors_of(pid, lambda found: os.path.samestat(found, wanted)):
+        flags = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text().split("flags:")[1].split()[0]
+        if int(flags, 8) & os.O_ACCMODE == os.O_RDWR:
+            return int(link.name)
     raise InjectionError(f"process {pid} does not have its memory file open any more: it cannot be mapped again")

@@ -98,13 +98,13 @@ class Follower:
             self.on_change(change.key)
 
     def reached(self) -> None:
-        """The store has answered."""
+        """Note that the store has answered."""
         if self.failure is not None:
             log.info("the fleet's store answers again")
         self.failure = None
 
     def failed(self, error: StoreError) -> None:
-        """The store has not done what it was asked."""
+        """Note that the store could not be asked, or has not done what it was asked; the log tells the first time."""
         if self.failure is None:
             log.warning("the fleet's store cannot be used: guests and their migrations go on", reason=str(error))
         self.failure = str(error)

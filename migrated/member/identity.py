@@ -37,7 +37,8 @@ class Identity:
         self._told = False
 
     def told(self) -> None:
-        """This daemon has written the key of its host: no earlier one can be what is found there from now on."""
+        """Note that this daemon has written the key of its host: what stands there from now on is not of an earlier
+        daemon."""
         self._told = True
 
     def stranger(self, mirror: Mirror) -> str | None:

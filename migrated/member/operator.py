@@ -76,7 +76,7 @@ class FleetOperator:
     async def evacuate(self, request: JobRequest) -> dict[str, Any]:
         """Begin to empty a host; or only plan it."""
         mirror = await self._mirror()
-        self._check(mirror, request)
+        self._check(mirror, request, request.host)
         spec = self._spec(request, JobKind.EVACUATE, request.host)
         if not request.dry_run:
             return await self._create(spec)
@@ -93,7 +93,7 @@ class FleetOperator:
         owner = mirror.owners.get(guest)
         if owner is None:
             raise OperationError(f"No host of the fleet owns a guest {guest!r}.", "DeviceNotFound")
-        self._check(mirror, request)
+        self._check(mirror, request, owner.owner)
         spec = self._spec(request, JobKind.MIGRATE, owner.owner).model_copy(update={"guests": (guest,)})
         return await self._create(spec)
 
@@ -184,9 +184,19 @@ class FleetOperator:
         if len(reason) > MAX_REASON:
             raise OperationError(f"A reason has {MAX_REASON} characters at most; this one has {len(reason)}.")
 
-    def _check(self, mirror: Mirror, request: JobRequest) -> None:
+    def _check(self, mirror: Mirror, request: JobRequest, leaving: str) -> None:
+        """See that a job can be done at all.
+
+        Args:
+            leaving: the host that guests are to leave.
+
+        Raises:
+            OperationError: it cannot.
+        """
         if len(request.to) > MAX_NAMES:
             raise OperationError(f"A job names {MAX_NAMES} hosts to go to at most; this one names {len(request.to)}.")
+        if leaving in request.to:
+            raise OperationError(f"Guests that leave the host {leaving!r} cannot go to it; name other hosts.")
         for host in (request.host, *request.to):
             if host and host not in mirror.hosts:
                 raise OperationError(

@@ -16,8 +16,9 @@ from migrated.savefile.writer import FileSink, SaveWriter
 from migrated.settings.parameters import MigrationParameters
 from migrated.source.encoding import encoder_factory
 from migrated.source.ledger import OutgoingLedger
+from migrated.source.offer import Offer, hello_of
 from migrated.source.pages import PageSender, Sent
-from migrated.source.session import Offer, Tracking, hello_of
+from migrated.source.session import Tracking
 from migrated.source.transfer import Transfer
 from migrated.vmm.handed_over import NoDirtyLog
 from migrated.vmm.memory import GuestMemory

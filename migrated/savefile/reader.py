@@ -305,7 +305,8 @@ class FileReader:
         self._offset = 0
 
     def where(self, error: Exception) -> Exception:
-        """The error with its place in the file, for one that the content of this reader's frame is to blame for."""
+        """Return the error to raise for one that was met in this reader's frame: where the frame's content caused it,
+        one that names the place in the file."""
         if isinstance(error, RemoteProtocolError) and (frame := self._frame) is not None:
             return self._frames.file.damaged(frame.part, frame.begin, error)
         return error

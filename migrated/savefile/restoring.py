@@ -346,7 +346,7 @@ class Restore:
 
 
 def _retrieved(future: asyncio.Future[None]) -> None:
-    """An error that came second, behind another one, is nobody's any more."""
+    """Mark the error of a task that ended as seen: another error is told already, and asyncio would log this one."""
     if not future.cancelled():
         future.exception()
 

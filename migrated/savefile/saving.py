@@ -42,8 +42,8 @@ from migrated.savefile.writing import Silent, Writing
 from migrated.settings.parameters import MigrationParameters, limit_of
 from migrated.source.ending import outcome_of_error
 from migrated.source.ledger import DeviceFigures, OutgoingLedger
+from migrated.source.offer import bases_of, offer_of
 from migrated.source.precopy import Precopy
-from migrated.source.session import bases_of, offer_of
 from migrated.source.view import View
 from migrated.state.save_notes import SaveNote, SaveNotes
 from protocol import messages

@@ -126,9 +126,8 @@ def _fits_socket(path: Path) -> Path:
     return path
 
 
-def _program(argv: tuple[str, ...]) -> tuple[str, ...]:
-    """Resolve the program beside the daemon's own interpreter, then on PATH."""
-    name = argv[0]
+def _program(name: str) -> str:
+    """Resolve a program beside the daemon's own interpreter, then on PATH."""
     if "/" in name:
         path = _expand(Path(name))
     else:
@@ -138,7 +137,12 @@ def _program(argv: tuple[str, ...]) -> tuple[str, ...]:
         raise ValueError(
             f"there is no program {name!r} beside {sys.executable} nor on PATH; install it or name its path"
         )
-    return (str(path), *argv[1:])
+    return str(path)
+
+
+def _command(argv: tuple[str, ...]) -> tuple[str, ...]:
+    """A program with fixed arguments, resolved."""
+    return (_program(argv[0]), *argv[1:])
 
 
 def _address(value: object) -> object:
@@ -148,7 +152,8 @@ def _address(value: object) -> object:
 DirectoryPath = Annotated[Path, AfterValidator(_expand)]
 SocketPath = Annotated[Path, AfterValidator(_expand), AfterValidator(_fits_socket)]
 AddressText = Annotated[Address, BeforeValidator(_address)]
-Command = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_program)]
+Command = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_command)]
+Program = Annotated[str, Field(min_length=1), AfterValidator(_program)]
 NamePattern = Annotated[str, Field(pattern=r"^[^/\s]{1,255}$")]
 Rule = Annotated[str, Field(pattern=r"^[^/\s]{1,255}(/[^/\s]{1,64})?$")]
 EndpointUrl = Annotated[str, Field(pattern=r"^https?://[^/\s@]{1,255}/?$")]
@@ -271,8 +276,8 @@ class VmmConfig(Section):
 class QemuConfig(Section):
     """``[qemu]``: how QEMU guests are started."""
 
-    command: Command | None = None
-    """QEMU and fixed arguments; a bare name is looked up on PATH. ``qemu-system-x86_64`` unless given."""
+    binary: Program | None = None
+    """QEMU's program: a path, or a name that is looked up on PATH. ``qemu-system-x86_64`` unless given."""
     definitions: DirectoryPath = Path("configs/qemu")
     """Definitions of guests, NAME.toml: the only source of paths and arguments for a guest that arrives."""
     ram_directory: DirectoryPath = Path("/dev/shm/migrated")

@@ -23,7 +23,8 @@ from migrated.prediction.knowledge import class_key
 from migrated.prediction.model import Prediction
 from migrated.prediction.play import play
 from migrated.settings.parameters import MigrationParameters, limit_of
-from migrated.source.session import Session, connect, offer_of, open_session
+from migrated.source.offer import offer_of
+from migrated.source.session import Session, connect, open_session
 from migrated.source.target import Target
 from protocol import messages
 from protocol.guest import PAGE_SIZE

@@ -12,7 +12,7 @@ class FirstRoundPace:
     """The pace of a first round that runs, or is to begin.
 
     Attributes:
-        bytes_per_s: the pace, 0 for that of the cap.
+        bytes_per_s: the pace; 0: the cap on the bandwidth is the pace.
     """
 
     def __init__(self) -> None:

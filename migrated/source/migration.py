@@ -36,6 +36,7 @@ from migrated.source.switchover import Item
 from migrated.source.target import Target
 from migrated.source.view import View
 from migrated.state.journal import JournalError
+from migrated.state.run_marks import RunMarkError
 from protocol.errors import ProtocolError
 from protocol.handover import SourceEvent
 
@@ -199,7 +200,7 @@ class OutgoingMigration:
             await self._story.run()
         except LinkLostError as error:
             return await self._told(error)
-        except (MigrationError, ProtocolError, JournalError, OSError, ValueError) as error:
+        except (MigrationError, ProtocolError, JournalError, RunMarkError, OSError, ValueError) as error:
             return error
         except Exception as error:
             # A bug must not cost more than this attempt: the guest goes on, and the log says where it was.

@@ -104,7 +104,8 @@ class Precopy:
         self._transfer.sender.pace(own if own and cap else cap)
 
     def _end_first_round(self, sent_bytes: int, sending_ns: int) -> int:
-        """The first round has sent so much in so long. Returns how long that takes at the pace of those after it."""
+        """End the pace of the first round, which sent so many bytes in so many ns. Returns how long that would have
+        taken at the pace of the rounds after it (ns), by which their duration is predicted."""
         first, self._first_round = self._first_round, None
         cap = self._parameters().max_bandwidth_bytes_per_s
         if first is None or not first.bytes_per_s or not cap:

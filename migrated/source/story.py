@@ -24,10 +24,11 @@ from migrated.source.handover import SourceHandover
 from migrated.source.interruption import Interruption
 from migrated.source.ledger import DeviceFigures, OutgoingLedger
 from migrated.source.listener import Listener
+from migrated.source.offer import offer_of
 from migrated.source.outcome import OutcomeAsker
 from migrated.source.phases import Beginning, Blackout, Connected, Opened, Prepared
 from migrated.source.precopy import Precopy
-from migrated.source.session import Session, connect, offer_of, open_session
+from migrated.source.session import Session, connect, open_session
 from migrated.source.switchover import Item, Switchover
 from migrated.source.target import HERE, Target
 from migrated.source.transfer import BESIDE_BYTES, BESIDE_LOCAL_BYTES, Transfer
@@ -89,8 +90,8 @@ class Story:
         """Move the guest. When it returns the hand-over is decided, or in doubt.
 
         Raises:
-            MigrationError, ProtocolError, JournalError, OSError, ValueError: it ended before the stop; the caller must
-                release ``phase``.
+            MigrationError, ProtocolError, JournalError, RunMarkError, OSError, ValueError: it ended before the stop;
+                the caller must release ``phase``.
         """
         prepared, pending = await self._interruption.unless_ended(self._without_disturbing())
         await self._switch_over(prepared, pending)
@@ -139,6 +140,7 @@ class Story:
         """Journal the attempt: a restarted daemon then knows whose guest it is. From here on it may be stopped."""
         env, ledger, session, vmm = self._env, self._ledger, opened.session, self._guest.vmm
         parameters = self._parameters()
+        env.run_marks.make_room()
         env.journal.begin(
             ledger.migration_id,
             ledger.epoch,

@@ -4,7 +4,8 @@
 
 A decision is written before the message that tells it leaves; fsync follows in the background, because a guest's
 memory dies with its host anyway. A line that was torn, by a crash or a full disk, is recognised by its checksum or the
-missing end of line, and ignored: what it would have said was never acted on.
+missing end of line, and ignored: what it would have said was never acted on. The room for all decisions of an attempt
+is set aside when it begins, so that a disk which becomes full refuses the next attempt and not this one's COMMIT.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any, Final, NamedTuple
 
 import structlog
 
+from migrated.kernel.files import make_room
 from migrated.record.terms import Role
 from protocol.answers import may_close
 from protocol.handover import Decision
@@ -41,6 +43,8 @@ _MORE_LINES: Final = 10_000
 """Lines after which the journal is rewritten while the daemon runs, if it has twice as many as it was left with."""
 _MODE: Final = 0o640
 
+_ROOM_BYTES: Final = 1 << 16
+"""Room that there must be when an attempt begins: some hundred attempts at once can be decided in it."""
 _SYNC_DELAY_S: Final = 0.2
 _END_OF_TORN: Final = b"#\n"
 """Ends a torn line before the next entry. A line that lacked nothing but its end must not become whole by that."""
@@ -97,7 +101,7 @@ class _Snapshot(NamedTuple):
     closed: bool
 
     def lines(self) -> Iterator[bytes]:
-        """The lines that say it all."""
+        """The lines of a journal from which a daemon that starts reads this attempt as it was."""
         one = self.attempt
         which = {"migration_id": one.migration_id, "role": one.role}
         begin = {"at": one.began_at, "epoch": one.epoch, "guest": one.guest, "facts": one.facts}
@@ -146,7 +150,17 @@ class Journal:
             raise JournalError(f"the journal {self._path} cannot be opened: {error.strerror}") from error
 
     def begin(self, migration_id: str, epoch: int, guest: str, role: Role, facts: dict[str, Any]) -> None:
-        """Open an attempt. Before the guest can be stopped, or an incoming guest loaded."""
+        """Open an attempt. Before the guest can be stopped, or an incoming guest loaded.
+
+        Raises:
+            JournalError: it could not be written, or there is no room for what will be decided.
+        """
+        try:
+            make_room(self._fd, _ROOM_BYTES)
+        except OSError as error:
+            raise JournalError(
+                f"the journal {self._path} has no room for another attempt: {error.strerror}; free some on its disk"
+            ) from error
         self._append(
             {
                 "at": datetime.now(UTC).isoformat(),
@@ -320,6 +334,7 @@ class Journal:
             try:
                 if os.write(fd, rest := b"".join(behind)) != len(rest):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                make_room(fd, _ROOM_BYTES)  # for the attempts under way
                 self._new_path.replace(self._path)
             except OSError:
                 os.close(fd)

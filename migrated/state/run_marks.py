@@ -15,10 +15,14 @@ import os
 from pathlib import Path
 from typing import Final
 
+from migrated.kernel.files import make_room
+
 KEPT_MARKS: Final = 2000
 """Marks that are kept, the newest ones; a mark is asked for only while its attempt is open."""
 _MORE_LINES: Final = 8000
 """Lines beyond those after which the file is rewritten."""
+_ROOM_BYTES: Final = 1 << 14
+"""Room that there must be when an attempt begins, for the marks of a hundred at once."""
 
 
 class RunMarkError(Exception):
@@ -58,6 +62,20 @@ class RunMarks:
         if not self.ran(guest, epoch):
             self._append(guest, epoch, ran=True)
 
+    def make_room(self) -> None:
+        """Set room for marks aside, before an attempt begins: a disk that becomes full must not keep its guest from
+        running.
+
+        Raises:
+            RunMarkError: there is none.
+        """
+        try:
+            make_room(self._fd, _ROOM_BYTES)
+        except OSError as error:
+            raise RunMarkError(
+                f"the run marks {self._path} have no room for another attempt: {error.strerror}; free some on its disk"
+            ) from error
+
     def withdraw(self, guest: str, epoch: int) -> None:
         """Write that the guest did not run here in this epoch after all.
 
@@ -75,6 +93,7 @@ class RunMarks:
                 fd = self._rewritten()
                 os.close(self._fd)
                 self._fd = fd
+                make_room(fd, _ROOM_BYTES)  # for the attempts under way
 
     def close(self) -> None:
         """Close the file; without effect the second time."""

@@ -15,7 +15,6 @@ from migrated.fleet.store import (
     PAGE_ENTRIES,
     Answer,
     Change,
-    CompactedError,
     Compare,
     Delete,
     Entry,
@@ -54,7 +53,6 @@ class FakeStore:
         self.watchers: list[Callable[[tuple[Change, ...]], None]] = []
         self._now_ns = now_ns
         self._keep = keep
-        self._compacted = 0
         self._entries: dict[str, Entry] = {}
         self._past: dict[str, list[tuple[int, Entry | None]]] = defaultdict(list)
         self._changes: list[tuple[Change, ...]] = []
@@ -70,8 +68,6 @@ class FakeStore:
     def range(self, prefix: str, after: str = "", revision: int = 0) -> Page:
         """A page of entries, as ``Store.range`` says."""
         self.calls["range"] += 1
-        if revision and revision < self._compacted:
-            raise CompactedError(f"The revision {revision} is no longer kept.")
         if revision > self.revision:
             raise StoreError(f"The revision {revision} does not exist yet.")
         at = revision or self.revision
@@ -126,18 +122,8 @@ class FakeStore:
         for lease in [lease for lease, (_, end_ns) in self._leases.items() if end_ns <= self._now_ns()]:
             self._end(lease)
 
-    def compact(self, revision: int) -> None:
-        """Forget what was before a revision."""
-        self._compacted = revision
-
     def since(self, prefix: str, revision: int) -> Iterator[tuple[Change, ...]]:
-        """The changes below a prefix from a revision on, those of one revision together.
-
-        Raises:
-            CompactedError: that revision is no longer kept.
-        """
-        if revision < self._compacted:
-            raise CompactedError(f"The revision {revision} is no longer kept.")
+        """The changes below a prefix from a revision on, those of one revision together."""
         for changes in self._changes:
             if changes[0].revision >= revision and (mine := below(prefix, changes)):
                 yield mine

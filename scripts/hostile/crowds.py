@@ -8,12 +8,11 @@ from typing import Final
 
 from migrated.base.errors import LinkLostError
 from migrated.control.client import ControlClient
-from scripts.hostile.ground import Case, Ground, NotHeldError, addresses
+from scripts.hostile.ground import SIDE_BY_SIDE, Case, Ground, NotHeldError, addresses
 from scripts.rig.hostile import Hostile
 
 PEERS: Final = 200
 CLIENTS: Final = 100
-SIDE_BY_SIDE: Final = 8
 _LIMIT_MS: Final = 1000
 """Eight guests that stand still at once share two processors."""
 _HOLD_S: Final = 4.0

@@ -5,64 +5,71 @@ the fault -> a migration ends with a sentence, its guest runs where it was -> th
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from migrated.control.client import CommandError
 from scripts.hostile.ground import VICTIM, Case, Ground, NotHeldError
+from scripts.rig.disk import full
 from scripts.rig.host import Host
-from scripts.rig.waiting import RigError, until
+from scripts.rig.waiting import RigError
 
 _PARAMETERS: Final = {"downtime_limit": 20_000, "timeout_s": 5, "on_timeout": "force"}
 _SLOW: Final = {**_PARAMETERS, "max_bandwidth": 16 << 20}
+_IN_ONE_PAGE: Final = 20
+"""Migrations: each writes some hundred bytes."""
 _HOUR_NS: Final = 3600 * 10**9
 _STEPS_NS: Final = (_HOUR_NS, -_HOUR_NS, 400 * 24 * _HOUR_NS)
 
 
-async def _ends_here(here: Host, there: Host, **parameters: Any) -> str:
-    """A migration that cannot complete: its guest runs where it was. Returns the reason.
+async def _attempt(here: Host, there: Host) -> tuple[str, str]:
+    """Try to move the guest. Returns the outcome and the reason.
+
+    Raises:
+        NotHeldError: it did not complete, and the guest does not run where it was or nobody said why.
+    """
+    try:
+        record = await here.migrate(VICTIM, there, **_PARAMETERS)
+        outcome, reason = record["outcome"], str(record["reason"] or "")
+    except CommandError as error:  # it did not even begin
+        outcome, reason = "refused", str(error)
+    guest = (await (there if outcome == "completed" else here).guests()).get(VICTIM)
+    if outcome == "in-doubt" or guest is None or guest["state"] != "running" or (outcome != "completed" and not reason):
+        raise NotHeldError(f"under the fault the attempt is {outcome} ({reason}), and its guest {guest}")
+    return outcome, reason
+
+
+async def _ends_here(here: Host, there: Host) -> None:
+    """A migration that cannot complete: its guest runs where it was.
 
     Raises:
         NotHeldError: it completed, or the guest does not run.
     """
-    try:
-        record = await here.migrate(VICTIM, there, **{**_PARAMETERS, **parameters})
-        outcome, reason = record["outcome"], record["reason"]
-    except CommandError as error:  # it did not even begin
-        outcome, reason = "refused", str(error)
-    guest = (await here.guests()).get(VICTIM)
-    if outcome in ("completed", "in-doubt") or guest is None or guest["state"] != "running" or not reason:
-        raise NotHeldError(f"under the fault the attempt is {outcome} ({reason}), and its guest {guest}")
-    return str(reason)
-
-
-@contextlib.contextmanager
-def _full(host: Host) -> Iterator[None]:
-    """A state directory on which nothing more fits."""
-    filler = host.directory / "state" / "filler"
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(1 << 16))
-    with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
-        while True:
-            file.write(b"x")
-    try:
-        yield
-    finally:
-        filler.unlink()
+    outcome, _ = await _attempt(here, there)
+    if outcome == "completed":
+        raise NotHeldError("under the fault the attempt completed")
 
 
 async def disk_full(ground: Ground) -> None:
-    """Nothing more fits beside the journal, first where the guest would come from, then where it would go."""
-    for here, there in (ground.pair.hosts, ground.pair.hosts[::-1]):
+    """Nothing more fits beside the journal of one host. What is left of the last page of its file may still hold a few
+    migrations, so the guest goes to and fro until one ends where it began."""
+    for broken in ground.pair.hosts:
+        here, there = ground.pair.hosts
         async with ground.victim(here):
-            for broken in (here, there):
-                with _full(broken):
-                    await _ends_here(here, there)
+            with full(broken.directory / "state"):
+                for _ in range(_IN_ONE_PAGE):
+                    if (await _attempt(here, there))[0] != "completed":
+                        break
+                    here, there = there, here
+                else:
+                    raise NotHeldError(
+                        f"{_IN_ONE_PAGE} migrations complete, and nothing more fits on host {broken.name}"
+                    )
+            outcome, reason = await _attempt(here, there)
+            if outcome != "completed":
+                raise NotHeldError(f"there is room again, and the attempt is {outcome}: {reason}")
 
 
 def _remount(host: Host, mode: str) -> None:
@@ -99,8 +106,9 @@ async def no_descriptors(ground: Ground) -> None:
     async with ground.victim(here):
         for broken in (here, there):
             soft, hard = resource.prlimit(broken.pid, resource.RLIMIT_NOFILE)
-            held = max(int(entry.name) for entry in Path(f"/proc/{broken.pid}/fd").iterdir())
-            resource.prlimit(broken.pid, resource.RLIMIT_NOFILE, (held + 3, hard))
+            held = {int(entry.name) for entry in Path(f"/proc/{broken.pid}/fd").iterdir()}
+            free = min(set(range(len(held) + 1)) - held)  # it bounds the number of a descriptor, not their count
+            resource.prlimit(broken.pid, resource.RLIMIT_NOFILE, (free + 1, hard))
             try:
                 await _ends_here(here, there)
             finally:
@@ -112,11 +120,7 @@ async def no_memory(ground: Ground) -> None:
     here, there = ground.pair.hosts
     async with ground.victim(here, 128, workload="random", dirty_rate_bytes_per_s=8 << 20):
         migration_id = await here.begin_migration(VICTIM, there, **_SLOW)
-
-        async def arriving() -> bool:
-            return VICTIM in there.vmm_pids().values()
-
-        await until("the guest arrives", arriving)
+        await here.until_status(VICTIM, "active")
         there.kill_vmm(VICTIM)
         record = await here.wait(migration_id)
         if record["outcome"] != "failed" or (await here.guest(VICTIM))["state"] != "running":

@@ -36,12 +36,14 @@ INCOMING_S: Final = 12.0
 ROUND_S: Final = 10.0
 MAX_GUESTS: Final = 12
 """More than all that a case needs."""
+SIDE_BY_SIDE: Final = 8
+"""Migrations of a case at once."""
 LIMITS: Final = {
     "stall_timeout_s": STALL_S,
     "handshake_timeout_s": HANDSHAKE_S,
     "incoming_timeout_s": INCOMING_S,
     "max_guests": MAX_GUESTS,
-    "max_incoming": 8,
+    "max_incoming": SIDE_BY_SIDE + 1,  # and the well-behaved one
     "round_timeout_s": ROUND_S,
 }
 """The daemons of a case lose patience soon, so that a case is short."""

@@ -194,7 +194,7 @@ class Channel:
         self._end.listen(self._receive, self._lose)
 
     def send(self, message: Message, payload: bytes = b"", round_number: int = 0) -> None:
-        """Send one frame; what is sent into a channel that is gone is gone."""
+        """Send one frame. A frame that is sent into a closed channel is lost."""
         if not self.open:
             return
         for call in self._end.link.on_frame.pop((self.process.host.name, message.TYPE), ()):

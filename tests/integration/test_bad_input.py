@@ -130,7 +130,7 @@ async def test_a_name_that_the_destination_has_already(pair: Pair) -> None:
     ran = await migratectl(pair.a, "migrate", "g1", pair.b.uri)
     assert ran.exit_code == FAILED
     assert json.loads(ran.stdout)["outcome"] == "refused"
-    assert "already on this host" in ran.stderr or "already on the destination" in ran.stderr
+    assert "already on this host" in ran.stderr
     await assert_untouched(pair)
     assert (await pair.b.guest())["state"] == "running"
     await pair.b.command("x-migrated-guest-destroy", {"guest": "g1"})

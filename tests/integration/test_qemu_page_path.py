@@ -31,7 +31,7 @@ from scripts.qemu_rig.launcher import Backing, Disk, Qemu, QemuSpec
 from scripts.qemu_rig.slow_disk import SlowDisk, slow_disk
 from scripts.qemu_rig.workload import Workload
 from scripts.rig.waiting import RigError, until
-from tests.migrated.test_page_path import Path as PagePath
+from tests.migrated.page_paths import Path as PagePath
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -5,10 +5,7 @@ a: save --running -> g1 runs on     a: save --stop -> g1 is gone     b: restore 
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,18 +158,6 @@ async def test_the_commands_of_qemu_mean_files_too(pair: Pair, tmp_path: Path) -
     assert (await pair.b.wait(begun["migration-id"]))["outcome"] == "completed"
     shown = await pair.b.command("query-migrate", {"guest": "g1"})
     assert (shown["status"], shown["role"], shown["peer"]) == ("completed", "destination", f"file:{file}")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount a file system")
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True)
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted here: {made.stderr.decode()}")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 async def test_a_full_disk_costs_only_the_save(pair: Pair, small_disk: Path) -> None:

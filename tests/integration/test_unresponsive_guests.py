@@ -5,6 +5,7 @@ daemon |-- list: g1 running, g2 and g3 unresponsive --| kill -9 | start |-- the 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -49,9 +50,8 @@ async def test_one_list_waits_once_for_all_that_do_not_answer(fresh: Pair) -> No
         assert str(pids[name]) in guests[name]["reason"]
         assert guests[name]["memory_bytes"] == 16 << 20
     assert "reason" not in guests["g1"]
-    shown = await fresh.a.guest("g2")
+    shown, status = await asyncio.gather(fresh.a.guest("g2"), fresh.a.command("query-status", {"guest": "g3"}))
     assert (shown["state"], shown["reason"]) == ("unresponsive", guests["g2"]["reason"])
-    status = await fresh.a.command("query-status", {"guest": "g3"})
     assert (status["running"], status["status"]) == (False, "internal-error")
 
     began = time.monotonic()

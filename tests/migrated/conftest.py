@@ -34,6 +34,7 @@ from migrated.record.parts import Part
 from migrated.record.terms import Phase, QemuCheckpoint
 from migrated.settings.parameters import MigrationParameters
 from protocol.guest_time import TimeStage, VmTimeData
+from scripts.authority import Authority
 from tests.tiny_vmm.hosts import TinyHost, TinyHosts, need_write_tracking
 
 MS = 1_000_000
@@ -221,6 +222,24 @@ async def destination(daemon: TinyHost, short_directory: Path) -> AsyncIterator[
 
 
 @pytest.fixture
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that starts waits a moment only for guests that do not answer: those here never do in that time."""
+    monkeypatch.setattr("migrated.guests.registry.ANSWER_S", 0.1)
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The authority of all hosts that belong together."""
+    return Authority(tmp_path_factory.mktemp("pki"))
+
+
+@pytest.fixture(scope="session")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Another authority, which they do not know."""
+    return Authority(tmp_path_factory.mktemp("strangers"))
+
+
+@pytest.fixture
 def silent_uri() -> Iterator[str]:
     """Where connections are accepted and nothing is ever said: a migration to there waits until it is cancelled."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -251,6 +270,6 @@ def served(short_directory: Path, logging_restored: None) -> Iterator[TinyHosts]
 def pytest_asyncio_loop_factories(config: Any, item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The daemons run on uvloop; the control socket's server and client must work on both."""
     factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"uvloop": uvloop.new_event_loop}
-    if item.path.name in ("test_control_server.py", "test_control_client.py"):
+    if item.path.name in ("test_control_server.py", "test_control_commands.py", "test_control_client.py"):
         factories["asyncio"] = asyncio.new_event_loop
     return factories

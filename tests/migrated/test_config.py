@@ -70,6 +70,13 @@ def test_paths_are_expanded(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert config.state.directory == tmp_path / "home" / "state"
 
 
+def test_qemu_is_named_by_its_program(file: Path) -> None:
+    assert load(file, '[qemu]\nbinary = "/bin/sh"').qemu.binary == "/bin/sh"
+    assert str(load(file, '[qemu]\nbinary = "sh"').qemu.binary).endswith("/sh")
+    (line,) = problems(file, '[qemu]\nbinary = "no-such-qemu"')
+    assert "qemu.binary: there is no program 'no-such-qemu'" in line
+
+
 def test_the_home_directory_of_nobody_is_told(file: Path) -> None:
     (line,) = problems(file, '[control]\nsocket = "~no-such-user/c.sock"')
     assert line.endswith("the home directory in '~no-such-user/c.sock' is not known; write the whole path")

@@ -56,6 +56,7 @@ async def owner_of(store: EtcdStore, key: str) -> Ownership | None:
     return None if entry is None else parse(Ownership, key, entry.value)
 
 
+@pytest.mark.usefixtures("little_patience")
 async def test_a_guest_that_does_not_answer_keeps_its_owner_when_its_name_is_asked_for(
     short_directory: Path, fleet: FleetConfig, keys: Keys, store: EtcdStore
 ) -> None:
@@ -75,6 +76,7 @@ async def test_a_guest_that_does_not_answer_keeps_its_owner_when_its_name_is_ask
         await until("g1 answers", lambda: _runs(later, "g1"))
 
 
+@pytest.mark.usefixtures("little_patience")
 async def test_a_guest_that_does_not_answer_and_then_ends_has_no_owner_any_more(
     short_directory: Path, fleet: FleetConfig, keys: Keys, store: EtcdStore
 ) -> None:
@@ -185,6 +187,8 @@ async def test_what_no_key_can_hold_is_refused_with_a_sentence(short_directory: 
                 await refused
         with pytest.raises(OperationError, match="256 hosts to go to at most"):
             await asked.evacuate(JobRequest(host="b", to=("b",) * 257))
+        with pytest.raises(OperationError, match="Guests that leave the host 'b' cannot go to it"):
+            await asked.evacuate(JobRequest(host="b", to=("b",)))
 
 
 async def test_memory_of_a_guest_that_landed_and_is_gone_is_not_promised_for_ever(

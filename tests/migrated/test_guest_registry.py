@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 from migrated.base.errors import NoRoomError, RefusedError, VmmError
+from migrated.destination.offer import Refusal
 from migrated.guests.registry import GuestRegistry, UnknownGuestError
 from migrated.guests.reservation import Reservation
 from migrated.settings.config import Config, LimitsConfig, VmmConfig
 from migrated.vmm import spawn
 from migrated.vmm.drivers import load_drivers
 from migrated.vmm.seam import GuestRequest, Replacement
+from protocol.errors import ErrorCode
 from scripts.rig.processes import is_alive
 from scripts.rig.waiting import until
 from tests.tiny_vmm.hosts import TINY
@@ -172,6 +174,7 @@ async def test_a_guest_whose_process_does_not_end_keeps_its_name(
     assert not guests.holds("g1")
 
 
+@pytest.mark.usefixtures("little_patience")
 async def test_a_silent_guest_keeps_its_name_until_it_ends(short_directory: Path) -> None:
     async with opened(short_directory) as first:
         pid = (await first.create(G1)).vmm.pid
@@ -199,13 +202,18 @@ async def test_a_host_takes_so_many_guests_and_no_more(short_directory: Path) ->
 
 async def test_a_guest_that_comes_in_needs_a_name_a_uuid_and_a_driver_of_its_own(guests: GuestRegistry) -> None:
     here = await (await guests.create(G1)).vmm.describe()
-    for changes, reason in (
-        ({"name": "g2"}, "is already on the destination, as 'g1'"),
-        ({"uuid": OTHER}, "a guest named 'g1' is already on this host"),
-        ({"name": "g2", "uuid": OTHER, "vmm": "other"}, "needs the driver 'other', which the destination lacks"),
+    for changes, reason, code in (
+        ({"name": "g2"}, "is already on this host, as 'g1'", ErrorCode.GUEST_EXISTS),
+        ({"uuid": OTHER}, "a guest named 'g1' is already on this host", ErrorCode.GUEST_EXISTS),
+        (
+            {"name": "g2", "uuid": OTHER, "vmm": "other"},
+            "driver 'other', which the destination lacks",
+            ErrorCode.GUEST_MISMATCH,
+        ),
     ):
-        with pytest.raises(RefusedError, match=reason):
+        with pytest.raises(RefusedError, match=reason) as caught:
             await guests.create_incoming(here.model_copy(update=changes))
+        assert Refusal.because_of(caught.value).code is code  # what the source is told
     assert guests.names() == ["g1"]
     came = await guests.create_incoming(here.model_copy(update={"name": "g2", "uuid": OTHER}))
     assert came.summary("paused")["state"] == "incoming"

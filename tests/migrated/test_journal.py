@@ -21,6 +21,7 @@ from migrated.state.learned import keep_resume_costs
 from migrated.state.run_marks import RunMarks
 from protocol.handover import Decision
 from scripts.basics import ROOT
+from scripts.rig.disk import full
 from scripts.rig.waiting import until
 
 LINE_BYTES = len(b'0badcafe {"migration_id":"m1","role":"source","decision":"commit"}\n')
@@ -131,6 +132,20 @@ def test_what_is_decided_after_a_disk_was_full_in_the_middle_of_a_line_is_kept(t
         assert decisions_of(journal) == [Decision.ABORT]
         assert journal.attempt("m2", "source") is not None
         assert journal.torn_lines == 1
+
+
+def test_an_attempt_that_began_is_decided_on_a_disk_that_is_full_meanwhile(small_disk: Path) -> None:
+    """With its guest stopped on both hosts; the next attempt is refused, while nothing has happened yet."""
+    with opened(small_disk) as journal:
+        begin(journal)
+        with full(small_disk):
+            for number in range(100):
+                journal.decide("m1", "source", (Decision.COMMIT, Decision.ABORT)[number % 2])
+            with pytest.raises(JournalError, match="no room for another attempt: No space left on device"):
+                begin(journal, "m2", 2)
+        begin(journal, "m3", 3)
+        assert len(decisions_of(journal)) == 100
+        assert journal.attempt("m2", "source") is None
 
 
 def test_closing_an_attempt_on_a_full_disk_is_no_error_and_it_is_open_again_after_a_restart(tmp_path: Path) -> None:

@@ -12,10 +12,24 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from migrated.base.errors import DocumentError
 from migrated.observe.progress import Progress, read_progress
-from migrated.record.model import DowntimePart, Record, downtime_of
+from migrated.record.model import (
+    Checkpoint,
+    DeviceRow,
+    Digest,
+    Downtime,
+    DowntimePart,
+    LogLine,
+    PhaseRow,
+    Ram,
+    Record,
+    RoundRow,
+    TimeSummary,
+    downtime_of,
+)
 from migrated.record.parts import CUT_FINER, Component, LogGroup, Part, PredictedPart, find_part, predicted_names
 from migrated.record.reading import read_record
 from migrated.record.terms import FINISHED, OUTCOMES, SIDES, STATUS_OF, Phase, QemuCheckpoint, Side, Status
@@ -197,3 +211,25 @@ def test_what_cannot_be_read_is_told_in_a_sentence(
     assert read_progress(newer | {"mood": "fine"}) == progress_of()
     with pytest.raises(DocumentError, match=r"no snapshot of a migration that this version .*status"):
         read_progress(newer | {"status": "dreaming"})
+
+
+@pytest.mark.parametrize(
+    ("heading", "kind"),
+    [
+        ("record", Record),
+        ("downtime", Downtime),
+        ("devices", DeviceRow),
+        ("checkpoints", Checkpoint),
+        ("rounds", RoundRow),
+        ("ram", Ram),
+        ("phases", PhaseRow),
+        ("time", TimeSummary),
+        ("digest", Digest),
+        ("events", LogLine),
+    ],
+)
+def test_every_member_of_a_record_is_documented(heading: str, kind: type[BaseModel]) -> None:
+    """The first table under the heading of docs/record.md has exactly the members of the model."""
+    table = DOCUMENT.partition(f"\n## {heading}\n")[2].partition("|---|---|\n")[2].partition("\n\n")[0]
+    named = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(kind.model_fields)

@@ -1,6 +1,8 @@
 """What a restarted daemon makes of each state of its journal, with real guests that ran on while it was gone.
 
 first daemon: guests -> stops in order;  the journal of one that was killed is written;  second daemon: what it does
+
+The module is longer than others because each state of a journal has its test here.
 """
 
 from __future__ import annotations
@@ -313,6 +315,7 @@ async def test_an_attempt_that_a_later_one_overtook_does_not_touch_the_guest(sho
         assert (await host.state_of("g1"), host.guest("g1").vmm.pid) == ("running", pid)
 
 
+@pytest.mark.usefixtures("little_patience")
 @pytest.mark.parametrize(
     ("role", "leave", "decided"), [("source", paused_guest, []), ("destination", incoming_guest, [DISCARD])]
 )

@@ -1,4 +1,4 @@
-"""The report against the record: every number on the page is the record's, and no record can break the page."""
+"""The report against the record: every number on the page is the record's, also in a comparison of two."""
 
 from __future__ import annotations
 
@@ -6,131 +6,21 @@ import base64
 import hashlib
 import json
 import re
-import types
-from collections.abc import Callable, Iterator
 from decimal import Decimal
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-import annotated_types
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from pydantic import BaseModel
 
 from migrated.base.errors import DocumentError
 from migrated.record.model import (
-    Checkpoint,
-    DeviceRow,
-    Digest,
-    Downtime,
-    LogLine,
-    PhaseRow,
-    Ram,
     Record,
-    RoundRow,
-    TimeSummary,
 )
-from migrated.record.reading import read_record
-from migrated.report import attempt, write_comparison, write_report
-from migrated.report.appendix import further
-from migrated.report.charts import Axis, Scale
-from migrated.report.fields import Fields, exact_ms, grouped, percent, rate, short, size
-from migrated.report.markup import el, join, text
-from migrated.report.summary import sentence
+from migrated.report import write_comparison, write_report
+from migrated.report.fields import exact_ms, short
+from tests.migrated.report_pages import RECORDS, Page, assert_complete, leaves, load, page_of
 
-RECORDS = Path(__file__).parents[1] / "data" / "records"
 REAL = sorted(path.stem for path in RECORDS.glob("*.json"))
-HOSTILE = "</pre></title><script>alert(1)</script><b onload=\"x\" a='&amp;'>\x00\x1b[31m\u202e$body ${policy}"
-
-
-def load(name: str) -> dict[str, Any]:
-    """A record that two real daemons wrote, as this version reads it: fields that are younger than it are empty."""
-    return Record.model_validate_json((RECORDS / f"{name}.json").read_bytes()).document()
-
-
-class Page(HTMLParser):
-    """A parsed page: its fields, its tags, and its texts by the id of the section. Checks that tags are balanced."""
-
-    VOID = frozenset({"meta", "wbr"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.fields: list[tuple[str, Any, str]] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: dict[str, str] = {}
-        self._open: list[str] = []
-        self._section = ""
-        self._data: tuple[str, Any, list[str]] | None = None
-        self.feed(html)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        attributes = dict(attrs)
-        self.tags.append((tag, attributes))
-        if tag in self.VOID:
-            return
-        self._open.append(tag)
-        if tag in ("section", "header", "pre", "title", "style", "script"):
-            self._section = attributes.get("id") or tag
-        if tag == "data":
-            assert self._data is None
-            value = attributes["value"]
-            assert value is not None
-            self._data = (str(attributes["data-field"]), json.loads(value), [])
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-        if tag == "script":
-            self._section = ""
-        if tag == "data":
-            assert self._data is not None
-            path, value, texts = self._data
-            self.fields.append((path, value, "".join(texts)))
-            self._data = None
-
-    def handle_data(self, data: str) -> None:
-        self.texts[self._section] = self.texts.get(self._section, "") + data
-        if self._data is not None:
-            self._data[2].append(data)
-
-    def values(self) -> dict[str, Any]:
-        """The value of every field; a field that is shown twice must say the same."""
-        found: dict[str, Any] = {}
-        for path, value, _ in self.fields:
-            assert found.setdefault(path, value) == value
-        return found
-
-
-def page_of(record: dict[str, Any], path: Path) -> Page:
-    write_report(record, path)
-    return Page(path.read_text(encoding="utf-8"))
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every path and value of a document, written differently from the report's own walk."""
-    if not isinstance(value, dict | list):
-        yield path, value
-        return
-    keys = list(value) if isinstance(value, dict) else range(len(value))
-    for key in keys:
-        yield from leaves(value[key], f"{path}.{key}".lstrip("."))
-
-
-def assert_complete(page: Page, record: dict[str, Any]) -> None:
-    """Every leaf that holds something is on the page, with its exact value; nothing else is."""
-    shown, expected = page.values(), dict(leaves(record))
-    for path, value in expected.items():
-        if value is not None:
-            assert path in shown, f"{path} is not on the page"
-            assert shown[path] == value
-            assert type(shown[path]) is type(value)
-    assert set(shown) <= set(expected)
-
-
-# --- real records -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -250,118 +140,6 @@ def test_links_and_names_are_sound(tmp_path: Path) -> None:
     assert all(a.get("aria-label") or a.get("aria-hidden") == "true" for a in drawings)
 
 
-# --- any record -------------------------------------------------------------------------------------------------------
-
-
-def values_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrategy[Any]:
-    """Values of one field of a record, from its type."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        inner = annotation.__metadata__
-        return values_of(arguments[0], (*metadata, *(m for i in inner for m in getattr(i, "metadata", [i]))))
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return documents(annotation)
-    if origin is Literal:
-        return st.sampled_from(arguments)
-    if origin in (Union, types.UnionType):
-        return st.one_of([values_of(argument, metadata) for argument in arguments])
-    if origin is tuple:
-        if len(arguments) == 2 and arguments[1] is ...:
-            return st.lists(values_of(arguments[0]), max_size=3)
-        return st.tuples(*(values_of(argument) for argument in arguments)).map(list)
-    if origin is dict:
-        return st.dictionaries(st.sampled_from(["stop", "memory", "device-saves", "legs"]), values_of(arguments[1]))
-    if annotation in (int, float):
-        low: Any = next((m.ge for m in metadata if isinstance(m, annotated_types.Ge)), -(1 << 62))
-        high: Any = next((m.le for m in metadata if isinstance(m, annotated_types.Le)), 1 << 62)
-        if annotation is float:
-            return st.floats(float(low), float(high), allow_nan=False)
-        return st.integers(low, high) | st.integers(max(low, -9), min(high, 2_000_000))
-    simple = {str: st.sampled_from(["g1", "Pause", "", HOSTILE, "2026-01-01T00:00:00+00:00"]), bool: st.booleans()}
-    return st.none() if annotation is type(None) else simple[annotation]
-
-
-def documents(model: type[BaseModel]) -> st.SearchStrategy[dict[str, Any]]:
-    """Documents of a model, whatever members it has."""
-    members = {name: values_of(field.annotation, tuple(field.metadata)) for name, field in model.model_fields.items()}
-    return st.fixed_dictionaries(members)
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(record=documents(Record), other=documents(Record))
-def test_any_record_makes_a_complete_page(
-    record: dict[str, Any], other: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Numbers of every size and sign, empty lists, nothing where there may be nothing, and hostile texts."""
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    page = page_of(record, path)
-    assert_complete(page, Record.model_validate(record).document())
-    assert [tag for tag, _ in page.tags].count("script") == 1
-    write_comparison(record, other, path)
-    shown = Page(path.read_text(encoding="utf-8")).values()
-    expected = dict(leaves({"a": record, "b": other}))
-    assert shown
-    assert all(value == expected[name] for name, value in shown.items())
-
-
-def test_nothing_that_a_peer_wrote_becomes_markup(tmp_path: Path) -> None:
-    record = load("aborted")
-    record["guest"] = record["reason"] = record["destination_host"] = record["started_at"] = HOSTILE
-    for device in record["devices"]:
-        device["name"] = HOSTILE
-    for line in record["events"]:
-        line["event"] = line["level"] = line["at"] = HOSTILE
-    page = page_of(record, tmp_path / "report.html")
-    assert_complete(page, record)
-    assert [tag for tag, _ in page.tags].count("script") == 1
-    assert [tag for tag, _ in page.tags].count("section") == len(attempt.SECTIONS) - 2  # no guest time, nothing further
-    assert json.loads(page.texts["document"]) == record
-    html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert not set("\x00\x1b\u202e") & set(html)
-
-
-def test_markup_escapes_every_text_once() -> None:
-    assert text('<a & "b">\ud800\n') == "&lt;a &amp; &quot;b&quot;&gt;\ufffd "
-    assert el("p", "<", el("b", "&"), None, class_="x", data_a='"', hidden=True, title=None) == (
-        '<p class="x" data-a="&quot;" hidden>&lt;<b>&amp;</b></p>'
-    )
-    assert join(["<", el("i")], " & ") == "&lt; &amp; <i></i>"
-
-
-class News(BaseModel):
-    """What a record may grow."""
-
-    gap_ns: int = 1_234_567
-    lost_bytes: int = 2048
-    seen: bool = True
-    none: str | None = None
-
-
-class GrownRecord(Record):
-    """A record with a member that no section of the report knows."""
-
-    news: News = News()
-
-
-def test_a_field_that_no_section_knows_is_shown_all_the_same(record_of: Callable[..., Record]) -> None:
-    fields = Fields(GrownRecord.model_validate(record_of().model_dump()), "", {})
-    for path in fields.rest():
-        if not path.startswith("news."):
-            fields.show(path)
-    section = further(fields)
-    assert section is not None
-    page = Page(section.render())
-    assert page.fields == [
-        ("news.gap_ns", 1_234_567, "1.234567"),
-        ("news.lost_bytes", 2048, "2\u00a0KiB"),
-        ("news.seen", True, "yes"),
-    ]
-    assert further(fields) is None
-
-
-# --- other versions ---------------------------------------------------------------------------------------------------
-
-
 def test_a_record_of_another_version_is_shown_as_far_as_it_is_known(tmp_path: Path) -> None:
     record = load("completed")
     record["invented"] = {"later": 1}
@@ -378,9 +156,6 @@ def test_what_is_no_record_is_refused(change: dict[str, Any], where: str, tmp_pa
     with pytest.raises(DocumentError, match=rf"no record .* \({where}: .*use the version that wrote it\."):
         write_report(load("completed") | change, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
-
-
-# --- two records ------------------------------------------------------------------------------------------------------
 
 
 def test_a_comparison_shows_both_and_the_difference(tmp_path: Path) -> None:
@@ -408,140 +183,3 @@ def test_a_comparison_with_an_attempt_that_never_stopped(tmp_path: Path) -> None
     page = Page((tmp_path / "both.html").read_text(encoding="utf-8"))
     assert "Only one of them stopped its guest" in page.texts["header"]
     assert "downtime" not in page.texts
-
-
-# --- words and figures ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("completed", "vf moved from host-a to host-b in"),
-        ("late", "more than the limit of 100\u00a0ms."),
-        ("aborted", "The switchover was given up: slow runs on where it was, on host-a, after a pause of"),
-        ("refused", "The migration was refused before the guest was stopped: tmo ran on, on host-a."),
-        ("failed", "before the guest was stopped: cx ran on"),
-    ],
-)
-def test_the_outcome_in_a_sentence(name: str, says: str) -> None:
-    assert says in sentence(read_record(load(name)))
-
-
-def test_hosts_of_one_name_are_told_apart_by_their_sockets() -> None:
-    record = load("completed")
-    record["source_host"], record["destination_host"] = "vm (run/a.sock)", "vm (run/b.sock)"
-    assert "between two daemons on vm in" in sentence(read_record(record))
-    record["outcome"] = "in-doubt"
-    assert "handed over to vm (run/b.sock)" in sentence(read_record(record))
-    record["outcome"] = "completed"
-    record["destination_host"] = "vm2 (run/b.sock)"
-    assert "from vm to vm2 in" in sentence(read_record(record))
-
-
-def test_what_the_operator_held_does_not_count_against_the_limit(tmp_path: Path) -> None:
-    record = load("late")
-    record["downtime"] |= {"measured_ns": 1_090_000_000, "hold_ns": 1_000_000_000, "limit_violated": False}
-    assert "1.09\u00a0s (1\u00a0s of it held by the operator), 90\u00a0% of the 100\u00a0ms" in sentence(
-        read_record(record)
-    )
-    assert "kept, 90\u00a0% of it used" in page_of(record, tmp_path / "report.html").texts["header"]
-
-
-def test_in_doubt_shows_a_guest_that_is_kept_stopped(tmp_path: Path) -> None:
-    record = load("completed") | {"outcome": "in-doubt", "downtime": None, "time": None}
-    page = page_of(record, tmp_path / "report.html")
-    assert "kept stopped on host-a until" in page.texts["header"]
-    looks = [attributes.get("class") for tag, attributes in page.tags if tag == "i"]
-    assert "bar stopped" in looks
-    assert "bar runs-destination" not in looks
-
-
-@pytest.mark.parametrize(
-    ("form", "value", "expected"),
-    [
-        (short, 605_780_316, "605.8 ms"),
-        (short, 2_406_842_204, "2.41 s"),
-        (short, -13_930, "-13.93 µs"),
-        (short, 999, "999 ns"),
-        (short, 300_000_000, "300 ms"),
-        (size, 1536, "1.5 KiB"),
-        (size, 0, "0 B"),
-        (rate, 173805937.0, "165.75 MiB/s"),
-        (percent, 0.304, "30 %"),
-        (percent, 0.0049, "0.5 %"),
-        (grouped, -1234567, "-1 234 567"),
-    ],
-)
-def test_figures_for_people(form: Any, value: Any, expected: str) -> None:
-    assert form(value).replace("\u202f", " ").replace("\u00a0", " ") == expected
-
-
-@given(st.integers(-(1 << 63), 1 << 63))
-def test_exact_milliseconds_lose_nothing(ns: int) -> None:
-    shown = re.sub("<[^>]*>|\u202f", "", exact_ms(ns))
-    assert Decimal(shown).scaleb(6) == ns
-
-
-@given(st.integers(-(1 << 40), 1 << 50), st.integers(1, 1 << 50))
-def test_an_axis_has_few_round_ticks(from_ns: int, span_ns: int) -> None:
-    step_ns, ticks = Axis(from_ns, span_ns).ticks()
-    assert 1 <= len(ticks) <= 7 or span_ns < 5
-    assert all(from_ns <= ns <= from_ns + span_ns and ns % step_ns == 0 for ns, _ in ticks)
-    assert len({label for _, label in ticks}) == len(ticks)
-
-
-@given(st.lists(st.floats(0, 1e15), min_size=1), st.sampled_from([10, 16]))
-def test_a_scale_holds_its_values_in_order(values: list[float], base: int) -> None:
-    scale = Scale.over(values, base)
-    heights = [scale.at(value) for value in sorted(values)]
-    assert all(-1e-6 <= height <= 100 + 1e-6 for height in heights)
-    assert heights == sorted(heights, reverse=True)
-    assert 2 <= len(scale.ticks) <= 8
-
-
-# --- colours ----------------------------------------------------------------------------------------------------------
-
-
-def luminance(color: str) -> float:
-    """Relative luminance of ``#rrggbb`` (WCAG 2)."""
-    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_stand_out(scheme: str, tmp_path: Path) -> None:
-    page = page_of(load("refused"), tmp_path / "report.html")
-    blocks = re.findall(r":root \{(.*?)\}", page.texts["style"], re.DOTALL)
-    colors = dict(re.findall(r"--(\w+): (#\w{6});", blocks[scheme == "dark"]))
-    for ground in ("page", "surface"):
-        for name in ("ink", "muted", "source", "link", "destination", "rest", "good", "warn", "bad"):
-            first, second = luminance(colors[name]), luminance(colors[ground])
-            contrast = (max(first, second) + 0.05) / (min(first, second) + 0.05)
-            assert contrast >= 4.5, f"{name} on {ground}: {contrast:.2f}"
-
-
-# --- the documentation ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("heading", "kind"),
-    [
-        ("record", Record),
-        ("downtime", Downtime),
-        ("devices", DeviceRow),
-        ("checkpoints", Checkpoint),
-        ("rounds", RoundRow),
-        ("ram", Ram),
-        ("phases", PhaseRow),
-        ("time", TimeSummary),
-        ("digest", Digest),
-        ("events", LogLine),
-    ],
-)
-def test_every_member_of_a_record_is_documented(heading: str, kind: type[BaseModel]) -> None:
-    """The first table under the heading of docs/record.md has exactly the members of the model."""
-    document = (Path(__file__).parents[2] / "docs" / "record.md").read_text(encoding="utf-8")
-    table = document.partition(f"\n## {heading}\n")[2].partition("|---|---|\n")[2].partition("\n\n")[0]
-    named = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-    assert sorted(named) == sorted(kind.model_fields)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from migrated.state.run_marks import KEPT_MARKS, RunMarkError, RunMarks
+from scripts.rig.disk import full
 
 
 def test_a_mark_survives_the_daemon_and_can_be_withdrawn(tmp_path: Path) -> None:
@@ -97,3 +98,16 @@ def test_a_file_that_has_grown_is_put_in_order_while_the_daemon_runs(tmp_path: P
     assert again.ran("g2", 1)
     assert again.ran("g1", 5 * KEPT_MARKS)
     again.close()
+
+
+def test_marks_of_an_attempt_that_began_are_written_on_a_disk_that_is_full_meanwhile(small_disk: Path) -> None:
+    marks = RunMarks(small_disk)
+    marks.make_room()
+    with full(small_disk):
+        for epoch in range(50):
+            marks.write("g1", epoch)
+            marks.withdraw("g1", epoch)
+        with pytest.raises(RunMarkError, match="no room for another attempt: No space left on device"):
+            marks.make_room()
+    marks.make_room()
+    marks.close()

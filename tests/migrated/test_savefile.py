@@ -2,6 +2,8 @@
 of the receiver, or the damage is named.
 
 memfd -> PageSender -> FileSink x 2 -> file -> FileReader x 3 -> PageReceiver -> memfd
+
+The module is longer than others because what is written is tested by reading it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import errno
 import json
 import os
 import random
-import resource
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -34,7 +35,6 @@ from migrated.savefile.reader import FileEndedError, FileFrames, SavedFile
 from migrated.savefile.writer import FileSink, SaveWriter, check_target
 from migrated.source.encoding import BatchEncoder
 from migrated.source.pages import PageSender
-from migrated.state.save_notes import SaveNote, SaveNotes
 from migrated.vmm.memory import FileRegion, MappedMemory
 from migrated.vmm.seam import StateBounds
 from protocol import messages
@@ -392,30 +392,6 @@ async def test_a_cap_holds_and_an_end_is_not_waited_for(tmp_path: Path, memory: 
     with pytest.raises(LinkLostError):
         sink.send(zero)
     writer.abandon()
-
-
-def test_a_note_that_the_disk_takes_half_of_is_not_written(tmp_path: Path) -> None:
-    """The save must not begin: a restarted daemon would not know that its guest stands still."""
-    note = SaveNote("ab", "g1", "/d/.part", "/d/g1", ends_guest=True, was_running=True)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-    try:
-        with pytest.raises(OSError, match="No space left"):
-            SaveNotes(tmp_path).write(note)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_notes_survive_the_daemon_and_a_torn_one_is_none(tmp_path: Path) -> None:
-    note = SaveNote("ab", "g1", "/d/.part", "/d/g1", ends_guest=True, was_running=True)
-    SaveNotes(tmp_path).write(note)
-    (tmp_path / "saves" / "torn.json").write_text('{"save_id": "c')
-    notes = SaveNotes(tmp_path)
-    assert notes.read() == [note]
-    notes.remove("ab")
-    notes.remove("ab")
-    assert notes.read() == []
-    assert list((tmp_path / "saves").iterdir()) == []
 
 
 async def test_what_has_the_name_by_the_end_is_looked_at_again(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 open_session   fails at each of its steps: nothing is left behind, and the destination has been told
 welcome        an attempt with everything it needs, or a refusal after which nothing is left
 Reservation    a guest is free again whatever happens to the attempt
+
+The module is longer than others because all of it plays the same destination to the same source.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from migrated.record.terms import Role
 from migrated.settings.config import Address, Config, ControlConfig, LimitsConfig, StateConfig, VmmConfig
 from migrated.settings.parameters import MigrationParameters
 from migrated.source.migration import OutgoingMigration
-from migrated.source.session import Session, connect, offer_of, open_session
+from migrated.source.offer import offer_of
+from migrated.source.session import Session, connect, open_session
 from migrated.source.target import target_of
 from migrated.state.journal import Journal
 from migrated.state.learned import load_prior
@@ -385,7 +388,7 @@ async def test_a_refusal_after_the_guest_was_built_ends_the_guest(
     async with opened(environment(tmp_path / "b")) as env:
         env.journal.close()  # the offer cannot be journaled, so it must not be taken
         here = Welcoming(env)
-        with pytest.raises(RefusedError, match=r"the journal .* cannot be written"):
+        with pytest.raises(RefusedError, match=r"the journal .* has no room for another attempt"):
             await open_to(source, guest, here.connected)
         assert isinstance(await here.answer, Refusal)
         assert env.guests.names() == []

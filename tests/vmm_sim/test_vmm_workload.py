@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmm_sim.config import WORKLOADS, ConfigError, GuestConfig, build_config
+from vmm_sim.config import ConfigError, GuestConfig, WorkloadName, build_config
 from vmm_sim.content import PAGE_SIZE, WORDS, Content, fill, fill_bytes
 from vmm_sim.memory import GuestMemory
 from vmm_sim.workload import Permutation, Workload
 
-WRITING = [name for name in WORKLOADS if name != "idle"]
+WRITING = [name for name in get_args(WorkloadName) if name != "idle"]
 
 
 def guest(workload: str, **options: Any) -> GuestConfig:

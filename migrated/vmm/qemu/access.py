@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Final
 
 from migrated.base.errors import VmmError
+from migrated.kernel.files import descriptors_of
 from migrated.vmm.memory import FileRegion, GuestMemory, MappedMemory, MixedMemory, ProcessMemory, Span
 from migrated.vmm.qemu.ram import Carried, Mapping, Ram, read_maps
 
@@ -82,7 +82,7 @@ def open_mapped(pid: int, blocks: Sequence[Carried]) -> list[FileRegion]:
 def _open_file(pid: int, mapping: Mapping) -> int:
     """Open the file behind a mapping: through a descriptor of it that QEMU holds, which QEMU's own user may do, else
     through the mapping itself, which takes root."""
-    for link in _descriptors(pid, mapping):
+    for link in descriptors_of(pid, lambda found: _is_file_of(found, mapping)):
         fd = os.open(link, os.O_RDWR | os.O_CLOEXEC)
         if _is_file_of(os.fstat(fd), mapping):
             return fd
@@ -90,18 +90,8 @@ def _open_file(pid: int, mapping: Mapping) -> int:
     return os.open(f"/proc/{pid}/map_files/{mapping.begin:x}-{mapping.end:x}", os.O_RDWR | os.O_CLOEXEC)
 
 
-def _descriptors(pid: int, mapping: Mapping) -> Iterator[Path]:
-    """The descriptors that a process holds of the file behind one of its mappings, as links in /proc."""
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            found = link.stat()
-        except OSError:  # closed meanwhile
-            continue
-        if _is_file_of(found, mapping):
-            yield link
-
-
 def _is_file_of(found: os.stat_result, mapping: Mapping) -> bool:
+    """Whether a file is the one behind a mapping."""
     device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
     return (found.st_ino, device) == (mapping.inode, mapping.device)
 

@@ -186,11 +186,11 @@ class CommandLine:
         return [self._ram_directory / f"{self._api_socket.stem}.{number}.ram" for number in range(count)]
 
     def running(self, *, paused: bool) -> list[str]:
-        """Of a guest that begins to run, unless it shall wait."""
+        """The command line of a guest that starts here; with ``paused`` its vCPUs wait."""
         return [*self._common(self._definition.memory_kind), *(["-S"] if paused else [])]
 
     def incoming(self) -> list[str]:
-        """Of an empty guest that waits for state, with its memory in files of ours."""
+        """The command line of an empty guest that waits for state, with its memory in files of ours."""
         return [*self._common("file"), "-incoming", "defer", "-S"]
 
     def _common(self, kind: MemoryKind) -> list[str]:

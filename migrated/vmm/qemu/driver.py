@@ -35,7 +35,7 @@ _LOOK_AGAIN_S: Final = 0.01
 _ENDING_S: Final = 1.0
 """For this long a QEMU whose monitor could not be used may turn out to be one that is just ending."""
 _GONE_S: Final = 10.0
-_DEFAULT_COMMAND: Final = ("qemu-system-x86_64",)
+_DEFAULT_BINARY: Final = "qemu-system-x86_64"
 
 
 class _Options(BaseModel):
@@ -61,13 +61,14 @@ class QemuDriver(Driver):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._directory = config.vmm.directory / "qemu"
+        self._command = (config.qemu.binary or _DEFAULT_BINARY,)
         self._costs = SwitchoverCosts(config.state.directory / "qemu-costs.json")
 
     def places(self) -> Sequence[Path]:
         return sorted(self._directory.glob("*.sock"))
 
     async def offers(self) -> frozenset[str]:
-        return await offers(self.config.qemu.command or _DEFAULT_COMMAND)
+        return await offers(self._command)
 
     def tidy(self, place: Path) -> None:
         places.forget(place)
@@ -138,7 +139,7 @@ class QemuDriver(Driver):
         return CommandLine(
             load_definition(qemu.definitions, definition),
             name,
-            incoming.replacement.command or qemu.command or _DEFAULT_COMMAND,
+            incoming.replacement.command or self._command,
             qemu.definitions,
             self._directory / f"{incoming.place}.sock",
             qemu.ram_directory,

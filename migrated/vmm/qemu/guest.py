@@ -318,7 +318,8 @@ class QemuGuest(VmmGuest):
         await in_thread(self._private_view.end)
 
     def _now_ours(self, *, disks_released: bool) -> None:
-        """The guest runs here, or stands here as it is to stand: memory that was handed over is this QEMU's."""
+        """Note in the guest's record that it is this QEMU's now: it runs, or is paused as it was before. Memory that
+        was handed over is this QEMU's alone."""
         self._record.change_if_possible(
             incoming=False, private_view=False, published=False, disks_released=disks_released
         )

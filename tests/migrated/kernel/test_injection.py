@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 
@@ -21,43 +22,8 @@ from migrated.kernel.syscalls import MACHINE
 from migrated.kernel.tracking import start_tracking
 from migrated.vmm.dirty_log import PagemapScanLog
 from migrated.vmm.memory import Span
+from tests.migrated.injectors import Injectors, When
 from tests.migrated.kernel.conftest import MEMORY_BYTES, Target
-
-_INJECTOR = """
-import os, signal, sys
-from migrated.kernel import ptrace
-from migrated.kernel.tracking import start_tracking
-
-pid, kill_at, when = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-original, count = ptrace.TracedThread._request, 0
-
-def request(self, *arguments):
-    global count
-    count += 1
-    if count == kill_at and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(self, *arguments)
-    if count == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-ptrace.TracedThread._request = request
-start_tracking(pid, []).close()
-print("requests", count)
-"""
-
-_LOOP = """
-import sys
-from migrated.kernel.tracking import start_tracking
-
-print("begins", flush=True)
-while True:
-    start_tracking(int(sys.argv[1]), []).close()
-"""
-
-
-def inject(target: Target, kill_at: int, when: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", _INJECTOR, str(target.pid), str(kill_at), when]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_a_tracked_process_goes_on_and_its_writes_are_found(target: Target) -> None:
@@ -88,13 +54,15 @@ def test_a_tracking_that_ended_can_begin_again(target: Target) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_at_every_request_it_leaves_the_process_running(target: Target) -> None:
-    requests = int(inject(target, 0, "never").stdout.split()[-1])
     killed = 0
-    for number in range(1, requests + 1):
-        for when in ("before", "after"):
-            killed += inject(target, number, when).returncode == -signal.SIGKILL
-            target.beats_again()
-            assert tracer_of(target.pid) is None
+    with Injectors(target.pid) as injectors:
+        requests = injectors.track_once()
+        assert requests is not None
+        for number in range(1, requests + 1):
+            for when in get_args(When):
+                killed += injectors.track_once(number, when) is None
+                target.beats_again()
+                assert tracer_of(target.pid) is None
     assert killed >= 20  # one that meets a better moment needs fewer requests, and ends before it is killed
     signals = target.signals
     target.beats_again(20)
@@ -104,16 +72,14 @@ def test_killed_at_every_request_it_leaves_the_process_running(target: Target) -
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_at_any_moment_it_leaves_the_process_running(target: Target) -> None:
-    for number in range(60):
-        injector = subprocess.Popen([sys.executable, "-c", _LOOP, str(target.pid)], stdout=subprocess.PIPE)
-        assert injector.stdout is not None
-        assert injector.stdout.readline() == b"begins\n"
-        end_ns = time.monotonic_ns() + number * 437_000  # somewhere else every time
-        while time.monotonic_ns() < end_ns:
-            pass
-        injector.kill()
-        injector.communicate()
-        target.beats_again(1)
+    with Injectors(target.pid) as injectors:
+        for number in range(60):
+            injector = injectors.begin_loop()
+            end_ns = time.monotonic_ns() + number * 437_000  # somewhere else every time
+            while time.monotonic_ns() < end_ns:
+                pass
+            injectors.end_loop(injector)
+            target.beats_again(1)
     assert tracer_of(target.pid) is None
     start_tracking(target.pid, [target.span]).close()
     target.beats_again()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -17,18 +15,10 @@ from migrated.vmm.dirty_log import PagemapScanLog
 from migrated.vmm.memory import Span
 from migrated.vmm.qemu.ram import find_ram
 from protocol.pages import indices_of
+from tests.migrated.injectors import Injectors
 from tests.migrated.qemu.conftest import BareQemu
 
 pytestmark = pytest.mark.slow
-
-_LOOP = """
-import sys
-from migrated.kernel.tracking import start_tracking
-
-print("begins", flush=True)
-while True:
-    start_tracking(int(sys.argv[1]), [(int(sys.argv[2]), int(sys.argv[3]))]).close()
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -40,18 +30,13 @@ def can_track() -> None:
 async def test_killed_at_any_moment_the_tracking_leaves_qemu_running_and_untracked(bare_qemu: BareQemu) -> None:
     qmp = await bare_qemu("-device", "VGA")
     address, size = (await find_ram(qmp)).carried[0].range
-    for number in range(25):
-        injector = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", _LOOP, str(qmp.pid), str(address), str(size), stdout=asyncio.subprocess.PIPE
-        )
-        assert injector.stdout is not None
-        assert await injector.stdout.readline() == b"begins\n"
-        await asyncio.sleep(number * 0.000_731)  # somewhere else every time
-        with contextlib.suppress(ProcessLookupError):
-            injector.kill()
-        await injector.wait()
-        assert (await qmp.call("query-status"))["status"] == "running"
-        assert tracer_of(qmp.pid) is None
+    with Injectors(qmp.pid, [(address, size)]) as injectors:
+        for number in range(25):
+            injector = await asyncio.to_thread(injectors.begin_loop)
+            await asyncio.sleep(number * 0.000_731)  # somewhere else every time
+            await asyncio.to_thread(injectors.end_loop, injector)
+            assert (await qmp.call("query-status"))["status"] == "running"
+            assert tracer_of(qmp.pid) is None
     # Nobody's tracking is left behind: another one can have all of the memory.
     (await asyncio.to_thread(start_tracking, qmp.pid, [(address, size)])).close()
 
