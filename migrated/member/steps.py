@@ -158,20 +158,24 @@ class StepRunner:
             return await self._outcome(spec, step, migration_id)
 
     async def _outcome(self, spec: JobSpec, step: JobStep, migration_id: str) -> _End:
-        """Wait for the end of an attempt; one that nobody here knows of has never begun."""
+        """Wait for the end of an attempt; one that nobody here knows of has never begun. One that is open has not
+        ended, whatever becomes of its record: a step that is told to have failed would have its guest moved again."""
         cancelling = self._tasks.start(self._cancel_when_asked(spec, step, migration_id))
         try:
             while True:
                 # Asked before: an attempt that ends in between has left its record by then.
                 is_open = self._local.is_open(migration_id)
-                record = await self._local.outcome(migration_id)
+                try:
+                    record = await self._local.outcome(migration_id)
+                    unknown = "The daemon ended before the migration had begun."
+                except OperationError as error:
+                    record, unknown = None, str(error)
                 if record is not None and record["outcome"] != "in-doubt":
                     return self._end_of(spec, record)
-                if record is None and not is_open:
-                    return _End(StepEvent.FAILED, "The daemon ended before the migration had begun.")
+                if not is_open:
+                    doubt = "It was in doubt, and the record of its end could not be kept."
+                    return _End(StepEvent.FAILED, unknown if record is None else doubt)
                 await self._change()
-        except OperationError as error:
-            return _End(StepEvent.FAILED, str(error))
         finally:
             cancelling.cancel()
 
