@@ -77,7 +77,7 @@ class MigrationHost:
         self.security = LinkSecurity(config.tls, config.authorisation)
         self._role = role
         journal = Journal(config.state.directory)  # first: its lock keeps a second daemon away from all that lies there
-        self._history = History(config.state.directory, config.history.max_records)
+        self._history = History(config.state.directory, config.history.max_records, config.history.max_bytes)
         self._records = FinishedRecords(self._history, self.metrics)
         self._env = Environment(
             config=config,

@@ -98,6 +98,15 @@ def available_bytes() -> int:
     raise OSError("the kernel does not tell MemAvailable in /proc/meminfo")
 
 
+def swap_is_on() -> bool:
+    """Whether this host may swap memory out. True where the kernel does not tell."""
+    try:
+        with open("/proc/swaps", encoding="ascii") as lines:
+            return len(lines.readlines()) > 1  # the first one is the header
+    except OSError:
+        return True
+
+
 def lock_on_fault(address: int, size: int) -> bool:
     """Keep pages of this process in memory once they are touched. Returns whether we may."""
     number = _SYS_MLOCK2[platform.machine()]

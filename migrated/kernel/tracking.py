@@ -38,8 +38,11 @@ class WriteTracking:
         self._ranges: list[AddressRange] = []
         self.pause_ns = pause_ns
 
-    def register(self, pid: int, ranges: Sequence[AddressRange]) -> None:
+    def register(self, pid: int, ranges: Sequence[AddressRange], *, all_pages: bool) -> None:
         """Track the writes to some pieces of the process's memory.
+
+        Args:
+            pid, ranges, all_pages: as for ``start_tracking``.
 
         Raises:
             TrackingError: the kernel cannot, or somebody else tracks them already.
@@ -59,18 +62,18 @@ class WriteTracking:
                     raise TrackingError(f"{place} is not all mapped any more; has a device been unplugged?") from error
                 raise TrackingError(f"writes to {place} cannot be tracked: {error.strerror}") from error
             self._ranges.append((address, size))
-        self._track_small_pages(pid)
+        self._track_small_pages(pid, all_pages=all_pages)
 
-    def _track_small_pages(self, pid: int) -> None:
-        """Protect each small page by itself where the process has huge pages of shared memory mapped. The whole range,
-        so that it is given no other huge pages while it is tracked."""
+    def _track_small_pages(self, pid: int, *, all_pages: bool) -> None:
+        """Protect each small page by itself where that is asked for, or the process has huge pages of shared memory
+        mapped. The whole range, so that it is given no other huge pages while it is tracked."""
         try:
             entries = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise TrackingError(f"the page tables of process {pid} cannot be read: {error.strerror}") from error
         try:
             for address, size in self._ranges:
-                if len(pagemap.huge(entries, address, address + size)):
+                if all_pages or len(pagemap.huge(entries, address, address + size)):
                     userfault.protect(self._fd, address, size)
         except OSError as error:
             raise TrackingError(
@@ -117,8 +120,16 @@ def why_no_tracking() -> str | None:
     return None
 
 
-def start_tracking(pid: int, ranges: Sequence[AddressRange]) -> WriteTracking:
+def start_tracking(pid: int, ranges: Sequence[AddressRange], *, all_pages: bool = False) -> WriteTracking:
     """Track the writes of a process to pieces of its memory, from the return on. Blocks: call it off the event loop.
+
+    Args:
+        pid: the process.
+        ranges: the pieces.
+        all_pages: protect pages too that have no entry in the page table, so that each one without an entry counts as
+            written later. Shared memory needs it on a host with swap: when the kernel swaps out a page of it, nothing
+            is left of the page's entry, nor of the note that it was written. It fills the page tables: 8 bytes and
+            about a nanosecond for each page.
 
     Raises:
         InjectionError: no system call can be made inside the process.
@@ -142,7 +153,7 @@ def start_tracking(pid: int, ranges: Sequence[AddressRange]) -> WriteTracking:
     fd = run_inside(pid, make)
     tracking = WriteTracking(fd, time.monotonic_ns() - begin_ns)
     try:
-        tracking.register(pid, ranges)
+        tracking.register(pid, ranges, all_pages=all_pages)
     except BaseException:
         tracking.close()
         raise

@@ -199,6 +199,8 @@ class HistoryConfig(Section):
 
     max_records: int = Field(default=10_000, ge=1, le=1_000_000)
     """How many are kept; beyond them the oldest go, but for those in doubt."""
+    max_bytes: Bytes = Field(default=1 << 30, ge=64 << 20)
+    """How much the documents of all records may take together; beyond it the oldest go, but for those in doubt."""
 
 
 class ListenConfig(Section):

@@ -27,6 +27,7 @@ FILE_NAME: Final = "history.sqlite"
 BUSY_TIMEOUT_S: Final = 5.0
 _CACHE_KIB: Final = 512
 """Memory for pages of the file: one record and the indexes that it belongs to. SQLite takes 2 MiB unless told."""
+_OFFERED: Final = "role = 'destination' AND outcome NOT IN ('completed', 'in-doubt')"
 _SHARE: Final = 10
 """One in so many records may be of a guest that was offered to this host and was not taken over."""
 
@@ -53,6 +54,12 @@ SCHEMA: Final[tuple[str, ...]] = (
     """
     CREATE INDEX records_offered ON records (started_at_us)
         WHERE role = 'destination' AND outcome NOT IN ('completed', 'in-doubt');
+    """,
+    # The sum over all records reads an index then, and no document.
+    """
+    ALTER TABLE records ADD COLUMN document_bytes INTEGER NOT NULL DEFAULT 0;
+    UPDATE records SET document_bytes = length(CAST(document AS BLOB));
+    CREATE INDEX records_by_size ON records (role, outcome, started_at_us, document_bytes);
     """,
 )
 """Step n brings a file of schema version n to n + 1 (SQLite's user_version). Steps are only ever added."""
@@ -83,17 +90,19 @@ class HistoryQuery(BaseModel):
 class History:
     """The store. Every method may be called from any thread; none is for the event loop while guests are stopped."""
 
-    def __init__(self, directory: Path, max_records: int | None = None) -> None:
+    def __init__(self, directory: Path, max_records: int | None = None, max_bytes: int | None = None) -> None:
         """Open or create ``history.sqlite`` in ``directory``.
 
         Args:
             max_records: how many records ``add`` leaves, None for all.
+            max_bytes: how much their documents may take together, None for any size.
 
         Raises:
             HistoryError: the file cannot be opened, or a newer version of migrated wrote it.
         """
         self.path = directory / FILE_NAME
         self._max_records = max_records
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
         try:
             self._connection = _open(self.path)
@@ -112,13 +121,13 @@ class History:
     def add(self, record: Record, role: Role) -> bool:
         """Store a record, replacing an earlier one of the same migration id. ``role`` is this host's part in it.
 
-        Beyond ``max_records`` the oldest go, but for those in doubt: somebody still has to decide them. Incoming
-        attempts of which nothing came go sooner, so that no peer can push out the others.
+        Beyond ``max_records`` and ``max_bytes`` the oldest go, but for those in doubt: somebody still has to decide
+        them. Incoming attempts of which nothing came go sooner, so that no peer can push out the others.
 
         Returns:
             False when it could not be stored (full disk, read-only file system); the reason is logged.
         """
-        downtime = record.downtime
+        downtime, document = record.downtime, record.model_dump_json()
         row = (
             record.migration_id,
             record.guest,
@@ -130,13 +139,16 @@ class History:
             downtime.limit_violated if downtime else None,
             downtime.predicted_ns if downtime else None,
             downtime.predicted_upper_ns if downtime else None,
-            record.model_dump_json(),
+            document,
+            len(document.encode()),
         )
         try:
             with self._lock, self._connection:
                 self._connection.execute(f"REPLACE INTO records VALUES ({', '.join('?' * len(row))})", row)
                 if self._max_records is not None:
-                    self._make_room(self._max_records)
+                    self._keep_at_most(self._max_records)
+                if self._max_bytes is not None:
+                    self._keep_bytes(self._max_bytes)
         except (sqlite3.Error, OverflowError) as error:
             log.error(
                 "The record cannot be stored in the history; make room or mend the file system",
@@ -147,17 +159,34 @@ class History:
             return False
         return True
 
-    def _make_room(self, max_records: int) -> None:
+    def _keep_at_most(self, max_records: int) -> None:
         """Delete the oldest records beyond the bound, and sooner those that a peer can make any number of."""
-        for which, most in (
-            ("role = 'destination' AND outcome NOT IN ('completed', 'in-doubt')", max(1, max_records // _SHARE)),
-            ("TRUE", max_records),
-        ):
+        for which, most in ((_OFFERED, max(1, max_records // _SHARE)), ("TRUE", max_records)):
             self._connection.execute(
                 "DELETE FROM records WHERE outcome != 'in-doubt' AND rowid IN "
                 f"(SELECT rowid FROM records WHERE {which} ORDER BY started_at_us DESC, rowid DESC LIMIT -1 OFFSET ?)",
                 (most,),
             )
+
+    def _keep_bytes(self, max_bytes: int) -> None:
+        """The same for the bytes of their documents, which the destination has from its peer."""
+        for which, most in ((_OFFERED, max_bytes // _SHARE), ("TRUE", max_bytes)):
+            (total,) = self._connection.execute(
+                f"SELECT coalesce(sum(document_bytes), 0) FROM records WHERE {which}"
+            ).fetchone()
+            if total <= most:
+                continue
+            oldest = self._connection.execute(
+                f"SELECT rowid, document_bytes FROM records WHERE {which} AND outcome != 'in-doubt' "
+                "ORDER BY started_at_us, rowid"
+            )
+            too_many: list[tuple[int]] = []
+            for rowid, size in oldest:
+                if total <= most:
+                    break
+                total -= size
+                too_many.append((rowid,))
+            self._connection.executemany("DELETE FROM records WHERE rowid = ?", too_many)
 
     def get(self, migration_id: str) -> dict[str, Any]:
         """The record document with this migration id, or with this unique beginning of one.

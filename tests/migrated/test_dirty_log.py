@@ -208,7 +208,7 @@ def test_tracking_from_outside_reports_single_pages_of_huge_ones() -> None:
     memory.words[:512] = 1
     collapse(memory, HUGE_BYTES)
     tracking = WriteTracking(open_userfaultfd(), 0)
-    tracking.register(os.getpid(), [(memory.address, memory.bytes)])
+    tracking.register(os.getpid(), [(memory.address, memory.bytes)], all_pages=False)
     log = PagemapScanLog(
         os.open("/proc/self/pagemap", os.O_RDONLY), [Span(memory.address, memory.pages, 0)], present_only=True
     )

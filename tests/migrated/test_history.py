@@ -103,6 +103,40 @@ def test_a_bounded_history_does_not_grow(tmp_path: Path, record_of: Callable[...
         assert len(ids(history)) == 10
 
 
+def test_a_history_is_bounded_in_bytes_too(tmp_path: Path, record_of: Callable[..., Any]) -> None:
+    """A record that a peer sends has two megabytes, and a guest that comes and fails leaves one each time."""
+    large = "x" * (1 << 20)
+    with closing(History(tmp_path, max_records=1000, max_bytes=32 << 20)) as history:
+        history.add(record_of(migration_id="doubt", outcome="in-doubt"), "source")
+        for number in range(3):
+            history.add(record_of(migration_id=f"own{number}", reason=large), "source")
+        for number in range(12):
+            history.add(record_of(migration_id=f"bad{number}", outcome="aborted", reason=large), "destination")
+        assert sum(found.startswith("bad") for found in ids(history)) == 3, "a tenth of all, which pushed out no other"
+        assert sum(found.startswith("own") for found in ids(history)) == 3
+        for number in range(40):
+            history.add(record_of(migration_id=f"more{number}", reason=large), "source")
+        kept = ids(history)
+        assert 30 <= len(kept) <= 32
+        assert "doubt" in kept
+        assert "more39" in kept
+
+
+def test_the_sizes_of_records_of_an_older_version_are_counted(tmp_path: Path, record_of: Callable[..., Any]) -> None:
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as old:
+        for number, step in enumerate(SCHEMA[:2], 1):
+            old.executescript(f"{step} PRAGMA user_version = {number};")
+        text = record_of(migration_id="old", reason="é" * 1000).model_dump_json()
+        old.execute(
+            "INSERT INTO records VALUES ('old', 'g', 'source', 'completed', 0, 0, NULL, NULL, NULL, NULL, ?)", (text,)
+        )
+        old.commit()
+    with closing(History(tmp_path, max_bytes=len(text.encode()) + 100)) as history:
+        assert ids(history) == ["old"]
+        history.add(record_of(migration_id="new"), "source")
+        assert ids(history) == ["new"]
+
+
 def test_stats_never_pool_aborted_attempts_with_completed_ones(
     history: History, record_of: Callable[..., Any], downtime_of: Callable[..., Any]
 ) -> None:

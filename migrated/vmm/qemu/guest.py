@@ -24,6 +24,7 @@ from typing import Any, Final
 from migrated.base.errors import RefusedError, VmmError, VmmGoneError
 from migrated.base.threads import in_thread, made_in_thread
 from migrated.kernel.errors import OtherProcessError
+from migrated.kernel.memory import swap_is_on
 from migrated.kernel.tracking import WriteTracking, start_tracking
 from migrated.vmm import spawn
 from migrated.vmm.dirty_log import DirtyLog, PagemapScanLog
@@ -235,8 +236,9 @@ class QemuGuest(VmmGuest):
         await self.stop_dirty_log()
         self._fenced = drives_bypass_page_tables(await self._qmp.call("query-named-block-nodes"))
         ranges = [carried.range for carried in self._ram.carried]
+        all_pages = swap_is_on() and any(carried.block.shared for carried in self._ram.carried)
         try:
-            tracking = await made_in_thread(WriteTracking.close, start_tracking, self.pid, ranges)
+            tracking = await made_in_thread(WriteTracking.close, start_tracking, self.pid, ranges, all_pages=all_pages)
         except OtherProcessError as error:
             raise VmmError(f"guest {self.name!r} cannot be tracked: {error}") from error
         self._tracking = tracking
@@ -245,7 +247,7 @@ class QemuGuest(VmmGuest):
             pagemap = os.open(f"/proc/{self.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise VmmError(f"the page tables of QEMU (process {self.pid}) cannot be read: {error.strerror}") from error
-        return PagemapScanLog(pagemap, spans, present_only=True)
+        return PagemapScanLog(pagemap, spans, present_only=not all_pages)
 
     async def stop_dirty_log(self) -> None:
         tracking, self._tracking = self._tracking, None

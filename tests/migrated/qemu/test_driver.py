@@ -131,10 +131,10 @@ async def test_tracking_that_is_cancelled_can_begin_again(
     guest = await create(driver_of(place))
     begun, may_go_on = threading.Event(), threading.Event()
 
-    def held(pid: int, ranges: Sequence[AddressRange]) -> WriteTracking:
+    def held(pid: int, ranges: Sequence[AddressRange], *, all_pages: bool) -> WriteTracking:
         begun.set()
         assert may_go_on.wait(WAIT_S)
-        return start_tracking(pid, ranges)
+        return start_tracking(pid, ranges, all_pages=all_pages)
 
     monkeypatch.setattr("migrated.vmm.qemu.guest.start_tracking", held)
     beginning = asyncio.create_task(guest.start_dirty_log("auto"))
@@ -145,6 +145,21 @@ async def test_tracking_that_is_cancelled_can_begin_again(
         await beginning
     (await guest.start_dirty_log("auto")).close()
     await guest.stop_dirty_log()
+
+
+async def test_shared_memory_that_may_be_swapped_out_is_tracked_by_its_pages_without_entries(
+    place: Path, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = await create(driver_of(place), paused=True)
+    found = []
+    for swap in (True, False):
+        monkeypatch.setattr("migrated.vmm.qemu.guest.swap_is_on", lambda swap=swap: swap)
+        log = await guest.start_dirty_log("auto")
+        found.append(len(log.collect()))
+        log.close()
+        await guest.stop_dirty_log()
+    assert found[0] == 0, "all pages were protected, those too that hold something"
+    assert found[1] > 0, "only what is written from now on is, and the first look has it all"
 
 
 async def test_a_guest_does_not_run_without_its_lock(place: Path, create: Create) -> None:
