@@ -8,7 +8,7 @@ import pytest
 
 from scripts.rig.matrix import ALL_CELLS, FAULTS, STEPS, Cell, Judged, run_matrix
 
-LANES = 3
+LANES = 4
 
 KILLS = tuple(fault for fault in FAULTS if fault.startswith("kill-"))
 AROUND = ("cut", "reset", "duplicate", "kill-source-daemon", "kill-destination-daemon", "stop-source-daemon")

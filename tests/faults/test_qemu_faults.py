@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 
@@ -19,6 +20,7 @@ from scripts.rig.matrix import Judged, run_matrix
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+LANES = 2
 CORE = (
     "device-state/kill-destination-vmm",
     "device-state/kill-source-daemon",
@@ -37,7 +39,11 @@ CORE = (
 async def test_one_whole_guest_is_left_at_the_steps_that_decide(image: GuestImage, tmp_path: Path) -> None:
     cells = [cell for cell in QEMU_CELLS if str(cell) in CORE]
     assert len(cells) == len(CORE)
-    judged: list[Judged] = await run_matrix(cells, 1, make_pair=lambda: QemuPair(small_guest(tmp_path), image))
+
+    def pair() -> QemuPair:
+        return QemuPair(small_guest(Path(mkdtemp(dir=tmp_path))), image)
+
+    judged: list[Judged] = await run_matrix(cells, LANES, make_pair=pair)
     assert [str(one) for one in judged if one.violations] == []
 
 
