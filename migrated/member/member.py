@@ -72,7 +72,7 @@ class FleetMember:
         self._follower = Follower(self._store, keys)
         self._follower.on_change = self._changed
         identity = Identity(name, env.config.state.directory, boot_id())
-        self.owners = Owners(self._follower, name, identity)
+        self.owners = Owners(self._follower, name, identity, env.guests.holds)
         self._membership = Membership(
             env, local, self._store, self._follower, self.owners, identity, lambda: self._store.clock_offset_ns
         )

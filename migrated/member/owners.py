@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -58,18 +59,20 @@ class Owners:
         follower: the mirror.
         host: this host's name in the fleet.
         identity: whether that is its own.
+        holds: whether a guest of a name is here or on its way here.
 
     Attributes:
         strangers: for each guest that is here and belongs to another host, a sentence.
         started: guests that were claimed because this daemon starts them.
     """
 
-    def __init__(self, follower: Follower, host: str, identity: Identity) -> None:
+    def __init__(self, follower: Follower, host: str, identity: Identity, holds: Callable[[str], bool]) -> None:
         self.strangers: dict[str, str] = {}
         self.started: set[str] = set()
         self._follower = follower
         self._host: Final = host
         self._identity = identity
+        self._holds = holds
         self._begun: dict[str, _Begun] = {}
         """By migration id."""
         self._tokens: dict[str, int] = {}
@@ -159,6 +162,8 @@ class Owners:
                 known, revision = await self._look(guest)
                 if known is None or self._host not in (known.owner, known.previous):
                     return
+                if self._holds(guest):
+                    return  # another one of the name came while the store was away, and the key is its own
                 deletes = (Delete(keys.owner(guest)), Delete(keys.guest(guest)))
                 unchanged = Unchanged(keys.owner(guest), revision)
                 if (await self._follower.transact(Transaction((unchanged,), deletes))).succeeded:

@@ -284,9 +284,9 @@ async def test_a_guest_in_doubt_is_not_claimed_and_an_error_does_not_end_what_is
         await here.add_guest("g1")
         here.guest("g1").overlay = "in-doubt"
         await store.transact(Transaction((), (Delete(keys.owner("g1")),)))
-        for _ in range(3):
+        for _ in range(2):
             await put(store, keys.cordon("b"), b"")
-            await asyncio.sleep(0.2)  # each time the host looks at all its guests
+            await asyncio.sleep(0.15)  # each time the host looks at all its guests
         assert await owner_of(store, keys.owner("g1")) is None
         here.guest("g1").overlay = None
 

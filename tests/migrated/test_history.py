@@ -105,8 +105,8 @@ def test_a_bounded_history_does_not_grow(tmp_path: Path, record_of: Callable[...
 
 def test_a_history_is_bounded_in_bytes_too(tmp_path: Path, record_of: Callable[..., Any]) -> None:
     """A record that a peer sends has two megabytes, and a guest that comes and fails leaves one each time."""
-    large = "x" * (1 << 20)
-    with closing(History(tmp_path, max_records=1000, max_bytes=32 << 20)) as history:
+    large = "x" * (1 << 16)
+    with closing(History(tmp_path, max_records=1000, max_bytes=2 << 20)) as history:
         history.add(record_of(migration_id="doubt", outcome="in-doubt"), "source")
         for number in range(3):
             history.add(record_of(migration_id=f"own{number}", reason=large), "source")
@@ -117,7 +117,7 @@ def test_a_history_is_bounded_in_bytes_too(tmp_path: Path, record_of: Callable[.
         for number in range(40):
             history.add(record_of(migration_id=f"more{number}", reason=large), "source")
         kept = ids(history)
-        assert 30 <= len(kept) <= 32
+        assert 28 <= len(kept) <= 32
         assert "doubt" in kept
         assert "more39" in kept
 

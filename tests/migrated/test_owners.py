@@ -13,7 +13,7 @@ import pytest
 from migrated.control.operations import OperationError
 from migrated.fleet.model import Cordon, HostSlots, Ownership, Reservation
 from migrated.fleet.ownership import NotTheOwnerError
-from migrated.fleet.store import Answer, NoAnswerError, Transaction, put
+from migrated.fleet.store import Answer, Entry, NoAnswerError, Transaction, put
 from migrated.member.follower import Follower
 from migrated.member.identity import Identity, boot_id
 from migrated.member.leftovers import BOOT_ID, Leftovers
@@ -48,6 +48,8 @@ class Fleet:
     store: FakeStoreClient
     follower: Follower
     owners: Owners
+    here: set[str]
+    """Guests that are here, or on their way here."""
 
     async def own(self, guest: str, owner: str, previous: str | None = None, migration_id: str | None = None) -> int:
         """Write an owner, and wait until host b has seen it."""
@@ -65,10 +67,11 @@ class Fleet:
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     store = FakeStoreClient(FakeStore(lambda: 0))
     follower = Follower(store, KEYS)
-    owners = Owners(follower, "b", Identity("b", tmp_path, boot_id()))
+    here = set[str]()
+    owners = Owners(follower, "b", Identity("b", tmp_path, boot_id()), here.__contains__)
     following = asyncio.create_task(follower.run())
     await follower.ready.wait()
-    yield Fleet(store, follower, owners)
+    yield Fleet(store, follower, owners, here)
     await owners.close()
     following.cancel()
 
@@ -189,6 +192,28 @@ async def test_a_claim_that_was_not_answered_leaves_no_owner(fleet: Fleet, monke
         return await fleet.owner("new") is None
 
     await until("the key deleted", free, 5)
+
+
+async def test_the_key_of_a_guest_that_came_since_is_not_let_go_of(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier guest of its name ended while the store was away from here, and the answer to that was lost."""
+    get = fleet.store.get
+    back = asyncio.Event()
+
+    async def not_yet(key: str) -> Entry | None:
+        if not back.is_set():
+            raise NoAnswerError("it cannot be reached from here")
+        return await get(key)
+
+    await fleet.own("g", "b")
+    monkeypatch.setattr(fleet.store, "get", not_yet)
+    fleet.owners.release("g")
+    fleet.here.add("g")
+    await fleet.own("g", "b", previous="a", migration_id="m2")
+    back.set()
+    await asyncio.sleep(0.7)  # it looks twice a second
+    assert await fleet.owner("g") is not None
 
 
 async def test_a_guest_that_is_being_started_is_no_leftover(fleet: Fleet, tmp_path: Path) -> None:

@@ -57,8 +57,9 @@ UNREADABLE = OperationError("The history cannot be read: disk I/O error.")
     ids=["unreadable while it is open", "in doubt, then ended", "unreadable", "never begun", "its end was not kept"],
 )
 async def test_a_step_ends_when_its_attempt_has(
-    tmp_path: Path, attempt: Attempt, state: StepState, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempt: Attempt, state: StepState, reason: str
 ) -> None:
+    monkeypatch.setattr("migrated.member.steps._AGAIN_S", 0.01)
     store = FakeStoreClient(FakeStore(lambda: 0))
     step = JobStep(
         guest="g", state=StepState.MIGRATING, source="a", destination="b", memory_bytes=GIB, attempt=1, migration_id="m"
