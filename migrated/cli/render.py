@@ -153,7 +153,7 @@ def _rounds(rounds: Sequence[RoundRow]) -> RenderableType:
 def _memory(ram: Ram, digest: Digest) -> Table:
     table = new_facts("Memory")
     add_fact(table, "guest memory", f"{format_size(ram.total_bytes)} in pages of {format_size(ram.page_size)}")
-    moved = f"{format_size(ram.transferred_bytes)} over {ram.channels} channels"
+    moved = f"{format_size(ram.transferred_bytes)} over {ram.channels} channel{'' if ram.channels == 1 else 's'}"
     add_fact(table, "moved", f"{moved}: {format_size(ram.downtime_bytes)} of it while the guest was stopped")
     if ram.shared:
         add_fact(table, "memory", "handed over on the same host, not copied")

@@ -38,7 +38,7 @@ def start_process(command: list[str], log_path: Path, inherited: Sequence[int] =
         return os.posix_spawnp(command[0], command, os.environ, file_actions=actions, setsid=True)
     except OSError as error:
         raise VmmError(
-            f"the VMM cannot be started: {command[0]}: {error.strerror}; check [vmm] command in the configuration"
+            f"the VMM cannot be started: {command[0]}: {error.strerror}; install it, or name another program"
         ) from error
 
 

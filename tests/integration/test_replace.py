@@ -104,6 +104,9 @@ async def test_a_guest_moves_between_two_daemons_on_one_host_without_a_copy(pair
 
 async def test_a_paused_guest_stays_paused(pair: Pair) -> None:
     await pair.a.create_guest("g1", 64, profile="load-writes", paused=True)
+    refused = await pair.a.replace(definition="web-2")  # an option that is for QEMU guests
+    assert (refused["outcome"], refused["downtime"]) == ("refused", None)
+    assert "guest 'g1' is no QEMU guest and has no definition: leave it out" in refused["reason"]
     record = await pair.a.replace()
     assert record["outcome"] == "completed"
     assert (await pair.a.guest())["state"] == "paused"

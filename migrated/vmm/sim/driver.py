@@ -68,6 +68,8 @@ class SimDriver(Driver):
     async def create_incoming(self, description: GuestDescription, incoming: Incoming) -> SimGuest:
         if len(incoming.memory) > 1:
             raise VmmError(f"guest {description.name!r} has its memory in one file, and {len(incoming.memory)} came")
+        if incoming.replacement.definition is not None:
+            raise VmmError(f"guest {description.name!r} is no QEMU guest and has no definition: leave it out")
         path = self._directory / f"{incoming.place}.incoming"
         path.write_bytes(msgpack.packb(description.model_dump(), use_bin_type=True))
         arguments = ["--incoming-description", str(path)]
