@@ -5,7 +5,7 @@ Longer than other modules because the catalogue of the wire is best read in one 
 Control channel (S source, D destination; the whole story is drawn in docs/protocol.md):
 
     S HELLO  -> D WELCOME | REFUSE        S ROUND_END … D ROUND_DONE      S (HOLD,) DOWNTIME, STATE_END -> D READY | NO
-    S COMMIT -> D RUNNING | DISCARDED     S ABORT -> D DISCARDED          D REPORT, S RECORD
+    S (OWNED,) COMMIT -> D RUNNING | DISCARDED     S ABORT -> D DISCARDED          D REPORT, S RECORD
     either side: CLOCK_ASK -> CLOCK_REPLY (also the heartbeat), ERROR
 
 Data channels: S JOIN -> D JOINED, then S EXTENTS, PAGES, ZERO_PAGES, DEVICE_STATE, BARRIER. A fresh connection may
@@ -70,6 +70,7 @@ class FrameType(IntEnum):
     RECORD = 21
     ERROR = 22
     HOLD = 23
+    OWNED = 24
     JOIN = 32
     JOINED = 33
     PAGES = 34
@@ -264,6 +265,15 @@ class No(Message):
     reason: Sentence
 
 
+class Owned(Message):
+    """Right before COMMIT, in a fleet: the fencing token with which the destination takes the guest's lock. It is the
+    revision at which the destination became the owner. Only with the capability ``owner-token``."""
+
+    TYPE = FrameType.OWNED
+    epoch: Epoch
+    token: U64
+
+
 class Commit(Message):
     """The single permission to run. Journaled by the source before it is sent."""
 
@@ -422,6 +432,7 @@ MESSAGES: tuple[type[Message], ...] = (
     StateEnd,
     Ready,
     No,
+    Owned,
     Commit,
     Abort,
     Running,

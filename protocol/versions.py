@@ -29,6 +29,7 @@ OLDEST_MAJOR: Final = 2
 MIN_PAYLOAD_BYTES: Final = 64 << 10
 
 HOLD: Final = "hold"
+OWNER_TOKEN: Final = "owner-token"
 CAPABILITIES: Final = frozenset(
     {
         "switchover-abort",  # the destination enforces the downtime limit
@@ -38,6 +39,7 @@ CAPABILITIES: Final = frozenset(
         "zstd",  # batches may travel compressed with Zstandard
         "lz4",  # batches may travel compressed with LZ4
         "xor-delta",  # pages may travel as XOR against the page last sent
+        OWNER_TOKEN,  # in a fleet the source says with which fencing token the destination takes the guest's lock
         HOLD,  # the source says when its operator holds the switchover
         "shared-memory",  # guest memory is handed over as descriptors that come with HELLO, and is not copied
     }

@@ -329,6 +329,9 @@ class IncomingMigration:
             case messages.StateEnd(epoch=epoch) as end:
                 if check_epoch(takeover.epoch, epoch):
                     self._hear_end(end, received)
+            case messages.Owned(epoch=epoch, token=token):
+                if check_epoch(takeover.epoch, epoch):
+                    takeover.told_token = token
             case messages.Commit(epoch=epoch):
                 if check_epoch(takeover.epoch, epoch):
                     self._stop_timers()

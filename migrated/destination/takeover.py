@@ -82,6 +82,7 @@ class Takeover:
 
     Attributes:
         make_ready: called for the READY message of the vote; set by the code that loads the guest.
+        told_token: the fencing token of this host's ownership as the source has told it, None where it has not.
         resume_times: instants of the resume, None before it and after a restart of the daemon.
         finished: set once it is decided which host runs the guest, and all effects of that are carried out.
     """
@@ -99,6 +100,7 @@ class Takeover:
         reason: str | None = None,
     ) -> None:
         self.epoch = epoch
+        self.told_token: int | None = None
         self.resume_times: ResumeTimes | None = None
         self.make_ready: Callable[[], messages.Ready] = _nothing_loaded
         self.finished = asyncio.Event()
@@ -232,7 +234,8 @@ class Takeover:
             return DONE
         try:
             if self._env.keeper is not None:
-                lock.token = await self._env.keeper.token(name_at(self._place), arriving=True)
+                seen = await self._env.keeper.token(name_at(self._place), arriving=True)
+                lock.token = self.told_token if seen is None else seen
             await lock.take()
         except (VmmError, NotTheOwnerError) as error:
             return failed(error)

@@ -80,6 +80,7 @@ class SourceHandover:
         commit_by_ns: instant after which COMMIT is too late, on this host's monotonic clock.
         running: the destination's RUNNING once it came, and when it was read.
         finished: set once it is decided which host runs the guest, and all effects of that are carried out.
+        tells_token: the destination wants to be told the fencing token of its ownership with COMMIT.
         before_resume: called before the guest is taken back: nothing may be saved of it any more.
     """
 
@@ -102,6 +103,7 @@ class SourceHandover:
         self.running: messages.Running | None = None
         self.running_read_ns = 0
         self.finished = asyncio.Event()
+        self.tells_token = False
         self.before_resume: Callable[[], object] = lambda: None
         self._env = env
         self._migration_id = migration_id
@@ -115,6 +117,8 @@ class SourceHandover:
             fleet=keeper is not None,
         )
         self._keeper = keeper
+        self._token: int | None = None
+        """The fencing token of the destination, once it is the owner."""
         self._lock = asyncio.Lock()
         self._tasks = TaskSet()
         self._on_doubt = on_doubt
@@ -294,6 +298,8 @@ class SourceHandover:
         self.times.committed_at_ns = self.times.committed_at_ns or time.monotonic_ns()
         if reply is not None:
             with contextlib.suppress(LinkLostError):  # the listener reports the loss as an event of its own
+                if self.tells_token and self._token is not None:
+                    reply.send(messages.Owned(epoch=self.epoch, token=self._token))
                 reply.send(messages.Commit(epoch=self.epoch))
         return DONE
 
@@ -325,7 +331,9 @@ class SourceHandover:
                 within_ns = min(LONGEST_TRANSFER_NS, self.commit_by_ns - time.monotonic_ns())
                 if within_ns <= 0:
                     return failed("no time was left to ask the fleet's store who owns the guest")
-                return await keeper.transfer(guest.name, self._migration_id, within_ns)
+                outcome = await keeper.transfer(guest.name, self._migration_id, within_ns)
+                self._token = await keeper.token(guest.name, arriving=False) if outcome == DONE else None
+                return outcome
             case effects.ConfirmOwnership():
                 return await keeper.confirm(guest.name)
             case effects.ReclaimOwnership():

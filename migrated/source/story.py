@@ -37,7 +37,7 @@ from protocol.blackout import SourceReserves
 from protocol.budget import abort_limit_ns
 from protocol.handover import SourceState
 from protocol.pages import Runs
-from protocol.versions import HOLD
+from protocol.versions import HOLD, OWNER_TOKEN
 
 _REPORT_S = 5.0
 
@@ -191,6 +191,7 @@ class Story:
         """Stop the guest and see the hand-over through."""
         env, view, session, handover = self._env, self._view, prepared.session, prepared.handover
         parameters = self._parameters()
+        handover.tells_token = OWNER_TOKEN in session.welcome.capabilities
         hold = asyncio.Event() if parameters.pause_before_switchover else None
         limits = session.limits(parameters)
         driver, costs = self._guest.vmm.driver, session.offer.costs

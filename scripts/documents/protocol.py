@@ -99,6 +99,8 @@ MEANINGS: Final = {
     "No.epoch": "of HELLO",
     "No.cause": "for programs",
     "No.reason": "for people",
+    "Owned.epoch": "of HELLO",
+    "Owned.token": "revision of the store at which the destination became the owner",
     "Commit.epoch": "of HELLO",
     "Abort.epoch": "of HELLO",
     "Abort.reason": "for people",
@@ -176,11 +178,11 @@ MEANINGS: Final = {
 DIRECTIONS: Final = {
     "HELLO": "S → D", "WELCOME": "D → S", "REFUSE": "D → S", "CLOCK_ASK": "both", "CLOCK_REPLY": "both",
     "ROUND_END": "S → D", "ROUND_DONE": "D → S", "DOWNTIME": "S → D", "HOLD": "S → D", "TIME_ASK": "D → S",
-    "TIME_DATA": "S → D", "STATE_END": "S → D", "READY": "D → S", "NO": "D → S", "COMMIT": "S → D", "ABORT": "S → D",
-    "RUNNING": "D → S", "DISCARDED": "D → S", "OUTCOME_ASK": "S → D, fresh connection", "OUTCOME_OPEN": "D → S",
-    "REPORT": "D → S", "RECORD": "S → D", "ERROR": "both", "JOIN": "S → D, data", "JOINED": "D → S, data",
-    "PAGES": "S → D, data", "ZERO_PAGES": "S → D, data", "EXTENTS": "S → D, data", "BARRIER": "S → D, data",
-    "DEVICE_STATE": "S → D, data",
+    "TIME_DATA": "S → D", "STATE_END": "S → D", "READY": "D → S", "NO": "D → S", "OWNED": "S → D", "COMMIT": "S → D",
+    "ABORT": "S → D", "RUNNING": "D → S", "DISCARDED": "D → S", "OUTCOME_ASK": "S → D, fresh connection",
+    "OUTCOME_OPEN": "D → S", "REPORT": "D → S", "RECORD": "S → D", "ERROR": "both", "JOIN": "S → D, data",
+    "JOINED": "D → S, data", "PAGES": "S → D, data", "ZERO_PAGES": "S → D, data", "EXTENTS": "S → D, data",
+    "BARRIER": "S → D, data", "DEVICE_STATE": "S → D, data",
 }  # fmt: skip
 PARTS: Final[tuple[type[WireModel], ...]] = (
     GuestDescription, MemoryRegion, DeviceDescription, Limits, TimeRules, DeviceCost, VmTimeData,

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -30,6 +32,7 @@ from migrated.destination.takeover import Takeover
 from migrated.destination.view import View
 from migrated.destination.welcome import welcome
 from migrated.environment import Environment
+from migrated.fleet.ownership import Keeper
 from migrated.guests.registry import Guest, GuestRegistry
 from migrated.guests.reservation import Reservation
 from migrated.link.control import ControlChannel
@@ -40,10 +43,12 @@ from migrated.link.sockets import Connection, send_first
 from migrated.prediction.knowledge import Knowledge
 from migrated.record.model import Record
 from migrated.record.terms import Role
-from migrated.settings.config import Address, Config, ControlConfig, LimitsConfig, StateConfig, VmmConfig
+from migrated.settings.config import Address, Config, ControlConfig, LimitsConfig, LockConfig, StateConfig, VmmConfig
 from migrated.settings.parameters import MigrationParameters
+from migrated.source.handover import SourceHandover
 from migrated.source.migration import OutgoingMigration
 from migrated.source.offer import offer_of
+from migrated.source.outcome import OutcomeAsker
 from migrated.source.session import Session, connect, open_session
 from migrated.source.target import target_of
 from migrated.state.journal import Journal
@@ -51,10 +56,11 @@ from migrated.state.learned import load_prior
 from migrated.state.run_marks import RunMarks
 from migrated.vmm.drivers import load_drivers
 from migrated.vmm.resume_costs import ResumeCosts
-from migrated.vmm.seam import GuestRequest, Replacement
+from migrated.vmm.seam import GuestRequest, OwnershipLock, Replacement
 from protocol import messages
+from protocol.effects import DONE, Outcome
 from protocol.errors import ErrorCode
-from protocol.handover import DestinationEvent, DestinationState
+from protocol.handover import DestinationEvent, DestinationState, SourceEvent
 from protocol.messages import Message
 from scripts.rig.ports import free_port
 
@@ -514,3 +520,73 @@ async def test_a_vmm_that_was_killed_after_the_vote_is_not_taken_for_one_that_ma
     await takeover.take(DestinationEvent.COMMIT, Nobody())
     assert takeover.state is DestinationState.DISCARDED
     assert not source.run_marks.ran(incoming.place, 1)
+
+
+class Store:
+    """What a fleet's store says to a host: the source has handed the guest over, the destination hears nothing."""
+
+    async def transfer(self, _guest: str, _migration_id: str, _within_ns: int) -> Outcome:
+        return DONE
+
+    async def token(self, _guest: str, *, arriving: bool) -> int | None:
+        return None if arriving else 7
+
+
+class NotedLock(OwnershipLock):
+    """A lock that is always free, and the tokens that it was taken with."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int | None] = []
+
+    async def take(self) -> None:
+        self.tokens.append(self.token)
+
+    async def carry(self) -> None: ...
+
+    async def release(self) -> None: ...
+
+
+class Noted:
+    """The messages for a peer."""
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+
+    def send(self, message: Message, payload: bytes = b"") -> None:
+        assert not payload
+        self.sent.append(message)
+
+
+@pytest.mark.parametrize("tells_token", [True, False])
+async def test_a_source_in_a_fleet_tells_the_token_right_before_commit(
+    source: Environment, guest: Guest, tells_token: bool
+) -> None:
+    facts = {"paused": False, "driver": "sim", "place": guest.place, "started_at": "2026-01-01T00:00:00Z"}
+    source.journal.begin(ID, 1, "g1", "source", facts)
+    asker = OutcomeAsker(target_of("tcp:127.0.0.1:9").place, source.security, source.config.limits, ID, 1)
+    handover = SourceHandover(source, ID, 1, guest, False, asker, cast("Keeper", Store()))
+    handover.tells_token, handover.commit_by_ns = tells_token, time.monotonic_ns() + 10**10
+    reply = Noted()
+    await handover.take(SourceEvent.STOP, reply)
+    await handover.take(SourceEvent.READY_IN_TIME, reply)
+    owned = [messages.Owned(epoch=1, token=7)] if tells_token else []
+    assert reply.sent == [*owned, messages.Commit(epoch=1)]
+    await handover.close()
+
+
+async def test_a_destination_that_hears_nothing_of_the_store_takes_the_lock_with_the_token_that_it_was_told(
+    source: Environment, guest: Guest, tmp_path: Path
+) -> None:
+    """Without one a host that was overtaken would get the lock once the guest has ended elsewhere."""
+    incoming = await source.guests.create_incoming(await guest.vmm.describe(), replacement=Replacement())
+    lock = incoming.vmm.lock = NotedLock()
+    facts = {"paused": False, "driver": "sim", "place": incoming.place, "started_at": "2026-01-01T00:00:00Z"}
+    source.journal.begin(ID, 1, "g1", "destination", facts)
+    config = source.config.model_copy(update={"lock": LockConfig(directory=tmp_path)})
+    env = dataclasses.replace(source, config=config, keeper=cast("Keeper", Store()))
+    takeover = Takeover(env, ID, 1, incoming.place, "sim", incoming)
+    takeover.make_ready = lambda: messages.Ready(epoch=1, digest=0, elapsed_ns=0, completing_ns=0)
+    await takeover.take(DestinationEvent.LOADED, Nobody())
+    takeover.told_token = 7
+    await takeover.take(DestinationEvent.COMMIT, Nobody())
+    assert lock.tokens == [7]
