@@ -75,6 +75,10 @@ class Follower:
             except StoreError as error:
                 self.failed(error)
                 await asyncio.sleep(_PAUSE_S)
+            except Exception as error:  # without its mirror this host would act on old news for as long as it runs
+                log.exception("the fleet's keys could not be followed, for an unexpected reason; they are read anew")
+                self.failed(StoreError(f"Its keys could not be followed: internal error {error!r}."))
+                await asyncio.sleep(_PAUSE_S)
 
     async def _watch(self, revision: int) -> None:
         """Take changes after a revision, over as many watches as it takes."""

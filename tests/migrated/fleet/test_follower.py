@@ -23,9 +23,13 @@ class Unsteady(FakeStoreClient):
         self.always_ends = False
         self.deaf = False
         self.compacted = False
+        self.breaks: Exception | None = None
 
     async def watch(self, prefix: str, revision: int) -> AsyncGenerator[tuple[Change, ...], None]:
         self.watches += 1
+        if (error := self.breaks) is not None:
+            self.breaks = None
+            raise error
         if self.always_ends:
             raise NoAnswerError("It ended.")
         async with contextlib.aclosing(super().watch(prefix, revision)) as watch:
@@ -75,3 +79,17 @@ async def test_a_watch_that_always_ends_at_once_keeps_nobody_busy() -> None:
     await asyncio.sleep(0.3)  # how often it watches in that time is what counts
     running.cancel()
     assert 1 <= store.watches <= 10
+
+
+async def test_an_error_that_nobody_foresaw_does_not_end_the_following() -> None:
+    """A host whose mirror stands still decides on old news, and nobody is told."""
+    store = Unsteady()
+    store.breaks = RuntimeError("the transport is closed")
+    follower = Follower(store, KEYS)
+    running = asyncio.create_task(follower.run())
+    try:
+        assert await follower.until(lambda: follower.failure is not None, 5.0)
+        await put(store, KEYS.job_state("j1"), JobState().to_bytes())
+        assert await follower.until(lambda: "j1" in follower.mirror.states and follower.failure is None, 5.0)
+    finally:
+        running.cancel()
