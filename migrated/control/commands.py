@@ -25,7 +25,7 @@ from migrated.record.reading import read_record
 from migrated.record.terms import FINISHED, OUTCOMES
 from migrated.state.history import HistoryQuery, RecordNotFoundError
 from migrated.vmm.seam import Replacement
-from protocol.wrong_values import first_fault
+from protocol.wrong_values import fault, first_fault
 
 Spec = TypeVar("Spec", GuestSpec, AdoptSpec)
 
@@ -277,7 +277,8 @@ def _query(arguments: Arguments, **defaults: object) -> HistoryQuery:
             defaults | {name: arguments[name] for name in HISTORY_QUERY if name in arguments}
         )
     except ValidationError as error:
-        raise OperationError(f"Parameter {first_fault(error)}") from None
+        details = error.errors(include_url=False)[0]
+        raise OperationError(f"Parameter '{details['loc'][0]}' {fault(details)}") from None
 
 
 async def _history(operations: Operations, arguments: Arguments) -> Any:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from migrated.control.command import Arguments, Command, Handler
 from migrated.control.operations import FleetOperations, JobRequest, OperationError, Operations
 from migrated.control.schema import Argument
-from protocol.wrong_values import first_fault
+from protocol.wrong_values import fault
 
 HOST: Final = Argument("host", "string", "Name of the host in the fleet.", required=True)
 REASON: Final = Argument("reason", "string", "Why, for whoever looks at the host.")
@@ -33,7 +33,9 @@ def _request(arguments: Arguments) -> JobRequest:
     try:
         return JobRequest.model_validate(given)
     except ValidationError as error:
-        raise OperationError(f"Parameter {first_fault(error)}") from error
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])).replace("_", "-")
+        raise OperationError(f"Parameter '{where}' {fault(first)}") from error
 
 
 async def _hosts(operations: Operations, _arguments: Arguments) -> Any:

@@ -259,7 +259,8 @@ def why_not(pid: int, error: OSError) -> str:
             )
     return (
         f"process {pid} may not be traced by this daemon ({error.strerror}): run the daemon as root, or as the same "
-        "user with CAP_SYS_PTRACE, and see whether SELinux (deny_ptrace) or AppArmor forbids it"
+        "user with CAP_SYS_PTRACE, and see whether SELinux (deny_ptrace), AppArmor or a filter of system calls forbids "
+        "it: the daemon's systemd unit needs the drop-in qemu.conf"
     )
 
 
