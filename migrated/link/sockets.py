@@ -37,6 +37,8 @@ from protocol.versions import PREFACE_BYTES, agree_version, pack_preface, unpack
 UNSENT_BYTES: Final = 256 << 10
 DATA_BUFFER_BYTES: Final = 4 << 20
 OUR_MAX_PAYLOAD_BYTES: Final = MAX_PAYLOAD_BYTES
+_AFTER_RESETS_S: Final = (0.05, 0.1, 0.2, 0.4)
+"""Pauses before a connection that was reset is tried again."""
 _HANDSHAKES: Final = ThreadPoolExecutor(1, "tls-handshake")
 """Signatures and their checks take a millisecond, which the event loop has other uses for."""
 _MOST_DESCRIPTORS: Final = 64
@@ -231,7 +233,8 @@ def _set(future: asyncio.Future[None]) -> None:
 
 
 async def connect(place: Place, timeout_s: float, user_timeout_s: float, security: LinkSecurity) -> Connection:
-    """Open a connection, secure it and exchange prefaces.
+    """Open a connection, secure it and exchange prefaces. Where the other side resets it meanwhile, this is tried a few
+    times: a daemon to which a crowd of strangers connects drops the oldest that has not told what it is yet.
 
     Raises:
         LinkLostError: nobody answers there, what answers is not a migrated daemon, or there is no TLS with it; the
@@ -241,14 +244,11 @@ async def connect(place: Place, timeout_s: float, user_timeout_s: float, securit
     where = str(place)
     try:
         async with asyncio.timeout(timeout_s):
-            wire = await _reach(place, user_timeout_s, security)
-            try:
-                await wire.secure()
-                security.check_peer(wire.names, where)
-                return Connection(wire, await exchange_prefaces(wire))
-            except BaseException:
-                wire.close()
-                raise
+            for wait_s in _AFTER_RESETS_S:
+                with contextlib.suppress(ConnectionResetError):
+                    return await _connect_once(place, user_timeout_s, security)
+                await asyncio.sleep(wait_s)
+            return await _connect_once(place, user_timeout_s, security)
     except TimeoutError as error:
         raise LinkLostError(f"{where} did not answer within {timeout_s:g} s; is the destination running?") from error
     except socket.gaierror as error:
@@ -263,6 +263,17 @@ async def connect(place: Place, timeout_s: float, user_timeout_s: float, securit
         ) from error
     except RemoteProtocolError as error:
         raise LinkLostError(f"{where}: {error}") from error
+
+
+async def _connect_once(place: Place, user_timeout_s: float, security: LinkSecurity) -> Connection:
+    wire = await _reach(place, user_timeout_s, security)
+    try:
+        await wire.secure()
+        security.check_peer(wire.names, str(place))
+        return Connection(wire, await exchange_prefaces(wire))
+    except BaseException:
+        wire.close()
+        raise
 
 
 async def _reach(place: Place, user_timeout_s: float, security: LinkSecurity) -> Wire:

@@ -48,6 +48,7 @@ LIMITS: Final = {
 }
 """The daemons of a case lose patience soon, so that a case is short."""
 LIMIT_MS: Final = 300
+MOST_MEMORY: Final = 1.3
 PATIENT: Final = {"handshake_timeout_s": 30.0, "connect_timeout_s": 30.0, "heartbeat_timeout_s": 20.0, "max_guests": 4}
 PATIENT_LIMIT_MS: Final = 1500
 """The same where the machine is busy with other things, and what must be seen is not how soon."""
@@ -139,12 +140,14 @@ class Case:
         attack: carries it out and raises ``NotHeldError`` when a daemon did not hold.
         brief: whether it takes a few seconds at most, so that the tests run it.
         alone: whether it breaks a host, so that nothing can complete before it is over.
+        most_memory: how much a daemon may take beside it, by what it takes undisturbed.
     """
 
     name: str
     attack: Attack
     brief: bool = True
     alone: bool = False
+    most_memory: float = MOST_MEMORY
 
 
 def addresses(count: int) -> Sequence[str]:

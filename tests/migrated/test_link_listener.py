@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from migrated.base.errors import LinkLostError
 from migrated.link import sockets
 from migrated.link.listener import Listener, bind
 from migrated.link.security import THIS_HOST
@@ -203,6 +205,36 @@ async def test_a_connection_that_comes_as_the_listener_stops_keeps_no_place() ->
                 await server.listener.stop()
                 await asyncio.sleep(0)
                 assert server.listener.connections == 0, turns
+
+
+@pytest.mark.parametrize("resets", [1, 4, 5])
+async def test_a_connection_that_is_reset_is_tried_again_a_few_times(resets: int) -> None:
+    """A crowd of strangers may push an honest connection out before it has told what it is."""
+    came = 0
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal came
+        came += 1
+        if came <= resets:
+            writer.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+            writer.transport.abort()
+            return
+        writer.write(PREFACE)
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(take, "127.0.0.1", 0) as server:
+        address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
+        if resets == 5:
+            with pytest.raises(LinkLostError, match="cannot be reached: Connection reset by peer"):
+                await sockets.connect(address, WAIT_S, 5.0, PLAIN)
+        else:
+            connection = await sockets.connect(address, WAIT_S, 5.0, PLAIN)
+            assert connection.agreed.version == MAJOR
+            connection.wire.close()
+    assert came == min(resets + 1, 5)
 
 
 async def test_descriptors_come_with_a_first_frame_over_a_unix_socket(short_directory: Path) -> None:
