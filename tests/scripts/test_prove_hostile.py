@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from scripts.hostile.beside import Found
+from scripts.hostile.ground import MOST_MEMORY
 from scripts.hostile.watch import Watched
-from scripts.prove_hostile import GROUPS, MOST_LAG_MS, MOST_MEMORY, judged
+from scripts.prove_hostile import GROUPS, MOST_LAG_MS, judged
 
 CALM = Watched(lag_p50_ms=1, lag_p99_ms=2, lag_max_ms=3, wake_p99_ms=1, peak_bytes=100 << 20, answers=1000)
 QUIET = Found("undisturbed", watched={"a": CALM, "b": CALM})
