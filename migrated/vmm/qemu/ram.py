@@ -9,6 +9,7 @@ gpa2hva            the address in the process of what the guest sees somewhere
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,8 @@ _VIEW: Final = re.compile(
     r"(?P<name>.+?)(?: @(?P<offset>[0-9a-f]+))?(?: KVM)?\s*$"
 )
 _HOST_ADDRESS: Final = re.compile(r" is 0x([0-9a-f]+)")
+_AGAIN_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5)
+"""Pauses before a guest is asked again that changed its view meanwhile."""
 _FIRMWARE: Final = re.compile(r"^(pc\.bios|system\.flash\d+)$")
 _REBUILT: Final = re.compile(r"^(/rom@.*|pc\.rom|.*\.rom)$")
 
@@ -145,23 +148,38 @@ class Ram:
 
 
 async def find_ram(qmp: Qmp) -> Ram:
-    """Find all memory of a guest.
+    """Find all memory of a guest. A guest that runs may change what it sees where between two questions, as firmware
+    does when it shadows itself: then all are asked again.
 
     Raises:
-        VmmError: QEMU does not tell, or what it tells is not understood.
+        VmmError: QEMU does not tell, what it tells is not understood, or the guest changes its view all the while.
     """
     found = parse_blocks(await qmp.human("info ramblock"))
     backends = {str(backend["id"]) for backend in await qmp.call("query-memdev") if "id" in backend}
-    view = parse_view(await qmp.human("info mtree -f"))
-    maps = read_maps(qmp.pid)
-    blocks: list[RamBlock] = []
-    for name, size, address in found:
-        seen = seen_of(name, [other for other, _, _ in found], view)
-        block = RamBlock(name, size, _role(name, backends), seen)
-        if address is None and seen:
-            address = await _host_address(qmp, seen[0])
-        blocks.append(place(block, address, maps))
-    return arrange(by_size(blocks, maps))
+    for wait_s in (*_AGAIN_S, None):
+        view = parse_view(await qmp.human("info mtree -f"))
+        maps = read_maps(qmp.pid)
+        blocks: list[RamBlock] = []
+        for name, size, address in found:
+            seen = seen_of(name, [other for other, _, _ in found], view)
+            block = RamBlock(name, size, _role(name, backends), seen)
+            if address is None and seen:
+                # The largest piece is the one that moves least: a few KiB below 1 MiB are switched on and off.
+                address = await _host_address(qmp, max(seen, key=lambda piece: piece.size))
+            blocks.append(place(block, address, maps))
+        if parse_view(await qmp.human("info mtree -f")) == view and are_apart(blocks):
+            return arrange(by_size(blocks, maps))
+        if wait_s is not None:
+            await asyncio.sleep(wait_s)
+    raise VmmError(
+        "the guest changes all the while which memory it sees where, as it does when it starts: try again in a while"
+    )
+
+
+def are_apart(blocks: Iterable[RamBlock]) -> bool:
+    """Return whether no two blocks that were found have an address in common."""
+    spans = sorted((block.address, block.address + block.size) for block in blocks if block.address is not None)
+    return all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
 def parse_blocks(text: str) -> list[tuple[str, int, int | None]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,10 +17,12 @@ from migrated.kernel import process_memory
 from migrated.kernel.privileges import keep_only
 from migrated.vmm.memory import WORDS_PER_PAGE, FileRegion
 from migrated.vmm.qemu.access import open_mapped, open_memory
+from migrated.vmm.qemu.qmp import Qmp
 from migrated.vmm.qemu.ram import (
     Mapping,
     Ram,
     RamBlock,
+    are_apart,
     arrange,
     by_size,
     find_ram,
@@ -138,6 +142,62 @@ async def test_what_is_found_is_the_guests_memory(bare_qemu: BareQemu) -> None:
     into = np.zeros(16, np.uint8)
     process_memory.read(qmp.pid, np.array([[firmware.address + firmware.block.size - 16, 16]], np.uint64), into)
     assert into[0] == 0xEA
+
+
+class ChangingView:
+    """A monitor of a guest whose firmware shadows itself below 1 MiB between two questions, ``changes`` times. Its
+    process is this one, with 64 MiB of RAM and 256 KiB of firmware."""
+
+    def __init__(self, changes: int) -> None:
+        self.pid = os.getpid()
+        self.changes = changes
+        self.ram, self.firmware = mmap.mmap(-1, 64 * MIB), mmap.mmap(-1, 256 << 10)
+        self.asked = 0
+
+    async def call(self, _command: str) -> list[dict[str, str]]:
+        return [{"id": "pc.ram"}]
+
+    async def human(self, command: str) -> str:
+        match command.split():
+            case ["info", "ramblock"]:
+                return "  pc.ram  4 KiB  0x0 0x0 0x4000000\n  pc.bios  4 KiB  0x0 0x0 0x40000"
+            case ["info", "mtree", "-f"]:
+                self.asked += 1
+                below = "pc.ram @00000000000e0000" if self.asked % 2 == 0 and self.changes else "pc.bios"
+                self.changes -= self.asked % 2 == 0 and self.changes > 0
+                return f"""FlatView #0
+ AS "memory", root: system
+  0000000000000000-00000000000dffff (prio 0, ram): pc.ram
+  00000000000e0000-00000000000fffff (prio 1, rom): {below}
+  0000000000100000-0000000003ffffff (prio 0, ram): pc.ram @0000000000100000"""
+            case ["gpa2hva", where]:
+                at = int(where, 16)
+                shadowed = not 0xE0000 <= at < 0x100000 or self.changes
+                return f"it is {address_of(self.ram) + at if shadowed else address_of(self.firmware):#x}"
+        raise AssertionError(command)
+
+
+def address_of(memory: mmap.mmap) -> int:
+    return np.frombuffer(memory, np.uint8).ctypes.data
+
+
+async def test_memory_that_the_guest_rearranges_meanwhile_is_looked_at_again() -> None:
+    """Firmware was found inside of main memory, where it shadows itself: other bytes than its own would travel."""
+    monitor = ChangingView(changes=1)
+    found = {one.block.name: one.address for one in (await find_ram(cast("Qmp", monitor))).carried}
+    assert found == {"pc.ram": address_of(monitor.ram), "pc.bios": address_of(monitor.firmware)}
+
+
+async def test_a_guest_that_never_stands_still_is_refused() -> None:
+    with pytest.raises(VmmError, match="changes all the while which memory it sees where"):
+        await find_ram(cast("Qmp", ChangingView(changes=1000)))
+
+
+def test_blocks_that_overlap_are_not_apart() -> None:
+    main = RamBlock("pc.ram", 64 * MIB, "main", address=0x10000000)
+    inside = RamBlock("pc.bios", 256 << 10, "firmware", address=0x100C0000)
+    assert not are_apart([inside, main])
+    assert are_apart([main, replace(inside, address=0x10000000 + 64 * MIB), replace(inside, address=None)])
 
 
 def test_newer_qemus_tell_the_address() -> None:
