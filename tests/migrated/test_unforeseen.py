@@ -85,13 +85,14 @@ async def test_a_resume_that_fails_so_gives_the_guest_back(
 async def test_a_switchover_that_its_operator_holds_has_not_stalled(short_directory: Path) -> None:
     """Nothing comes for longer than a source may be silent, which ends no attempt here, and counts again afterwards."""
     need_write_tracking()
-    async with TinyHost(short_directory / "a") as a, TinyHost(short_directory / "b", stall_timeout_s=0.1) as b:
+    taker = TinyHost(short_directory / "b", handshake_timeout_s=1.5, stall_timeout_s=0.6)
+    async with TinyHost(short_directory / "a") as a, taker as b:
         await a.add_guest()
         held: dict[str, object] = {"pause_before_switchover": True, "switchover_abort": False}
         migration_id = await a.operations.migrate("g1", b.uri, held)
         await a.until_status("g1", "pre-switchover")
         await b.until_status("g1", "pre-switchover")
-        await asyncio.sleep(0.35)
+        await asyncio.sleep(3.0)  # the destination would have given up twice: it looks once handshakes must be over
         assert a.operations.progress("g1")[-1].status == "pre-switchover"
         await a.operations.continue_switchover("g1")
         assert (await a.operations.wait(migration_id))["outcome"] == "completed"
